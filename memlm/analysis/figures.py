@@ -1,0 +1,476 @@
+"""Figures of a training run and of a memory, drawn from plain data.
+
+Nothing here writes or shows anything: every function returns a `matplotlib.figure.Figure` that belongs to no window
+and no global registry, or None when there is nothing to draw. `read_history` is the one function that reads a file.
+
+A *history* is a list of rows, each a dict from column to value, as Lightning's `CSVLogger` keeps them in
+`metrics.csv`: `step` plus any of `train/loss`, `val/nll`, `recall/on`, `recall/off`, `memory/write_gate`,
+`memory/read_gate` and more. A row seldom holds every column: absent, None and NaN all mean "not measured here".
+"""
+
+import csv
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from os import PathLike
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from cycler import cycler
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, PercentFormatter, StrMethodFormatter
+
+History = Sequence[Mapping[str, Any]]
+
+PALETTE = {
+    "blue": "#0072B2",
+    "vermillion": "#D55E00",
+    "green": "#009E73",
+    "purple": "#CC79A7",
+    "orange": "#E69F00",
+    "sky": "#56B4E9",
+    "black": "#000000",
+    "yellow": "#F0E442",  # last: hard to see on white
+}
+"""The Okabe-Ito colours (Okabe and Ito, "Color Universal Design", 2008), told apart by colour-blind readers."""
+
+CONTROLS = {
+    "off": "reads off",
+    "wiped": "memory wiped",
+    "swapped": "another document's memory",
+    "unseen": "fact never shown",
+}
+"""The controls of a recall rate: what follows `recall/` in a column name, and how a figure calls it."""
+
+_RC: dict[Any, Any] = {
+    "figure.figsize": (7.0, 4.2),
+    "figure.dpi": 100,
+    "figure.facecolor": "white",
+    "figure.constrained_layout.use": True,
+    "figure.constrained_layout.w_pad": 0.1,
+    "figure.constrained_layout.h_pad": 0.08,
+    "savefig.dpi": 150,
+    "font.size": 11,
+    "axes.titlesize": 12,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.titlepad": 10,
+    "axes.labelsize": 11,
+    "xtick.labelsize": 10,
+    "ytick.labelsize": 10,
+    "legend.fontsize": 10,
+    "legend.frameon": False,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "grid.color": "#DDDDDD",
+    "grid.linewidth": 0.8,
+    "lines.linewidth": 2.0,
+    "lines.markersize": 5,
+    "image.cmap": "cividis",
+    "axes.prop_cycle": cycler(color=list(PALETTE.values())),
+}
+
+
+@contextmanager
+def style() -> Iterator[None]:
+    """Draws every figure made inside the block in the project's style.
+
+    Okabe-Ito colours, legible type, a light horizontal grid, no top and right spines. Settings go back to what they
+    were when the block ends.
+    """
+    with mpl.rc_context(_RC):
+        yield
+
+
+def wilson(k: float, n: int, z: float = 1.959963984540054) -> tuple[float, float]:
+    """Wilson score interval of a rate: honest near 0 and 1, where the normal interval collapses to a point.
+
+    Args:
+        k: Number of successes, 0 <= k <= n.
+        n: Number of trials; with none the interval is (0, 1), as nothing is known.
+        z: Normal quantile of the coverage; the default covers 95 %.
+
+    Returns:
+        Lower and upper bound, both within [0, 1].
+
+    Raises:
+        ValueError: If k is not between 0 and n.
+
+    Source: E. B. Wilson, "Probable inference, the law of succession, and statistical inference", JASA 1927.
+    """
+    if not 0 <= k <= n:
+        raise ValueError(f"wilson(k={k}, n={n}): k counts successes among n trials, so 0 <= k <= n is expected")
+    if n == 0:
+        return 0.0, 1.0
+    rate = k / n
+    scale = 1 + z * z / n
+    centre = (rate + z * z / (2 * n)) / scale
+    half = z * math.sqrt(rate * (1 - rate) / n + z * z / (4 * n * n)) / scale
+    # At the ends the bound is exactly 0 or 1; subtraction would leave a rounding error there.
+    low = 0.0 if k == 0 else max(0.0, centre - half)
+    high = 1.0 if k == n else min(1.0, centre + half)
+    return low, high
+
+
+def read_history(metrics_csv: str | PathLike[str]) -> list[dict[str, Any]]:
+    """Reads the `metrics.csv` that Lightning's `CSVLogger` writes.
+
+    Args:
+        metrics_csv: Path of the file.
+
+    Returns:
+        One dict per line: `step` and `epoch` as int, other numbers as float, empty fields as None, other text as is.
+        Empty list for an empty file.
+
+    Raises:
+        ValueError: If a line has more fields than the header names, or a step is not a number.
+    """
+    history = []
+    with open(metrics_csv, newline="", encoding="utf-8") as file:
+        reader = csv.DictReader(file)
+        for row in reader:
+            if None in row:
+                raise ValueError(
+                    f"{metrics_csv}, line {reader.line_num}: {len(row[None])} more field(s) than the header names; "
+                    "expected a metrics.csv written by one CSVLogger"
+                )
+            try:
+                history.append({column: _number(column, text) for column, text in row.items()})
+            except ValueError as error:
+                raise ValueError(f"{metrics_csv}, line {reader.line_num}: {error}") from None
+    return history
+
+
+def loss_curve(history: History) -> Figure | None:
+    """Training loss and validation negative log-likelihood over steps.
+
+    Args:
+        history: Rows with `step` and any of `train/loss` (or `train/loss_step`) and `val/nll`, nats per token.
+
+    Returns:
+        The figure, or None when neither column holds a value.
+
+    Raises:
+        ValueError: If a row holds a value but no step.
+    """
+    train = _series(history, "train/loss") or _series(history, "train/loss_step")
+    val = _series(history, "val/nll")
+    if not train and not val:
+        return None
+    with style():
+        figure = Figure()
+        axes = figure.subplots()
+        if train:
+            step, loss = list(train), list(train.values())
+            if len(loss) >= 50:  # the raw loss is noise around the trend: show both
+                axes.plot(step, loss, color=PALETTE["sky"], linewidth=0.8, alpha=0.6)
+                loss = _running_mean(loss, width=max(5, len(loss) // 40))
+            _line(axes, step, loss, color=PALETTE["blue"], label="train/loss")
+        if val:
+            _line(axes, list(val), list(val.values()), color=PALETTE["vermillion"], marker="o", label="val/nll")
+        axes.set(title="Loss", ylabel="nats per token")
+        _step_axis(axes)
+        axes.legend(loc="upper right")
+    return figure
+
+
+def recall_curve(history: History, n: int | None = None, chance: float | None = None) -> Figure | None:
+    """Recall over steps, always beside its controls.
+
+    A recall rate without a control claims nothing, so none is drawn then.
+
+    Args:
+        history: Rows with `step`, `recall/on` and at least one control `recall/<name>` (names: `CONTROLS`), rates in
+            [0, 1]. `recall/n` (items behind each rate) and `recall/chance` are used when present.
+        n: Items behind each rate, for rows without `recall/n`. With neither, no interval is drawn and the legend
+            says so.
+        chance: Rate of a blind guess; overrides `recall/chance`. With neither, no line is drawn.
+
+    Returns:
+        The figure, or None when `recall/on` or every control is missing.
+
+    Raises:
+        ValueError: If a rate lies outside [0, 1], n is below 1, or a row holds a value but no step.
+    """
+    on = _rates(history, "recall/on")
+    controls = {name: _rates(history, f"recall/{name}") for name in CONTROLS}
+    controls = {name: series for name, series in controls.items() if series}
+    if not on or not controls:
+        return None
+    if chance is None:
+        chance = next(iter(_rates(history, "recall/chance").values()), None)
+    if n is not None and n < 1:
+        raise ValueError(f"recall_curve: n={n} items behind each rate; expected at least 1")
+    n_at = {step: int(count) for step, count in _series(history, "recall/n").items()}
+    with style():
+        figure = Figure(figsize=(7.0, 4.6))
+        axes = figure.subplots()
+        colors = [PALETTE[name] for name in ("vermillion", "purple", "orange", "green")]
+        markers, sizes = ["s", "o", "^", "x"], [10, 7, 5, 4]  # nested, so that four controls at 0 % all stay visible
+        for (name, label), color, marker, size in zip(CONTROLS.items(), colors, markers, sizes, strict=True):
+            if name not in controls:
+                continue
+            series = controls[name]
+            _band(axes, series, n_at, n, color, alpha=0.08)
+            axes.plot(
+                list(series),
+                list(series.values()),
+                color=color,
+                linewidth=1.2,
+                linestyle="--",
+                marker=marker,
+                markersize=size,
+                markerfacecolor="none",
+                clip_on=False,
+                label=f"{label}, last {_percent(series)}",
+            )
+        counted = _band(axes, on, n_at, n, PALETTE["blue"], alpha=0.18)
+        axes.plot(
+            list(on),
+            list(on.values()),
+            color=PALETTE["blue"],
+            linewidth=2.5,
+            marker="o",
+            clip_on=False,
+            zorder=5,
+            label=f"memory on, last {_percent(on)}",
+        )
+        if chance is not None:
+            label = f"chance, {100 * chance:.3g} %"
+            axes.axhline(chance, color=PALETTE["black"], linewidth=1.2, linestyle=":", label=label)
+        band = f"band: 95 % Wilson interval, n = {counted}" if counted else "n not logged: no interval"
+        axes.set(title="Recall and its controls", ylabel="recalled exactly", ylim=(0, 1))
+        axes.yaxis.set_major_formatter(PercentFormatter(xmax=1, symbol=" %"))
+        axes.set_yticks(np.linspace(0, 1, 6))
+        _step_axis(axes)
+        handles, labels = axes.get_legend_handles_labels()
+        order = [len(controls), *range(len(controls)), *range(len(controls) + 1, len(handles))]
+        figure.legend(
+            [handles[i] for i in order], [labels[i] for i in order], loc="outside lower center", ncols=2, title=band
+        )
+    return figure
+
+
+def slot_use(usage: Mapping[str, Mapping[str, Any]], n_bin: int = 64) -> Figure | None:
+    """Heat map of slot use: one row per layer (or memory), slots in order, pooled into bins.
+
+    Args:
+        usage: Row label -> {"filled": (n_slot,) 0/1 or bool, "read": (n_slot,) read weight summed over reads, >= 0}.
+            Either key may be missing; rows may differ in n_slot.
+        n_bin: Most bins per row; a row with fewer slots shows each slot.
+
+    Returns:
+        One panel per key: the share of filled slots in each bin, and the reads of a bin relative to even reading of
+        all slots (1 = its share). Beside each row stand the share filled, and the effective number of slots read,
+        exp(entropy of the read weight). None when there is nothing to draw.
+
+    Raises:
+        ValueError: If an entry is empty, not one-dimensional, negative, not finite, or `filled` exceeds 1.
+    """
+    if n_bin < 1:
+        raise ValueError(f"slot_use: n_bin={n_bin}; expected at least 1")
+    panels = {}
+    for key in ("filled", "read"):
+        found = {label: _slots(entry[key], label, key) for label, entry in usage.items() if entry.get(key) is not None}
+        if found:
+            panels[key] = found
+    if not panels:
+        return None
+    ratios = [1.3 + 0.42 * len(rows) for rows in panels.values()]
+    with style():
+        figure = Figure(figsize=(8.5, max(2.4, sum(ratios))))
+        grid = figure.subplots(len(panels), 1, squeeze=False, height_ratios=ratios)[:, 0]
+        for axes, (key, rows) in zip(grid, panels.items(), strict=True):
+            pooled = [_pool(slots, n_bin, relative=key == "read") for slots in rows.values()]
+            top = 1.0 if key == "filled" else max(1.0, *(float(bins.max()) for bins in pooled))
+            for i, bins in enumerate(pooled):
+                edges = np.linspace(0, 100, len(bins) + 1)
+                # 0.06 of white between rows tells neighbours apart
+                mesh = axes.pcolormesh(edges, [i - 0.47, i + 0.47], bins[None], vmin=0, vmax=top, cmap="cividis")
+            notes = [_slot_note(slots, key) for slots in rows.values()]
+            axes.set_yticks(range(len(rows)), list(rows))
+            axes.set_ylim(len(rows) - 0.5, -0.5)
+            axes.set_xlim(0, 100)
+            axes.xaxis.set_major_formatter(PercentFormatter(symbol=" %"))
+            axes.grid(visible=False)
+            axes.tick_params(length=0)
+            axes.spines[:].set_visible(False)
+            twin = axes.secondary_yaxis("right")
+            twin.set_yticks(range(len(rows)), notes)
+            twin.tick_params(length=0)
+            twin.spines[:].set_visible(False)
+            if key == "filled":
+                axes.set_title("Filled slots")
+                bar = figure.colorbar(
+                    mesh, ax=axes, pad=0.02, ticks=[0, 0.5, 1], format=PercentFormatter(xmax=1, symbol=" %")
+                )
+                bar.set_label("share filled")
+            else:
+                axes.set_title("Reads per slot")
+                bar = figure.colorbar(mesh, ax=axes, pad=0.02, format="{x:g}\N{MULTIPLICATION SIGN}")
+                bar.locator = MaxNLocator(4)
+                bar.set_label("against even use")
+            bar.outline.set_visible(False)
+        grid[-1].set_xlabel("place in the bank (share of its slots)")
+    return figure
+
+
+def gates(history: History) -> Figure | None:
+    """Mean write gate and mean read gate over steps, each on its own scale.
+
+    Args:
+        history: Rows with `step` and any of `memory/write_gate`, `memory/read_gate`, or with several memories
+            `memory/<name>/write_gate`, `memory/<name>/read_gate`; values in [0, 1].
+
+    Returns:
+        One panel per kind of gate, one line per memory, or None when no gate was logged.
+
+    Raises:
+        ValueError: If a gate lies outside [0, 1], or a row holds a value but no step.
+    """
+    columns = dict.fromkeys(column for row in history for column in row if isinstance(column, str))
+    panels: dict[str, dict[str, dict[int, float]]] = {}
+    for gate in ("write_gate", "read_gate"):
+        for column in columns:
+            parts = column.split("/")
+            if parts[0] == "memory" and parts[-1] == gate and (series := _rates(history, column)):
+                panels.setdefault(gate, {})["/".join(parts[1:-1])] = series
+    if not panels:
+        return None
+    names = list(dict.fromkeys(name for lines in panels.values() for name in lines))
+    palette = [color for name, color in PALETTE.items() if name != "yellow"]
+    color_of = {name: palette[i % len(palette)] for i, name in enumerate(names)}
+    with style():
+        figure = Figure(figsize=(7.0, 1.2 + 2.2 * len(panels)))
+        grid = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
+        titles = {"write_gate": "Write gate: how much is stored", "read_gate": "Read gate: how much is used"}
+        for axes, (gate, lines) in zip(grid, panels.items(), strict=True):
+            for name, series in lines.items():
+                _line(axes, list(series), list(series.values()), color=color_of[name], label=name or gate)
+            axes.set(title=titles[gate], ylabel="mean gate")
+            highest = max(value for series in lines.values() for value in series.values())
+            axes.set_ylim(0, min(1.0, 1.15 * highest) or 1.0)
+            if names != [""]:
+                axes.legend(loc="best", ncols=min(len(lines), 3))
+        _step_axis(grid[-1])
+    return figure
+
+
+def _number(column: str, text: str | None) -> Any:
+    """The value of one CSV field: None, int, float, or the text itself when it is no number."""
+    if text is None or text.strip() == "":
+        return None
+    if column in ("step", "epoch"):
+        try:
+            return int(float(text))
+        except (ValueError, OverflowError):
+            raise ValueError(f"{column} is {text!r}; expected a number") from None
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def _series(history: History, column: str) -> dict[int, float]:
+    """Measured values of a column by ascending step; where a resumed run repeats a step the later row counts."""
+    series = {}
+    for i, row in enumerate(history):
+        value = row.get(column)
+        if value is None or math.isnan(value):
+            continue
+        step = row.get("step")
+        if step is None or math.isnan(step):
+            raise ValueError(f"row {i} of the history holds {column!r} but no 'step'; expected both in one row")
+        series[int(step)] = float(value)
+    return dict(sorted(series.items()))
+
+
+def _rates(history: History, column: str) -> dict[int, float]:
+    """Like `_series`, for values in [0, 1]; forgives rounding at the ends."""
+    series = _series(history, column)
+    for step, value in series.items():
+        if not -1e-6 <= value <= 1 + 1e-6:
+            raise ValueError(f"{column!r} is {value} at step {step}; expected a rate between 0 and 1")
+    return {step: min(1.0, max(0.0, value)) for step, value in series.items()}
+
+
+def _running_mean(values: Sequence[float], width: int) -> list[float]:
+    """Centred mean over up to `width` neighbours on either side; the window shrinks symmetrically at the ends."""
+    result = []
+    for i in range(len(values)):
+        reach = min(width // 2, i, len(values) - 1 - i)
+        window = values[i - reach : i + reach + 1]
+        result.append(math.fsum(window) / len(window) if all(map(math.isfinite, window)) else values[i])
+    return result
+
+
+def _line(axes: Axes, x: Sequence[float], y: Sequence[float], **options: Any) -> None:
+    """A line, with markers where points are few: a single point is no visible line."""
+    if len(x) <= 20:
+        options.setdefault("marker", "o")
+    axes.plot(x, y, **options)
+
+
+def _band(
+    axes: Axes, series: Mapping[int, float], n_at: Mapping[int, int], n: int | None, color: str, alpha: float
+) -> str:
+    """Shades the Wilson interval wherever the number of items is known; returns that number as text, or ""."""
+    counted = {step: count for step in series if (count := n_at.get(step, n))}
+    if not counted:
+        return ""
+    bounds = [wilson(series[step] * count, count) for step, count in counted.items()]
+    low, high = zip(*bounds, strict=True)
+    axes.fill_between(list(counted), low, high, color=color, alpha=alpha, linewidth=0)
+    counts = sorted(set(counted.values()))
+    return f"{counts[0]:,}" if len(counts) == 1 else f"{counts[0]:,} to {counts[-1]:,}"
+
+
+def _percent(series: Mapping[int, float]) -> str:
+    """The last rate of a series as a percentage, never rounded up to a full 100."""
+    value = 100 * list(series.values())[-1]
+    text = f"{value:.1f}"
+    return f"{'>99.9' if text == '100.0' and value < 100 else text} %"
+
+
+def _step_axis(axes: Axes) -> None:
+    axes.set_xlabel("step")
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+
+
+def _slots(values: Any, label: str, key: str) -> np.ndarray:
+    """(n_slot,) float array of one row, checked."""
+    slots = np.asarray(values, dtype=float)  # (n_slot,)
+    where = f"slot_use: {key!r} of {label!r}"
+    if slots.ndim != 1 or slots.size == 0:
+        raise ValueError(f"{where} has shape {slots.shape}; expected one value per slot, shape (n_slot,)")
+    if not np.isfinite(slots).all() or slots.min() < 0:
+        raise ValueError(f"{where} holds negative or non-finite values; expected finite values >= 0")
+    if key == "filled" and slots.max() > 1:
+        raise ValueError(f"{where} goes up to {slots.max():g}; expected 0 (empty) to 1 (filled)")
+    return slots
+
+
+def _pool(slots: np.ndarray, n_bin: int, relative: bool) -> np.ndarray:
+    """Mean per bin (n_bin,); `relative` divides by the mean over all slots."""
+    edges = np.linspace(0, len(slots), min(n_bin, len(slots)) + 1).astype(int)
+    bins = np.add.reduceat(slots, edges[:-1]) / np.diff(edges)  # (n_bin,)
+    mean = slots.mean()
+    return bins / mean if relative and mean > 0 else bins
+
+
+def _slot_note(slots: np.ndarray, key: str) -> str:
+    """What the figure says beside a row."""
+    if key == "filled":
+        return f"{100 * slots.mean():.3g} % of {len(slots):,}"
+    total = slots.sum()
+    if total == 0:
+        return "never read"
+    share = slots[slots > 0] / total
+    effective = math.exp(-float((share * np.log(share)).sum()))
+    return f"{effective:,.0f} of {len(slots):,} effective"

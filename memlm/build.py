@@ -1,0 +1,111 @@
+"""From a config to objects: tokenizer, data, memories, model. Explicit, and in this order."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from memlm.config import ConfigError, compose, to_dict, validate
+from memlm.data.tokenizer import Tokenizer, get_tokenizer
+from memlm.data.tokens import cache_dir
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from memlm.data.corpus import Corpus
+    from memlm.data.datamodule import TextData
+
+
+def build(*overrides: str) -> nn.Module:
+    """Build an untrained model from Hydra overrides of ``configs/train.yaml``.
+
+    The tokenizer of the chosen data is loaded from the cache, or trained and cached.
+
+    Args:
+        *overrides: For example ``"model=lmcode", "memory=ltm", "model.n_layer=2"``.
+
+    Returns:
+        The model, with ``tokenizer``, ``segment_len``, ``memory`` and ``config``.
+
+    Raises:
+        ConfigError: If a name or value is wrong; the message says which and what was expected.
+    """
+    config = compose(overrides)
+    for part in ("model", "memory", "data", "curriculum"):
+        validate(config[part], key=part)
+    plain = to_dict(config)
+    return build_model(plain, build_tokenizer(plain))
+
+
+def build_corpus(config: dict[str, Any]) -> Corpus:
+    """The text of ``config["data"]``."""
+    return _instantiate(config["data"]["corpus"], "data.corpus")
+
+
+def build_tokenizer(config: dict[str, Any]) -> Tokenizer:
+    """The tokenizer of ``config["data"]``, loaded from the cache or trained."""
+    settings = config["data"]["tokenizer"]
+    return get_tokenizer(
+        settings["kind"], settings["vocab_size"], settings["path"], build_corpus(config), _cache(config)
+    )
+
+
+def build_data(config: dict[str, Any], tokenizer: Tokenizer) -> TextData:
+    """Batches of the chosen text, encoded with ``tokenizer``."""
+    from memlm.data.datamodule import TextData
+
+    return TextData(
+        corpus=build_corpus(config),
+        tokenizer=tokenizer,
+        segment_len=config["model"]["segment_len"],
+        curriculum=_instantiate(config["curriculum"], "curriculum"),
+        cache_dir=_cache(config),
+        seed=config["seed"],
+        n_worker=config["data"]["n_worker"],
+    )
+
+
+def build_model(config: dict[str, Any], tokenizer: Tokenizer) -> nn.Module:
+    """The model with its memories; initial values depend on ``config["seed"]`` alone."""
+    settings = dict(config["model"])
+    n_vocab = settings.pop("n_vocab", None) or tokenizer.vocab_size
+    if n_vocab < tokenizer.vocab_size:
+        raise ConfigError(
+            f"model.n_vocab ({n_vocab}) is smaller than the tokenizer's vocabulary ({tokenizer.vocab_size}): "
+            "leave it null, or set data.tokenizer.vocab_size"
+        )
+    memories = {name: _memory(name, dict(node)) for name, node in config["memory"].items()}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config["seed"])
+        model = _instantiate(settings, "model", n_vocab=n_vocab, memories=memories)
+    model.tokenizer, model.config = tokenizer, config
+    return model
+
+
+def _memory(name: str, node: dict[str, Any]) -> Callable[..., Any]:
+    """A constructor of one memory module."""
+    return functools.partial(_instantiate, node, f"memory.{name}")
+
+
+def _instantiate(node: dict[str, Any], key: str, *arguments: Any, **injected: Any) -> Any:
+    """Call the ``_target_`` of a plain node; what a constructor refuses is told with the node's name."""
+    settings = {name: value for name, value in node.items() if name != "_target_"}
+    module, _, name = node["_target_"].rpartition(".")
+    try:
+        return getattr(importlib.import_module(module), name)(*arguments, **injected, **settings)
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError(f"{key}: {error}") from error
+
+
+def _cache(config: dict[str, Any]) -> Path:
+    path = config.get("paths", {}).get("cache_dir")
+    return Path(path) if path else cache_dir()
+
+

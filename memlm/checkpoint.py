@@ -1,0 +1,153 @@
+"""Checkpoints: one file that holds everything, written whole or not at all.
+
+A checkpoint is Lightning's, with an entry ``memlm`` that holds the configuration and the tokenizer as plain data. It
+loads with ``weights_only=True``: no code in it is ever run.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import pickle
+import zipfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from memlm.config import ConfigError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from memlm.data.datamodule import TextData
+
+FOLDER = "checkpoints"
+
+
+def load(path: str | os.PathLike[str]) -> nn.Module:
+    """Load a trained model; nothing but the path is needed.
+
+    Args:
+        path: A run directory (its newest checkpoint is taken) or a checkpoint file.
+
+    Returns:
+        The model in eval mode, with its tokenizer.
+
+    Raises:
+        ConfigError: If there is no checkpoint, or it is damaged or not one of memlm.
+    """
+    return _restore(read(find(path)))[0]
+
+
+def load_run(path: str | os.PathLike[str], *, paths: dict[str, Any] | None = None) -> tuple[nn.Module, TextData]:
+    """Load a trained model and the data it was trained on; see `load`.
+
+    Args:
+        path: A run directory or a checkpoint file.
+        paths: Settings of ``paths`` that differ here, such as ``cache_dir``.
+
+    Raises:
+        ConfigError: Also if the text it was trained on cannot be read here.
+    """
+    from memlm.build import build_data
+
+    model, config = _restore(read(find(path)))
+    return model, build_data(config | {"paths": config.get("paths", {}) | (paths or {})}, model.tokenizer)
+
+
+def find(path: str | os.PathLike[str]) -> Path:
+    """The checkpoint file that ``path`` names: itself, or the newest of a run directory.
+
+    Raises:
+        ConfigError: If there is none.
+    """
+    path = Path(path)
+    if path.is_file():
+        return path
+    if not path.exists():
+        raise ConfigError(f"there is no run or checkpoint at {path}")
+    found = checkpoints(path)
+    if not found:
+        raise ConfigError(f"there is no checkpoint in {path}: expected {FOLDER}/step=N.ckpt in a run directory")
+    return found[-1]
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """Checkpoint files of a run directory, oldest first."""
+    folder = run / FOLDER if (run / FOLDER).is_dir() else run
+    numbered = [(int(p.stem.partition("=")[2]), p) for p in folder.glob("step=*.ckpt") if p.stem[5:].isdigit()]
+    return [p for _, p in sorted(numbered)]
+
+
+def read(path: Path) -> dict[str, Any]:
+    """Contents of a checkpoint file, on the CPU.
+
+    Raises:
+        ConfigError: If it is damaged, holds more than plain data, or is not one of memlm.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ConfigError(
+            f"{path} was refused: it is damaged, or holds more than tensors and plain values (code is never loaded)"
+        ) from error
+    except (RuntimeError, EOFError, zipfile.BadZipFile, ValueError, KeyError) as error:
+        raise ConfigError(
+            f"{path} cannot be read: it is damaged or cut short; use an earlier checkpoint of the run"
+        ) from error
+    if not isinstance(content, dict) or "memlm" not in content:
+        raise ConfigError(f"{path} is not a checkpoint of memlm: it has no entry 'memlm'")
+    return content
+
+
+def write(content: dict[str, Any], path: str | os.PathLike[str]) -> None:
+    """Write a checkpoint file: under a temporary name first, then renamed, so that it is whole or absent.
+
+    Raises:
+        ConfigError: If no space is left.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch reports a short write as a RuntimeError
+        if (isinstance(error, OSError) and error.errno == errno.ENOSPC) or "write" in str(error).lower():
+            raise ConfigError(
+                f"no space is left to write the checkpoint {path}; earlier checkpoints are whole: "
+                "free some space and go on with resume=auto"
+            ) from error
+        raise
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def describe(model: nn.Module) -> dict[str, Any]:
+    """The ``memlm`` entry of a checkpoint of ``model``."""
+    from memlm import __version__
+
+    return {"version": __version__, "config": model.config, "tokenizer": model.tokenizer.to_json()}
+
+
+def _restore(content: dict[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
+    """The model of a checkpoint and its configuration."""
+    from memlm.build import build_model
+    from memlm.data.tokenizer import Tokenizer
+
+    entry = content["memlm"]
+    model = build_model(entry["config"], Tokenizer.from_json(entry["tokenizer"]))
+    weights = {
+        name.removeprefix("model."): value
+        for name, value in content["state_dict"].items()
+        if name.startswith("model.")
+    }
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        raise ConfigError(f"the weights do not fit the model that the checkpoint describes: {error}") from error
+    return model.eval(), entry["config"]

@@ -1,0 +1,789 @@
+"""Configuration: composing, checking and running Hydra configs.
+
+Three questions are answered before anything heavy is imported or built:
+
+- `compose`: do the overrides name settings and options that exist?
+- `validate`: does every `_target_` node fit the signature of what it builds?
+- `check_command_line` and `cli`: both, for every job of a command line, ahead of the first one.
+
+Every mistake is a `ConfigError`: one sentence with the full name of the setting, what was given, what was expected.
+Whatever needs torch or lightning is imported only when a node that names it is checked.
+"""
+
+from __future__ import annotations
+
+import collections.abc
+import difflib
+import functools
+import importlib
+import inspect
+import logging
+import os
+import re
+import sys
+import traceback
+import types
+import typing
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, Literal, NewType, TypeVar, Union
+
+import hydra
+import yaml
+from hydra._internal.utils import get_args_parser  # the flags of a Hydra command line, which have no public home
+from hydra.core.config_loader import ConfigLoader
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
+from hydra.core.utils import JobRuntime
+from hydra.errors import HydraException
+from hydra.types import RunMode
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+
+# Constructor parameters that the code supplies, so that no YAML has to: the width of the model for its memories,
+# the size of the vocabulary for the model, what one built object hands to the next.
+INJECTED = frozenset({"d_model", "data", "memories", "memory", "model", "n_vocab", "params", "tokenizer"})
+
+# Keys of a node that the builder itself reads and does not pass on to the constructor.
+CONSUMED = frozenset({"layers"})
+
+# Packages that take seconds to import: their nodes are checked last, and before a run only if the command line
+# touches them.
+_SLOW = ("lightning", "pytorch_lightning", "wandb")
+_HYDRA_KEYS = frozenset({"_target_", "_partial_", "_recursive_", "_convert_", "_args_"})
+# Settings that belong to the run as a whole, and so to no constructor.
+_TOP_LEVEL: dict[str, Any] = {"name": str | None, "resume": str | None, "seed": int}
+
+
+class ConfigError(ValueError):
+    """A mistake in the settings, told in one sentence that says how to mend it."""
+
+
+def did_you_mean(name: str, options: Iterable[str]) -> str:
+    """Return `" Did you mean 'x'?"` for the option closest to `name`, or an empty string."""
+    close = difflib.get_close_matches(str(name), [str(o) for o in options], n=1, cutoff=0.5)
+    return f" Did you mean {close[0]!r}?" if close else ""
+
+
+def config_dir() -> Path:
+    """Return the directory of the shipped configs: inside an installed package, or beside it in a checkout."""
+    package = Path(__file__).resolve().parent
+    inside = package / "configs"
+    return inside if inside.is_dir() else package.parent / "configs"
+
+
+def run_dir() -> str:
+    """Return the output directory of the running Hydra job, or `.` outside of one.
+
+    Configs reach it as `${run_dir:}`, which unlike Hydra's own resolver also works for a composed config.
+    """
+    if HydraConfig.initialized():
+        runtime: Any = HydraConfig.get().runtime
+        return "." if OmegaConf.is_missing(runtime, "output_dir") else runtime.output_dir
+    return "."
+
+
+OmegaConf.register_new_resolver("run_dir", run_dir, replace=True)
+
+
+# ---------------------------------------------------------------------------------------------------- composing
+
+
+def compose(
+    overrides: Sequence[str] = (),
+    config_name: str = "train",
+    *,
+    directory: str | Path | None = None,
+    searchpath: Sequence[str | Path] = (),
+) -> DictConfig:
+    """Compose a config from its YAML files and overrides; usable anywhere, also inside a Hydra job.
+
+    Args:
+        overrides: what would stand on the command line, such as `["memory=ltm", "model.n_layer=2"]`.
+        config_name: the primary config, a YAML file in `directory`.
+        directory: the config tree; the shipped one by default.
+        searchpath: further config trees, looked up after `directory`.
+
+    Raises:
+        ConfigError: an unknown option or setting, a malformed override, or a required setting without a value.
+    """
+    with _session(directory) as loader:
+        config = _compose(loader, list(overrides), config_name, searchpath)
+    _check_missing(config)
+    return config
+
+
+@contextmanager
+def _session(directory: str | Path | None) -> Iterator[ConfigLoader]:
+    """Set up Hydra on a config tree and put back whatever was set up before."""
+    path = Path(directory or config_dir()).resolve()
+    if not path.is_dir():
+        raise ConfigError(f"There is no config directory {str(path)!r}.")
+    state, runtime = GlobalHydra.instance(), JobRuntime.instance()
+    outer, job_name = state.hydra, runtime.get("name")
+    state.hydra = None
+    try:
+        with hydra.initialize_config_dir(str(path), job_name=job_name, version_base="1.3"):
+            yield GlobalHydra.instance().config_loader()
+    finally:
+        GlobalHydra.instance().hydra = outer
+
+
+def _compose(
+    loader: ConfigLoader, overrides: list[str], config_name: str, searchpath: Sequence[str | Path]
+) -> DictConfig:
+    parsed = _parse(overrides, loader)
+    for override in parsed:
+        if override.is_sweep_override():
+            key, value = override.get_key_element(), (override.input_line or "").partition("=")[2]
+            raise ConfigError(
+                f"{override.input_line!r} gives several values: add -m to run one job for each, "
+                f"or write a list as '{key}=[{value}]'."
+            )
+    path = [f"file://{Path(p).resolve()}" for p in searchpath]
+    extra = [f"hydra.searchpath=[{','.join(path)}]"] if path else []
+    if path and any(o.key_or_group == "hydra.searchpath" for o in parsed):
+        raise ConfigError("Give either --config-dir or hydra.searchpath, not both.")
+    if config_name not in (names := _options(loader, "", extra, None)):
+        raise ConfigError(f"There is no config {config_name!r}.{did_you_mean(config_name, names)} {_listing(names)}")
+
+    settings: list[Override] = []
+    base = list(extra)
+    for override, line in zip(parsed, overrides, strict=True):
+        if override.is_hydra_override():
+            base.append(line)
+        elif options := _options(loader, override.key_or_group, extra, config_name):
+            _check_choice(override, options)
+            base.append(line)
+        elif override.type.name != "CHANGE":  # +key, ++key and ~key may name what is not there
+            base.append(line)
+        else:
+            settings.append(override)
+    # First only what decides which settings there are, so that each of the others can be looked up.
+    if settings:
+        known = _hydra_compose(config_name, base)
+        groups = _groups(loader, extra, config_name)
+        for override in settings:
+            _check_key(known, override, groups)
+    return _hydra_compose(config_name, extra + overrides)
+
+
+def _hydra_compose(config_name: str, overrides: list[str]) -> DictConfig:
+    with _told_in_a_sentence():
+        return hydra.compose(config_name, overrides)
+
+
+@contextmanager
+def _told_in_a_sentence() -> Iterator[None]:
+    """Turn the errors of Hydra, OmegaConf and PyYAML into a ConfigError."""
+    try:
+        yield
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(_sentence(error)) from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"A config file is not valid YAML: {_sentence(error)}") from error
+
+
+def _parse(overrides: Sequence[str], loader: ConfigLoader | None = None) -> list[Override]:
+    parser = OverridesParser.create(config_loader=loader)
+    parsed = []
+    for line in overrides:
+        try:
+            parsed += parser.parse_overrides([line])
+        except HydraException as error:
+            if line.startswith("-"):
+                reason = "It looks like an option, but options come from Hydra only (see --hydra-help)."
+            elif "=" not in line:
+                reason = "A setting is changed with key=value."
+            else:
+                reason = "Values with spaces or special characters need quotes, such as 'key=\"a, b\"'."
+            raise ConfigError(f"Cannot read {line!r}. {reason}") from error
+    return parsed
+
+
+def _options(loader: ConfigLoader, group: str, extra: list[str], config_name: str | None) -> list[str]:
+    with _told_in_a_sentence():
+        return sorted(set(loader.get_group_options(group, config_name=config_name, overrides=extra)))
+
+
+def _groups(loader: ConfigLoader, extra: list[str], config_name: str) -> list[str]:
+    from hydra.core.object_type import ObjectType
+
+    found = loader.get_group_options("", results_filter=ObjectType.GROUP, config_name=config_name, overrides=extra)
+    return sorted({g for g in found if g != "hydra"})
+
+
+def _check_choice(override: Override, options: list[str]) -> None:
+    group, value = override.key_or_group, override.value()
+    for choice in value if isinstance(value, list) else [value]:
+        if choice is None or (override.is_delete() and choice == ""):
+            continue
+        if not isinstance(choice, str) or choice.removesuffix(".yaml") not in options:
+            raise ConfigError(
+                f"{group} has no option {str(choice)!r}.{did_you_mean(str(choice), options)} {_listing(options)}"
+            )
+
+
+def _check_key(config: DictConfig, override: Override, groups: list[str]) -> None:
+    """Raise unless the setting of an override exists."""
+    key = override.key_or_group
+    node: Any = config
+    done = ""
+    for part in filter(None, re.split(r"[.\[\]]+", key)):
+        if isinstance(node, ListConfig):
+            return  # Hydra's own message about an index says it all
+        if not isinstance(node, DictConfig) or node._is_none():
+            raise ConfigError(f"There is no setting {key!r}: {done} is a single value.")
+        names = [str(k) for k in node]
+        if part not in names:
+            raise ConfigError(_unknown(config, done, part, names if done else [*names, *groups]))
+        done = f"{done}.{part}" if done else part
+        try:
+            node = node[part]
+        except OmegaConfBaseException:  # a missing value, or a reference to something that is still to be set
+            return
+
+
+def _unknown(config: DictConfig, parent: str, name: str, names: Sequence[str]) -> str:
+    prefix = f"{parent}." if parent else ""
+    hint = did_you_mean(name, names)
+    if not hint and (places := [k for k in _walk_keys(config) if k.rpartition(".")[2] == name]):
+        hint = f" Did you mean {places[0]!r}?"
+    where = f"{parent} has" if parent else "The settings are"
+    return (
+        f"There is no setting {prefix + name!r}.{hint} {where}: {', '.join(sorted({n for n in names if n[0] != '_'}))}."
+    )
+
+
+def _walk_keys(config: DictConfig, prefix: str = "") -> Iterator[str]:
+    for key in map(str, config):
+        yield f"{prefix}{key}"
+        child = config._get_node(key)
+        if isinstance(child, DictConfig) and not child._is_none() and not child._is_missing():
+            yield from _walk_keys(child, f"{prefix}{key}.")
+
+
+def _check_missing(config: DictConfig) -> None:
+    if missing := sorted(OmegaConf.missing_keys(config)):
+        raise ConfigError(_required(missing[0]))
+
+
+def _required(key: str) -> str:
+    return f"{key} is required and has no value: give it as {key}=VALUE."
+
+
+def _listing(options: Sequence[str]) -> str:
+    return f"Choose one of: {', '.join(options)}."
+
+
+def _sentence(error: BaseException) -> str:
+    """Return the message of a library's error, and of its cause, on one line."""
+    parts: list[str] = []
+    cause: BaseException | None = error
+    while cause is not None and len(parts) < 3:
+        # OmegaConf appends details on lines of their own: "    full_key: ..." and "    object_type=dict"
+        lines = [line.strip() for line in str(cause).splitlines()]
+        text = " ".join(line for line in lines if line and not line.startswith(("object_type=", "reference_type=")))
+        if text and not any(text in part for part in parts):
+            parts.append(text)
+        cause = cause.__cause__
+    return ": ".join(parts) or type(error).__name__
+
+
+def to_dict(config: Any) -> Any:
+    """Return a config as plain dicts, lists and values with every reference resolved.
+
+    Raises:
+        ConfigError: a required setting has no value, or a reference leads nowhere.
+    """
+    if not isinstance(config, DictConfig | ListConfig):
+        return config
+    try:
+        return OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    except MissingMandatoryValue as error:
+        raise ConfigError(_required(str(error.full_key))) from error
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"Cannot resolve {error.full_key}: {_sentence(error)}") from error
+
+
+# --------------------------------------------------------------------------------------------------- validation
+
+
+def validate(
+    config: Any,
+    *,
+    key: str = "",
+    injected: Collection[str] = INJECTED,
+    consumed: Collection[str] = CONSUMED,
+    skip: Collection[str] = (),
+) -> None:
+    """Check every node with a `_target_` against the signature of what it names.
+
+    Checked are unknown and missing keys and the simple types of values: int, float, bool, str, None, unions,
+    `Literal`, and lists, tuples and dicts of these. An annotation that is anything else accepts every value.
+
+    Args:
+        config: a config or a part of it; a plain dict or list will do.
+        key: the full name of `config`, for the errors; by default what OmegaConf knows.
+        injected: required parameters that the code passes when it builds the node.
+        consumed: keys that the code reads itself and does not pass to the constructor.
+        skip: full names of top-level parts that are not looked at.
+
+    Raises:
+        ConfigError: naming the setting, what was given and what was expected.
+    """
+    if not key and isinstance(config, DictConfig | ListConfig):
+        key = config._get_full_key("") or ""
+    plain = to_dict(config)
+    if not key and isinstance(plain, dict):
+        for name, hint in _TOP_LEVEL.items():
+            if name in plain and "_target_" not in plain:
+                _check_value(name, plain[name], hint)
+    nodes = [(k, node) for k, node in _nodes(plain, key) if k.partition(".")[0] not in skip]
+    for full_key, node in sorted(nodes, key=lambda item: str(item[1]["_target_"]).startswith(_SLOW)):
+        _check_node(full_key, node, frozenset(injected), frozenset(consumed))
+
+
+def _nodes(value: Any, key: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    if isinstance(value, dict):
+        if "_target_" in value:
+            yield key, value
+        for name, child in value.items():
+            yield from _nodes(child, f"{key}.{name}" if key else str(name))
+    elif isinstance(value, list):
+        for i, child in enumerate(value):
+            yield from _nodes(child, f"{key}[{i}]")
+
+
+def _check_node(key: str, node: dict[str, Any], injected: frozenset[str], consumed: frozenset[str]) -> None:
+    target = node["_target_"]
+    if not isinstance(target, str):
+        raise ConfigError(f"{_dot(key, '_target_')} must be the dotted name of a class or function, got {target!r}.")
+    parameters, hints = _signature(target, _dot(key, "_target_"))
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    named = {n: p for n, p in parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+    given = {n: v for n, v in node.items() if n not in _HYDRA_KEYS}
+
+    for name in given:
+        if name not in named and not takes_any and name not in consumed:
+            options = ", ".join(sorted(set(named) - injected)) or "nothing"
+            raise ConfigError(
+                f"{_dot(key, name)} is not a setting of {target}.{did_you_mean(name, named)} It takes: {options}."
+            )
+    if not node.get("_partial_"):
+        positional = list(named)[: len(node.get("_args_") or [])]
+        for name, parameter in named.items():
+            if parameter.default is parameter.empty and name not in {*given, *injected, *positional}:
+                raise ConfigError(f"{_dot(key, name)} is required by {target} and missing: give it a value.")
+    for name, value in given.items():
+        if name in hints and not (value is None and name in named and named[name].default is None):
+            _check_value(_dot(key, name), value, hints[name])
+
+
+def _dot(key: str, name: str) -> str:
+    return f"{key}.{name}" if key else name
+
+
+@functools.cache
+def _signature(target: str, key: str) -> tuple[dict[str, inspect.Parameter], dict[str, Any]]:
+    """Return the parameters of a target and the annotations that could be understood."""
+    thing = _locate(target, key)
+    if not callable(thing):
+        raise ConfigError(f"{key}: {target} is not a class or function.")
+    try:
+        parameters = dict(inspect.signature(thing).parameters)
+    except (TypeError, ValueError):  # written in C without a signature: anything goes
+        empty = inspect.Parameter("kwargs", inspect.Parameter.VAR_KEYWORD)
+        return {"kwargs": empty}, {}
+    source: Any = thing
+    if inspect.isclass(thing):
+        init = getattr(thing, "__init__")  # noqa: B009 - `thing.__init__` of a class is an error to type checkers
+        source = thing.__new__ if init is object.__init__ else init
+    return parameters, _hints(source, parameters)
+
+
+def _hints(source: Any, parameters: Mapping[str, inspect.Parameter]) -> dict[str, Any]:
+    inner = inspect.unwrap(source)
+    try:
+        return typing.get_type_hints(inner, include_extras=True)
+    except Exception:
+        # One name that is imported only for type checkers must not cost the other annotations.
+        hints = {}
+        for name, parameter in parameters.items():
+            hint = parameter.annotation
+            if isinstance(hint, str):
+                try:
+                    hint = eval(hint, getattr(inner, "__globals__", {}))
+                except Exception:
+                    continue
+            if hint is not parameter.empty:
+                hints[name] = hint
+        return hints
+
+
+def _locate(target: str, key: str) -> Any:
+    parts = target.split(".")
+    module: Any = None
+    for n in range(len(parts), 0, -1):
+        name = ".".join(parts[:n])
+        try:
+            module = importlib.import_module(name)
+        except ModuleNotFoundError as error:
+            # Only "this dotted name is no module" means: look for a class. A module that fails to import another
+            # one is a missing package.
+            if error.name is None or not (name == error.name or name.startswith(f"{error.name}.")):
+                raise ConfigError(f"{key}: cannot import {name}, because {error}.") from error
+            continue
+        except ValueError:  # an empty part, as in "a..b"
+            continue
+        break
+    if module is None:
+        raise ConfigError(f"{key}: there is no module {parts[0]!r} to take {target} from.")
+    thing = module
+    for i in range(n, len(parts)):
+        try:
+            thing = getattr(thing, parts[i])
+        except AttributeError:
+            names = [k for k in vars(thing) if not k.startswith("_")] if hasattr(thing, "__dict__") else []
+            where = ".".join(parts[:i])
+            raise ConfigError(f"{key}: {where} has no {parts[i]!r}.{did_you_mean(parts[i], names)}") from None
+    return thing
+
+
+def _check_value(key: str, value: Any, hint: Any) -> None:
+    if _fits(value, hint):
+        return
+    choices = [str(c) for part in _members(hint) if typing.get_origin(part) is Literal for c in typing.get_args(part)]
+    raise ConfigError(
+        f"{key} must be {_describe(hint)}, got {_show(value)}.{did_you_mean(value, choices) if choices else ''}"
+    )
+
+
+def _unwrap(hint: Any) -> Any:
+    while True:
+        if typing.get_origin(hint) is Annotated:
+            hint = typing.get_args(hint)[0]
+        elif isinstance(hint, NewType):
+            hint = hint.__supertype__
+        elif type(hint).__name__ == "TypeAliasType":  # `type X = ...` of Python 3.12
+            hint = hint.__value__
+        else:
+            return hint
+
+
+def _members(hint: Any) -> list[Any]:
+    hint = _unwrap(hint)
+    if typing.get_origin(hint) in (Union, types.UnionType):
+        return [m for part in typing.get_args(hint) for m in _members(part)]
+    return [hint]
+
+
+_LISTS = (list, collections.abc.Sequence, collections.abc.Iterable, collections.abc.Collection, set, frozenset)
+_DICTS = (dict, collections.abc.Mapping, collections.abc.MutableMapping)
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Tell whether a plain config value may be passed where `hint` is asked for; True if that cannot be known."""
+    hint = _unwrap(hint)
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if isinstance(value, dict) and "_target_" in value:
+        return hint not in (int, float, bool, str)  # will be an object by then
+    if origin in (Union, types.UnionType):
+        return any(_fits(value, part) for part in args)
+    if origin is Literal:
+        return any(value == choice and type(value) is type(choice) for choice in args)
+    if hint is None or hint is type(None):
+        return value is None
+    if hint is bool:
+        return isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if hint is str:
+        return isinstance(value, str)
+    if hint in (Path, os.PathLike) or origin is os.PathLike:
+        return isinstance(value, str)
+    if (origin or hint) is tuple:
+        if not isinstance(value, list | tuple):
+            return False
+        if not args:
+            return True
+        if len(args) == 2 and args[1] is Ellipsis:
+            return all(_fits(v, args[0]) for v in value)
+        return len(value) == len(args) and all(map(_fits, value, args))
+    if (origin or hint) in _LISTS:
+        if isinstance(value, str):  # a string is a sequence, but hardly ever the one that was meant
+            return (origin or hint) is not list and args[:1] in ((str,), ())
+        return isinstance(value, list | tuple) and all(_fits(v, args[0]) for v in value if args)
+    if (origin or hint) in _DICTS:
+        if not isinstance(value, dict):
+            return False
+        return len(args) != 2 or all(_fits(k, args[0]) and _fits(v, args[1]) for k, v in value.items())
+    # Any, a type variable, a protocol, a class: what is right there only the constructor can tell, except that
+    # nothing but None stands for None.
+    return hint is Any or hint is object or isinstance(hint, TypeVar) or value is not None
+
+
+def _describe(hint: Any) -> str:
+    words: list[str] = []
+    for part in _members(hint):
+        origin, args = typing.get_origin(part), typing.get_args(part)
+        if origin is Literal:
+            words += [_show(choice) if not isinstance(choice, str) else repr(choice) for choice in args]
+        elif part in (None, type(None)):
+            words.append("null")
+        elif part in (Path, os.PathLike) or origin is os.PathLike:
+            words.append("a path")
+        elif (origin or part) is tuple or (origin or part) in _LISTS:
+            inner = [a for a in args if a is not Ellipsis]
+            words.append("a list" + (f" of {' and '.join(dict.fromkeys(map(_describe, inner)))}" if inner else ""))
+        elif (origin or part) in _DICTS:
+            words.append("a mapping" + (f" of {_describe(args[1])}" if len(args) == 2 else ""))
+        else:
+            names = {int: "an int", float: "a float", bool: "true or false", str: "a string"}
+            words.append(str(names.get(part) or getattr(part, "__name__", part)))
+    words = list(dict.fromkeys(words))
+    return " or ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
+
+
+def _show(value: Any) -> str:
+    names = {bool: "", int: " (an int)", float: " (a float)", str: " (a string)"}
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    text = repr(value)
+    return (text if len(text) <= 80 else f"{text[:77]}...") + names.get(type(value), "")
+
+
+# ------------------------------------------------------------------------------------------------- command lines
+
+
+def check_command_line(
+    argv: Sequence[str],
+    config_name: str = "train",
+    *,
+    directory: str | Path | None = None,
+    injected: Collection[str] = INJECTED,
+    consumed: Collection[str] = CONSUMED,
+) -> None:
+    """Check a command line before Hydra acts on it.
+
+    Of a sweep every choice of every swept setting is checked, with the other settings at their first choice: a typing
+    error in the last value is found before the first job starts. `--help` and the like pass unchecked.
+
+    Args:
+        argv: the arguments without the name of the program.
+        config_name: the primary config, unless `argv` names another.
+        directory: the config tree; the shipped one by default.
+        injected: see `validate`.
+        consumed: see `validate`.
+
+    Raises:
+        ConfigError: what `compose` and `validate` raise.
+    """
+    # A newer Hydra may know further flags: they are its own business.
+    flags, rest = get_args_parser().parse_known_intermixed_args(list(argv))
+    if flags.help or flags.hydra_help or flags.shell_completion or flags.experimental_rerun or flags.info:
+        return
+    if unknown := [a for a in rest if a.startswith("-")]:
+        known = [o for action in get_args_parser()._actions for o in action.option_strings]
+        raise ConfigError(f"There is no option {unknown[0]!r}.{did_you_mean(unknown[0], known)} See --help.")
+    if flags.config_path is not None:
+        if not os.path.isabs(flags.config_path):
+            return  # relative to the script, which only Hydra knows
+        directory = flags.config_path
+    searchpath = [flags.config_dir] if flags.config_dir else []
+    if searchpath and not Path(flags.config_dir).is_dir():
+        raise ConfigError(f"There is no config directory {flags.config_dir!r} (--config-dir).")
+    config_name = flags.config_name or config_name
+
+    with _session(directory) as loader:
+        parsed = _parse(flags.overrides, loader)
+        multirun = flags.multirun or any(
+            o.key_or_group == "hydra.mode" and str(o.value()).upper().endswith("MULTIRUN") for o in parsed
+        )
+        touched = {o.key_or_group.partition(".")[0].partition("/")[0] for o in parsed}
+        for overrides in _jobs(parsed) if multirun else [list(flags.overrides)]:
+            config = _compose(loader, overrides, config_name, searchpath)
+            if flags.cfg:  # to be looked at, complete or not
+                continue
+            _check_missing(config)
+            slow = {
+                key
+                for key, node in _nodes(OmegaConf.to_container(config), "")
+                if str(node["_target_"]).startswith(_SLOW)
+            }
+            idle = {key.partition(".")[0].partition("[")[0] for key in slow} - touched
+            validate(config, injected=injected, consumed=consumed, skip=idle)
+
+
+def _jobs(parsed: Sequence[Override]) -> Iterator[list[str]]:
+    """Yield the overrides of enough jobs to see every choice of every sweep once."""
+    choices: list[list[str]] = []
+    for override in parsed:
+        key = override.get_key_element()
+        value = override.value()
+        if not override.is_sweep_override():
+            choices.append([str(override.input_line)])
+        elif isinstance(value, IntervalSweep):
+            choices.append([f"{key}={value.start}", f"{key}={value.end}"])
+        elif isinstance(value, RangeSweep):
+            ends = list(override.sweep_string_iterator())
+            choices.append([f"{key}={v}" for v in dict.fromkeys([*ends[:1], *ends[-1:]])])
+        else:
+            choices.append([f"{key}={v}" for v in override.sweep_string_iterator()])
+        if not choices[-1]:
+            raise ConfigError(f"{override.input_line!r} sweeps over nothing.")
+    yield [c[0] for c in choices]
+    for i, lines in enumerate(choices):
+        for line in lines[1:]:
+            yield [line if j == i else c[0] for j, c in enumerate(choices)]
+
+
+def cli(config_name: str, *, directory: str | Path | None = None) -> Callable[[Callable[[DictConfig], Any]], Any]:
+    """Make a function of a config the main function of a script.
+
+        @cli("train")
+        def main(cfg: DictConfig) -> float | None: ...
+
+        if __name__ == "__main__":
+            main()
+
+    The command line is checked first. A mistake of the user ends the program with `error: <sentence>` on stderr and
+    exit code 2; `MEMLM_TRACEBACK=1` (or Hydra's `HYDRA_FULL_ERROR=1`) shows the traceback instead. Of a sweep the
+    other jobs still run, and every failed one is reported when it fails. Called with a config, `main(cfg)` is the
+    bare function.
+
+    Args:
+        config_name: the primary config.
+        directory: the config tree; the shipped one by default.
+    """
+
+    def decorate(function: Callable[[DictConfig], Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def bare(cfg: DictConfig) -> Any:
+            _route_lightning(cfg)
+            return function(cfg)
+
+        @functools.wraps(function)
+        def job(cfg: DictConfig) -> Any:
+            # What _quiet_hydra() sets must not reach the processes that this job starts.
+            os.environ.pop("HYDRA_FULL_ERROR", None)
+            try:
+                return bare(cfg)
+            except Exception as error:
+                if not _is_sweep():
+                    if _is_user_error(error):
+                        _report(error)
+                        # Not an Exception, so Hydra adds no report of its own.
+                        raise SystemExit(2) from error
+                    raise
+                if _is_user_error(error):
+                    _report(error, f"job {HydraConfig.get().job.num}: ")
+                else:
+                    traceback.print_exc()
+                error._memlm_reported = True  # type: ignore[attr-defined]
+                raise
+            finally:
+                os.environ["HYDRA_FULL_ERROR"] = "1"
+
+        @functools.wraps(function)
+        def main(cfg: DictConfig | None = None) -> Any:
+            if cfg is not None:
+                return function(cfg)
+            path = str(Path(directory or config_dir()).resolve())
+            run = hydra.main(version_base="1.3", config_path=path, config_name=config_name)
+            if _wants_traceback():
+                os.environ["HYDRA_FULL_ERROR"] = "1"
+                check_command_line(sys.argv[1:], config_name, directory=directory)
+                return run(bare)()
+            try:
+                check_command_line(sys.argv[1:], config_name, directory=directory)
+                with _quiet_hydra():
+                    run(job)()
+            except KeyboardInterrupt:
+                print("interrupted", file=sys.stderr)
+                raise SystemExit(130) from None
+            except Exception as error:
+                user = _is_user_error(error)
+                if not getattr(error, "_memlm_reported", False):
+                    if not user:
+                        raise
+                    _report(error)
+                raise SystemExit(2 if user else 1) from None
+
+        return main
+
+    return decorate
+
+
+@contextmanager
+def _quiet_hydra() -> Iterator[None]:
+    """Let Hydra pass errors on instead of printing them and leaving."""
+    before = os.environ.get("HYDRA_FULL_ERROR")
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    try:
+        yield
+    finally:
+        os.environ.pop("HYDRA_FULL_ERROR")
+        if before is not None:
+            os.environ["HYDRA_FULL_ERROR"] = before
+
+
+def _route_lightning(cfg: DictConfig) -> None:
+    """Send the log lines of lightning through the handlers of the job alone.
+
+    On import lightning gives its loggers console handlers of their own: each line would appear twice on the console
+    or miss the log file, depending on who came first.
+    """
+    used = any(str(node["_target_"]).startswith("lightning.") for _, node in _nodes(OmegaConf.to_container(cfg), ""))
+    if used and logging.getLogger().hasHandlers():
+        importlib.import_module("lightning")
+        for name in ("lightning", "lightning.pytorch", "lightning.fabric"):
+            logger = logging.getLogger(name)
+            logger.handlers.clear()
+            logger.propagate = True
+
+
+def _wants_traceback() -> bool:
+    return any(os.environ.get(name, "0") not in ("", "0") for name in ("HYDRA_FULL_ERROR", "MEMLM_TRACEBACK"))
+
+
+def _is_sweep() -> bool:
+    return HydraConfig.initialized() and HydraConfig.get().mode is RunMode.MULTIRUN
+
+
+def _is_user_error(error: BaseException) -> bool:
+    """Tell a mistake of the user from one of the program, which needs its traceback."""
+    error = _root(error)
+    if isinstance(error, ConfigError | HydraException | OmegaConfBaseException):
+        return True
+    if isinstance(error, FileNotFoundError | IsADirectoryError | NotADirectoryError | PermissionError):
+        return error.filename is not None
+    # By convention this project raises ValueError for what a user can get wrong; elsewhere it may mean anything.
+    frame = error.__traceback__
+    while frame is not None and frame.tb_next is not None:
+        frame = frame.tb_next
+    module = frame.tb_frame.f_globals.get("__name__", "") if frame is not None else ""
+    return isinstance(error, ValueError) and module.partition(".")[0] in ("memlm", "experiments", "scripts", "__main__")
+
+
+def _root(error: BaseException) -> BaseException:
+    """Return what went wrong inside of `hydra.utils.instantiate`, which wraps every error."""
+    while type(error).__name__ == "InstantiationException" and error.__cause__ is not None:
+        error = error.__cause__
+    return error
+
+
+def _report(error: BaseException, prefix: str = "") -> None:
+    error = _root(error)
+    text = str(error) if isinstance(error, ConfigError) else _sentence(error)
+    if isinstance(error, OSError):
+        text = f"{error.strerror}: {error.filename}"
+    sys.stdout.flush()
+    print(f"error: {prefix}{text}", file=sys.stderr)
+    if not isinstance(error, ConfigError):
+        print("(MEMLM_TRACEBACK=1 shows where it was raised)", file=sys.stderr)

@@ -1,0 +1,96 @@
+"""What is trained when: a fixed sequence of phases, a pure function of the step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from memlm.config import ConfigError, did_you_mean
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A stretch of training with the same kind of batches.
+
+    Attributes:
+        steps: Number of batches.
+        n_row: Documents (rows) per batch.
+        n_segment: Segments per window, across which gradients flow.
+        items: Planted facts and questions per segment; 0 for plain text.
+        n_window: Windows per document with planted facts; what is told in one may be asked in a later one.
+        hard: Share of documents whose names are drawn from few words, so that they look alike.
+        memory: Settings of memories by ``name.attribute``, such as ``ltm.write_budget``; a pair of numbers goes
+            linearly from the first to the second over the phase. Names that the model lacks are skipped.
+    """
+
+    steps: int
+    n_row: int
+    n_segment: int
+    items: float = 0.0
+    n_window: int = 1
+    hard: float = 0.0
+    memory: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Curriculum:
+    """Phases, one after the other; the last one goes on as long as training does.
+
+    Args:
+        phases: Settings of each `Phase`, in order.
+
+    Raises:
+        ConfigError: If there is no phase, or one has an unknown or impossible setting.
+    """
+
+    def __init__(self, phases: Sequence[Mapping[str, Any]]) -> None:
+        if not phases:
+            raise ConfigError("curriculum.phases is empty: give at least one phase with steps, n_row and n_segment")
+        names = [f.name for f in fields(Phase)]
+        self.phases: list[Phase] = []
+        for i, settings in enumerate(phases):
+            for name in settings:
+                if name not in names:
+                    raise ConfigError(
+                        f"curriculum.phases[{i}] has no setting {name!r}.{did_you_mean(str(name), names)} "
+                        f"Known: {', '.join(names)}"
+                    )
+            missing = [name for name in ("steps", "n_row", "n_segment") if name not in settings]
+            if missing:
+                raise ConfigError(f"curriculum.phases[{i}] lacks {', '.join(missing)}")
+            phase = Phase(**settings)
+            for name in ("steps", "n_row", "n_segment", "n_window"):
+                if getattr(phase, name) < 1:
+                    raise ConfigError(f"curriculum.phases[{i}].{name} must be at least 1, got {getattr(phase, name)}")
+            self.phases.append(phase)
+
+    @property
+    def steps(self) -> int:
+        """Steps of all phases."""
+        return sum(phase.steps for phase in self.phases)
+
+    @property
+    def plants_facts(self) -> bool:
+        """Whether any phase plants facts."""
+        return any(phase.items for phase in self.phases)
+
+    def at(self, step: int) -> tuple[int, Phase, int]:
+        """Phase of a step.
+
+        Returns:
+            Index of the phase, the phase, and the step within it.
+        """
+        for i, phase in enumerate(self.phases[:-1]):
+            if step < phase.steps:
+                return i, phase, step
+            step -= phase.steps
+        return len(self.phases) - 1, self.phases[-1], step
+
+    def memory_settings(self, step: int) -> dict[str, Any]:
+        """Settings of memories at a step, by ``name.attribute``."""
+        _, phase, within = self.at(step)
+        part = min(within / max(phase.steps - 1, 1), 1.0)
+        return {
+            name: value[0] + (value[1] - value[0]) * part if isinstance(value, list | tuple) else value
+            for name, value in phase.memory.items()
+        }

@@ -1,0 +1,199 @@
+"""Planted facts: random names with random values, told once and asked later.
+
+A fact reads ``name1 name2 is value1 value2 value3``; its cue is the name, its answer the rest. Names and values are
+ordinary words in combinations that the text nowhere contains. A hash of the words decides for every name and value
+whether it belongs to training or to evaluation, so that none is ever used for both.
+"""
+
+from __future__ import annotations
+
+import zlib
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+from memlm.config import ConfigError
+from memlm.data.tokenizer import Tokenizer
+from memlm.data.tokens import TokenizedCorpus
+
+_EVALUATION_SHARE = 8  # one in so many names and values is kept for evaluation
+_MIN_WORDS = 64
+
+
+class Fact(NamedTuple):
+    """A fact in words and tokens.
+
+    Attributes:
+        name: Two words.
+        value: Three words.
+        cue: Token ids of the name.
+        answer: Token ids of what follows, ``is`` and the value.
+    """
+
+    name: tuple[str, ...]
+    value: tuple[str, ...]
+    cue: tuple[int, ...]
+    answer: tuple[int, ...]
+
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        """The whole fact."""
+        return self.cue + self.answer
+
+    @property
+    def text(self) -> str:
+        """The whole fact in words."""
+        return " ".join([*self.name, "is", *self.value])
+
+
+class FactMaker:
+    """Draws facts that fit a tokenizer and occur nowhere in the training text.
+
+    Args:
+        tokenizer: Tokenizer of the model.
+        train: Training text; its frequent words become names and values, and no pair of neighbours in it becomes
+            neighbours in a name or value.
+        n_word: Words to draw from, at most.
+
+    Raises:
+        ConfigError: If the training text has too few words.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, train: TokenizedCorpus, n_word: int = 3000) -> None:
+        self.words = _frequent_words(tokenizer, train, n_word)
+        if len(self.words) < _MIN_WORDS:
+            raise ConfigError(
+                f"planted facts need at least {_MIN_WORDS} different words of 3 to 12 letters in the training text, "
+                f"found {len(self.words)}; use more text, or curriculum=plain"
+            )
+        self._tokens = [tuple(tokenizer.encode(" " + word)) for word in self.words]
+        self._is = tuple(tokenizer.encode(" is"))
+        self._n_vocab = tokenizer.vocab_size
+        pairs = train.tokens[:-1].astype(np.int64) * self._n_vocab + train.tokens[1:]
+        self._neighbours = np.unique(pairs)
+
+    def draw(
+        self, rng: np.random.Generator, n: int, split: Literal["train", "evaluation"], n_word: int | None = None
+    ) -> list[Fact]:
+        """``n`` facts with different names.
+
+        Args:
+            rng: Source of randomness.
+            n: Number of facts.
+            split: Which names and values may be used.
+            n_word: Draw all names from so few words that they look alike; None for all words.
+        """
+        pool = np.arange(len(self.words))
+        if n_word is not None:
+            # Enough pairs must remain when only one in _EVALUATION_SHARE belongs to the split.
+            pool = rng.choice(pool, size=min(max(n_word, 4 + 4 * int(n**0.5)), len(pool)), replace=False)
+        facts: dict[tuple[str, ...], Fact] = {}
+        while len(facts) < n:
+            name, name_tokens = self._combine(rng, pool, 2, split)
+            value, value_tokens = self._combine(rng, np.arange(len(self.words)), 3, split)
+            facts.setdefault(name, Fact(name, value, name_tokens, self._is + value_tokens))
+        return list(facts.values())
+
+    def _combine(
+        self, rng: np.random.Generator, pool: np.ndarray, n: int, split: str
+    ) -> tuple[tuple[str, ...], tuple[int, ...]]:
+        """``n`` different words of ``pool`` in an order that belongs to ``split``, and their tokens."""
+        while True:
+            index = rng.choice(pool, size=n, replace=False) if n > 2 else pool[rng.integers(len(pool), size=n)]
+            if len(set(index.tolist())) < n:
+                continue
+            words = tuple(self.words[i] for i in index)
+            held_out = zlib.crc32(" ".join(words).encode()) % _EVALUATION_SHARE == 0
+            if held_out != (split == "evaluation"):
+                continue
+            parts = [self._tokens[i] for i in index]
+            joints = [a[-1] * self._n_vocab + b[0] for a, b in zip(parts, parts[1:], strict=False)]
+            if all(not self._adjacent(joint) for joint in joints):
+                return words, tuple(token for part in parts for token in part)
+
+    def _adjacent(self, pair: int) -> bool:
+        """Whether two tokens are neighbours anywhere in the training text."""
+        place = int(np.searchsorted(self._neighbours, pair))
+        return place < len(self._neighbours) and int(self._neighbours[place]) == pair
+
+
+def _frequent_words(tokenizer: Tokenizer, train: TokenizedCorpus, n_word: int) -> list[str]:
+    """Frequent plain words of the text, those of the fewest tokens first, then alphabetically."""
+    sample = tokenizer.decode(train.tokens[:2_000_000].tolist())
+    counts: dict[str, int] = {}
+    for word in sample.split():
+        if 3 <= len(word) <= 12 and word.isascii() and word.isalpha() and word.islower():
+            counts[word] = counts.get(word, 0) + 1
+    frequent = [word for word, count in counts.items() if count > 1]
+    length = {word: len(tokenizer.encode(" " + word)) for word in frequent}
+    ranked = sorted(frequent, key=lambda word: (length[word], -counts[word], word))
+    shortest = [word for word in ranked if length[word] == length[ranked[0]]]
+    return sorted((shortest if len(shortest) >= 512 else ranked)[:n_word])
+
+
+class Planted(NamedTuple):
+    """A document with planted facts.
+
+    Attributes:
+        tokens: Token ids, (N + 1,): the document and the token after it.
+        answer: Targets that answer a question, (N,), bool.
+        breaks: Segments that begin a new context, (N / segment_len,), bool.
+    """
+
+    tokens: np.ndarray
+    answer: np.ndarray
+    breaks: np.ndarray
+
+
+def plant(
+    rng: np.random.Generator,
+    maker: FactMaker,
+    passage: np.ndarray,
+    segment_len: int,
+    items: float,
+    hard: bool,
+    new_context: float = 0.5,
+) -> Planted:
+    """Mix facts and questions into a passage.
+
+    About half of the items are facts, told once; the others ask for a fact that was told in an earlier segment. Some
+    segments begin a new context, with a question at its very beginning or within its first few tokens.
+
+    Args:
+        rng: Source of randomness.
+        maker: Where facts come from.
+        passage: Text to mix them into, (N + 1,); what does not fit any more is dropped.
+        segment_len: Tokens per segment.
+        items: Facts and questions per segment, on average.
+        hard: Whether names look alike.
+        new_context: Share of segments that begin a new context.
+    """
+    n_token = len(passage)
+    n_segment = (n_token - 1) // segment_len
+    breaks = rng.random(n_segment) < new_context
+    breaks[0] = False
+    facts = maker.draw(rng, max(int(np.ceil(n_segment * items)), 1), "train", n_word=8 if hard else None)
+    gap = max(segment_len / items - len(facts[0].tokens), 0.0)
+    tokens, answer = np.empty(n_token, dtype=np.int64), np.zeros(n_token, dtype=bool)
+    told: list[tuple[int, Fact]] = []  # where each fact ended
+    place = taken = 0
+    for end in [*(np.flatnonzero(breaks) * segment_len).tolist(), n_token]:  # one context after the other
+        first = place > 0
+        while place < end:
+            space = int(rng.integers(4)) * int(rng.random() < 0.5) if first else rng.integers(2 * int(round(gap)) + 1)
+            earlier = [fact for stop, fact in told if stop // segment_len < (place + space) // segment_len]
+            ask = bool(earlier) and (first or rng.random() < 0.5)
+            fact = earlier[int(rng.integers(len(earlier)))] if ask else facts[min(len(told), len(facts) - 1)]
+            fits = place + space + len(fact.tokens) <= end and (ask or len(told) < len(facts))
+            if not fits:
+                space = min(max(int(space), len(fact.tokens)), end - place)
+            tokens[place : place + space] = passage[taken : taken + space]
+            place, taken, first = place + space, taken + space, False
+            if fits:
+                tokens[place : place + len(fact.tokens)] = fact.tokens
+                if ask:
+                    answer[place + len(fact.cue) : place + len(fact.tokens)] = True
+                place += len(fact.tokens)
+                if not ask:
+                    told.append((place - 1, fact))
+    return Planted(tokens, answer[1:], breaks)

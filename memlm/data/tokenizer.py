@@ -1,0 +1,292 @@
+"""Tokenizers: characters, bytes, words or byte-level BPE, all in the `tokenizer.json` format of `tokenizers`."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from memlm.config import ConfigError, did_you_mean
+from memlm.data.tokens import atomic_file
+
+if TYPE_CHECKING:
+    import tokenizers
+
+    from memlm.data.corpus import Corpus
+
+log = logging.getLogger(__name__)
+
+KINDS = ("char", "byte", "word", "bpe")
+PAD, UNK = "<pad>", "<unk>"
+# Raise it when training changes: tokenizers trained before are then ignored.
+VERSION = 1
+
+# Characters encoded in one piece: the time that one string takes grows faster than its length.
+PIECE_CHARS = 10_000
+# No kind trained here, nor GPT-2's, ever makes a token that goes from a visible character on to whitespace, so a
+# document cut before such a whitespace encodes to the same tokens.
+_LAST_CUT = re.compile(rf"(?s).{{1,{PIECE_CHARS}}}(?<=\S)(?=[ \n])")
+_NEXT_CUT = re.compile(r"(?<=\S)(?=[ \n])")
+
+# One character each; words and signs each with the space before them (so that joining tokens gives the text back).
+_CHAR_PATTERN = r"[\s\S]"
+_WORD_PATTERN = r" ?\w+(?:['\u2019]\w+)*| ?[^\w\s]|\s"
+
+
+class Tokenizer:
+    """Text to token ids and back.
+
+    Args:
+        backend: What does the work. Truncation and padding are switched off: documents are encoded whole.
+    """
+
+    def __init__(self, backend: tokenizers.Tokenizer):
+        backend.no_truncation()
+        backend.no_padding()
+        self._backend = backend
+        self._json = backend.to_str()
+        vocab = backend.get_vocab(with_added_tokens=True)
+        self._size = max(vocab.values(), default=-1) + 1  # ids of a given tokenizer may have gaps
+        self._pad = next((vocab[name] for name in (PAD, "[PAD]", "<|pad|>", "<|padding|>") if name in vocab), None)
+        self._cuttable = _is_cuttable(json.loads(self._json))
+
+    @classmethod
+    def from_json(cls, text: str) -> Tokenizer:
+        """Rebuild a tokenizer from the text of a `tokenizer.json`.
+
+        Raises:
+            ConfigError: The text is not one.
+        """
+        import tokenizers
+
+        try:
+            return cls(tokenizers.Tokenizer.from_str(text))
+        except Exception as error:  # the library raises bare Exceptions
+            raise ConfigError(
+                f"not a tokenizer.json of the tokenizers library ({error}); save one with Tokenizer.save or to_json."
+            ) from None
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> Tokenizer:
+        """Read a `tokenizer.json`.
+
+        Raises:
+            ConfigError: The file is missing or is not a tokenizer.json.
+        """
+        path = Path(path).expanduser()
+        if not path.is_file():
+            raise ConfigError(f"tokenizer file {str(path)!r} does not exist; give the path of a tokenizer.json.")
+        try:
+            return cls.from_json(path.read_text(encoding="utf-8"))
+        except ValueError as error:  # ConfigError, or bytes that are not UTF-8
+            raise ConfigError(f"tokenizer file {str(path)!r} cannot be read: {error}") from None
+
+    def encode(self, text: str) -> list[int]:
+        """Return the token ids of a text, with nothing added before or after."""
+        return self.encode_batch([text])[0]
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        """Return the token ids of each text, encoded in parallel."""
+        pieces = [list(_pieces(text)) if self._cuttable else [text] for text in texts]
+        flat = [piece for row in pieces for piece in row]
+        encodings = iter(self._backend.encode_batch_fast(flat, add_special_tokens=False))
+        return [[i for _ in row for i in next(encodings).ids] for row in pieces]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Return the text of token ids; padding is left out."""
+        return self._backend.decode([int(i) for i in ids if int(i) != self._pad], skip_special_tokens=False)
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of ids a model must know: the largest id plus one."""
+        return self._size
+
+    @property
+    def pad_id(self) -> int:
+        """Id to fill rows with. 0 where a given tokenizer has no padding token: padded places are masked anyway."""
+        return 0 if self._pad is None else self._pad
+
+    def to_json(self) -> str:
+        """Return the text of a `tokenizer.json`."""
+        return self._json
+
+    def fingerprint(self) -> str:
+        """Return the sha256, in hex, of the whole tokenizer."""
+        return hashlib.sha256(self._json.encode()).hexdigest()
+
+
+def train_tokenizer(kind: str, documents: Iterable[str], vocab_size: int) -> Tokenizer:
+    """Train a tokenizer; id 0 is always `<pad>`.
+
+    Args:
+        kind: `char`: every character of the documents, and `<unk>`. `byte`: the 256 bytes of UTF-8, lossless.
+            `word`: the most frequent words and signs, each with the space before it, and `<unk>`; text of known words
+            decodes exactly. `bpe`: byte-level byte-pair encoding as in GPT-2, lossless for any text.
+        documents: The training text.
+        vocab_size: Tokens of `word` and `bpe`, `<pad>` and `<unk>` counted. It is an upper bound: a small text
+            has fewer. `char` and `byte` ignore it.
+
+    Returns:
+        The trained tokenizer; the same documents give the same one.
+
+    Raises:
+        ConfigError: Unknown kind, too small a vocabulary, or no text.
+    """
+    _check_kind(kind)
+    least = {"word": 3, "bpe": 257}.get(kind, 0)
+    if vocab_size < least:
+        raise ConfigError(f"vocab_size must be at least {least} for tokenizer kind {kind!r}, not {vocab_size}.")
+    train = {"char": _train_char, "byte": _train_byte, "word": _train_word, "bpe": _train_bpe}[kind]
+    return Tokenizer(train(documents, vocab_size))
+
+
+def get_tokenizer(kind: str, vocab_size: int, path: str | None, corpus: Corpus, cache_dir: Path) -> Tokenizer:
+    """Return the tokenizer that a config asks for: read from a file, taken from the cache, or trained.
+
+    Several processes may ask at once: files appear whole, and training is deterministic, so all get the same one.
+
+    Args:
+        kind: As in `train_tokenizer`.
+        vocab_size: As in `train_tokenizer`.
+        path: A `tokenizer.json` to use instead; `kind` and `vocab_size` then have no say.
+        corpus: Its train split is the training text.
+        cache_dir: Where trained tokenizers are kept.
+
+    Returns:
+        The tokenizer.
+
+    Raises:
+        ConfigError: A setting is wrong, or `path` cannot be read.
+    """
+    if path is not None:
+        return Tokenizer.from_file(path)
+    _check_kind(kind)
+    name = f"{kind}-{vocab_size}-v{VERSION}-{corpus.fingerprint()[:32]}.json"
+    cached = Path(cache_dir) / "tokenizers" / name
+    if cached.exists():
+        try:
+            return Tokenizer.from_file(cached)
+        except ConfigError as error:
+            log.warning("training tokenizer %s again: the cached file is damaged (%s)", name, error)
+    tokenizer = train_tokenizer(kind, corpus.documents("train"), vocab_size)
+    with atomic_file(cached) as file:
+        file.write(tokenizer.to_json().encode())
+    log.info("trained a %s tokenizer of %d tokens on %s", kind, tokenizer.vocab_size, corpus.name)
+    return tokenizer
+
+
+def _check_kind(kind: str) -> None:
+    if kind not in KINDS:
+        raise ConfigError(
+            f"unknown tokenizer kind {kind!r}: expected one of {', '.join(KINDS)}.{did_you_mean(kind, KINDS)}"
+        )
+
+
+def _pieces(text: str) -> Iterator[str]:
+    """Cut a text into pieces of about `PIECE_CHARS` characters, each but the first beginning with whitespace."""
+    start = 0
+    while len(text) - start > PIECE_CHARS:
+        cut = _LAST_CUT.match(text, start) or _NEXT_CUT.search(text, start + PIECE_CHARS)
+        if cut is None:
+            break
+        yield text[start : cut.end()]
+        start = cut.end()
+    yield text[start:]
+
+
+def _is_cuttable(config: dict[str, Any]) -> bool:
+    """Whether encoding piece by piece provably equals encoding the whole: GPT-2's way of splitting, or one of ours."""
+    before = config["pre_tokenizer"] or {}
+    if config["normalizer"] is not None:
+        return False
+    if before.get("type") == "ByteLevel":
+        return before["use_regex"] and not before["add_prefix_space"]
+    return before.get("type") == "Split" and before["pattern"].get("Regex") in (_CHAR_PATTERN, _WORD_PATTERN)
+
+
+def _train_char(documents: Iterable[str], vocab_size: int) -> tokenizers.Tokenizer:
+    from tokenizers import decoders
+
+    characters: set[str] = set()
+    for document in documents:
+        characters.update(document)
+    if not characters:
+        raise ConfigError("a char tokenizer needs some text to train on; the documents are empty.")
+    backend = _word_level([PAD, UNK, *sorted(characters)], _CHAR_PATTERN)
+    backend.decoder = decoders.Fuse()
+    return backend
+
+
+def _train_word(documents: Iterable[str], vocab_size: int) -> tokenizers.Tokenizer:
+    from tokenizers import Regex, decoders, trainers
+
+    counter = _word_level([UNK], _WORD_PATTERN)
+    trainer = trainers.WordLevelTrainer(vocab_size=vocab_size - 2, min_frequency=1, show_progress=False)
+    counter.train_from_iterator(_training_pieces(documents), trainer)
+    vocab = counter.get_vocab()
+    if not vocab:
+        raise ConfigError("a word tokenizer needs some text to train on; the documents are empty.")
+    backend = _word_level([PAD, UNK, *sorted(vocab, key=vocab.__getitem__)], _WORD_PATTERN)
+    # An unknown word has lost its space: give it one, except at the start of a line or of the text.
+    backend.decoder = decoders.Sequence([decoders.Fuse(), decoders.Replace(Regex(rf"(?<=\S){UNK}"), f" {UNK}")])
+    return backend
+
+
+def _word_level(words: list[str], pattern: str) -> tokenizers.Tokenizer:
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+
+    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token=UNK))
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex(pattern), "isolated")
+    return backend
+
+
+def _train_byte(documents: Iterable[str], vocab_size: int) -> tokenizers.Tokenizer:
+    return _byte_level(_byte_letters(), [])
+
+
+def _train_bpe(documents: Iterable[str], vocab_size: int) -> tokenizers.Tokenizer:
+    from tokenizers import pre_tokenizers, trainers
+
+    backend = _byte_level(_byte_letters(), [])
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size - 1,  # one is <pad>
+        min_frequency=2,
+        show_progress=False,
+        special_tokens=[],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
+    backend.train_from_iterator(_training_pieces(documents), trainer)
+    model = json.loads(backend.to_str())["model"]
+    words = sorted((word for word in model["vocab"] if word != PAD), key=model["vocab"].__getitem__)
+    return _byte_level(words, [tuple(merge) for merge in model["merges"]])
+
+
+def _byte_level(words: list[str], merges: list[tuple[str, str]]) -> tokenizers.Tokenizer:
+    """Build a byte-level tokenizer with `<pad>` before `words`.
+
+    `<pad>` is a plain entry of the vocabulary, out of reach of the merges, and not a special token: a text in which the
+    letters "<pad>" happen to occur is encoded like any other.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    vocab = {word: i for i, word in enumerate([PAD, *words])}
+    backend = Tokenizer(models.BPE(vocab=vocab, merges=merges))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    return backend
+
+
+def _byte_letters() -> list[str]:
+    """Return the letter by which GPT-2 writes each byte 0..255: itself if it is visible, else one from 256 on."""
+    visible = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
+    hidden = [byte for byte in range(256) if byte not in visible]
+    return [chr(byte) if byte in visible else chr(256 + hidden.index(byte)) for byte in range(256)]
+
+
+def _training_pieces(documents: Iterable[str]) -> Iterator[str]:
+    for document in documents:
+        yield from _pieces(document)

@@ -1,0 +1,229 @@
+"""The contract that every memory mechanism keeps.
+
+Text flows in segments. For segment s a memory reads what the segments before s wrote, and writes s afterwards.
+
+Shapes: B rows, S consecutive segments, T tokens per segment, D model width.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from memlm.memory.state import State, where_rows
+
+Scope = Literal["sequence", "shared"]
+
+
+class Segment(NamedTuple):
+    """What a memory may use when it reads and writes ``S`` consecutive segments (``S`` is 1 outside a window).
+
+    Token fields hold the ``C`` tokens before the window (the memory's ``lookback``), then N = S * T cells.
+
+    Attributes:
+        ids: Token ids, (B, C + N).
+        embeddings: Token embeddings, (B, C + N, D).
+        hidden: Input of the memory's layer before any read, (B, C + N, D). If the memory is not layerwise: the inputs
+            of all attached layers, (B, C + N, n_layer, D).
+        valid: Cells that hold a token, (B, C + N). Valid cells of a segment come first. The ``C`` tokens before are
+            valid only where the first segment continues their context.
+        complete: Segments that end now and are to be written, (B, S); true ones come first in a row.
+        continues: Segments whose context goes on from the segment before, (B, S).
+        closes: Segments after which the context ends, (B, S).
+        reset: Segments that begin a new document, (B, S); None if there is none.
+        position: Place of the segment's first token in its document, (B, S).
+        document: Number of the document within its row, (B, S).
+        signals: Implicit signals of the text by name, each (B, n), or None.
+    """
+
+    ids: Tensor
+    embeddings: Tensor
+    hidden: Tensor
+    valid: Tensor
+    complete: Tensor
+    continues: Tensor
+    closes: Tensor
+    reset: Tensor | None
+    position: Tensor
+    document: Tensor
+    signals: dict[str, Tensor] | None
+    lookback: int
+
+    @property
+    def n_segment(self) -> int:
+        """``S``."""
+        return self.complete.shape[1]
+
+    @property
+    def segment_len(self) -> int:
+        """``T``."""
+        return (self.ids.shape[1] - self.lookback) // self.n_segment
+
+    def at(self, s: int) -> Segment:
+        """Segment ``s`` alone with the tokens before it, ``S`` = 1."""
+        cells = slice(s * self.segment_len, (s + 1) * self.segment_len + self.lookback)
+        segment = Segment(
+            *(part[:, cells] for part in self[:4]),
+            *(None if part is None else part[:, s : s + 1] for part in self[4:10]),
+            *self[10:],
+        )
+        if s == 0 or not self.lookback:
+            return segment
+        before = segment.valid[:, : self.lookback] & segment.continues
+        return segment._replace(valid=torch.cat([before, segment.valid[:, self.lookback :]], dim=1))
+
+
+class Residual(NamedTuple):
+    """A read that is added to the residual stream.
+
+    Attributes:
+        values: Gated contribution, (B, N, D).
+        slots: Slots that were read, (B, N, k); -1 where none.
+        weights: Read weight of each, (B, N, k). What is missing to 1 was read from nothing.
+        gate: How far the read is let in, (B, N), in 0..1.
+    """
+
+    values: Tensor
+    slots: Tensor
+    weights: Tensor
+    gate: Tensor
+
+
+Trace = dict[str, Tensor]
+"""Scalars of one step, by name: for the log, and for the memory's own losses."""
+
+
+class Memory(nn.Module):
+    """A memory mechanism: parameters live in the module, what is remembered lives in the state.
+
+    Subclasses define `init_state`, `read` and `write`; the rest has defaults. ``layerwise`` memories have one module
+    and one state per attached layer, and their write needs nothing but the input of that layer: the model may then run
+    all segments of a window through one layer before the next. Others have one state for all attached layers.
+
+    Attributes:
+        scope: ``sequence``, one bank per row that is reset at document starts; ``shared``, one bank for all rows.
+        layerwise: See above.
+        lookback: How many tokens before the segment a write needs; at most the segment's length.
+    """
+
+    scope: Scope = "sequence"
+    layerwise: bool = True
+    lookback: int = 0
+
+    def init_state(self, n_row: int) -> State:
+        """A fresh state of ``n_row`` rows on the module's device."""
+        raise NotImplementedError
+
+    def recall(self, state: State) -> Any:
+        """What `read` needs of the state, computed once per segment, differentiable. Default: the state itself."""
+        return state
+
+    def read(self, x: Tensor, recalled: Any, layer: int) -> Residual:
+        """Read for one segment.
+
+        Args:
+            x: Hidden states, (B, T, D).
+            recalled: Result of `recall`.
+            layer: Index of the reading layer.
+        """
+        raise NotImplementedError
+
+    def write(self, segment: Segment, state: State, reads: list[Residual]) -> tuple[State, Trace]:
+        """The state after one segment (``S`` = 1). Rows whose segment is not complete keep their state.
+
+        Args:
+            segment: The segment; with no valid cell a write only settles what an earlier segment left open.
+            state: State before the segment; never changed in place.
+            reads: What the attached layers read for this segment.
+
+        Returns:
+            The new state and scalars about the write.
+        """
+        raise NotImplementedError
+
+    def process(
+        self, x: Tensor, segment: Segment, state: State, layer: int, read: bool, write: bool
+    ) -> tuple[Residual | None, State, Trace]:
+        """Read and write the ``S`` segments of a window in order. This loop is the definition.
+
+        A mechanism may override it with something faster that gives the same outputs and gradients.
+
+        Args:
+            x: Hidden states that read, (B, N, D); for one segment any part of it.
+            segment: The window, to be written where complete.
+            state: State before the window.
+            layer: Index of the layer.
+            read: Whether to read.
+            write: Whether to write.
+
+        Returns:
+            The reads (None if ``read`` is off), the state after the window, scalars about the writes.
+        """
+        reads: list[Residual] = []
+        traces: list[Trace] = []
+        for s, queries in enumerate(x.chunk(segment.n_segment, dim=1)):
+            part = segment.at(s)
+            state = self.start_documents(part.reset, state)
+            if read:
+                reads.append(self.read(queries, self.recall(state), layer))
+            if write:
+                state, trace = self.write(part, state, reads[-1:])
+                traces.append(trace)
+        return (join_reads(reads) if reads else None), state, mean_trace(traces)
+
+    def start_documents(self, reset: Tensor | None, state: State) -> State:
+        """The state with the rows that ``reset`` (B, S) names fresh, if the bank belongs to a document."""
+        if reset is None or self.scope == "shared":
+            return state
+        return where_rows(reset.any(dim=1), self.init_state(reset.shape[0]), state)
+
+    def keep_bank(self) -> None:
+        """Hold a persistent bank in buffers ``bank_<field>``, so that it is saved and moved with the module."""
+        for name, tensor in self.init_state(1)._asdict().items():
+            self.register_buffer(f"bank_{name}", tensor)
+
+    def first_state(self, n_row: int) -> State:
+        """State before any text: a copy of the persistent bank if there is one, else a fresh state."""
+        fresh = self.init_state(n_row)
+        if self.scope != "shared":
+            return fresh
+        bank = {name: getattr(self, f"bank_{name}").clone() for name in fresh._fields}
+        return type(fresh)(**{name: t.cpu() if name.startswith("host_") else t for name, t in bank.items()})
+
+    def commit(self, state: State) -> None:
+        """Make ``state`` the persistent bank."""
+        for name, tensor in state._asdict().items():
+            getattr(self, f"bank_{name}").copy_(tensor.detach())
+
+    def losses(self, trace: dict[str, Tensor], nll: Tensor) -> dict[str, Tensor]:
+        """Losses of the mechanism beside next-token prediction, by name.
+
+        Args:
+            trace: The ``trace`` of this step's reads.
+            nll: Weighted next-token loss of this step, a scalar.
+        """
+        return {}
+
+    def consolidate(self, state: State) -> tuple[State, dict[str, int]]:
+        """Merge, decay, promote, evict. Default: nothing to do.
+
+        Returns:
+            The new state and exact counts of what was done, by name.
+        """
+        return state, {}
+
+    def flops_per_token(self) -> int:
+        """Multiply-adds times two of one token's read and write."""
+        return 2 * sum(parameter.numel() for parameter in self.parameters())
+
+
+def join_reads(reads: list[Residual]) -> Residual:
+    """One read over S segments from S reads of one segment."""
+    return Residual(*(torch.cat(parts, dim=1) for parts in zip(*reads, strict=True)))
+
+
+def mean_trace(traces: list[Trace]) -> Trace:
+    """Mean of each scalar over segments."""
+    return {name: torch.stack([trace[name] for trace in traces]).mean() for name in (traces[0] if traces else {})}

@@ -1,0 +1,497 @@
+"""Long-term memory: many key-value slots per layer, read by top-k attention.
+
+Source: LMCODE's LongTermMemory (importance-weighted top-k read, soft attention over what was retrieved, a gate, FIFO
+storage with intelligent replacement, consolidation of similar slots).
+
+A token at position t makes a slot: its key is a projection of the hidden state h_t (queries use the same projection),
+its value a projection of the embedding of the token that follows. A learned write gate weighs slots when they are read;
+slots are kept by the best mean log-gate of a span that covers them, so that a fact survives as a whole.
+
+Shapes: B rows, S segments, T tokens per segment, D model width, M slots, C tokens of lookback, K slots written per segment,
+N = S * T, k slots read per token.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
+
+from memlm.memory.base import Memory, Residual, Scope, Segment, Trace
+from memlm.retrieval.exact import Pool, attend
+
+_EMPTY = -(2.0**23)  # priority of the first empty slot; slot i has _EMPTY + i, so that banks fill from the front
+_USED = -(2.0**22)  # every used slot has a priority above this
+_CHUNK = 1024  # slots compared at a time when a bank is consolidated
+
+
+class LongTermState(NamedTuple):
+    """Bank of one layer: ``B`` rows (1 if shared) of ``M`` slots.
+
+    Attributes:
+        key: Unit keys, (B, M, d_key).
+        value: Values, (B, M, d_value).
+        log_gate: Log of the write gate, a bias of the read, (B, M).
+        priority: What a slot is worth when one must go, (B, M); below -2**22 for an empty slot.
+        record: Id of the record (the span of one segment) a slot belongs to, (B, M); -1 if empty.
+        document: Number of the document it came from, (B, M).
+        position: Place of its token in that document, (B, M).
+        tokens: Ids of the tokens up to its own and the one after, (B, M, span + 1); -1 where there is none.
+        n_record: Records written so far, (B,).
+        host_used: An upper bound on the used slots of a row, (B,), on the CPU.
+    """
+
+    key: Tensor
+    value: Tensor
+    log_gate: Tensor
+    priority: Tensor
+    record: Tensor
+    document: Tensor
+    position: Tensor
+    tokens: Tensor
+    n_record: Tensor
+    host_used: Tensor
+
+
+class _Candidates(NamedTuple):
+    """Slots that the segments of a window would write: (B, S, K, ...)."""
+
+    key: Tensor
+    value: Tensor
+    log_gate: Tensor
+    priority: Tensor  # -inf where there is no slot
+    position: Tensor
+    document: Tensor
+    tokens: Tensor
+
+
+class LongTermMemory(Memory):
+    """Key-value slots with learned importance.
+
+    Args:
+        d_model: Width of the hidden states.
+        n_slot: Slots per row (or in all, if shared) and layer.
+        d_key: Width of keys and queries.
+        top_k: Slots that a token reads.
+        write_budget: Most slots that one segment may write; None for all its tokens.
+        span: Length in tokens of the window whose mean log-gate says what a slot is worth.
+        importance: What decides which slot stays: ``span`` (best mean log-gate of a span that covers it), ``token``
+            (its own log-gate) or ``fifo`` (the oldest goes).
+        temperature: Initial inverse temperature of the read; learned.
+        retrieval_threshold: Cosine similarity under which a slot is not read at all.
+        gate_floor: Least factor by which the write gate may weaken a slot in the read.
+        gate_penalty: Weight of the mean write gate in the loss: what makes writing selective.
+        scope: ``sequence`` (one bank per row) or ``shared`` (one bank for all).
+
+    Raises:
+        ValueError: If a setting cannot work; the message names it.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        n_slot: int = 10_000,
+        d_key: int = 128,
+        top_k: int = 32,
+        write_budget: int | None = 32,
+        span: int = 5,
+        importance: Literal["span", "token", "fifo"] = "span",
+        temperature: float = 12.0,
+        retrieval_threshold: float = -1.0,
+        gate_floor: float = 0.02,
+        gate_penalty: float = 0.1,
+        scope: Scope = "sequence",
+    ) -> None:
+        super().__init__()
+        for name, number in {"n_slot": n_slot, "d_key": d_key, "top_k": top_k, "span": span}.items():
+            if number < 1:
+                raise ValueError(f"{name} must be at least 1, got {number}")
+        if n_slot >= 2**22:
+            raise ValueError(f"n_slot must be below {2**22}, got {n_slot}")
+        if write_budget is not None and not 1 <= write_budget <= n_slot:
+            raise ValueError(f"write_budget must be in 1..n_slot ({n_slot}) or null, got {write_budget}")
+        if not -1 <= retrieval_threshold <= 1:
+            raise ValueError(f"retrieval_threshold is a cosine, so in -1..1, got {retrieval_threshold}")
+        if not 0 < gate_floor <= 1:
+            raise ValueError(f"gate_floor must be in (0, 1], got {gate_floor}")
+        if not temperature > 0:
+            raise ValueError(f"temperature must be positive, got {temperature}")
+        self.n_slot, self.d_key, self.top_k = n_slot, d_key, top_k
+        self.write_budget, self.span, self.importance = write_budget, span, importance
+        self.retrieval_threshold, self.gate_floor, self.gate_penalty = retrieval_threshold, gate_floor, gate_penalty
+        self.scope = scope
+        self.lookback = 2 * span
+
+        self.norm = nn.RMSNorm(d_model)
+        self.to_key = nn.Linear(d_model, d_key, bias=False)
+        self.embedding_norm = nn.RMSNorm(d_model)
+        self.to_value = nn.Linear(d_model, d_model, bias=False)
+        self.to_output = nn.Linear(d_model, d_model, bias=False)
+        self.read_gate = nn.Linear(d_model, 1)
+        self.write_gate = nn.Sequential(nn.Linear(3 * d_model, d_model), nn.GELU(), nn.Linear(d_model, 1))
+        self.log_temperature = nn.Parameter(torch.tensor(float(temperature)).log())
+        self.null_similarity = nn.Parameter(torch.tensor(0.5))
+        self.register_buffer("temperature_scale", torch.tensor(1.0))
+        self._initialise()
+
+    def _initialise(self) -> None:
+        """Initial values: a read begins as the embedding of the token that followed, let in by half."""
+        nn.init.normal_(self.to_key.weight, std=self.to_key.in_features**-0.5)
+        nn.init.eye_(self.to_value.weight)
+        nn.init.eye_(self.to_output.weight)
+        nn.init.zeros_(self.read_gate.weight)
+        nn.init.zeros_(self.read_gate.bias)
+        for linear in (self.write_gate[0], self.write_gate[2]):
+            nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
+            nn.init.zeros_(linear.bias)
+
+    def init_state(self, n_row: int) -> LongTermState:
+        """An empty bank for ``n_row`` rows of text."""
+        weight = self.to_key.weight
+        n_bank = 1 if self.scope == "shared" else n_row
+        d_model = self.norm.normalized_shape[0]
+
+        def full(*shape: int, value: float = 0.0, dtype: torch.dtype = torch.float32) -> Tensor:
+            return torch.full(shape, value, dtype=dtype, device=weight.device)
+
+        empty = _EMPTY + torch.arange(self.n_slot, device=weight.device, dtype=torch.float32)
+        return LongTermState(
+            key=full(n_bank, self.n_slot, self.d_key),
+            value=full(n_bank, self.n_slot, d_model),
+            log_gate=full(n_bank, self.n_slot),
+            priority=empty.expand(n_bank, -1).clone(),
+            record=full(n_bank, self.n_slot, value=-1, dtype=torch.long),
+            document=full(n_bank, self.n_slot, value=-1, dtype=torch.long),
+            position=full(n_bank, self.n_slot, value=-1, dtype=torch.long),
+            tokens=full(n_bank, self.n_slot, self.span + 1, value=-1, dtype=torch.int32),
+            n_record=full(n_bank, dtype=torch.long),
+            host_used=torch.zeros(n_bank, dtype=torch.long),
+        )
+
+    def read(self, x: Tensor, recalled: LongTermState, layer: int) -> Residual:
+        """Top-k attention of one segment's tokens over the bank; see `Memory.read`."""
+        return self._attend(x, self._bank(recalled), None)
+
+    def write(self, segment: Segment, state: LongTermState, reads: list[Residual]) -> tuple[LongTermState, Trace]:
+        """Store the best slots of one segment; see `Memory.write`."""
+        candidates, trace = self._candidates(segment)
+        complete = segment.complete[:, 0].long()
+        record = torch.zeros_like(complete)
+        if self.scope == "shared":  # rows write in order, as one row of B * K slots
+            candidates = _Candidates(*(part[:, 0].flatten(0, 1)[None] for part in candidates))
+            record = (complete.cumsum(0) - complete).repeat_interleave(candidates.priority.shape[1] // len(complete))[None]
+            complete = complete.sum(0, keepdim=True)
+        else:
+            candidates = _Candidates(*(part[:, 0] for part in candidates))
+            record = record[:, None].expand_as(candidates.priority)
+        start = self._age(state.priority, complete)
+        victim, order, accept = _replace(start, candidates.priority)
+        stored = {
+            name: _put(getattr(state, name), victim, accept, _take(part, order))
+            for name, part in candidates._asdict().items()
+        }
+        stored["priority"] = _put(start, victim, accept, _take(candidates.priority, order))
+        new = LongTermState(
+            **stored,
+            record=_put(state.record, victim, accept, state.n_record[:, None] + _take(record, order)),
+            n_record=state.n_record + complete,
+            host_used=(state.host_used + victim.shape[1]).clamp(max=self.n_slot),
+        )
+        return new, trace
+
+    def process(
+        self, x: Tensor, segment: Segment, state: LongTermState, layer: int, read: bool, write: bool
+    ) -> tuple[Residual | None, LongTermState, Trace]:
+        """All segments of a window at once; equal to the segment-wise definition in outputs and gradients.
+
+        Which slots a segment finds is settled first, by priorities alone; then all segments read at once.
+        """
+        if self.scope == "shared" or segment.n_segment == 1 or not write:
+            return super().process(x, segment, state, layer, read, write)
+        candidates, trace = self._candidates(segment)
+        start = self.start_documents(segment.reset, state)
+        plan = self._plan(state, candidates.priority, segment)
+        flat = _Candidates(*(part.flatten(1, 2) for part in candidates))
+        reads = None
+        if read:
+            window = Pool(flat.key, flat.value, self._bias(flat.log_gate), plan.window_visible)
+            reads = self._attend(x, self._bank(state, plan.bank_visible), window)
+            n_bank = int(state.host_used.max())
+            slot = torch.cat([torch.arange(n_bank, device=x.device).expand(len(x), -1), plan.window_slot], dim=1)
+            reads = reads._replace(slots=slot.gather(1, reads.slots.flatten(1)).view_as(reads.slots))
+        n_used = min(int(state.host_used.max()) + flat.priority.shape[1], self.n_slot)  # the rest stays empty
+        kept, source = plan.source[:, :n_used] >= 0, plan.source[:, :n_used].clamp(min=0)
+
+        def settle(old: Tensor, new: Tensor) -> Tensor:
+            mask = kept.view(*kept.shape, *[1] * (old.dim() - 2))
+            return torch.cat([torch.where(mask, _take(new, source), old[:, :n_used]), old[:, n_used:]], dim=1)
+
+        stored = {name: settle(getattr(start, name), part) for name, part in flat._asdict().items()}
+        new = LongTermState(
+            **stored | {"priority": plan.priority},
+            record=settle(start.record, start.n_record[:, None] + plan.record),
+            n_record=start.n_record + plan.n_record,
+            host_used=(start.host_used + flat.priority.shape[1]).clamp(max=self.n_slot),
+        )
+        return reads, new, trace
+
+    def _age(self, priority: Tensor, n_written: Tensor) -> Tensor:
+        """Priorities before the next write: under ``fifo`` what is stored gets older, else they stay."""
+        if self.importance != "fifo":
+            return priority
+        return priority - (priority > _USED).float() * (n_written > 0).float()[:, None]
+
+    def _plan(self, state: LongTermState, priority: Tensor, segment: Segment) -> _Plan:
+        """Replay the replacement of a whole window by priorities alone (B, S, K)."""
+        n_row, n_segment, n_new = priority.shape
+        device, n_candidate = priority.device, n_segment * n_new
+        bank = state.priority
+        used = bank > _USED
+        source = torch.full_like(bank, -1, dtype=torch.long)
+        bank_until = torch.full_like(source, n_segment)
+        new_until = torch.full((n_row, n_candidate + 1), -1, device=device)  # one column more: writes to nowhere
+        window_slot = torch.full((n_row, n_candidate), -1, device=device)
+        counter = torch.zeros(n_row, dtype=torch.long, device=device)
+        records = []
+        empty = _EMPTY + torch.arange(bank.shape[1], device=device, dtype=bank.dtype)
+        for s in range(n_segment):
+            complete = segment.complete[:, s].long()
+            if segment.reset is not None:
+                reset = segment.reset[:, s, None]
+                bank = torch.where(reset, empty, bank)
+                source = source.masked_fill(reset, -1)
+                bank_until = torch.where(reset, bank_until.clamp(max=s - 1), bank_until)
+                new_until = torch.where(reset, new_until.clamp(max=s - 1), new_until)
+                counter = counter.masked_fill(reset[:, 0], 0)
+            bank = self._age(bank, complete)
+            victim, order, accept = _replace(bank, priority[:, s])
+            candidate = s * n_new + order  # (B, K)
+            replaced = source.gather(1, victim)
+            bank_until = _put(bank_until, victim, accept & (replaced < 0), bank_until.gather(1, victim).clamp(max=s))
+            nowhere = torch.where(accept & (replaced >= 0), replaced, n_candidate)
+            new_until = new_until.scatter(1, nowhere, s)
+            new_until = new_until.scatter(1, candidate, torch.where(accept, n_segment, -1))
+            window_slot = window_slot.scatter(1, candidate, torch.where(accept, victim, -1))
+            source = _put(source, victim, accept, candidate)
+            bank = _put(bank, victim, accept, priority[:, s].gather(1, order))
+            records.append(counter[:, None].expand(-1, n_new))
+            counter = counter + complete
+        reader = torch.arange(n_segment, device=device)[:, None]  # (S, 1)
+        born = torch.arange(n_candidate, device=device) // n_new
+        return _Plan(
+            priority=bank,
+            source=source,
+            record=torch.cat(records, dim=1),
+            n_record=counter,
+            window_slot=window_slot,
+            bank_visible=(reader <= bank_until[:, None]) & used[:, None],
+            window_visible=(reader > born) & (reader <= new_until[:, None, :-1]),
+        )
+
+    def losses(self, trace: Trace, nll: Tensor) -> dict[str, Tensor]:
+        """The price of writing: ``gate_penalty`` times the mean write gate."""
+        return {"gate_penalty": self.gate_penalty * trace["write_gate"]} if "write_gate" in trace else {}
+
+    def _bias(self, log_gate: Tensor) -> Tensor:
+        """Read bias of a slot: its log gate, with a floor that keeps every slot within reach."""
+        return (self.gate_floor + (1 - self.gate_floor) * log_gate.exp()).log()
+
+    def _bank(self, state: LongTermState, visible: Tensor | None = None) -> Pool | None:
+        """The part of the bank that may hold something; None if there is none."""
+        n_used = int(state.host_used.max())
+        if n_used == 0:
+            return None
+        if visible is None:
+            visible = (state.priority[:, None, :n_used] > _USED)  # (B, 1, M)
+        return Pool(
+            state.key[:, :n_used], state.value[:, :n_used], self._bias(state.log_gate[:, :n_used]), visible[..., :n_used]
+        )
+
+    def _attend(self, x: Tensor, bank: Pool | None, window: Pool | None) -> Residual:
+        """Gated read of ``x`` (B, N, D)."""
+        gate = self.read_gate(x).sigmoid()  # (B, N, 1)
+        if bank is None and window is None:
+            none = torch.zeros(*x.shape[:2], 0, device=x.device)
+            return Residual(torch.zeros_like(x), none.long(), none, gate[..., 0])
+        with torch.autocast(x.device.type, enabled=False):
+            query = F.normalize(self.to_key(self.norm(x.float())), dim=-1)  # (B, N, d_key)
+            temperature = self.log_temperature.exp() * self.temperature_scale
+            null = temperature * self.null_similarity
+            read, slots, weights = attend(
+                query, temperature, null, self.retrieval_threshold, self.top_k, bank, window
+            )
+        return Residual(gate * self.to_output(read.to(x.dtype)), slots, weights, gate[..., 0])
+
+    def _candidates(self, segment: Segment) -> tuple[_Candidates, Trace]:
+        """The slots that each segment of a window would write, and the mean write gate."""
+        span, n_segment, n_token = self.span, segment.n_segment, segment.segment_len
+        hidden, valid = segment.hidden.float(), segment.valid
+        with torch.autocast(hidden.device.type, enabled=False):
+            following = torch.cat([hidden[:, 1:], hidden[:, -1:]], dim=1)
+            embedding = self.embedding_norm(segment.embeddings.float())
+            embedding = torch.cat([embedding[:, 1:], embedding[:, -1:]], dim=1)  # of the token that follows
+            gate_logit = self.write_gate(torch.cat([self.norm(hidden), self.norm(following), embedding], dim=-1))[..., 0]
+            log_gate = F.logsigmoid(gate_logit)  # (B, C + N)
+            key = F.normalize(self.to_key(self.norm(hidden)), dim=-1)
+            value = self.to_value(embedding)
+
+        window_len = n_token + self.lookback
+
+        def windows(part: Tensor) -> Tensor:  # (B, C + N, ...) -> (B, S, C + T, ...)
+            view = part.unfold(1, window_len, n_token)
+            return view.movedim(-1, 2) if part.dim() > 2 else view
+
+        # In each window: the tokens of the segment's own context, and which of them have a successor in it.
+        before = torch.arange(window_len, device=valid.device) < self.lookback
+        here = windows(valid) & (segment.continues[..., None] | ~before)  # (B, S, C + T)
+        has_next = F.pad(here[..., 1:], (0, 1))
+        here = here & has_next
+        worth = _importance(windows(log_gate.detach()), here, span, self.importance)
+        # Tokens whose spans are all complete are final; those at the end wait for the next segment.
+        place = torch.arange(window_len, device=valid.device)
+        final = (place >= self.lookback - span) & ((place < window_len - span) | segment.closes[..., None])
+        final = final & here & segment.complete[..., None]
+        position = segment.position[..., None] + place - self.lookback  # (B, S, C + T)
+        worth = worth.masked_fill(~final, -torch.inf)
+        best = worth.topk(min(self.write_budget or window_len, window_len), dim=2)  # (B, S, K)
+
+        def pick(part: Tensor) -> Tensor:  # (B, C + N, ...) -> (B, S, K, ...)
+            start = torch.arange(n_segment, device=part.device)[:, None] * n_token
+            return _take(part, (best.indices + start).flatten(1)).unflatten(1, best.indices.shape[1:])
+
+        snippet = F.pad(segment.ids, (span - 1, 1), value=-1).unfold(1, span + 1, 1)  # (B, C + N, span + 1)
+        candidates = _Candidates(
+            key=pick(key),
+            value=pick(value),
+            log_gate=pick(log_gate),
+            priority=best.values,
+            position=position.gather(2, best.indices),
+            document=segment.document[..., None].expand_as(best.indices),
+            tokens=pick(snippet).to(torch.int32),
+        )
+        weight = final.float()
+        gate = windows(log_gate).exp() * weight
+        mean_gate = (gate.sum(dim=(0, 2)) / weight.sum(dim=(0, 2)).clamp(min=1)).mean()  # over segments
+        return candidates, {"write_gate": mean_gate}
+
+    def consolidate(self, state: LongTermState, threshold: float = 0.1) -> tuple[LongTermState, dict[str, int]]:
+        """Merge similar slots: keys within ``threshold`` in cosine distance that hold similar values.
+
+        Every slot joins its most important similar slot, unless that one joins another itself. The survivor keeps its
+        place, id and origin; its key and value become the importance-weighted means; the joined slots become empty.
+
+        Args:
+            state: The bank.
+            threshold: Largest cosine distance (1 - cosine) of both keys and values that is merged, in 0..2.
+
+        Returns:
+            The new bank and ``{"merged": number of slots that were joined to another}``.
+
+        Raises:
+            ValueError: If the threshold is out of range.
+        """
+        if not 0 <= threshold <= 2:
+            raise ValueError(f"threshold is a cosine distance, so in 0..2, got {threshold}")
+        n_used = int(state.host_used.max())
+        if n_used == 0:
+            return state, {"merged": 0}
+        priority, key, value = state.priority[:, :n_used], state.key[:, :n_used], state.value[:, :n_used]
+        used = priority > _USED
+        rank = priority.argsort(dim=1, descending=True, stable=True).argsort(dim=1)  # 0 is the most important
+        unit_value = F.normalize(value, dim=-1)
+        target = torch.arange(n_used, device=key.device).expand_as(rank).clone()
+        for start in range(0, n_used, _CHUNK):  # chunks bound the memory of the similarity matrix
+            rows = slice(start, start + _CHUNK)
+            close = (key[:, rows] @ key.transpose(1, 2) >= 1 - threshold) & (
+                unit_value[:, rows] @ unit_value.transpose(1, 2) >= 1 - threshold
+            )
+            close &= used[:, None] & used[:, rows, None] & (rank[:, None] < rank[:, rows, None])
+            best = rank[:, None].expand_as(close).masked_fill(~close, n_used).min(dim=2)
+            target[:, rows] = torch.where(best.values < n_used, best.indices, target[:, rows])
+        itself = torch.arange(n_used, device=key.device).expand_as(target)
+        joins = (target != itself) & (target.gather(1, target) == target)
+        target = torch.where(joins, target, itself)
+        weight = state.log_gate[:, :n_used].exp() * used
+        total = torch.zeros_like(weight).scatter_add(1, target, weight)
+
+        def mean(part: Tensor) -> Tensor:
+            index = target[..., None].expand_as(part)
+            summed = torch.zeros_like(part).scatter_add(1, index, part * weight[..., None])
+            merged = summed / total.clamp(min=1e-12)[..., None]
+            return torch.where((used & ~joins)[..., None], merged, torch.zeros_like(part))
+
+        empty = _EMPTY + torch.arange(n_used, device=key.device, dtype=priority.dtype)
+
+        def front(old: Tensor, new: Tensor) -> Tensor:
+            return torch.cat([new, old[:, n_used:]], dim=1)
+
+        new = state._replace(
+            key=front(state.key, F.normalize(mean(key), dim=-1)),
+            value=front(state.value, mean(value)),
+            priority=front(state.priority, torch.where(joins, empty, priority)),
+            record=front(state.record, state.record[:, :n_used].masked_fill(joins, -1)),
+            document=front(state.document, state.document[:, :n_used].masked_fill(joins, -1)),
+            position=front(state.position, state.position[:, :n_used].masked_fill(joins, -1)),
+            tokens=front(state.tokens, state.tokens[:, :n_used].masked_fill(joins[..., None], -1)),
+            log_gate=front(state.log_gate, state.log_gate[:, :n_used].masked_fill(joins, 0.0)),
+        )
+        return new, {"merged": int(joins.sum())}
+
+
+class _Plan(NamedTuple):
+    """What becomes of the slots of a window; P = S * K candidates."""
+
+    priority: Tensor  # of the bank after the window, (B, M)
+    source: Tensor  # candidate that each slot of the bank holds after the window, (B, M); -1: what it held before
+    record: Tensor  # number of the record of each candidate within the window, (B, P)
+    n_record: Tensor  # records written since the window began, or since its last reset, (B,)
+    window_slot: Tensor  # slot that each candidate went to, (B, P); -1 if none
+    bank_visible: Tensor  # which old slots each segment may read, (B, S, M)
+    window_visible: Tensor  # which candidates each segment may read, (B, S, P)
+
+
+def _importance(log_gate: Tensor, here: Tensor, span: int, kind: str) -> Tensor:
+    """What each token of a window is worth (B, S, W).
+
+    For ``span``: the best mean log-gate of the spans that cover the token. A span that reaches beyond the context counts
+    its tokens inside, if they are at least half of it.
+    """
+    if kind == "token":
+        return log_gate
+    if kind == "fifo":
+        return torch.arange(log_gate.shape[-1], device=log_gate.device).expand_as(log_gate) / log_gate.shape[-1]
+    edge = (span - 1, span - 1)
+    total = F.pad(log_gate * here, edge).unfold(-1, span, 1).sum(dim=-1)  # (B, S, W + span - 1)
+    count = F.pad(here.float(), edge).unfold(-1, span, 1).sum(dim=-1)
+    mean = torch.where(count >= (span + 1) // 2, total / count.clamp(min=1), -torch.inf)
+    best = mean.unfold(-1, span, 1).amax(dim=-1)  # (B, S, W)
+    return torch.where(best.isinf(), log_gate, best)
+
+
+def _replace(bank: Tensor, new: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Which slots of ``bank`` (B, M) the ``new`` ones (B, K) replace, by priority.
+
+    The best new slot meets the worst old one, the second best the second worst, and so on; it is accepted if it is
+    worth more. The bank so holds the best M of both.
+
+    Returns:
+        Old slots (B, K), all different; new slots in the order of their meeting (B, K); whether each is accepted.
+    """
+    n_new = min(new.shape[1], bank.shape[1])
+    best = new.topk(n_new, dim=1)
+    worst = bank.topk(n_new, dim=1, largest=False)
+    return worst.indices, best.indices, best.values > worst.values
+
+
+def _take(part: Tensor, index: Tensor) -> Tensor:
+    """``part`` (B, M, ...) at ``index`` (B, K): (B, K, ...)."""
+    return part.gather(1, index.view(*index.shape, *[1] * (part.dim() - 2)).expand(*index.shape, *part.shape[2:]))
+
+
+def _put(part: Tensor, index: Tensor, accept: Tensor, new: Tensor) -> Tensor:
+    """``part`` (B, M, ...) with ``new`` (B, K, ...) at ``index`` (B, K) where ``accept`` (B, K)."""
+    shape = (*index.shape, *[1] * (part.dim() - 2))
+    index = index.view(shape).expand_as(new)
+    return part.scatter(1, index, torch.where(accept.view(shape), new.to(part.dtype), part.gather(1, index)))

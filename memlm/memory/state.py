@@ -1,0 +1,120 @@
+"""Generic functions over memory states.
+
+A state is a value: a (possibly nested) NamedTuple, tuple or dict of fixed-shape tensors whose leading dimension is
+rows. Fields whose name starts with ``host_`` hold bookkeeping that the program must know without waiting for an
+accelerator; they stay on the CPU when a state moves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+State = Any
+
+
+def map_tensors(function: Callable[..., Tensor], state: State, *others: State, host: bool = True) -> State:
+    """Apply ``function`` to every tensor of ``state`` (and the matching tensors of ``others``).
+
+    Args:
+        function: Called with one tensor of each state.
+        state: The state that gives the structure.
+        others: States of the same structure.
+        host: Whether ``host_`` fields are mapped too; if not, they are passed through unchanged.
+    """
+    if isinstance(state, Tensor):
+        return function(state, *others)
+    if state is None:
+        return None
+    if isinstance(state, dict):
+        return {
+            key: value
+            if not host and key.startswith("host_")
+            else map_tensors(function, value, *(o[key] for o in others), host=host)
+            for key, value in state.items()
+        }
+    if hasattr(state, "_fields"):
+        fields = map_tensors(function, state._asdict(), *(o._asdict() for o in others), host=host)
+        return type(state)(**fields)
+    if isinstance(state, tuple | list):
+        return type(state)(map_tensors(function, *parts, host=host) for parts in zip(state, *others, strict=True))
+    raise TypeError(f"a state holds tensors, NamedTuples, tuples and dicts; got {type(state).__name__}")
+
+
+def tensors(state: State) -> list[Tensor]:
+    """All tensors of ``state`` in a fixed order."""
+    found: list[Tensor] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        found.append(tensor)
+        return tensor
+
+    map_tensors(keep, state)
+    return found
+
+
+def detach(state: State) -> State:
+    """The same values, cut from the graph."""
+    return map_tensors(Tensor.detach, state)
+
+
+def move(state: State, device: torch.device | str) -> State:
+    """``state`` on ``device``; ``host_`` fields stay on the CPU."""
+    return map_tensors(lambda tensor: tensor.to(device), state, host=False)
+
+
+def where_rows(mask: Tensor, chosen: State, other: State) -> State:
+    """Rows of ``chosen`` where ``mask`` (B,) is true, rows of ``other`` elsewhere."""
+
+    def pick(a: Tensor, b: Tensor) -> Tensor:
+        return torch.where(mask.to(a.device).view(-1, *[1] * (a.dim() - 1)), a, b)
+
+    return map_tensors(pick, chosen, other)
+
+
+def select_rows(state: State, index: Tensor) -> State:
+    """Rows ``index`` (N,) of ``state``: permutes, repeats or drops rows."""
+    return map_tensors(lambda tensor: tensor.index_select(0, index.to(tensor.device)), state)
+
+
+def n_byte(state: State) -> int:
+    """Bytes held by all tensors of ``state``."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors(state))
+
+
+def to_dict(state: State) -> Any:
+    """``state`` as plain dicts and lists of tensors, loadable with ``weights_only=True``."""
+    if isinstance(state, Tensor) or state is None:
+        return state
+    if hasattr(state, "_fields"):
+        return {key: to_dict(value) for key, value in state._asdict().items()}
+    if isinstance(state, dict):
+        return {key: to_dict(value) for key, value in state.items()}
+    return [to_dict(value) for value in state]
+
+
+def from_dict(plain: Any, like: State) -> State:
+    """Inverse of `to_dict`: ``plain`` with the types of ``like``.
+
+    Raises:
+        ValueError: If the structure or a shape beyond the leading (row) dimension differs.
+    """
+    if isinstance(like, Tensor):
+        if not isinstance(plain, Tensor) or plain.shape[1:] != like.shape[1:]:
+            found = tuple(plain.shape) if isinstance(plain, Tensor) else type(plain).__name__
+            raise ValueError(f"saved state does not fit this memory: expected rows of {tuple(like.shape[1:])}, got {found}")
+        return plain
+    if like is None:
+        return None
+    if hasattr(like, "_fields") or isinstance(like, dict):
+        fields = like._asdict() if hasattr(like, "_fields") else like
+        if not isinstance(plain, dict) or set(plain) != set(fields):
+            raise ValueError(f"saved state does not fit this memory: expected the fields {sorted(fields)}")
+        restored = {key: from_dict(plain[key], value) for key, value in fields.items()}
+        return type(like)(**restored) if hasattr(like, "_fields") else restored
+    if len(plain) != len(like):
+        raise ValueError(f"saved state does not fit this memory: expected {len(like)} parts, got {len(plain)}")
+    return type(like)(from_dict(part, shape) for part, shape in zip(plain, like, strict=True))

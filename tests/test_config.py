@@ -1,0 +1,497 @@
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Optional
+
+import pytest
+from hydra.core.global_hydra import GlobalHydra
+from omegaconf import OmegaConf
+
+from memlm import config
+from memlm.config import ConfigError, check_command_line, compose, did_you_mean, to_dict, validate
+
+if TYPE_CHECKING:
+    from decimal import Decimal
+
+HERE = "config_targets"  # the name under which this module is importable, see `importable`
+
+
+class Model:
+    def __init__(
+        self,
+        n_layer: int,
+        d_model: int = 64,
+        dropout: float = 0.0,
+        norm: Literal["rms", "layer"] = "rms",
+        tied: bool = True,
+        name: str | None = None,
+        layers: list[int] | Literal["all"] = "all",
+        betas: tuple[float, float] = (0.9, 0.95),
+        act: Any = None,
+    ) -> None:
+        self.n_layer = n_layer
+
+
+class Ltm:
+    def __init__(self, d_model: int, n_slot: int = 100, top_k: Optional[int] = 4) -> None:  # noqa: UP045 - on purpose
+        self.n_slot = n_slot
+
+
+class PartlyTyped:
+    def __init__(self, price: Decimal, count: Annotated[int, "items"] = 1, paths: Sequence[str] = ()) -> None:
+        self.count = count
+
+
+class Anything:
+    def __init__(self, n: int = 1, **kwargs: Any) -> None:
+        self.n = n
+
+    @classmethod
+    def make(cls, n: int, sizes: dict[str, int] | None = None) -> Anything:
+        return cls(n)
+
+
+@pytest.fixture(autouse=True)
+def importable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, HERE, sys.modules[__name__])
+    monkeypatch.setattr(sys.modules[__name__], "__spec__", None)
+
+
+def write(root: Path, files: dict[str, str]) -> Path:
+    for name, text in files.items():
+        path = root / f"{name}.yaml"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(textwrap.dedent(text))
+    return root
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    return write(
+        tmp_path / "tree",
+        {
+            "train": """
+                defaults:
+                  - _self_
+                  - model: small
+                  - memory: ltm
+                  - data: builtin
+                  - optional recipe: null
+                seed: 0
+                resume: null
+                """,
+            "model/small": f"""
+                _target_: {HERE}.Model
+                n_layer: 2
+                dropout: 0.1
+                """,
+            "model/large": f"""
+                _target_: {HERE}.Model
+                n_layer: 12
+                """,
+            "memory/none": "{}",
+            "memory/ltm": f"""
+                ltm:
+                  _target_: {HERE}.Ltm
+                  n_slot: 10
+                """,
+            "memory/stm": f"""
+                stm:
+                  _target_: {HERE}.Ltm
+                """,
+            "memory/broken": f"""
+                ltm:
+                  _target_: {HERE}.Ltm
+                  n_slots: 10
+                """,
+            "data/builtin": "path: null",
+            "data/text": "path: ???",
+            "recipe/recall": """
+                # @package _global_
+                defaults:
+                  - override /memory: stm
+                seed: 7
+                """,
+        },
+    )
+
+
+def error(function: Any, *args: Any, **kwargs: Any) -> str:
+    with pytest.raises(ConfigError) as caught:
+        function(*args, **kwargs)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+# composing
+
+
+def test_overrides_groups_and_recipes(tree: Path) -> None:
+    cfg = compose(["memory=stm", "model.n_layer=3", "+note=x"], directory=tree)
+    assert (cfg.model.n_layer, list(cfg.memory), cfg.note) == (3, ["stm"], "x")
+    recipe = compose(["recipe=recall"], directory=tree)
+    assert (recipe.seed, list(recipe.memory)) == (7, ["stm"])
+    assert "hydra" not in cfg
+
+
+@pytest.mark.parametrize(
+    ("override", "parts"),
+    [
+        ("memory=lmt", ["memory has no option 'lmt'", "Did you mean 'ltm'?", "broken, ltm, none, stm"]),
+        ("model.n_layr=2", ["'model.n_layr'", "Did you mean 'n_layer'?", "model has: dropout, n_layer"]),
+        ("mdoel=small", ["'mdoel'", "Did you mean 'model'?"]),
+        ("n_slot=4", ["'n_slot'", "Did you mean 'memory.ltm.n_slot'?"]),
+        ("memory.ltm.n_slot.x=4", ["'memory.ltm.n_slot.x'", "memory.ltm.n_slot is a single value"]),
+        ("memory.stm.n_slot=4", ["'memory.stm'", "memory has: ltm"]),
+        ("resume.step=4", ["resume is a single value"]),
+        ("model", ["Cannot read 'model'", "key=value"]),
+        ("--model=small", ["Cannot read '--model=small'"]),
+        ("seed=[1", ["Cannot read 'seed=[1'", "quotes"]),
+        ("seed=1,2", ["several values", "-m", "'seed=[1,2]'"]),
+        ("~nothing", ["nothing", "does not exist"]),
+        ("data=text", ["data.path is required", "data.path=VALUE"]),
+    ],
+)
+def test_mistakes_in_overrides(tree: Path, override: str, parts: list[str]) -> None:
+    message = error(compose, [override], directory=tree)
+    for part in parts:
+        assert part in message
+
+
+def test_mistakes_in_files(tree: Path) -> None:
+    assert "Did you mean 'train'?" in error(compose, [], "trian", directory=tree)
+    assert "no config directory" in error(compose, [], directory=tree / "nowhere")
+    write(tree, {"bad": "a: [1", "gone": "defaults:\n  - model: tiny\n", "choose": "defaults:\n  - model: ???\n"})
+    assert "not valid YAML" in error(compose, [], "bad", directory=tree)
+    assert "model/tiny" in error(compose, [], "gone", directory=tree)
+    assert "large" in error(compose, [], "choose", directory=tree)
+
+
+def test_required_value_is_met(tree: Path) -> None:
+    assert compose(["data=text", "data.path=a.txt"], directory=tree).data.path == "a.txt"
+
+
+def test_search_path_adds_options(tree: Path, tmp_path: Path) -> None:
+    more = write(tmp_path / "more", {"memory/mine": "{}"})
+    assert compose(["memory=mine"], directory=tree, searchpath=[more]).memory == {}
+    assert "mine" in error(compose, ["memory=min"], directory=tree, searchpath=[more])
+    check_command_line(["--config-dir", str(more), "memory=mine"], directory=tree)
+
+
+def test_works_while_hydra_is_initialised(tree: Path) -> None:
+    import hydra
+
+    with hydra.initialize_config_dir(str(tree), version_base="1.3"):
+        outer = GlobalHydra.instance().hydra
+        compose(directory=tree)
+        error(compose, ["memory=lmt"], directory=tree)
+        assert GlobalHydra.instance().hydra is outer
+        assert hydra.compose("train").seed == 0
+    compose(directory=tree)
+    assert not GlobalHydra.instance().is_initialized()
+
+
+def test_to_dict() -> None:
+    cfg = OmegaConf.create({"a": {"b": [1, "${c}"]}, "c": 2})
+    assert to_dict(cfg) == {"a": {"b": [1, 2]}, "c": 2}
+    assert type(to_dict(cfg)["a"]["b"]) is list
+    assert "a.b is required" in error(to_dict, OmegaConf.create({"a": {"b": "???"}}))
+    assert "nowhere" in error(to_dict, OmegaConf.create({"a": "${nowhere}"}))
+
+
+# validation
+
+
+def model(**kwargs: Any) -> dict[str, Any]:
+    return {"model": {"_target_": f"{HERE}.Model", "n_layer": 2, **kwargs}}
+
+
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        {"dropout": 0},
+        {"dropout": 1e-3, "name": None},
+        {"norm": "layer", "tied": False},
+        {"layers": "all"},
+        {"layers": [0, 1]},
+        {"betas": [0.9, 1]},
+        {"act": {"_target_": f"{HERE}.Anything", "n": 1, "more": 2}},
+        {"act": [{"_target_": f"{HERE}.Anything.make", "n": 1, "sizes": {"a": 1}}]},
+        {"_partial_": True, "_convert_": "all"},
+    ],
+)
+def test_valid_values(kwargs: dict[str, Any]) -> None:
+    validate(model(**kwargs))
+    validate(OmegaConf.create(model(**kwargs)))
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "parts"),
+    [
+        ({"n_layr": 2}, ["model.n_layr is not a setting of", "Did you mean 'n_layer'?", "dropout"]),
+        ({"n_layer": "two"}, ["model.n_layer must be an int, got 'two' (a string)."]),
+        ({"n_layer": 2.0}, ["model.n_layer must be an int, got 2.0 (a float)"]),
+        ({"n_layer": True}, ["model.n_layer must be an int, got true"]),
+        ({"n_layer": None}, ["model.n_layer must be an int, got null"]),
+        ({"dropout": True}, ["model.dropout must be a float, got true"]),
+        ({"tied": 1}, ["model.tied must be true or false, got 1 (an int)"]),
+        ({"name": 3}, ["model.name must be a string or null, got 3"]),
+        ({"norm": "rsm"}, ["model.norm must be 'rms' or 'layer', got 'rsm'", "Did you mean 'rms'?"]),
+        ({"layers": "none"}, ["model.layers must be a list of an int or 'all'"]),
+        ({"layers": ["a"]}, ["model.layers must be"]),
+        ({"betas": [0.9]}, ["model.betas must be a list of a float"]),
+        ({"act": {"_target_": f"{HERE}.Anything", "n": "x"}}, ["model.act.n must be an int"]),
+        ({"act": [{"_target_": f"{HERE}.Ltm", "k": 1}]}, ["model.act[0].k is not a setting"]),
+        ({"_target_": f"{HERE}.Modle"}, ["model._target_", "has no 'Modle'", "Did you mean 'Model'?"]),
+        ({"_target_": "no_such_package.Model"}, ["no module 'no_such_package'"]),
+        ({"_target_": f"{HERE}.HERE"}, ["not a class or function"]),
+        ({"_target_": 3}, ["model._target_ must be the dotted name"]),
+    ],
+)
+def test_invalid_values(kwargs: dict[str, Any], parts: list[str]) -> None:
+    message = error(validate, model(**kwargs))
+    for part in parts:
+        assert part in message
+
+
+def test_required_injected_and_consumed_parameters() -> None:
+    node = {"_target_": f"{HERE}.Model"}
+    assert "model.n_layer is required by" in error(validate, {"model": node})
+    validate({"model": {**node, "_partial_": True}})
+    validate({"model": {**node, "_args_": [2]}})
+    validate({"model": node}, injected=("n_layer",))
+    ltm = {"_target_": f"{HERE}.Ltm", "layers": "all"}  # d_model is injected, layers is read by the builder
+    validate({"memory": {"ltm": ltm}})
+    assert "memory.ltm.layers" in error(validate, {"memory": {"ltm": ltm}}, consumed=())
+
+
+def test_names_below_a_part_of_a_config() -> None:
+    cfg = OmegaConf.create(model(n_layer="x"))
+    assert error(validate, cfg.model).startswith("model.n_layer ")
+    assert error(validate, to_dict(cfg)["model"], key="model").startswith("model.n_layer ")
+    validate(cfg, skip=("model",))
+
+
+def test_unreadable_annotations_cost_only_themselves() -> None:
+    node = {"_target_": f"{HERE}.PartlyTyped", "price": 3, "paths": ["a"]}
+    validate(node)
+    assert error(validate, {**node, "count": "3"}) == "count must be an int, got '3' (a string)."
+    assert "paths must be a list of a string" in error(validate, {**node, "paths": [1]})
+
+
+def test_top_level_settings() -> None:
+    assert error(validate, {"seed": "zero"}) == "seed must be an int, got 'zero' (a string)."
+
+
+def test_lightning_trainer_is_understood() -> None:
+    node = {"_target_": "lightning.Trainer", "max_steps": 10, "precision": "32-true"}
+    validate({"trainer": node})
+    assert "Did you mean 'max_steps'?" in error(validate, {"trainer": {**node, "max_stepz": 10}})
+
+
+# command lines
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["memory=stm", "hydra.run.dir=x", "seed=3"],
+        ["-m", "memory=none,ltm,stm", "model=glob(*)", "seed=range(0,1000)"],
+        ["hydra.mode=MULTIRUN", "seed=1,2"],
+        ["-m", "model.dropout=interval(0,0.5)"],
+        ["--help", "memory=lmt"],
+        ["--info", "config", "memory=lmt"],
+        ["--cfg", "job", "data=text"],
+        ["~seed", "+extra.a=1", "++model.dropout=0.2"],
+    ],
+)
+def test_good_command_lines(tree: Path, argv: list[str]) -> None:
+    check_command_line(argv, directory=tree)
+
+
+@pytest.mark.parametrize(
+    ("argv", "part"),
+    [
+        (["memory=lmt"], "Did you mean 'ltm'?"),
+        (["--cfg", "job", "memory=lmt"], "Did you mean 'ltm'?"),
+        (["--multrun", "seed=1"], "Did you mean '--multirun'?"),
+        (["seed=1,2"], "add -m"),
+        (["data=text"], "data.path is required"),
+        (["model.n_layer=two"], "model.n_layer must be an int"),
+        (["memory=broken"], "memory.ltm.n_slots is not a setting"),
+        (["-m", "memory=ltm,lmt"], "no option 'lmt'"),
+        (["-m", "seed=1,2", "memory=none,ltm,broken"], "memory.ltm.n_slots"),
+        (["-m", "memory=ltm,stm", "model.n_layer=1,two"], "model.n_layer must be an int, got 'two'"),
+        (["-m", "model.n_layer=choice(1,2.5)"], "got 2.5"),
+        (["-m", "memory=glob(x*)"], "sweeps over nothing"),
+        (["+model.width=3"], "model.width is not a setting"),
+        (["--config-name", "trian"], "Did you mean 'train'?"),
+        (["--config-dir", "nowhere"], "--config-dir"),
+    ],
+)
+def test_bad_command_lines(tree: Path, argv: list[str], part: str) -> None:
+    assert part in error(check_command_line, argv, directory=tree)
+
+
+def run(tree: Path, monkeypatch: pytest.MonkeyPatch, function: Any, *argv: str) -> Any:
+    quiet = ["hydra/job_logging=none", "hydra/hydra_logging=none", f"hydra.run.dir={tree}/out"]
+    quiet += [f"hydra.sweep.dir={tree}/out"]
+    monkeypatch.setattr(sys, "argv", ["train.py", *argv, *quiet])
+    return config.cli("train", directory=tree)(function)()
+
+
+def test_cli_runs_the_function(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def main(cfg: Any) -> None:
+        seen.append((list(cfg.memory), config.run_dir(), os.environ.get("HYDRA_FULL_ERROR")))
+
+    run(tree, monkeypatch, main, "memory=stm")
+    assert seen == [(["stm"], f"{tree}/out", None)]
+    assert "HYDRA_FULL_ERROR" not in os.environ
+    assert config.cli("train")(lambda cfg: cfg + 1)(1) == 2
+
+
+@pytest.mark.parametrize(
+    ("raised", "code", "text"),
+    [
+        (ConfigError("no slots."), 2, "error: no slots.\n"),
+        (ValueError("inside"), 2, None),
+        (FileNotFoundError(2, "No such file or directory", "a.txt"), 2, "error: No such file or directory: a.txt\n"),
+    ],
+)
+def test_cli_reports_mistakes_in_one_line(
+    tree: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    raised: Exception,
+    code: int,
+    text: str | None,
+) -> None:
+    def main(cfg: Any) -> None:
+        raise raised
+
+    if text is None:  # a ValueError of somebody else's code is a fault, not a mistake of the user
+        with pytest.raises(ValueError, match="inside"):
+            run(tree, monkeypatch, main)
+        return
+    with pytest.raises(SystemExit) as left:
+        run(tree, monkeypatch, main)
+    assert left.value.code == code
+    stderr = capsys.readouterr().err
+    assert stderr.startswith(text)
+    assert "Traceback" not in stderr
+
+
+def test_cli_takes_our_value_errors_for_mistakes(
+    tree: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scope: dict[str, Any] = {"__name__": "memlm.memory.fake"}
+    exec("def main(cfg):\n    raise ValueError('n_slot must be at least 1')", scope)
+    with pytest.raises(SystemExit) as left:
+        run(tree, monkeypatch, lambda cfg: scope["main"](cfg))
+    assert left.value.code == 2
+    stderr = capsys.readouterr().err
+    assert stderr.startswith("error: n_slot must be at least 1\n")
+    assert "MEMLM_TRACEBACK=1" in stderr
+
+
+def test_cli_checks_before_it_runs(
+    tree: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    jobs: list[int] = []
+    with pytest.raises(SystemExit) as left:
+        run(tree, monkeypatch, lambda cfg: jobs.append(cfg.seed), "-m", "seed=1,2,x")
+    assert (left.value.code, jobs) == (2, [])
+    assert capsys.readouterr().err == "error: seed must be an int, got 'x' (a string).\n"
+
+
+def test_cli_sweep_goes_on_after_a_failed_job(
+    tree: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    jobs: list[int] = []
+
+    def main(cfg: Any) -> None:
+        jobs.append(cfg.seed)
+        if cfg.seed != 2:
+            raise ConfigError(f"seed {cfg.seed} is unlucky.")
+
+    with pytest.raises(SystemExit) as left:
+        run(tree, monkeypatch, main, "-m", "seed=1,2,3")
+    stderr = capsys.readouterr().err
+    assert (left.value.code, jobs) == (2, [1, 2, 3])
+    assert "error: job 0: seed 1 is unlucky." in stderr
+    assert "error: job 2: seed 3 is unlucky." in stderr
+    assert "Traceback" not in stderr
+
+
+def test_cli_shows_the_traceback_on_request(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MEMLM_TRACEBACK", "1")
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "")
+    with pytest.raises(ConfigError):
+        run(tree, monkeypatch, lambda cfg: None, "memory=lmt")
+
+
+def test_script(tree: Path) -> None:
+    """Help of a real program: quick, complete and without torch."""
+    write(tree, {"hydra/default": (config.config_dir() / "hydra" / "default.yaml").read_text()})
+    write(tree, {"paths/default": (config.config_dir() / "paths" / "default.yaml").read_text()})
+    text = (tree / "train.yaml").read_text().replace("  - _self_", "  - _self_\n  - paths: default\n  - hydra: default")
+    (tree / "train.yaml").write_text(text)
+    script = tree.parent / "train.py"
+    script.write_text(
+        textwrap.dedent(f"""
+            import sys
+
+            from memlm.config import cli
+
+            @cli("train", directory={str(tree)!r})
+            def main(cfg):
+                print("ran", cfg.seed, cfg.paths.run_dir)
+
+            try:
+                main()
+            finally:
+                print("slow imports:", [m for m in ("torch", "lightning", "wandb") if m in sys.modules])
+            """)
+    )
+    root = str(Path(config.__file__).parents[1])
+    env = {**os.environ, "PYTHONPATH": root}
+    help_ = subprocess.run([sys.executable, script, "--help"], capture_output=True, text=True, env=env, check=True)
+    assert "memory: broken, ltm, none, stm" in help_.stdout
+    assert "python train.py -m" in help_.stdout
+    assert "slow imports: []" in help_.stdout
+
+
+# the shipped configs
+
+
+def test_shipped_scripts_configs() -> None:
+    assert "checkpoint is required" in error(compose, [], "evaluate")
+    assert compose(["checkpoint=x"], "evaluate").paths.root == "outputs"
+    cfg = compose(["checkpoint=x", "prompt='Once upon, a time'"], "generate")
+    assert cfg.prompt == "Once upon, a time"
+    assert to_dict(cfg)["paths"]["run_dir"] == "."
+
+
+@pytest.mark.parametrize("name", ["default", "cpu", "gpu"])
+def test_shipped_trainers(tmp_path: Path, name: str) -> None:
+    here = config.config_dir()
+    write(
+        tmp_path,
+        {"main": f"defaults:\n  - _self_\n  - trainer: {name}\n  - logger: default\n  - paths: default\nname: null"},
+    )
+    cfg = compose([], "main", directory=tmp_path, searchpath=[here])
+    assert set(cfg.logger) == {"csv", "wandb"}
+    validate(cfg)
+
+
+def test_did_you_mean() -> None:
+    assert did_you_mean("lmt", ["ltm", "stm"]) == " Did you mean 'ltm'?"
+    assert did_you_mean("lmt", ["q"]) == ""

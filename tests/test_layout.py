@@ -1,0 +1,95 @@
+"""The house: imports point down only."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+import memlm
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# From the ground up; a module imports from its own floor and from the floors below it. `memlm` itself is the roof of
+# the package: it names what lies below without importing it.
+FLOORS = [
+    {"memlm.config"},
+    {"memlm.memory", "memlm.retrieval"},
+    {"memlm.models", "memlm.data"},
+    {"memlm.build"},
+    {"memlm.training", "memlm.analysis", "memlm.checkpoint"},
+    {"memlm"},
+    {"experiments"},
+    {"scripts", "train"},
+]
+OURS = {"memlm", "experiments", "scripts", "train"}
+
+
+def floor(module: str) -> int:
+    """Return the floor of the longest known prefix of a dotted name."""
+    parts = module.split(".")
+    for n in range(len(parts), 0, -1):
+        name = ".".join(parts[:n])
+        for level, names in enumerate(FLOORS):
+            if name in names:
+                return level
+    raise AssertionError(f"{module} has no floor: add it to FLOORS")
+
+
+def imports(tree: ast.Module, module: str, is_package: bool) -> Iterator[tuple[int, str]]:
+    """Yield the line and the dotted name of everything a module imports, also inside of functions."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                package = module.split(".")[: None if is_package and node.level == 1 else -(node.level - is_package)]
+                base = ".".join([*package, base] if base else package)
+            # `from memlm import build` names a module; `from memlm.build import build` a function
+            yield from ((node.lineno, f"{base}.{alias.name}") for alias in node.names)
+
+
+def sources() -> Iterator[tuple[Path, str]]:
+    paths = [ROOT / "train.py", *(p for d in ("memlm", "experiments", "scripts") for p in (ROOT / d).rglob("*.py"))]
+    for path in paths:
+        if path.exists():
+            yield path, ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def violations(source: str, module: str, is_package: bool = False) -> list[str]:
+    found = []
+    for line, name in imports(ast.parse(source), module, is_package):
+        if name.split(".")[0] in OURS and floor(name) > floor(module):
+            found.append(f"{module}:{line} imports {name}")
+    return found
+
+
+def test_imports_point_down_only() -> None:
+    found = [v for path, name in sources() for v in violations(path.read_text(), name, path.name == "__init__.py")]
+    assert not found, "\n".join(found)
+
+
+def test_violations_are_seen() -> None:
+    assert violations("from memlm.models.lmcode import LmCode", "memlm.memory.ltm")
+    assert violations("from memlm import build", "memlm.models.lmcode")
+    assert violations("def f():\n    import experiments.base", "memlm.training.module")
+    assert violations("from ..training import module", "memlm.memory.ltm")
+    assert violations("from .training import module", "memlm.memory", is_package=False)
+    assert not violations("from memlm.config import ConfigError", "memlm.memory.ltm")
+    assert not violations("from .base import Memory\nfrom ..retrieval import exact", "memlm.memory.ltm")
+    assert not violations("from experiments.base import Result", "scripts.evaluate")
+
+
+def test_no_catch_all_modules() -> None:
+    assert not [name for _, name in sources() if name.split(".")[-1] in ("utils", "helpers", "misc", "common")]
+
+
+def test_build_is_both_a_module_and_a_function(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = ModuleType("memlm.build")
+    vars(module)["build"] = lambda *overrides: overrides
+    monkeypatch.setitem(vars(memlm), "build", None)  # put back afterwards whatever is there
+    memlm.build = module  # type: ignore[assignment]  # as the import system does
+    assert memlm.build("a", "b") == ("a", "b")
+    assert memlm.build.build("c") == ("c",)  # type: ignore[attr-defined]
