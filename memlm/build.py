@@ -73,11 +73,11 @@ def build_data(config: dict[str, Any], tokenizer: Tokenizer) -> TextData:
 def build_model(config: dict[str, Any], tokenizer: Tokenizer) -> nn.Module:
     """The model with its memories; initial values depend on ``config["seed"]`` alone."""
     settings = dict(config["model"])
-    n_vocab = settings.pop("n_vocab", None) or tokenizer.vocab_size
+    n_vocab = config["data"]["tokenizer"]["n_vocab"] or tokenizer.vocab_size
     if n_vocab < tokenizer.vocab_size:
         raise ConfigError(
-            f"model.n_vocab ({n_vocab}) is smaller than the tokenizer's vocabulary ({tokenizer.vocab_size}): "
-            "leave it null, or set data.tokenizer.vocab_size"
+            f"data.tokenizer.n_vocab ({n_vocab}) is smaller than the tokenizer's vocabulary ({tokenizer.vocab_size}): "
+            "leave it null, or lower data.tokenizer.vocab_size"
         )
     memories = {name: _memory(name, dict(node)) for name, node in config["memory"].items()}
     with torch.random.fork_rng(devices=[]):
@@ -107,5 +107,3 @@ def _instantiate(node: dict[str, Any], key: str, *arguments: Any, **injected: An
 def _cache(config: dict[str, Any]) -> Path:
     path = config.get("paths", {}).get("cache_dir")
     return Path(path) if path else cache_dir()
-
-

@@ -142,9 +142,7 @@ def _restore(content: dict[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
     entry = content["memlm"]
     model = build_model(entry["config"], Tokenizer.from_json(entry["tokenizer"]))
     weights = {
-        name.removeprefix("model."): value
-        for name, value in content["state_dict"].items()
-        if name.startswith("model.")
+        name.removeprefix("model."): value for name, value in content["state_dict"].items() if name.startswith("model.")
     }
     try:
         model.load_state_dict(weights)

@@ -32,6 +32,7 @@ class Batch(NamedTuple):
         breaks: Segments that begin a new context within their document, (B, S); None if there are none.
         mask: Tokens that are no padding, (B, N); None if all are.
         fresh: Whether every row begins a new document.
+        ends: Whether every row's document ends with this window, so that no state need be carried on.
         step: Number of the batch.
         memory: Settings of memories at this step, by ``name.attribute``.
     """
@@ -44,6 +45,7 @@ class Batch(NamedTuple):
     breaks: Tensor | None
     mask: Tensor | None
     fresh: bool
+    ends: bool
     step: int
     memory: dict[str, Any]
 
@@ -166,6 +168,7 @@ class TrainingBatches(Dataset[Batch]):
             breaks=torch.from_numpy(np.stack(breaks)),
             mask=None,
             fresh=window == 0,
+            ends=window == phase.n_window - 1,
             step=step,
             memory=memory,
         )
@@ -214,6 +217,7 @@ def _text_batch(parts: list[tuple[np.ndarray, ...]], step: int, memory: dict[str
         breaks=None,
         mask=None if bool(mask.all()) else mask,
         fresh=first,
+        ends=False,
         step=step,
         memory=memory,
     )

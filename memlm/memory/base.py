@@ -214,6 +214,10 @@ class Memory(nn.Module):
         """
         return state, {}
 
+    def filled(self, state: State) -> Tensor:
+        """Which slots hold something, (B, n_slot)."""
+        raise NotImplementedError
+
     def flops_per_token(self) -> int:
         """Multiply-adds times two of one token's read and write."""
         return 2 * sum(parameter.numel() for parameter in self.parameters())

@@ -17,7 +17,7 @@ from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 
 from memlm.memory.base import Memory, Residual, Scope, Segment, Trace
 from memlm.retrieval.exact import Pool, attend
@@ -181,7 +181,9 @@ class LongTermMemory(Memory):
         record = torch.zeros_like(complete)
         if self.scope == "shared":  # rows write in order, as one row of B * K slots
             candidates = _Candidates(*(part[:, 0].flatten(0, 1)[None] for part in candidates))
-            record = (complete.cumsum(0) - complete).repeat_interleave(candidates.priority.shape[1] // len(complete))[None]
+            record = (complete.cumsum(0) - complete).repeat_interleave(candidates.priority.shape[1] // len(complete))[
+                None
+            ]
             complete = complete.sum(0, keepdim=True)
         else:
             candidates = _Candidates(*(part[:, 0] for part in candidates))
@@ -290,6 +292,15 @@ class LongTermMemory(Memory):
             window_visible=(reader > born) & (reader <= new_until[:, None, :-1]),
         )
 
+    def filled(self, state: LongTermState) -> Tensor:
+        """Which slots hold something, (B, M)."""
+        return state.priority > _USED
+
+    def flops_per_token(self) -> int:
+        """Projections of read and write, and the search of a full bank."""
+        d_model = self.norm.normalized_shape[0]
+        return super().flops_per_token() + 2 * self.n_slot * self.d_key + 2 * self.top_k * (self.d_key + d_model)
+
     def losses(self, trace: Trace, nll: Tensor) -> dict[str, Tensor]:
         """The price of writing: ``gate_penalty`` times the mean write gate."""
         return {"gate_penalty": self.gate_penalty * trace["write_gate"]} if "write_gate" in trace else {}
@@ -304,9 +315,12 @@ class LongTermMemory(Memory):
         if n_used == 0:
             return None
         if visible is None:
-            visible = (state.priority[:, None, :n_used] > _USED)  # (B, 1, M)
+            visible = state.priority[:, None, :n_used] > _USED  # (B, 1, M)
         return Pool(
-            state.key[:, :n_used], state.value[:, :n_used], self._bias(state.log_gate[:, :n_used]), visible[..., :n_used]
+            state.key[:, :n_used],
+            state.value[:, :n_used],
+            self._bias(state.log_gate[:, :n_used]),
+            visible[..., :n_used],
         )
 
     def _attend(self, x: Tensor, bank: Pool | None, window: Pool | None) -> Residual:
@@ -319,9 +333,7 @@ class LongTermMemory(Memory):
             query = F.normalize(self.to_key(self.norm(x.float())), dim=-1)  # (B, N, d_key)
             temperature = self.log_temperature.exp() * self.temperature_scale
             null = temperature * self.null_similarity
-            read, slots, weights = attend(
-                query, temperature, null, self.retrieval_threshold, self.top_k, bank, window
-            )
+            read, slots, weights = attend(query, temperature, null, self.retrieval_threshold, self.top_k, bank, window)
         return Residual(gate * self.to_output(read.to(x.dtype)), slots, weights, gate[..., 0])
 
     def _candidates(self, segment: Segment) -> tuple[_Candidates, Trace]:
@@ -332,7 +344,9 @@ class LongTermMemory(Memory):
             following = torch.cat([hidden[:, 1:], hidden[:, -1:]], dim=1)
             embedding = self.embedding_norm(segment.embeddings.float())
             embedding = torch.cat([embedding[:, 1:], embedding[:, -1:]], dim=1)  # of the token that follows
-            gate_logit = self.write_gate(torch.cat([self.norm(hidden), self.norm(following), embedding], dim=-1))[..., 0]
+            gate_logit = self.write_gate(torch.cat([self.norm(hidden), self.norm(following), embedding], dim=-1))[
+                ..., 0
+            ]
             log_gate = F.logsigmoid(gate_logit)  # (B, C + N)
             key = F.normalize(self.to_key(self.norm(hidden)), dim=-1)
             value = self.to_value(embedding)

@@ -105,7 +105,9 @@ def from_dict(plain: Any, like: State) -> State:
     if isinstance(like, Tensor):
         if not isinstance(plain, Tensor) or plain.shape[1:] != like.shape[1:]:
             found = tuple(plain.shape) if isinstance(plain, Tensor) else type(plain).__name__
-            raise ValueError(f"saved state does not fit this memory: expected rows of {tuple(like.shape[1:])}, got {found}")
+            raise ValueError(
+                f"saved state does not fit this memory: expected rows of {tuple(like.shape[1:])}, got {found}"
+            )
         return plain
     if like is None:
         return None

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 
 from memlm.memory.base import Memory, Residual, Segment, Trace
 
@@ -106,6 +106,14 @@ class ShortTermMemory(Memory):
         moved = state.slot + self.update_rate * gate * (found - state.slot)
         slot = torch.where(written[:, None, None], moved, state.slot)
         return ShortTermState(slot, state.n_written + written.long()), {"write_gate": gate.mean()}
+
+    def filled(self, state: ShortTermState) -> Tensor:
+        """Which slots hold something, (B, n): all of them once a segment was written."""
+        return (state.n_written > 0)[:, None].expand(-1, self.n_slot)
+
+    def flops_per_token(self) -> int:
+        """Projections, and attention over the slots when reading and writing."""
+        return super().flops_per_token() + 8 * self.n_slot * self.address.shape[1]
 
     def _heads(self, x: Tensor) -> Tensor:
         """(B, L, D) -> (B, H, L, D / H)."""

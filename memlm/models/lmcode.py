@@ -18,7 +18,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from memlm.memory.base import Memory, Residual, Segment, Trace, mean_trace
@@ -235,7 +235,9 @@ class LMCode(nn.Module):
         if n_head < 1 or d_model % n_head:
             raise ValueError(f"model.n_head must divide model.d_model ({d_model}), got {n_head}")
         if position == "rope" and (d_model // n_head) % 2:
-            raise ValueError(f"rotary positions need an even head width, got {d_model} / {n_head} = {d_model // n_head}")
+            raise ValueError(
+                f"rotary positions need an even head width, got {d_model} / {n_head} = {d_model // n_head}"
+            )
         if not 0 <= overlap <= segment_len:
             raise ValueError(f"model.overlap must be in 0..segment_len ({segment_len}), got {overlap}")
         if not 0 <= dropout < 1:
@@ -592,9 +594,7 @@ class LMCode(nn.Module):
             if not modules[0].layerwise:
                 memory[name][0] = modules[0].start_documents(grid.reset, memory[name][0])
                 if write:
-                    segment = self._segment(
-                        grid, local, embeddings, torch.stack(hiddens, dim=2), modules[0], signals
-                    )
+                    segment = self._segment(grid, local, embeddings, torch.stack(hiddens, dim=2), modules[0], signals)
                     mine = [reads[key] for key in reads if key.startswith(f"{name}/")]
                     memory[name][0], trace = modules[0].write(segment, memory[name][0], mine)
                     traces[name].append(trace)

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 
 
 class Pool(NamedTuple):
@@ -32,7 +32,13 @@ class Pool(NamedTuple):
 
 
 def attend(
-    query: Tensor, temperature: Tensor, null_score: Tensor, threshold: float, top_k: int, bank: Pool | None, window: Pool | None
+    query: Tensor,
+    temperature: Tensor,
+    null_score: Tensor,
+    threshold: float,
+    top_k: int,
+    bank: Pool | None,
+    window: Pool | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Soft attention over the ``top_k`` best slots and a null slot that holds nothing.
 

@@ -8,7 +8,7 @@ from typing import Any
 import lightning
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 
 from memlm.checkpoint import describe
 from memlm.data.stream import Batch
@@ -67,7 +67,7 @@ class LanguageModeling(lightning.LightningModule):
         if state is not None and len(state.local.host_open) != len(batch.ids):
             state = None
         out = self.model(batch.ids, state=state, reset=batch.reset, mask=batch.mask, breaks=batch.breaks, logits=False)
-        self._state = states.detach(out.state)
+        self._state = None if batch.ends else states.detach(out.state)
         self._next_batch = batch.step + 1
         weight = batch.weight * (1 + (self.answer_weight - 1) * batch.answer)
         nll = token_nll(self.model, out.hidden, batch.targets)
@@ -125,6 +125,8 @@ class LanguageModeling(lightning.LightningModule):
         """Add the configuration, the tokenizer and the state that is carried from window to window."""
         if hasattr(self.model, "config"):
             checkpoint["memlm"] = describe(self.model)
+            ids = [logger.version for logger in self.trainer.loggers if type(logger).__name__ == "WandbLogger"]
+            checkpoint["memlm"]["wandb_id"] = ids[0] if ids else None
         carried = None if self._state is None else states.to_dict(self._state)
         checkpoint["carried"] = {"state": carried, "next_batch": self._next_batch}
 

@@ -1,0 +1,208 @@
+"""Perplexity of plain held-out text with the memory on, off, and as new before every segment.
+
+Text streams through the model segment by segment; memory is read and written as it goes. With reads off the model has
+its local context alone. Wiped before every segment, memory holds nothing that an earlier segment wrote; a model whose
+empty memory contributes nothing then equals the one with reads off by construction.
+
+Shapes: B rows, T tokens per segment.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import torch
+from matplotlib.figure import Figure
+
+from experiments.base import PALETTE, Result, Row, mean_interval, style
+from experiments.needle import evaluating
+from memlm.config import ConfigError
+from memlm.data.stream import ValidationBatches
+
+CONDITIONS = {"on": "memory on", "off": "reads off", "wiped": "memory wiped"}
+"""What is measured, and how it is called."""
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """Settings.
+
+    Attributes:
+        split: Which text: ``val``, or ``test`` for final numbers.
+        limit: Tokens to predict, at least, unless the text is shorter; None for all of it.
+        n_row: Streams read side by side, each through its own share of the documents.
+
+    Raises:
+        ConfigError: If a setting cannot work.
+    """
+
+    split: Literal["val", "test"] = "val"
+    limit: int | None = 20_000
+    n_row: int = 8
+
+    def __post_init__(self) -> None:
+        if self.split not in ("val", "test"):
+            raise ConfigError(f"perplexity.split must be 'val' or 'test', text the model never saw, got {self.split!r}")
+        if self.limit is not None and self.limit < 1:
+            raise ConfigError(f"perplexity.limit must be at least 1 or null, got {self.limit}")
+        if self.n_row < 1:
+            raise ConfigError(f"perplexity.n_row must be at least 1, got {self.n_row}")
+
+
+def run(model: Any, data: Any, cfg: Perplexity, progress: Callable[[float], None] | None = None) -> Result:
+    """Measure perplexity under each condition on the same tokens.
+
+    Args:
+        model: A language model; it is left as it was.
+        data: What gives ``tokens(split)`` and a ``tokenizer``, such as `memlm.data.datamodule.TextData`.
+        cfg: Settings.
+        progress: Called now and then with the share of the work that is done, in 0..1.
+
+    Returns:
+        One row per condition and document (by ``stream`` and number within it): ``n_token`` predicted and their mean
+        ``nll`` in nats. A document may be cut short where a stream begins or stops. For metrics see `summarise`.
+    """
+    corpus = data.tokens(cfg.split)
+    batches = ValidationBatches(corpus, model.segment_len, data.tokenizer.pad_id, cfg.n_row, n_segment=1)
+    if batches.stream.n_segment < cfg.n_row:  # more streams than segments would read some text twice
+        n_row = batches.stream.n_segment
+        batches = ValidationBatches(corpus, model.segment_len, data.tokenizer.pad_id, n_row, n_segment=1)
+    n_step, n_token = 0, 0
+    while n_step < len(batches) and (cfg.limit is None or n_token < cfg.limit):
+        n_token += int(batches[n_step].weight.sum())
+        n_step += 1
+    if n_token == 0:
+        raise ConfigError(f"no token can be predicted in the {cfg.split} text: every document has one token only")
+    rows: list[Row] = []
+    with evaluating(model):
+        for i, condition in enumerate(CONDITIONS):
+            share = _scaled(progress, i, len(CONDITIONS))
+            rows += _measure(model, batches, n_step, condition, share)
+    metadata = {
+        "settings": asdict(cfg),
+        "n_token": n_token,
+        "n_document": len(rows) // len(CONDITIONS),
+        "segment_len": model.segment_len,
+        "memories": list(model.memory.keys()),
+    }
+    return Result("perplexity", summarise(rows), tuple(rows), metadata)
+
+
+def _scaled(progress: Callable[[float], None] | None, i: int, n: int) -> Callable[[float], None]:
+    """Report part ``i`` of ``n`` equal parts of the work."""
+    return lambda done: None if progress is None else progress((i + done) / n)
+
+
+def _measure(
+    model: Any, batches: ValidationBatches, n_step: int, condition: str, progress: Callable[[float], None]
+) -> list[Row]:
+    """Rows of one condition."""
+    from memlm.training.module import token_nll  # imports lightning, which an error message need not wait for
+
+    device = next(model.parameters(), torch.empty(0)).device
+    state: Any = None
+    document = [-1] * batches.n_row
+    sums: dict[tuple[int, int], list[float]] = {}
+    for step in range(n_step):
+        batch = batches[step]
+        ids, targets, weight = batch.ids.to(device), batch.targets.to(device), batch.weight.to(device)  # (B, T)
+        reset = None if batch.reset is None else batch.reset.to(device)
+        mask = None if batch.mask is None else batch.mask.to(device)
+        if condition == "wiped":
+            state = model.wipe(model.init_state(batches.n_row) if state is None else state)
+        out = model(ids, state=state, reset=reset, mask=mask, read=condition != "off", logits=False)
+        state = out.state
+        nll = (token_nll(model, out.hidden, targets) * weight).double().sum(dim=1).tolist()
+        count = batch.weight.sum(dim=1).tolist()
+        for i in range(batches.n_row):
+            document[i] += 0 if batch.reset is None else int(batch.reset[i, 0])
+            found = sums.setdefault((i, document[i]), [0.0, 0.0])
+            found[0] += nll[i]
+            found[1] += count[i]
+        progress((step + 1) / n_step)
+    return [
+        {"condition": condition, "stream": i, "document": k, "n_token": int(n), "nll": total / n}
+        for (i, k), (total, n) in sorted(sums.items())
+        if n
+    ]
+
+
+def summarise(rows: Sequence[Row]) -> dict[str, float]:
+    """Metrics of the rows.
+
+    Returns:
+        For each condition ``nll/<condition>`` (nats per token over all tokens) and ``perplexity/<condition>``;
+        ``n_token`` and ``n_document``; and ``difference/on-off`` and ``difference/on-wiped``, by how many nats per
+        token the memory changes the loss (below 0 it helps), with ``difference_low/...`` and ``difference_high/...``,
+        a 95 % interval over documents (NaN with one document).
+    """
+    metrics: dict[str, float] = {}
+    parts = {
+        name: {(row["stream"], row["document"]): row for row in rows if row["condition"] == name} for name in CONDITIONS
+    }
+    for name, part in parts.items():
+        if part:
+            n_token = sum(row["n_token"] for row in part.values())
+            nll = math.fsum(row["nll"] * row["n_token"] for row in part.values()) / n_token
+            metrics |= {f"nll/{name}": nll, f"perplexity/{name}": math.exp(nll) if nll < 700 else math.inf}
+            metrics |= {"n_token": n_token, "n_document": len(part)}
+    for name in CONDITIONS:
+        if name == "on" or not parts["on"] or not parts[name]:
+            continue
+        pairs = [(parts["on"][key], parts[name][key]) for key in parts["on"]]
+        mean, half = _ratio_interval([a["n_token"] for a, _ in pairs], [a["nll"] - b["nll"] for a, b in pairs])
+        metrics |= {f"difference/on-{name}": mean, f"difference_low/on-{name}": mean - half}
+        metrics |= {f"difference_high/on-{name}": mean + half}
+    return metrics
+
+
+def _ratio_interval(weights: Sequence[float], values: Sequence[float]) -> tuple[float, float]:
+    """Weighted mean and half the width of its 95 % interval.
+
+    A weighted mean is a ratio of two sums. Linearised (the usual standard error of a ratio estimator) it is the plain
+    mean of the numbers below, each of which belongs to one document.
+    """
+    total = math.fsum(weights)
+    mean = math.fsum(w * v for w, v in zip(weights, values, strict=True)) / total
+    return mean, mean_interval(
+        mean + len(weights) * w * (v - mean) / total for w, v in zip(weights, values, strict=True)
+    )[1]
+
+
+def plot(result: Result) -> dict[str, Figure]:
+    """Perplexity under each condition, and the change that memory makes with its interval."""
+    metrics = result.metrics
+    names = [name for name in CONDITIONS if f"perplexity/{name}" in metrics]
+    if not names:
+        return {}
+    changes = [name for name in names if f"difference/on-{name}" in metrics]
+    colors = {"on": PALETTE["blue"], "off": PALETTE["vermillion"], "wiped": PALETTE["purple"]}
+    with style():
+        figure = Figure(figsize=(8.5, 3.0))
+        left, right = figure.subplots(1, 2)
+        for y, name in enumerate(names):
+            value = metrics[f"perplexity/{name}"]
+            left.barh(y, value if math.isfinite(value) else 0.0, height=0.6, color=colors[name], alpha=0.85)
+            left.annotate(
+                f"{value:,.4g}", (0, y), xytext=(6, 0), textcoords="offset points", va="center", color="white",
+                fontweight="bold",
+            )  # fmt: skip
+        left.set_yticks(range(len(names)), [CONDITIONS[name] for name in names])
+        left.invert_yaxis()
+        left.set(title="Perplexity", xlabel=f"perplexity of {int(metrics['n_token']):,} tokens")
+        for y, name in enumerate(changes):
+            mean, low = metrics[f"difference/on-{name}"], metrics[f"difference_low/on-{name}"]
+            error = None if math.isnan(low) else mean - low
+            right.errorbar(mean, y, xerr=error, color=colors[name], marker="o", markersize=8, capsize=5)
+        right.axvline(0, color=PALETTE["black"], linewidth=1.2, linestyle=":")
+        right.set_yticks(range(len(changes)), [f"on − {CONDITIONS[name]}" for name in changes])  # noqa: RUF001
+        right.set_ylim(len(changes) - 0.5, -0.5)
+        right.set(title="Change by memory", xlabel="nats per token; below 0 memory helps")
+        right.margins(x=0.2)
+        for axes in (left, right):
+            axes.grid(axis="x")
+            axes.grid(visible=False, axis="y")
+    return {"perplexity": figure}

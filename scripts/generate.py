@@ -1,0 +1,39 @@
+"""Continue a text with a trained model: `python scripts/generate.py checkpoint=RUN prompt="Once upon a time"`."""
+
+from typing import Any
+
+from omegaconf import DictConfig
+
+from memlm.config import ConfigError, cli
+
+
+@cli("generate")
+def main(cfg: DictConfig) -> str:
+    """Print the prompt and what the model makes of it; returns both."""
+    prompt = "" if cfg.prompt is None else str(cfg.prompt)
+    if not prompt:
+        raise ConfigError("prompt is empty: give the beginning of a text, such as prompt='Once upon a time'.")
+    import torch
+
+    from memlm.checkpoint import load
+
+    model: Any = load(cfg.checkpoint)
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if cfg.device == "auto" else cfg.device
+    try:
+        model.to(device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"device={device} cannot be used here: {str(error).splitlines()[0]}") from error
+    ids = model.tokenizer.encode(prompt)
+    if not ids:
+        raise ConfigError(f"the tokenizer of the model makes nothing of prompt={prompt!r}: give other text.")
+    torch.manual_seed(cfg.seed)
+    tokens = model.generate(
+        torch.tensor([ids], device=device), cfg.n_token, temperature=cfg.temperature, top_k=cfg.top_k
+    )
+    text = model.tokenizer.decode(tokens[0].tolist())
+    print(text)
+    return text
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,5 @@
+"""Failing laws show the values they compared."""
+
+import pytest
+
+pytest.register_assert_rewrite("tests.conformance.laws")

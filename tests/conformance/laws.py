@@ -1,0 +1,659 @@
+"""The law book: what every memory must keep, as plain functions.
+
+A law takes a builder, ``make(memory=None, **model_settings)``, which returns the same small model each time it is
+called with the same settings: perturbed parameters (so that no gate or projection sits at a special value) in eval
+mode. Each law starts from `filled`, a state in which memory holds several segments and evictions have happened; law 0
+proves that memory matters there, so that no other law holds vacuously.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import inspect
+import io
+import time
+import types
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+from torch import Tensor
+from torch.nn import functional as F
+
+from memlm.config import CONSUMED, INJECTED, compose, config_dir
+from memlm.memory import state as states
+from memlm.memory.base import Memory
+from memlm.models.lmcode import LMCode, ModelState, Output
+
+Make = Callable[..., LMCode]
+Nodes = Mapping[str, Mapping[str, Any]]
+
+N_VOCAB = 40
+T = 12  # tokens per segment
+MODEL: dict[str, Any] = {"n_layer": 3, "n_head": 4, "d_model": 32, "d_ff": 48, "segment_len": T, "overlap": 4}
+# Small enough that a handful of segments fills and overfills every memory.
+SMALL: dict[str, Any] = {"n_slot": 20, "d_key": 16, "top_k": 6, "write_budget": 5, "span": 2}
+
+
+# --- builders ------------------------------------------------------------------------------------------------------
+
+
+def names() -> list[str]:
+    """Every memory there is."""
+    return sorted(path.stem for path in (config_dir() / "memory").glob("*.yaml"))
+
+
+def nodes_of(name: str) -> Nodes:
+    """The nodes of ``configs/memory/<name>.yaml``, its defaults included."""
+    nodes = OmegaConf.to_container(compose([f"memory={name}"]).memory, resolve=True)
+    assert isinstance(nodes, dict)
+    return nodes  # type: ignore[return-value]
+
+
+def class_of(node: Mapping[str, Any]) -> type[Memory]:
+    module, _, name = node["_target_"].rpartition(".")
+    return getattr(importlib.import_module(module), name)
+
+
+def settings_of(node: Mapping[str, Any]) -> dict[str, Any]:
+    """What the constructor gets."""
+    return {key: value for key, value in node.items() if not key.startswith("_") and key not in CONSUMED}
+
+
+def small(cls: type[Memory], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """``settings`` with every size made small: by name where known, else counts and widths of at most 16."""
+    known = inspect.signature(cls).parameters
+    shrunk = {key: SMALL[key] if key in SMALL else _at_most(key, value) for key, value in settings.items()}
+    return shrunk | {key: value for key, value in SMALL.items() if key in known}
+
+
+def _at_most(key: str, value: Any) -> Any:
+    is_size = isinstance(value, int) and not isinstance(value, bool) and key.startswith(("n_", "d_"))
+    return min(value, 16) if is_size else value
+
+
+def builder(nodes: Nodes, shrink: bool = True) -> Make:
+    """``make`` for the memories that ``nodes`` describe."""
+    return builder_of({name: (class_of(node), settings_of(node)) for name, node in nodes.items()}, shrink)
+
+
+def builder_of(memories: Mapping[str, tuple[type[Memory], dict[str, Any]]], shrink: bool = True) -> Make:
+    """``make`` for memories by name, each a class and its settings."""
+
+    # Settings in `memory` go to each memory that has them: `n_slot`; or to those of one class: `LongTermMemory.n_slot`.
+    def make(
+        memory: Mapping[str, Any] | None = None, perturb: bool = True, n_vocab: int = N_VOCAB, **model: Any
+    ) -> LMCode:
+        torch.manual_seed(0)
+        constructors = {}
+        for name, (cls, settings) in memories.items():
+            known = inspect.signature(cls).parameters
+            split = [(*key.rpartition("."), value) for key, value in (memory or {}).items()]
+            own = {key: value for of, _, key, value in split if key in known and of in ("", cls.__name__)}
+            constructors[name] = partial(cls, **((small(cls, settings) if shrink else settings) | own))
+        built = LMCode(n_vocab, constructors, **(MODEL | model))
+        if perturb:
+            generator = torch.Generator().manual_seed(1)
+            with torch.no_grad():
+                for parameter in built.parameters():
+                    parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+        return built.eval()
+
+    return make
+
+
+def takes(make: Make, setting: str) -> bool:
+    """Whether a memory of the model has a constructor parameter of this name."""
+    modules = (parts[0] for parts in make().memory.values())
+    return any(setting in inspect.signature(type(module)).parameters for module in modules)
+
+
+# --- text and states -----------------------------------------------------------------------------------------------
+
+
+def text(n_row: int, n_token: int, seed: int = 0, low: int = 0, high: int = N_VOCAB) -> Tensor:
+    """Random token ids, (n_row, n_token)."""
+    return torch.randint(low, high, (n_row, n_token), generator=torch.Generator().manual_seed(seed))
+
+
+@torch.no_grad()
+def filled(model: LMCode, n_row: int = 3, n_open: int = 0, n_segment: int = 7) -> ModelState:
+    """A state that holds ``n_segment`` segments, and ``n_open`` tokens of the next."""
+    return model(text(n_row, n_segment * model.segment_len + n_open, seed=9), logits=False).state
+
+
+@torch.no_grad()
+def logits(model: LMCode, ids: Tensor, state: ModelState | None, **options: Any) -> Tensor:
+    """Logits of one call."""
+    return model(ids, state=state, **options).logits
+
+
+def close(a: Tensor, b: Tensor, what: str, tolerance: float = 1e-4) -> None:
+    """Equal up to fp32 rounding."""
+    assert a.shape == b.shape, f"{what}: shapes {tuple(a.shape)} and {tuple(b.shape)}"
+    if not a.numel():
+        return
+    error = (a - b).abs().max().item()
+    assert error <= tolerance, f"{what}: differ by {error:.3g}"  # false for NaN as well
+
+
+def named_tensors(state: Any, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of a state with its path."""
+    plain = states.to_dict(state)
+    if isinstance(plain, Tensor):
+        yield prefix, plain
+    elif plain is not None:
+        for key, value in plain.items() if isinstance(plain, dict) else enumerate(plain):
+            yield from named_tensors(value, f"{prefix}.{key}" if prefix else str(key))
+
+
+def same_memory(a: ModelState, b: ModelState, what: str) -> None:
+    """Equal memory states, up to fp32 rounding. ``host_`` fields may be bounds, which depend on the calls made."""
+    pairs = zip(named_tensors(a.memory), named_tensors(b.memory), strict=True)
+    for (name, left), (_, right) in pairs:
+        if name.rpartition(".")[2].startswith("host_"):
+            continue
+        if left.is_floating_point():
+            close(left, right, f"{what}: {name}")
+        else:
+            assert torch.equal(left, right), f"{what}: {name} differs"
+
+
+# --- 0: alive ------------------------------------------------------------------------------------------------------
+
+
+def alive(make: Make) -> None:
+    """Tokens of an early segment, and reads, change later outputs; nothing but memory reaches that far."""
+    model = make(overlap=0)
+    state = filled(model, n_row=1)
+    ids = text(1, 4 * T, seed=1).expand(T + 1, -1).clone()
+    for i in range(T):
+        ids[i + 1, i] = (ids[i + 1, i] + 1) % N_VOCAB
+    state = model.select_rows(state, torch.zeros(T + 1, dtype=torch.long))
+    with torch.no_grad():
+        out = model(ids, state=state)
+    late = out.logits[:, 2 * T :]
+    effect = (late[1:] - late[:1]).abs().amax(dim=(1, 2))
+    assert effect.max() > 1e-3, f"no token of a segment changes what comes two segments later: {effect.tolist()}"
+    for name, read in out.reads.items():
+        assert read.values[:, 2 * T :].abs().max() > 1e-3, f"{name} reads nothing"
+    off = logits(model, ids, state, read=False)[:, 2 * T :]
+    assert (off - late).abs().max() > 1e-3, "reads off changes nothing"
+    assert torch.equal(off[1:].sub(off[:1]), torch.zeros_like(off[1:])), (
+        "with reads off early tokens reach late outputs"
+    )
+
+
+# --- 1: causal -----------------------------------------------------------------------------------------------------
+
+
+def causal(make: Make, scope: str = "sequence") -> None:
+    """Changing a token changes no output before it, bit for bit; where banks are shared, of no row."""
+    for model, n_open in ((make(memory={"scope": scope}), 0), (make(memory={"scope": scope}, memory_layers="all"), 5)):
+        state = filled(model, n_open=n_open)
+        ids = text(3, 4 * T - n_open, seed=1)
+        base = logits(model, ids, state)
+        for t in (1, T - n_open - 1, T - n_open, T - n_open + 1, 2 * T - 2, 3 * T):
+            changed_ids = ids.clone()
+            changed_ids[1, t] = (ids[1, t] + 1) % N_VOCAB
+            changed = logits(model, changed_ids, state)
+            assert torch.equal(changed[1, :t], base[1, :t]), f"token {t} changes outputs before it"
+            assert not torch.equal(changed[1, t:], base[1, t:]), "the changed token has no effect at all"
+            end = (t + n_open) // T * T + T - n_open  # of its segment
+            for row in (0, 2):
+                assert torch.equal(changed[row, :end], base[row, :end]), f"token {t} of row 1 changes row {row} before"
+
+
+# --- 2: isolated ---------------------------------------------------------------------------------------------------
+
+
+def isolated(make: Make) -> None:
+    """A row's outputs depend neither on its batch-mates nor on its place in the batch."""
+    for model, n_open in ((make(), 0), (make(memory_layers="all"), 5)):
+        state, ids = filled(model, n_row=4, n_open=n_open), text(4, 4 * T, seed=1)
+        base = logits(model, ids, state)
+        for order in ([2], [1, 3], [3, 0, 2, 1]):
+            index = torch.tensor(order)
+            close(logits(model, ids[index], model.select_rows(state, index)), base[index], f"rows {order}")
+        # ... and from the first token on, not only from a state that was made together
+        alone = torch.cat([logits(model, row[None], None) for row in ids])
+        close(alone, logits(model, ids, None), "rows alone")
+
+
+# --- 3: chunk-invariant --------------------------------------------------------------------------------------------
+
+
+def _splits(n_token: int, seed: int) -> list[list[int]]:
+    """Lengths of calls: random ones, single tokens for a stretch over a segment's edge, whole segments."""
+    draw = torch.Generator().manual_seed(seed)
+    lengths: list[int] = []
+    while (left := n_token - sum(lengths)) > 0:
+        lengths.append(min(left, int(torch.randint(1, 2 * T, (1,), generator=draw))))
+    ones = [T - 3, *[1] * 6, T - 3]
+    return [lengths, [*ones, n_token - sum(ones)], [T] * (n_token // T) + ([n_token % T] if n_token % T else [])]
+
+
+def chunk_invariant(make: Make, scope: str = "sequence") -> None:
+    """Any split of a text into calls gives the outputs and the memory of one call."""
+    for model, n_open in ((make(memory={"scope": scope}), 0), (make(memory={"scope": scope}, memory_layers="all"), 5)):
+        state, ids = filled(model, n_open=n_open), text(3, 6 * T + 3, seed=1)
+        with torch.no_grad():
+            whole = model(ids, state=state)
+        for lengths in _splits(ids.shape[1], seed=2):
+            now, parts = state, []
+            for part in ids.split(lengths, dim=1):
+                with torch.no_grad():
+                    out = model(part, state=now)
+                now = out.state
+                parts.append(out.logits)
+            close(torch.cat(parts, dim=1), whole.logits, f"calls of {lengths}")
+            same_memory(now, whole.state, f"calls of {lengths}")
+            assert torch.equal(now.local.position, whole.state.local.position)
+            assert torch.equal(now.local.host_open, whole.state.local.host_open)
+
+
+def ragged(make: Make) -> None:
+    """Rows that get different numbers of tokens per call, padding anywhere, equal rows fed alone."""
+    for model, n_open in ((make(), 0), (make(memory_layers="all"), 5)):
+        draw = torch.Generator().manual_seed(3)
+        state = filled(model, n_open=n_open)
+        masks = [torch.rand(3, n, generator=draw) < 0.6 for n in (3, 2 * T, T, 1, 3 * T, 2)]
+        masks[2][1] = False  # a row that gets nothing
+        masks.append(torch.arange(2 * T) < torch.tensor([5, 2 * T, 0])[:, None])  # plain padding at the end
+        ids = [text(3, mask.shape[1], seed=i) for i, mask in enumerate(masks)]
+        now, outputs = state, []
+        for part, mask in zip(ids, masks, strict=True):
+            out = logits(model, part, now, mask=mask)
+            other = torch.where(mask, part, (part + 7) % N_VOCAB)
+            with torch.no_grad():
+                result = model(other, state=now, mask=mask)
+            assert torch.equal(result.logits[mask], out[mask]), "what stands in padding changes outputs"
+            now = result.state
+            outputs.append(out)
+        for row in range(3):
+            mine = torch.cat([part[row][mask[row]] for part, mask in zip(ids, masks, strict=True)])
+            got = torch.cat([part[row][mask[row]] for part, mask in zip(outputs, masks, strict=True)])
+            with torch.no_grad():
+                alone = model(mine[None], state=model.select_rows(state, torch.tensor([row])))
+            close(got, alone.logits[0], f"row {row}")
+            same_memory(model.select_rows(now, torch.tensor([row])), alone.state, f"row {row}")
+    # A document that ends in padding: closing it writes its tokens and nothing of the padding, which the model computed.
+    model = make()
+    state, ids, mask = (
+        filled(model),
+        text(3, 2 * T, seed=1),
+        torch.arange(2 * T) < torch.tensor([T + 3, T + 7, 5])[:, None],
+    )
+    no_reset = torch.zeros(3, 2, dtype=torch.bool)
+    with torch.no_grad():
+        closed = [
+            model.new_context(model(padded, state=state, mask=mask, reset=reset).state)
+            for padded in (ids, torch.where(mask, ids, (ids + 7) % N_VOCAB))
+            for reset in (None, no_reset)
+        ]
+        row = model.select_rows(state, torch.tensor([1]))
+        alone = model.new_context(model(ids[1:2, : T + 7], state=row).state)
+    for other in closed[1:]:
+        same_memory(closed[0], other, "a segment closed before it was full")
+    same_memory(model.select_rows(closed[-1], torch.tensor([1])), alone, "a segment closed before it was full, alone")
+
+
+def generates_as_parallel(make: Make) -> None:
+    """Greedy generation with the cache has the logits of one parallel pass, and picks their argmax."""
+    model = make()
+    state, prompt = filled(model, n_row=2, n_open=5), text(2, 4, seed=1)
+    head, seen = model.head, []
+
+    def record(hidden: Tensor) -> Tensor:
+        seen.append(head(hidden))
+        return seen[-1]
+
+    model.head = record  # type: ignore[method-assign]
+    tokens = model.generate(prompt, max_new_tokens=2 * T + 3, temperature=0, state=state)
+    del model.head
+    expected = logits(model, tokens, state)[:, prompt.shape[1] - 1 : -1]
+    close(torch.stack(seen, dim=1), expected, "logits of generation")
+    chosen = expected.gather(2, tokens[:, prompt.shape[1] :, None])[..., 0]
+    close(chosen, expected.amax(dim=2), "chosen logits against the best")  # equal but for ties within rounding
+
+
+@contextmanager
+def segments_outside(model: LMCode) -> Iterator[None]:
+    """Run one segment after the other through all layers, which is the definition."""
+    run = model._run
+
+    def by_segment(grid: Any, *rest: Any) -> Any:
+        return (run if grid.complete.shape[1] == 1 else model._run_segments)(grid, *rest)
+
+    model._run = by_segment  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del model._run
+
+
+@contextmanager
+def slow_process(model: LMCode) -> Iterator[None]:
+    """Read and write segment by segment within each layer, by `Memory.process`."""
+    modules = [module for parts in model.memory.values() for module in parts]
+    for module in modules:
+        module.process = types.MethodType(Memory.process, module)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        for module in modules:
+            del module.process
+
+
+def windows_of_documents(n_row: int = 3, n_segment: int = 6) -> tuple[Tensor, Tensor, Tensor]:
+    """Ids, reset by segment and mask of a window with documents that begin and end (padded) in its middle."""
+    ids = text(n_row, n_segment * T, seed=4)
+    reset = torch.zeros(n_row, n_segment, dtype=torch.bool)
+    mask = torch.ones(n_row, n_segment, T, dtype=torch.bool)
+    reset[0, 3] = reset[1, 0] = reset[1, 2] = reset[1, 5] = True
+    mask[0, 2, 5:] = mask[1, 1, 1:] = mask[1, 4, T - 1 :] = False  # the ends of documents
+    mask[2, -1, 4:] = False  # a document that ends with the window
+    return ids, reset, mask.flatten(1)
+
+
+def _loss(model: LMCode, ids: Tensor, out: Output, mask: Tensor) -> Tensor:
+    """The full training loss."""
+    assert out.logits is not None
+    nll = F.cross_entropy(out.logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
+    nll = nll[(mask[:, 1:] & mask[:, :-1]).flatten()].mean()
+    own = [modules[0].losses(out.trace[name], nll).values() for name, modules in model.memory.items()]
+    return nll + sum(value for values in own for value in values)
+
+
+def schedules_agree(make: Make) -> None:
+    """Fast paths and the definition give the same outputs, traces, gradients and states.
+
+    With evictions, documents that begin and end in the window, padding, and a state carried in.
+    """
+    model = make(memory_layers="all")
+    results = {}
+    for kind in ("fast", "segments outside", "slow process"):
+        change = {"segments outside": segments_outside, "slow process": slow_process}.get(kind)
+        found = []
+        for case in ("documents", "open"):
+            ids, reset, mask = windows_of_documents()
+            state = filled(model, n_open=0 if case == "documents" else 5)
+            if case == "open":
+                reset, mask = (
+                    torch.tensor([True, False, False]),
+                    torch.rand(ids.shape, generator=torch.manual_seed(5)) < 0.7,
+                )
+            model.zero_grad()
+            with change(model) if change else contextmanager(lambda: iter([None]))():
+                first = model(ids, state=state, reset=reset, mask=mask)
+                second_ids = text(len(ids), 3 * T, seed=6)  # a second window, in which the writes of the first are read
+                new = torch.zeros(3, dtype=torch.bool)
+                if case == "documents":
+                    new[2] = True  # row 2 ended with the window, the others go on
+                second = model(second_ids, state=first.state, reset=new)
+            loss = _loss(model, ids, first, mask) + _loss(model, second_ids, second, torch.ones_like(second_ids) > 0)
+            loss.backward()
+            grads = {n: torch.zeros_like(p) if p.grad is None else p.grad.clone() for n, p in model.named_parameters()}
+            found.append((case, first, second, mask, grads, loss.detach()))
+        results[kind] = found
+    for kind in ("segments outside", "slow process"):
+        for (case, *fast), (_, *slow) in zip(results["fast"], results[kind], strict=True):
+            what = f"{case}, {kind}"
+            close(fast[0].logits[fast[2]], slow[0].logits[fast[2]], f"{what}: outputs")
+            close(fast[1].logits, slow[1].logits, f"{what}: outputs of the next window")
+            close(fast[4], slow[4], f"{what}: loss with the memory's own losses")
+            same_memory(fast[0].state, slow[0].state, f"{what}: state")
+            same_memory(fast[1].state, slow[1].state, f"{what}: next state")
+            for name, gradient in fast[3].items():
+                scale = slow[3][name].abs().max().item()
+                close(gradient, slow[3][name], f"{what}: gradient of {name}", tolerance=1e-4 * max(scale, 0.1))
+
+
+# --- 4: reset ------------------------------------------------------------------------------------------------------
+
+
+def resets(make: Make) -> None:
+    """A reset row behaves as a fresh one, at the start of a call or in its middle; other rows are untouched."""
+    for model, n_open in ((make(), 0), (make(memory_layers="all"), 5)):
+        state, ids = filled(model, n_open=n_open), text(3, 5 * T, seed=1)
+        untouched, fresh = logits(model, ids, state), logits(model, ids, None)
+        got = logits(model, ids, state, reset=torch.tensor([True, False, True]))
+        close(got[[0, 2]], fresh[[0, 2]], "reset rows")
+        close(got[1], untouched[1], "a row that was not reset")
+        # followed by more text: nothing of the old document comes back
+        with torch.no_grad():
+            after = model(ids[:, :7], state=state, reset=torch.tensor([True, False, False])).state
+        got = logits(model, ids[:, 7:], after)
+        close(got[0], fresh[0, 7:], "a reset row, later")
+        close(got[1:], untouched[1:, 7:], "rows that were not reset, later")
+        if not n_open:
+            by_segment = torch.zeros(3, 5, dtype=torch.bool)
+            by_segment[0, 2] = by_segment[2, 0] = True
+            got = logits(model, ids, state, reset=by_segment)
+            close(got[0, : 2 * T], untouched[0, : 2 * T], "before a reset")
+            close(got[0, 2 * T :], logits(model, ids[:1, 2 * T :], None)[0], "after a reset in the middle")
+            close(got[1], untouched[1], "a row that was not reset, by segment")
+            close(got[2], fresh[2], "a row reset at the first segment")
+
+
+# --- 5: pure -------------------------------------------------------------------------------------------------------
+
+
+def pure(make: Make, scope: str = "sequence") -> None:
+    """The same input and state give the same output; evaluation changes neither the model nor a state passed in."""
+    model = make(memory={"scope": scope})
+    state, ids = filled(model, n_open=5), text(3, 3 * T, seed=1)
+    others = text(3, 2 * T, seed=2)
+    parameters, passed = copy.deepcopy(model.state_dict()), copy.deepcopy(state)
+    first = logits(model, ids, state)
+    start = logits(model, others, None)
+    assert torch.equal(logits(model, ids, state), first), "other text in between changes the outputs"
+    with torch.no_grad():
+        model(others, state=state, reset=torch.tensor([True, False, True]))
+        model.generate(ids[:, :4], max_new_tokens=T, temperature=0, state=state)
+        model.new_context(state)
+        model.wipe(state)
+        for name, modules in model.memory.items():
+            for module, part in zip(modules, state.memory[name], strict=True):
+                module.consolidate(part)
+        model.select_rows(state, torch.tensor([2, 0]))
+    assert torch.equal(logits(model, ids, state), first), "the same text from the same state gives other outputs"
+    assert torch.equal(logits(model, others, None), start), "what was read before changes a fresh start"
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, parameters[name]), f"evaluation changed {name} of the model"
+    for (name, now), (_, before) in zip(named_tensors(state), named_tensors(passed), strict=True):
+        assert torch.equal(now, before), f"{name} of the state passed in was changed"
+
+
+# --- 6: gradient reach ---------------------------------------------------------------------------------------------
+
+
+def reach(make: Make) -> None:
+    """Gradients flow through writes inside the window and are exactly cut at its edge."""
+    half = N_VOCAB // 2  # early text uses the lower half of the vocabulary, late text the upper: no other link
+    model = make(overlap=0)
+    early, late = text(2, T, seed=1, high=half), text(2, 3 * T, seed=2, low=half)
+
+    def gradient(out: Output) -> float:
+        model.zero_grad()
+        probe = torch.randn(out.hidden[:, -T:].shape, generator=torch.Generator().manual_seed(3))
+        (out.hidden[:, -T:] * probe).sum().backward()  # no logits: the head is tied to the embedding
+        gradients = model.embedding.weight.grad
+        return gradients[:half].abs().max().item()
+
+    inside = gradient(model(torch.cat([early, late], dim=1), logits=False))
+    assert inside > 1e-6, "a late loss has no gradient with respect to the first segment of the window"
+    carried = model(early, logits=False).state
+    assert gradient(model(late, state=carried, logits=False)) > 1e-6, "no gradient through a state that is not detached"
+    before = model(torch.cat([early, late[:, :T]], dim=1), logits=False).state
+    outside = gradient(model(late[:, T:], state=states.detach(before), logits=False))
+    assert outside == 0.0, f"gradient {outside} across the edge of the window"
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is None or parameter.grad.isfinite().all(), name
+
+
+def every_parameter_learns(make: Make) -> None:
+    """The full training loss over two windows gives every parameter a gradient."""
+    for settings in ({"memory_layers": "all"}, {"position": "learned"}):
+        model = make(**settings).train()
+        ids, mask = text(3, 4 * T, seed=1), torch.ones(3, 4 * T, dtype=torch.bool)
+        out = model(ids)
+        _loss(model, ids, out, mask).backward()
+        out = model(ids, state=states.detach(out.state))
+        _loss(model, ids, out, mask).backward()
+        for name, parameter in model.named_parameters():
+            assert parameter.grad is not None, f"{name} gets no gradient"
+            assert parameter.grad.isfinite().all(), f"the gradient of {name} is not finite"
+            assert parameter.grad.abs().max() > 0, f"the gradient of {name} is zero"
+
+
+# --- 7: bounded ----------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def bounded(make: Make, n_write: int = 10_000) -> None:
+    """After ``n_write`` writes the state has the size it began with and finite values."""
+    memory = {"span": 1, "write_budget": 2}
+    needed = max(make(memory=memory).lookback, 1)
+    model = make(memory=memory, segment_len=needed, n_layer=1, overlap=0)
+    state = model.init_state(1)
+    size, shapes = states.n_byte(state), [tensor.shape for tensor in states.tensors(state)]
+    window = 100
+    for i in range(-(-n_write // window)):
+        state = model(text(1, window * needed, seed=i), state=state, logits=False).state
+        assert states.n_byte(state) == size, (
+            f"{size} bytes became {states.n_byte(state)} within {(i + 1) * window} writes"
+        )
+    assert [tensor.shape for tensor in states.tensors(state)] == shapes
+    for name, tensor in named_tensors(state):
+        assert not tensor.is_floating_point() or tensor.isfinite().all(), f"{name} is not finite"
+    assert logits(model, text(1, needed), state).isfinite().all()
+
+
+@torch.no_grad()
+def admits(make: Make, promote: Callable[[LMCode], None] | None = None) -> None:
+    """A memory that filled up early still takes in what comes later.
+
+    Args:
+        make: Builder.
+        promote: Makes what is written from now on more important than all before, for memories that choose.
+    """
+    model = make(overlap=0)
+    state = filled(model, n_row=1, n_segment=40)
+    if promote is not None:
+        promote(model)
+    state = model.select_rows(state, torch.zeros(8, dtype=torch.long))
+    told = text(8, T, seed=1)
+    after = model(told, state=state, logits=False).state
+    after = model(text(1, T, seed=2).expand(8, -1), state=after, logits=False).state  # settles what waits at the end
+    asked = told.roll(1, dims=1)[:1].expand(8, -1)
+    outputs = logits(model, asked, model.new_context(after))
+    effect = (outputs[1:] - outputs[:1]).abs().amax(dim=(1, 2))
+    least = effect.min() if promote is not None else effect.max()
+    assert least > 1e-4, f"a full memory admits nothing new: {effect.tolist()}"
+
+
+# --- 8: round trip -------------------------------------------------------------------------------------------------
+
+
+def round_trip(make: Make, scope: str = "sequence") -> None:
+    """Saved, loaded into a newly built model and continued equals never stopped, bit for bit."""
+    for n_open in (0, 5):
+        model = make(memory={"scope": scope}, memory_layers="all")
+        state, ids = filled(model, n_open=n_open), text(3, 3 * T, seed=1)
+        file = io.BytesIO()
+        torch.save({"model": model.state_dict(), "state": states.to_dict(state)}, file)
+        file.seek(0)
+        loaded = torch.load(file, weights_only=True)
+        other = make(memory={"scope": scope}, memory_layers="all")
+        with torch.no_grad():
+            for parameter in other.parameters():
+                parameter.zero_()
+        other.load_state_dict(loaded["model"])
+        restored = states.from_dict(loaded["state"], like=other.init_state(3))
+        for (name, now), (_, before) in zip(named_tensors(restored), named_tensors(state), strict=True):
+            assert torch.equal(now, before), f"{name} did not survive"
+        assert torch.equal(logits(other, ids, restored), logits(model, ids, state)), "continued otherwise"
+
+
+# --- 9: useful -----------------------------------------------------------------------------------------------------
+
+
+def recall_batch(n_row: int, draw: torch.Generator) -> tuple[Tensor, Tensor]:
+    """A key with its value in segment 1, filler, the key again as the last token of segment 3: ids, values.
+
+    Ids: 0 the key; 1..8 values; 9..15 filler.
+    """
+    ids = torch.randint(9, 16, (n_row, 3 * 8), generator=draw)
+    value = torch.randint(1, 9, (n_row,), generator=draw)
+    place = torch.randint(0, 5, (n_row,), generator=draw)
+    rows = torch.arange(n_row)
+    ids[rows, place], ids[rows, place + 1], ids[:, -1] = 0, value, 0
+    return ids, value
+
+
+def useful(make: Make, n_step: int = 250, seconds: float = 30.0) -> None:
+    """After a short training, what was told is known with memory and not without."""
+    memory = {"n_slot": 16, "d_key": 32, "span": 2, "write_budget": 8}
+    model = make(memory, perturb=False, n_vocab=16, n_layer=2, segment_len=8, overlap=0).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.01)
+    draw, begin = torch.Generator().manual_seed(0), time.process_time()
+    for step in range(n_step):
+        ids, value = recall_batch(32, draw)
+        out = model(ids, logits=False)
+        nll = F.cross_entropy(model.head(out.hidden[:, -1]), value)
+        own = [modules[0].losses(out.trace[name], nll).values() for name, modules in model.memory.items()]
+        optimizer.zero_grad()
+        (nll + sum(loss for losses in own for loss in losses)).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        if step % 25 == 24 and nll < 0.05:
+            break
+    spent = time.process_time() - begin
+    model.eval()
+    ids, value = recall_batch(256, draw)
+    with torch.no_grad():
+        state = model(ids[:, :16], logits=False).state
+        scores = {}
+        for name, start in (("memory", state), ("wiped", model.wipe(state))):
+            guess = logits(model, ids[:, 16:], start)[:, -1]
+            scores[name] = (F.cross_entropy(guess, value).item(), (guess.argmax(1) == value).float().mean().item())
+    (nll, accuracy), (nll_wiped, accuracy_wiped) = scores["memory"], scores["wiped"]
+    assert accuracy > 0.6, f"recalls {accuracy:.0%} after {step + 1} steps, {accuracy_wiped:.0%} with memory wiped"
+    assert accuracy_wiped < 0.3, f"{accuracy_wiped:.0%} without memory: the task leaks"
+    assert nll < nll_wiped - 0.5, f"NLL {nll:.2f} with memory, {nll_wiped:.2f} wiped"
+    assert spent < seconds, f"took {spent:.0f} s"
+
+
+# --- 10: described -------------------------------------------------------------------------------------------------
+
+
+def described(nodes: Nodes) -> None:
+    """YAML keys are the constructor's parameters, with their defaults; sizes and costs are reported."""
+    for name, node in nodes.items():
+        cls = class_of(node)
+        parameters = inspect.signature(cls).parameters
+        expected = set(parameters) - INJECTED
+        assert set(settings_of(node)) == expected, f"{name}: YAML and constructor of {cls.__name__} differ"
+        for key, value in settings_of(node).items():
+            default = parameters[key].default
+            assert default is inspect.Parameter.empty or default == value, (
+                f"{name}.{key}: {value} in YAML, {default} in code"
+            )
+        assert cls.__doc__, f"{cls.__name__} has no description"
+        for key in expected:
+            assert f"{key}:" in inspect.getdoc(cls), f"{cls.__name__} does not describe {key}"
+    model = builder(nodes)()
+    for name, parts in model.init_state(2).memory.items():
+        one, two = (states.n_byte(model.init_state(n).memory[name]) for n in (1, 2))
+        assert two > 0, f"{name} has no state"
+        assert two in (one, 2 * one), f"{name}: {one} bytes for one row, {two} for two"
+        assert len(parts) == len(model.memory[name])
+        for module in model.memory[name]:
+            assert isinstance(module.flops_per_token(), int)
+            assert module.flops_per_token() > 0
+            assert sum(parameter.numel() for parameter in module.parameters()) > 0

@@ -1,0 +1,126 @@
+"""What a memory declares about eviction, checked against plain Python, and how to make a write important.
+
+A memory that chooses what to keep has an entry here, by the name of its class. Memories without one need none: every
+law that is no business of theirs skips them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+
+from memlm.memory.ltm import LongTermMemory
+from memlm.models.lmcode import LMCode
+from tests.conformance import laws
+
+
+class Oracle(NamedTuple):
+    """What is known of a memory that chooses.
+
+    Attributes:
+        evicts_as_declared: A law: what the memory holds is what its rule says.
+        promote: Makes everything written from now on more important than all that was.
+    """
+
+    evicts_as_declared: Callable[[laws.Make], None]
+    promote: Callable[[LMCode], None]
+
+
+def span_importance(log_gate: list[float], span: int) -> list[float]:
+    """By token, the best mean of the windows of ``span`` tokens that cover it; half a window inside is enough."""
+    n = len(log_gate)
+    best = []
+    for token in range(n):
+        means = []
+        for start in range(token - span + 1, token + 1):
+            inside = [log_gate[i] for i in range(start, start + span) if 0 <= i < n]
+            if 2 * len(inside) >= span:
+                means.append(sum(inside) / len(inside))
+        best.append(max(means) if means else log_gate[token])
+    return best
+
+
+def keep(
+    log_gate: list[float], segment_len: int, span: int, budget: int | None, n_slot: int, kind: str
+) -> list[tuple[float, int]]:
+    """(importance, position) of what the bank of one document holds after all its segments.
+
+    Args:
+        log_gate: By token; the last token of the text has no successor and is not in it.
+        segment_len: Tokens per segment; the text ends with a whole one, and is not closed.
+        span: Tokens per span; a token waits until all its spans are complete.
+        budget: Most tokens that one segment writes.
+        n_slot: Size of the bank.
+        kind: ``span``, ``token`` or ``fifo``.
+    """
+    worth = span_importance(log_gate, span) if kind == "span" else list(log_gate)
+    bank: list[tuple[float, int]] = []
+    for s in range((len(log_gate) + 1) // segment_len):
+        written = range(max(0, s * segment_len - span), (s + 1) * segment_len - span)
+        if kind == "fifo":
+            newest_first = sorted(written, reverse=True)[:budget]
+            bank += [(0.0, token) for token in reversed(newest_first)]
+            bank = bank[-n_slot:]
+        else:
+            bank += sorted(((worth[token], token) for token in written), reverse=True)[:budget]
+            bank = sorted(bank, reverse=True)[:n_slot]
+    return bank
+
+
+@torch.no_grad()
+def long_term_evicts(make: laws.Make, kind: str = "span", of: str = "LongTermMemory") -> None:
+    """The bank holds the best of every segment's best, and each slot what belongs to its token.
+
+    Args:
+        make: Builder.
+        kind: The rule, the memory's ``importance``.
+        of: Name of the memory's class.
+    """
+    settings: tuple[dict[str, Any], ...] = ({}, {"write_budget": None}, {"span": 5})
+    for setting in settings:
+        own = {f"{of}.{key}": value for key, value in {"importance": kind, **setting}.items()}
+        everything = {"write_budget": None, "n_slot": 1000, "importance": "token"}
+        all_slots = make(memory=own | {f"{of}.{key}": value for key, value in everything.items()})
+        model = make(memory=own)
+        n_segment = 9
+        ids = laws.text(3, n_segment * laws.T, seed=9)
+        state = laws.filled(model, n_segment=n_segment).memory
+        gates = all_slots.new_context(laws.filled(all_slots, n_segment=n_segment)).memory  # closed: all tokens
+        for name, modules in model.memory.items():
+            if not isinstance(modules[0], LongTermMemory):
+                continue
+            span, budget, n_slot = modules[0].span, modules[0].write_budget, modules[0].n_slot
+            bank, full = state[name][0], gates[name][0]
+            for row in range(3):
+                slot_of = {int(p): i for i, p in enumerate(full.position[row]) if p >= 0}
+                assert len(slot_of) == ids.shape[1] - 1, "every token with a successor makes a slot"
+                log_gate = [float(full.log_gate[row, slot_of[p]]) for p in range(ids.shape[1] - 1)]
+                expected = keep(log_gate, laws.T, span, budget, n_slot, kind)
+                assert len(expected) == n_slot, "the test evicts nothing"
+                held = bank.position[row].tolist()
+                assert len(set(held)) == n_slot
+                assert min(held) >= 0
+                if kind == "fifo":
+                    assert sorted(held) == sorted(token for _, token in expected)
+                    continue
+                found = torch.tensor(sorted(bank.priority[row].tolist()))
+                laws.close(found, torch.tensor(sorted(worth for worth, _ in expected)), f"{kind}: importance held")
+                worth = span_importance(log_gate, span) if kind == "span" else log_gate
+                for slot, position in enumerate(held):
+                    assert abs(worth[position] - float(bank.priority[row, slot])) < 1e-4, "importance of another token"
+                    laws.close(bank.key[row, slot], full.key[row, slot_of[position]], "key of another token")
+                    laws.close(bank.value[row, slot], full.value[row, slot_of[position]], "value of another token")
+
+
+@torch.no_grad()
+def open_write_gate(model: LMCode) -> None:
+    """Every gate of the long-term memories opens wide."""
+    for modules in model.memory.values():
+        for module in modules:
+            if isinstance(module, LongTermMemory):
+                module.write_gate[-1].bias += 10
+
+
+ORACLES = {"LongTermMemory": Oracle(long_term_evicts, open_write_gate)}

@@ -1,0 +1,400 @@
+"""The laws catch the faults that public implementations have: each faulty memory here fails the law it breaks.
+
+All are a healthy memory, a ring of segment means, with one thing wrong.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from memlm.memory import state as states
+from memlm.memory.base import Memory, Residual, Segment, Trace
+from memlm.memory.ltm import LongTermMemory
+from tests.conformance import laws
+from tests.conformance.oracles import ORACLES
+
+
+class RingState(NamedTuple):
+    slot: Tensor  # (B, n, D)
+    n_written: Tensor  # (B,)
+
+
+class Ring(Memory):
+    """The mean of each of the last ``n_slot`` segments, read by attention. Healthy."""
+
+    def __init__(self, d_model: int, n_slot: int = 4) -> None:
+        super().__init__()
+        self.n_slot = n_slot
+        self.to_slot = nn.Linear(2 * d_model, d_model)
+        self.query = nn.Linear(d_model, d_model)
+        self.to_output = nn.Linear(d_model, d_model)
+
+    def init_state(self, n_row: int) -> RingState:
+        d_model = self.to_output.in_features
+        return RingState(torch.zeros(n_row, self.n_slot, d_model), torch.zeros(n_row, dtype=torch.long))
+
+    def read(self, x: Tensor, recalled: RingState, layer: int) -> Residual:
+        slot = recalled.slot
+        n_slot = slot.shape[1]
+        place = torch.arange(n_slot)
+        filled = place < recalled.n_written[:, None]  # (B, n)
+        score = self.query(x) @ slot.transpose(1, 2) / x.shape[-1] ** 0.5
+        # Nothing is read with a little weight as well, so that rows that hold nothing read nothing.
+        score = torch.cat([score.masked_fill(~filled[:, None], -torch.inf), torch.zeros_like(score[..., :1])], dim=2)
+        weight = score.softmax(dim=2)[..., :-1]
+        values = self.to_output(weight @ slot) * filled.any(dim=1)[:, None, None]
+        return Residual(values, place.expand(*x.shape[:2], -1), weight, torch.ones(x.shape[:2]))
+
+    def content(self, segment: Segment) -> Tensor:
+        """What a segment leaves behind, (B, D)."""
+        return self.mean(torch.cat([segment.hidden, segment.embeddings], dim=2), segment.valid)
+
+    def mean(self, x: Tensor, valid: Tensor) -> Tensor:
+        weight = valid.to(x.dtype)[..., None]
+        return self.to_slot(x).tanh().mul(weight).sum(dim=1) / weight.sum(dim=1).clamp(min=1)
+
+    def place(self, state: RingState) -> Tensor:
+        """The slot to write, (B,)."""
+        return state.n_written % self.n_slot
+
+    def write(self, segment: Segment, state: RingState, reads: list[Residual]) -> tuple[RingState, Trace]:
+        written = segment.complete[:, 0] & segment.valid.any(dim=1)
+        here = (torch.arange(self.n_slot) == self.place(state)[:, None]) & written[:, None]
+        slot = torch.where(here[..., None], self.content(segment)[:, None], state.slot)
+        return RingState(slot, state.n_written + written), {}
+
+
+class Dead(Ring):
+    """Reads nothing."""
+
+    def read(self, x: Tensor, recalled: RingState, layer: int) -> Residual:
+        read = super().read(x, recalled, layer)
+        return read._replace(values=0 * read.values)
+
+
+class WritesFirst(Ring):
+    """Writes a segment before reading it (IMM)."""
+
+    def process(
+        self, x: Tensor, segment: Segment, state: Any, layer: int, read: bool, write: bool
+    ) -> tuple[Residual | None, Any, Trace]:
+        _, after, trace = super().process(x, segment, state, layer, False, write)
+        found, _, _ = super().process(x, segment, after, layer, read, False)
+        return found, after, trace
+
+
+class Averages(Ring):
+    """Its gate averages over the tokens of the segment, later ones included (LM2)."""
+
+    def read(self, x: Tensor, recalled: RingState, layer: int) -> Residual:
+        read = super().read(x, recalled, layer)
+        return read._replace(values=read.values * x.mean(dim=1, keepdim=True).sigmoid())
+
+
+class MixesRows(Ring):
+    """Each row gets what its neighbour wrote (LongMem)."""
+
+    def content(self, segment: Segment) -> Tensor:
+        return super().content(segment).roll(1, dims=0)
+
+
+class BatchMean(Ring):
+    """Centres what it writes over the batch."""
+
+    def content(self, segment: Segment) -> Tensor:
+        content = super().content(segment)
+        return content - 0.5 * content.mean(dim=0)
+
+
+class FirstRowOnly(Ring):
+    """Writes what row 0 wrote for every row (MemoryLLM)."""
+
+    def content(self, segment: Segment) -> Tensor:
+        return super().content(segment)[:1].expand(len(segment.ids), -1)
+
+
+class Padded(Ring):
+    """Writes padding as well."""
+
+    def mean(self, x: Tensor, valid: Tensor) -> Tensor:
+        return super().mean(x, torch.ones_like(valid))
+
+
+class EveryCall(Ring):
+    """Writes at the end of a call, whether or not the segment ends there."""
+
+    def write(self, segment: Segment, state: RingState, reads: list[Residual]) -> tuple[RingState, Trace]:
+        return super().write(segment._replace(complete=torch.ones_like(segment.complete)), state, reads)
+
+
+class ReadsOnce(Ring):
+    """Its fast path reads the state from before the window, for all segments of the window."""
+
+    def process(
+        self, x: Tensor, segment: Segment, state: Any, layer: int, read: bool, write: bool
+    ) -> tuple[Residual | None, Any, Trace]:
+        _, after, trace = super().process(x, segment, state, layer, False, write)
+        return (self.read(x, state, layer) if read else None), after, trace
+
+
+class ForgetsWindowGradient(Ring):
+    """Its fast path has the right outputs and the wrong gradients."""
+
+    def process(
+        self, x: Tensor, segment: Segment, state: Any, layer: int, read: bool, write: bool
+    ) -> tuple[Residual | None, Any, Trace]:
+        return super().process(x, segment._replace(embeddings=segment.embeddings.detach()), state, layer, read, write)
+
+
+class KeepsDocuments(Ring):
+    """Goes on remembering when a new document begins."""
+
+    def start_documents(self, reset: Tensor | None, state: Any) -> Any:
+        return state
+
+
+class ResetsAllRows(Ring):
+    """Forgets every row when one begins a new document."""
+
+    def start_documents(self, reset: Tensor | None, state: Any) -> Any:
+        return super().start_documents(None if reset is None else reset | reset.any(), state)
+
+
+class Attribute(Ring):
+    """Keeps what it remembers in the module."""
+
+    last: Tensor | None = None
+
+    def read(self, x: Tensor, recalled: RingState, layer: int) -> Residual:
+        read = super().read(x, recalled, layer)
+        return read if self.last is None else read._replace(values=read.values + self.last)
+
+    def write(self, segment: Segment, state: RingState, reads: list[Residual]) -> tuple[RingState, Trace]:
+        self.last = self.content(segment).mean()
+        return super().write(segment, state, reads)
+
+
+class InPlace(Ring):
+    """Changes the state it was given."""
+
+    def write(self, segment: Segment, state: RingState, reads: list[Residual]) -> tuple[RingState, Trace]:
+        new, trace = super().write(segment, state, reads)
+        state.slot.copy_(new.slot.detach())
+        return new, trace
+
+
+class Learns(Ring):
+    """Changes its own buffers, also in evaluation."""
+
+    def __init__(self, d_model: int, n_slot: int = 4) -> None:
+        super().__init__(d_model, n_slot)
+        self.register_buffer("n_seen", torch.zeros(()))
+
+    def write(self, segment: Segment, state: RingState, reads: list[Residual]) -> tuple[RingState, Trace]:
+        self.n_seen += 1
+        return super().write(segment, state, reads)
+
+
+class NoBackpropagation(Ring):
+    """Cuts the graph at every write (truncated backpropagation without effect, RMT)."""
+
+    def content(self, segment: Segment) -> Tensor:
+        return super().content(segment).detach()
+
+
+class NeverCuts(Ring):
+    """Finds its way back to the graph that was cut at the edge of the window."""
+
+    graph: Any = None
+
+    def recall(self, state: RingState) -> RingState:
+        alive = self.graph is not None and self.graph.slot.shape == state.slot.shape
+        return self.graph if alive and torch.equal(self.graph.slot, state.slot) else state
+
+    def write(self, segment: Segment, state: RingState, reads: list[Residual]) -> tuple[RingState, Trace]:
+        self.graph, trace = super().write(segment, self.recall(state), reads)
+        return self.graph, trace
+
+
+class Idle(Ring):
+    """Has a parameter that nothing trains."""
+
+    def __init__(self, d_model: int, n_slot: int = 4) -> None:
+        super().__init__(d_model, n_slot)
+        self.threshold = nn.Parameter(torch.zeros(1))
+
+    def read(self, x: Tensor, recalled: RingState, layer: int) -> Residual:
+        read = super().read(x, recalled, layer)
+        return read._replace(values=read.values * (self.threshold < 10))
+
+
+class Grows(Ring):
+    """Appends a slot for each segment."""
+
+    def write(self, segment: Segment, state: RingState, reads: list[Residual]) -> tuple[RingState, Trace]:
+        slot = torch.cat([state.slot, self.content(segment)[:, None]], dim=1)
+        return RingState(slot, state.n_written + segment.complete[:, 0]), {}
+
+
+class Overflows(Ring):
+    """Adds up without end."""
+
+    def write(self, segment: Segment, state: RingState, reads: list[Residual]) -> tuple[RingState, Trace]:
+        new, trace = super().write(segment, state, reads)
+        return new._replace(slot=2 * state.slot + new.slot), trace
+
+
+class Frozen(Ring):
+    """Admits nothing once it is full (Memorizing Transformers after overflow)."""
+
+    def place(self, state: RingState) -> Tensor:
+        return state.n_written  # beyond the last slot: nowhere
+
+
+class Unsaved(Ring):
+    """A part of what it remembers is not in the state (ARMT)."""
+
+    def __init__(self, d_model: int, n_slot: int = 4) -> None:
+        super().__init__(d_model, n_slot)
+        self.extra: dict[float, Tensor] = {}
+
+    def write(self, segment: Segment, state: RingState, reads: list[Residual]) -> tuple[RingState, Trace]:
+        new, trace = super().write(segment, state, reads)
+        self.extra[float(new.slot.detach().sum())] = new.slot.detach().mean()
+        return new, trace
+
+    def read(self, x: Tensor, recalled: RingState, layer: int) -> Residual:
+        read = super().read(x, recalled, layer)
+        return read._replace(values=read.values + self.extra.get(float(recalled.slot.detach().sum()), 0.0))
+
+
+def make_of(cls: type[Memory]) -> laws.Make:
+    return laws.builder_of({"ring": (cls, {"n_slot": 4})}, shrink=False)
+
+
+LAWS: dict[str, Callable[[laws.Make], None]] = {
+    "0 alive": laws.alive,
+    "1 causal": laws.causal,
+    "2 isolated": laws.isolated,
+    "3 chunks": laws.chunk_invariant,
+    "3 ragged": laws.ragged,
+    "3 generation": laws.generates_as_parallel,
+    "3 schedules": laws.schedules_agree,
+    "4 reset": laws.resets,
+    "5 pure": laws.pure,
+    "6 reach": laws.reach,
+    "6 parameters": laws.every_parameter_learns,
+    "7 bounded": partial(laws.bounded, n_write=1000),
+    "7 admits": laws.admits,
+    "8 round trip": laws.round_trip,
+    "9 useful": laws.useful,
+}
+
+# The law, the memory that breaks it, what the law says about it.
+FAULTS: list[tuple[str, type[Ring], str]] = [
+    ("0 alive", Dead, "no token of a segment changes"),
+    ("1 causal", WritesFirst, "changes outputs before it"),
+    ("1 causal", Averages, "changes outputs before it"),
+    ("2 isolated", MixesRows, "rows"),
+    ("2 isolated", BatchMean, "rows"),
+    ("2 isolated", FirstRowOnly, "rows"),
+    ("3 chunks", EveryCall, "calls of"),
+    ("3 chunks", ReadsOnce, "calls of"),
+    ("3 ragged", Padded, "closed before it was full"),
+    ("3 generation", EveryCall, "logits of generation"),
+    ("3 schedules", ReadsOnce, "outputs"),
+    ("3 schedules", ForgetsWindowGradient, "gradient of"),
+    ("4 reset", KeepsDocuments, "reset rows"),
+    ("4 reset", ResetsAllRows, "was not reset"),
+    ("5 pure", Attribute, "in between"),
+    ("5 pure", InPlace, "in between"),
+    ("5 pure", Learns, "evaluation changed"),
+    ("6 reach", NoBackpropagation, "no gradient"),
+    ("6 reach", NeverCuts, "across the edge"),
+    ("6 parameters", Idle, "gets no gradient"),
+    ("6 parameters", Dead, "is zero"),
+    ("7 bounded", Grows, "bytes became"),
+    ("7 bounded", Overflows, "not finite"),
+    ("7 admits", Frozen, "admits nothing new"),
+    ("8 round trip", Unsaved, "continued otherwise"),
+    ("8 round trip", Attribute, "continued otherwise"),
+]
+
+
+@pytest.mark.parametrize("law", LAWS)
+def test_a_healthy_memory_passes(law: str) -> None:
+    LAWS[law](make_of(Ring))
+
+
+@pytest.mark.parametrize(("law", "cls", "message"), FAULTS, ids=[f"{law} {cls.__name__}" for law, cls, _ in FAULTS])
+def test_a_faulty_memory_is_caught(law: str, cls: type[Ring], message: str) -> None:
+    with pytest.raises(AssertionError, match=message):
+        LAWS[law](make_of(cls))
+
+
+def test_a_useless_memory_is_caught() -> None:
+    with pytest.raises(AssertionError, match="recalls"):
+        laws.useful(make_of(Dead), n_step=50)
+
+
+def test_a_task_that_leaks_is_caught() -> None:
+    """A "memory" whose wiped state remembers is not measured by wiping it."""
+
+    class Persists(Ring):
+        kept: RingState | None = None
+
+        def recall(self, state: RingState) -> RingState:
+            if state.n_written.any():
+                self.kept = states.detach(state)
+            known = self.kept is not None and self.kept.slot.shape == state.slot.shape
+            return self.kept if known else state
+
+    with pytest.raises(AssertionError, match="task leaks"):
+        laws.useful(make_of(Persists))
+
+
+class KeepsOldest(LongTermMemory):
+    """Under ``fifo`` nothing gets older, so that what came first may stay."""
+
+    def _age(self, priority: Tensor, n_written: Tensor) -> Tensor:
+        return priority
+
+
+class AdmitsHalf(LongTermMemory):
+    """Writes fewer slots than it may."""
+
+    def _candidates(self, segment: Segment) -> Any:
+        candidates, trace = super()._candidates(segment)
+        half = torch.arange(candidates.priority.shape[2]) % 2 == 0
+        return candidates._replace(priority=candidates.priority.masked_fill(half, -torch.inf)), trace
+
+
+@pytest.mark.parametrize(
+    ("cls", "kind"), [(LongTermMemory, "fifo"), (KeepsOldest, "fifo"), (LongTermMemory, "span"), (AdmitsHalf, "span")]
+)
+def test_an_eviction_other_than_declared_is_caught(cls: type[LongTermMemory], kind: str) -> None:
+    make = laws.builder_of({"ltm": (cls, {})})
+    law = partial(ORACLES["LongTermMemory"].evicts_as_declared, kind=kind, of=cls.__name__)
+    if cls is LongTermMemory:
+        law(make)
+    else:
+        with pytest.raises(AssertionError):
+            law(make)
+
+
+@pytest.mark.parametrize("change", ["missing", "unknown", "other default"])
+def test_a_yaml_that_does_not_fit_is_caught(change: str) -> None:
+    node = dict(laws.nodes_of("stm")["stm"])
+    laws.described({"stm": node})
+    if change == "missing":
+        del node["update_rate"]
+    elif change == "unknown":
+        node["lr"] = 0.1
+    else:
+        node["update_rate"] = 0.5
+    with pytest.raises(AssertionError):
+        laws.described({"stm": node})

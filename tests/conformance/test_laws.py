@@ -1,0 +1,130 @@
+"""Every memory that is shipped, against every law."""
+
+import pytest
+
+from tests.conformance import laws
+from tests.conformance.oracles import ORACLES
+
+NAMES = laws.names()
+REMEMBERS = [name for name in NAMES if laws.nodes_of(name)]
+
+
+def make_of(name: str) -> laws.Make:
+    return laws.builder(laws.nodes_of(name))
+
+
+@pytest.fixture(params=NAMES)
+def make(request: pytest.FixtureRequest) -> laws.Make:
+    return make_of(request.param)
+
+
+@pytest.fixture(params=REMEMBERS)
+def memory(request: pytest.FixtureRequest) -> laws.Make:
+    return make_of(request.param)
+
+
+@pytest.fixture(params=[n for n in REMEMBERS if laws.takes(make_of(n), "scope")])
+def shareable(request: pytest.FixtureRequest) -> laws.Make:
+    return make_of(request.param)
+
+
+def test_every_memory_of_the_first_release_is_found() -> None:
+    assert {"none", "stm", "ltm", "dual"} <= set(NAMES)
+    assert "none" not in REMEMBERS
+    assert {"stm", "ltm", "dual"} <= set(REMEMBERS)
+
+
+def test_0_alive(memory: laws.Make) -> None:
+    laws.alive(memory)
+
+
+def test_1_causal(make: laws.Make) -> None:
+    laws.causal(make)
+
+
+def test_1_causal_shared(shareable: laws.Make) -> None:
+    laws.causal(shareable, scope="shared")
+
+
+def test_2_isolated(make: laws.Make) -> None:
+    laws.isolated(make)
+
+
+def test_3_chunk_invariant(make: laws.Make) -> None:
+    laws.chunk_invariant(make)
+
+
+def test_3_chunk_invariant_shared(shareable: laws.Make) -> None:
+    laws.chunk_invariant(shareable, scope="shared")
+
+
+def test_3_chunk_invariant_ragged(make: laws.Make) -> None:
+    laws.ragged(make)
+
+
+def test_3_generation_equals_the_parallel_pass(make: laws.Make) -> None:
+    laws.generates_as_parallel(make)
+
+
+def test_3_schedules_agree(make: laws.Make) -> None:
+    laws.schedules_agree(make)
+
+
+def test_4_reset(make: laws.Make) -> None:
+    laws.resets(make)
+
+
+def test_5_pure(make: laws.Make) -> None:
+    laws.pure(make)
+
+
+def test_5_pure_shared(shareable: laws.Make) -> None:
+    laws.pure(shareable, scope="shared")
+
+
+def test_6_gradient_reach(memory: laws.Make) -> None:
+    laws.reach(memory)
+
+
+def test_6_every_parameter_learns(make: laws.Make) -> None:
+    laws.every_parameter_learns(make)
+
+
+def test_7_bounded(make: laws.Make) -> None:
+    laws.bounded(make)
+
+
+def _oracles(name: str) -> list[str]:
+    return [cls for cls in (laws.class_of(node).__name__ for node in laws.nodes_of(name).values()) if cls in ORACLES]
+
+
+@pytest.mark.parametrize(("name", "cls"), [(name, cls) for name in REMEMBERS for cls in _oracles(name)])
+def test_7_evicts_as_declared(name: str, cls: str) -> None:
+    ORACLES[cls].evicts_as_declared(make_of(name))
+
+
+def test_7_a_full_memory_admits(memory: laws.Make) -> None:
+    laws.admits(memory)
+
+
+@pytest.mark.parametrize(("name", "cls"), [(name, cls) for name in REMEMBERS for cls in _oracles(name)])
+def test_7_a_full_memory_admits_what_is_more_important(name: str, cls: str) -> None:
+    laws.admits(make_of(name), ORACLES[cls].promote)
+
+
+def test_8_round_trip(make: laws.Make) -> None:
+    laws.round_trip(make)
+
+
+def test_8_round_trip_shared(shareable: laws.Make) -> None:
+    laws.round_trip(shareable, scope="shared")
+
+
+@pytest.mark.parametrize("name", REMEMBERS)
+def test_9_useful(name: str) -> None:
+    laws.useful(laws.builder(laws.nodes_of(name), shrink=False))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_10_described(name: str) -> None:
+    laws.described(laws.nodes_of(name))

@@ -1,0 +1,223 @@
+"""The printed summary, and the scripts that print it."""
+
+import functools
+import json
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+import memlm.checkpoint
+from experiments import needle, perplexity
+from experiments.base import Result
+from experiments.report import summary
+from memlm.config import ConfigError, check_command_line, compose, config_dir
+from memlm.data.facts import FactMaker
+from memlm.data.tokenizer import train_tokenizer
+from memlm.data.tokens import TokenizedCorpus
+from memlm.memory.ltm import LongTermMemory
+from memlm.models.lmcode import LMCode
+from scripts import evaluate, generate
+
+
+def needle_result(conditions=needle.CONDITIONS, distances=(100,), correct=None, straddling=True):
+    rows = [
+        {
+            "condition": condition,
+            "distance": distance,
+            "document": i // 4,
+            "fact": i % 4,
+            "straddles": None if condition == "unseen" else straddling and i % 4 == 0,
+            "correct": (correct or {"on": 7}).get(condition, 0) > i,
+            "nll": 1.5,
+        }
+        for distance in distances
+        for condition in conditions
+        for i in range(8)
+    ]
+    return Result("needle", needle.summarise(rows), tuple(rows), {"distances": list(distances)})
+
+
+def perplexity_result(wiped=2.0):
+    losses = {"on": [1.5, 1.25], "off": [2.0, 2.0], "wiped": [wiped, wiped]}
+    rows = [
+        {"condition": condition, "stream": 0, "document": i, "n_token": 1000, "nll": nll}
+        for condition, values in losses.items()
+        for i, nll in enumerate(values)
+    ]
+    return Result("perplexity", perplexity.summarise(rows), tuple(rows), {})
+
+
+def lines_of(text, word):
+    return [line.split() for line in text.splitlines() if line.startswith(word)]
+
+
+def test_summary_shows_perplexity_recall_controls_and_intervals():
+    text = summary([perplexity_result(), needle_result()])
+    assert "2,000 tokens, 2 documents" in text
+    assert lines_of(text, "reads off")[0] == ["reads", "off", "7.389", "2"] or "7.389" in text
+    assert "changes the loss by -0.6250 nats per token (95 % interval " in text
+    assert "Off and wiped agree" in text
+    assert "Off and wiped agree" not in summary([perplexity_result(wiped=2.5)])
+    recall = text[text.index("Recall of facts") :]
+    assert "100 or more tokens before" in recall
+    on, straddling = lines_of(recall, "memory on")
+    assert on[2:6] == ["87.5", "52.9", "97.8", "8"]
+    assert straddling[-3:-1] == ["100.0", "2"]
+    for control in ("reads off", "memory wiped", "another document's memory", "fact never shown"):
+        (line,) = lines_of(recall, control)
+        assert line[-5:-1] == ["0.0", "0.0", "32.4", "8"]
+    assert "right in 25 %" in recall
+    assert summary([]) == ""
+    assert summary([Result("slot_usage", {"entropy": 1.0})]) == ""
+
+
+def test_summary_of_several_distances():
+    text = summary([needle_result(distances=(100, 20_000))])
+    for distance in ("100", "20,000"):
+        assert len(lines_of(text, f"{distance} ")) + len(lines_of(text, f"  {distance}")) >= 1 or distance in text
+    assert sum("memory on" in line for line in text.splitlines()) == 4
+
+
+@pytest.mark.parametrize("lost", needle.CONDITIONS[1:])
+def test_recall_without_a_control_is_refused(lost):
+    conditions = [condition for condition in needle.CONDITIONS if condition != lost]
+    with pytest.raises(ValueError, match=rf"'needle' claims recall without {lost}.*only beside all of its controls"):
+        summary([perplexity_result(), needle_result(conditions)])
+
+
+def test_recall_at_one_distance_borrows_no_controls_from_another():
+    whole = needle_result(distances=(100, 200))
+    rows = [row for row in whole.rows if row["distance"] == 100 or row["condition"] != "off"]
+    with pytest.raises(ValueError, match="claims recall at 200 tokens without off"):
+        summary([Result("needle", needle.summarise(rows), tuple(rows), whole.metadata)])
+    bare = {"exact_match/on": 0.99}
+    with pytest.raises(ValueError, match="without on, off, wiped, swapped, unseen"):
+        summary([Result("modern_facts", bare)])
+
+
+def test_percentages_are_never_rounded_to_the_ends():
+    rows = [
+        {"condition": c, "distance": 1, "document": 0, "fact": i, "straddles": None, "correct": i > 0, "nll": 0.0}
+        for c in needle.CONDITIONS
+        for i in range(3000)
+    ]
+    text = summary([Result("needle", needle.summarise(rows), (), {"distances": [1]})])
+    assert lines_of(text, "memory on")[0][2] == "99.9"
+
+
+# ------------------------------------------------------------------------------------------------------- scripts
+
+
+def chosen(*overrides):
+    cfg = compose(["checkpoint=x", *overrides], "evaluate")
+    return [name for name in cfg if isinstance(name, str) and name in ("needle", "perplexity")]
+
+
+def test_experiments_are_chosen_by_name():
+    assert chosen() == ["perplexity", "needle"]
+    assert chosen("experiment=needle") == ["needle"]
+    assert chosen("experiment=[needle,perplexity]") == ["needle", "perplexity"]
+    cfg = compose(["checkpoint=x", "experiment=needle", "needle.n_document=4", "needle.distance=[10,20]"], "evaluate")
+    assert (cfg.needle.n_document, list(cfg.needle.distance)) == (4, [10, 20])
+    assert compose(["checkpoint=x", "seed=7"], "evaluate").needle.seed == 7
+
+
+def test_all_means_every_yaml():
+    names = sorted(path.stem for path in (config_dir() / "experiment").glob("*.yaml"))
+    assert {"needle", "perplexity"} <= set(names)
+    (argument, other) = evaluate.name_all(["experiment=all", "checkpoint=x"])
+    assert other == "checkpoint=x"
+    assert argument == f"experiment=[{','.join(names)}]"
+    check_command_line([argument, "checkpoint=x"], "evaluate")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["experiment=needel"], "experiment has no option 'needel'. Did you mean 'needle'?"),
+        (["experiment=[needle,perplexty]"], "Did you mean 'perplexity'?"),
+        (["needle.n_documents=4"], "Did you mean 'needle.n_document'|Did you mean 'n_document'"),
+        (["experiment=perplexity", "needle.n_document=4"], "There is no setting 'needle"),
+        (["needle.n_document=many"], "needle.n_document must be an int"),
+        (["needle.distance=[10,far]"], "needle.distance must be"),
+        (["needle.split=train"], "needle.split must be 'val' or 'test'"),
+    ],
+)
+def test_mistakes_are_told(arguments, message):
+    with pytest.raises(ConfigError) as caught:
+        check_command_line(["checkpoint=x", *arguments], "evaluate")
+    assert any(part in str(caught.value) for part in message.split("|"))
+
+
+class Data:
+    def __init__(self):
+        rng = np.random.default_rng(0)
+        words = ["".join(rng.choice(list("abcdefghij"), size=6)) for _ in range(300)]
+        text = " " + " ".join(rng.choice(words, size=3000))
+        self.tokenizer = train_tokenizer("word", [text, " is"], 1000)
+        tokens = np.array(self.tokenizer.encode(text), dtype=np.int32)
+        self.corpus = TokenizedCorpus(tokens, np.array([0, 900, 1800, len(tokens)]))
+        self.maker = FactMaker(self.tokenizer, self.corpus)
+
+    def tokens(self, split):
+        return self.corpus
+
+
+@pytest.fixture
+def run(monkeypatch, tmp_path):
+    """A tiny untrained run, in place of a checkpoint."""
+    data = Data()
+    torch.manual_seed(0)
+    memories = {"ltm": functools.partial(LongTermMemory, n_slot=64, d_key=8, write_budget=8)}
+    model = LMCode(data.tokenizer.vocab_size, memories, n_layer=1, n_head=2, d_model=16, segment_len=32).eval()
+    model.tokenizer = data.tokenizer
+    monkeypatch.setattr(memlm.checkpoint, "load_run", lambda path, **_: (model, data))
+    monkeypatch.setattr(memlm.checkpoint, "load", lambda path, **_: model)
+    monkeypatch.chdir(tmp_path)
+    return model
+
+
+def test_evaluate_measures_writes_and_prints(run, capsys, tmp_path):
+    settings = ["needle.n_document=2", "needle.n_fact=3", "needle.distance=[40,90]", "perplexity.limit=500"]
+    evaluate.main(compose(["checkpoint=x", "device=cpu", *settings], "evaluate"))
+    printed = capsys.readouterr().out
+    assert "Perplexity of held-out text" in printed
+    assert "another document's memory" in printed
+    files = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
+    assert files == {
+        *(f"needle/{name}" for name in ("recall.png", "rows.csv", "result.json")),
+        *(f"perplexity/{name}" for name in ("perplexity.png", "rows.csv", "result.json")),
+    }
+    assert all(name in printed for name in files)
+    stored = Result.from_dict(json.loads((tmp_path / "needle/result.json").read_text()))
+    assert stored.metadata["distances"] == [40, 90]
+    assert summary([stored]) in printed
+
+
+def test_evaluate_refuses_a_device_that_is_not_there(run):
+    with pytest.raises(ConfigError, match="device=tpu-9 cannot be used here"):
+        evaluate.main(compose(["checkpoint=x", "device=tpu-9"], "evaluate"))
+    with pytest.raises(ConfigError, match="experiment selects nothing"):
+        evaluate.main(compose(["checkpoint=x", "experiment=[]"], "evaluate"))
+
+
+def test_generate_continues_a_prompt(run, capsys):
+    prompt = run.tokenizer.decode([5, 6, 7])
+    text = generate.main(compose(["checkpoint=x", f"prompt='{prompt}'", "n_token=5", "device=cpu"], "generate"))
+    assert text.startswith(prompt)
+    assert len(run.tokenizer.encode(text)) == 8
+    assert capsys.readouterr().out == f"{text}\n"
+    again = generate.main(compose(["checkpoint=x", f"prompt='{prompt}'", "n_token=5", "device=cpu"], "generate"))
+    assert text == again
+    for overrides in ([], ["prompt=null"], ["prompt=''"]):
+        with pytest.raises(ConfigError, match="prompt is empty"):
+            generate.main(compose(["checkpoint=x", *overrides], "generate"))
+
+
+def test_scripts_need_no_path_tricks():
+    for module in (evaluate, generate):
+        source = open(module.__file__).read()
+        assert "sys.path" not in source
+    assert "experiments.needle" in sys.modules

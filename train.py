@@ -1,0 +1,66 @@
+"""Train a language model with a memory, and show what the memory remembers.
+
+python train.py model=lmcode memory=ltm
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from memlm.config import cli, to_dict, validate
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+
+@cli("train")
+def main(cfg: DictConfig) -> float | None:
+    """Compose, validate, build, fit, report.
+
+    Returns:
+        The share of planted facts that is recalled, for a hyperparameter search; None if it is not measured.
+    """
+    from pathlib import Path
+
+    from experiments import runner
+    from experiments.base import emit
+    from experiments.report import summary, watch
+    from experiments.training import training_result
+    from memlm.build import build_data, build_model, build_tokenizer
+    from memlm.training.fit import make_trainer, plan_steps, save_last, sync_hint, wandb_logger
+    from memlm.training.module import LanguageModeling
+    from memlm.training.resume import checkpoint_to_resume
+
+    validate(cfg)
+    config = plan_steps(to_dict(cfg))
+    run = Path(config["paths"]["run_dir"])
+    experiments = runner.chosen({name: node for name, node in config.items() if name != "watch"})
+    resume = checkpoint_to_resume(config["resume"], config, Path(config["paths"]["root"]))
+
+    tokenizer = build_tokenizer(config)
+    data = build_data(config, tokenizer)
+    data.setup()
+    model = build_model(config, tokenizer)
+    settings: dict[str, Any] = {name: value for name, value in config["training"].items() if name != "_target_"}
+    module = LanguageModeling(model, **settings, seed=config["seed"])
+    n_parameter = sum(parameter.numel() for parameter in model.parameters())
+    print(f"{run}: {n_parameter:,} parameters, {config['trainer']['max_steps']} steps"
+          + (f", going on from {resume}" if resume else ""))  # fmt: skip
+
+    with make_trainer(config, run, resume, watch(config["watch"], data)) as (trainer, history):
+        trainer.fit(module, data, ckpt_path=resume)
+        written = [save_last(trainer, run)]
+        logger = wandb_logger(trainer.loggers)
+        results, files = runner.run_all(model, data, experiments, run, logger)
+        files += emit(*training_result(model, data, history()), run / "training", logger)
+        hint = sync_hint(logger)
+    print("\n" + summary(results))
+    print("\nWritten:", *(f"  {path}" for path in [*written, *files]), sep="\n")
+    if hint:
+        print(f"\nW&B ran offline. To upload: {hint}")
+    recall = [result.metrics.get("exact_match/on") for result in results if result.name == "needle"]
+    return recall[0] if recall else None
+
+
+if __name__ == "__main__":
+    main()
