@@ -4,7 +4,7 @@ Text streams through the model segment by segment; memory is read and written as
 its local context alone. Wiped before every segment, memory holds nothing that an earlier segment wrote; a model whose
 empty memory contributes nothing then equals the one with reads off by construction.
 
-Shapes: B rows, T tokens per segment.
+Shapes: B streams, S segments of a window, T tokens per segment.
 """
 
 from __future__ import annotations
@@ -12,18 +12,34 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
 from matplotlib.figure import Figure
+from torch import Tensor
 
 from experiments.base import PALETTE, Result, Row, mean_interval, style
 from experiments.needle import evaluating
 from memlm.config import ConfigError
-from memlm.data.stream import ValidationBatches
+from memlm.data.stream import TextStream
+from memlm.training.loss import token_nll
 
 CONDITIONS = {"on": "memory on", "off": "reads off", "wiped": "memory wiped"}
 """What is measured, and how it is called."""
+
+
+_WINDOW = 4  # segments read per call
+
+
+class _Window(NamedTuple):
+    """Segments of every stream, as `memlm.data.stream.TextStream.window` gives them: (B, S, T), and (B, S)."""
+
+    ids: Tensor
+    targets: Tensor
+    weight: Tensor
+    mask: Tensor
+    reset: Tensor
 
 
 @dataclass(frozen=True)
@@ -65,22 +81,21 @@ def run(model: Any, data: Any, cfg: Perplexity, progress: Callable[[float], None
         One row per condition and document (by ``stream`` and number within it): ``n_token`` predicted and their mean
         ``nll`` in nats. A document may be cut short where a stream begins or stops. For metrics see `summarise`.
     """
-    corpus = data.tokens(cfg.split)
-    batches = ValidationBatches(corpus, model.segment_len, data.tokenizer.pad_id, cfg.n_row, n_segment=1)
-    if batches.stream.n_segment < cfg.n_row:  # more streams than segments would read some text twice
-        n_row = batches.stream.n_segment
-        batches = ValidationBatches(corpus, model.segment_len, data.tokenizer.pad_id, n_row, n_segment=1)
-    n_step, n_token = 0, 0
-    while n_step < len(batches) and (cfg.limit is None or n_token < cfg.limit):
-        n_token += int(batches[n_step].weight.sum())
-        n_step += 1
+    stream = TextStream(data.tokens(cfg.split), model.segment_len, data.tokenizer.pad_id, seed=None)
+    n_row = min(cfg.n_row, stream.n_segment)  # more streams than segments would read some text twice
+    windows, n_token = [], 0
+    for first in range(0, stream.n_segment // n_row, _WINDOW):
+        windows.append(_window(stream, n_row, first, min(_WINDOW, stream.n_segment // n_row - first)))
+        n_token += int(windows[-1].weight.sum())
+        if cfg.limit is not None and n_token >= cfg.limit:
+            break
     if n_token == 0:
         raise ConfigError(f"no token can be predicted in the {cfg.split} text: every document has one token only")
     rows: list[Row] = []
     with evaluating(model):
         for i, condition in enumerate(CONDITIONS):
             share = _scaled(progress, i, len(CONDITIONS))
-            rows += _measure(model, batches, n_step, condition, share)
+            rows += _measure(model, windows, condition, share)
     metadata = {
         "settings": asdict(cfg),
         "n_token": n_token,
@@ -96,33 +111,47 @@ def _scaled(progress: Callable[[float], None] | None, i: int, n: int) -> Callabl
     return lambda done: None if progress is None else progress((i + done) / n)
 
 
-def _measure(
-    model: Any, batches: ValidationBatches, n_step: int, condition: str, progress: Callable[[float], None]
-) -> list[Row]:
-    """Rows of one condition."""
-    from memlm.training.module import token_nll  # imports lightning, which an error message need not wait for
+def _window(stream: TextStream, n_row: int, first: int, n: int) -> _Window:
+    """``n`` segments of every stream, from their segment ``first`` on."""
+    parts = [stream.window(row, n_row, first, n) for row in range(n_row)]
+    return _Window(*(torch.from_numpy(np.stack(part)) for part in zip(*parts, strict=True)))
 
+
+def _measure(model: Any, windows: Sequence[_Window], condition: str, progress: Callable[[float], None]) -> list[Row]:
+    """Rows of one condition."""
     device = next(model.parameters(), torch.empty(0)).device
+    n_row = len(windows[0].ids)
     state: Any = None
-    document = [-1] * batches.n_row
+    document = [-1] * n_row
     sums: dict[tuple[int, int], list[float]] = {}
-    for step in range(n_step):
-        batch = batches[step]
-        ids, targets, weight = batch.ids.to(device), batch.targets.to(device), batch.weight.to(device)  # (B, T)
-        reset = None if batch.reset is None else batch.reset.to(device)
-        mask = None if batch.mask is None else batch.mask.to(device)
-        if condition == "wiped":
-            state = model.wipe(model.init_state(batches.n_row) if state is None else state)
-        out = model(ids, state=state, reset=reset, mask=mask, read=condition != "off", logits=False)
-        state = out.state
-        nll = (token_nll(model, out.hidden, targets) * weight).double().sum(dim=1).tolist()
-        count = batch.weight.sum(dim=1).tolist()
-        for i in range(batches.n_row):
-            document[i] += 0 if batch.reset is None else int(batch.reset[i, 0])
-            found = sums.setdefault((i, document[i]), [0.0, 0.0])
-            found[0] += nll[i]
-            found[1] += count[i]
-        progress((step + 1) / n_step)
+    for done, whole in enumerate(windows):
+        n_segment = whole.ids.shape[1]
+        step = 1 if condition == "wiped" else n_segment  # segments per call
+        for s in range(0, n_segment, step):
+            ids, targets, weight, mask, reset = (part[:, s : s + step] for part in whole)
+            if condition == "wiped":
+                state = model.wipe(model.init_state(n_row) if state is None else state)
+            plain = not reset.any() and mask.all()
+            out = model(
+                ids.flatten(1).to(device),
+                state=state,
+                reset=None if plain else reset.to(device),
+                mask=None if plain else mask.flatten(1).to(device),
+                read=condition != "off",
+                write=condition != "off",
+                logits=False,
+            )
+            state = out.state
+            nll = token_nll(model, out.hidden, targets.flatten(1).to(device)).double().view(targets.shape)
+            total = (nll * weight.to(device)).sum(dim=2).tolist()  # (B, S)
+            count = weight.sum(dim=2).tolist()
+            for i in range(n_row):
+                for k in range(step):
+                    document[i] += int(reset[i, k])
+                    found = sums.setdefault((i, document[i]), [0.0, 0.0])
+                    found[0] += total[i][k]
+                    found[1] += count[i][k]
+        progress((done + 1) / len(windows))
     return [
         {"condition": condition, "stream": i, "document": k, "n_token": int(n), "nll": total / n}
         for (i, k), (total, n) in sorted(sums.items())
@@ -200,7 +229,7 @@ def plot(result: Result) -> dict[str, Figure]:
         right.axvline(0, color=PALETTE["black"], linewidth=1.2, linestyle=":")
         right.set_yticks(range(len(changes)), [f"on − {CONDITIONS[name]}" for name in changes])  # noqa: RUF001
         right.set_ylim(len(changes) - 0.5, -0.5)
-        right.set(title="Change by memory", xlabel="nats per token; below 0 memory helps")
+        right.set(title="Change by memory", xlabel="nats per token (below 0: it helps)")
         right.margins(x=0.2)
         for axes in (left, right):
             axes.grid(axis="x")

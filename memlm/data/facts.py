@@ -87,6 +87,12 @@ class FactMaker:
         if n_word is not None:
             # Enough pairs must remain when only one in _EVALUATION_SHARE belongs to the split.
             pool = rng.choice(pool, size=min(max(n_word, 4 + 4 * int(n**0.5)), len(pool)), replace=False)
+        n_name = len(pool) * (len(pool) - 1) // _EVALUATION_SHARE // 2  # about half of what there is, to be safe
+        if split == "evaluation" and n > n_name:
+            raise ConfigError(
+                f"{n} facts of different names are asked for, but {len(pool)} words give {n_name} at most: "
+                "use fewer facts (n_fact, n_document) or more text"
+            )
         facts: dict[tuple[str, ...], Fact] = {}
         while len(facts) < n:
             name, name_tokens = self._combine(rng, pool, 2, split)

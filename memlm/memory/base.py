@@ -11,6 +11,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
 
 from memlm.memory.state import State, where_rows
 
@@ -144,7 +145,7 @@ class Memory(nn.Module):
         raise NotImplementedError
 
     def process(
-        self, x: Tensor, segment: Segment, state: State, layer: int, read: bool, write: bool
+        self, x: Tensor, segment: Segment, state: State, layer: int, read: bool, write: bool, carry: bool = True
     ) -> tuple[Residual | None, State, Trace]:
         """Read and write the ``S`` segments of a window in order. This loop is the definition.
 
@@ -157,6 +158,7 @@ class Memory(nn.Module):
             layer: Index of the layer.
             read: Whether to read.
             write: Whether to write.
+            carry: Whether the state after the window is needed; if not, any state may be returned.
 
         Returns:
             The reads (None if ``read`` is off), the state after the window, scalars about the writes.
@@ -182,7 +184,7 @@ class Memory(nn.Module):
     def keep_bank(self) -> None:
         """Hold a persistent bank in buffers ``bank_<field>``, so that it is saved and moved with the module."""
         for name, tensor in self.init_state(1)._asdict().items():
-            self.register_buffer(f"bank_{name}", tensor)
+            self.register_buffer(f"bank_{name}", tensor.clone(memory_format=torch.contiguous_format))
 
     def first_state(self, n_row: int) -> State:
         """State before any text: a copy of the persistent bank if there is one, else a fresh state."""
@@ -224,8 +226,16 @@ class Memory(nn.Module):
 
 
 def join_reads(reads: list[Residual]) -> Residual:
-    """One read over S segments from S reads of one segment."""
-    return Residual(*(torch.cat(parts, dim=1) for parts in zip(*reads, strict=True)))
+    """One read over S segments from S reads of one segment; those of fewer slots are filled up with slot -1."""
+    k = max(read.slots.shape[2] for read in reads)
+    filled = [
+        read._replace(
+            slots=F.pad(read.slots, (0, k - read.slots.shape[2]), value=-1),
+            weights=F.pad(read.weights, (0, k - read.weights.shape[2])),
+        )
+        for read in reads
+    ]
+    return Residual(*(torch.cat(parts, dim=1) for parts in zip(*filled, strict=True)))
 
 
 def mean_trace(traces: list[Trace]) -> Trace:

@@ -74,6 +74,7 @@ class LongTermMemory(Memory):
         d_model: Width of the hidden states.
         n_slot: Slots per row (or in all, if shared) and layer.
         d_key: Width of keys and queries.
+        d_value: Width of values, and of the hidden layer of the write gate.
         top_k: Slots that a token reads.
         write_budget: Most slots that one segment may write; None for all its tokens.
         span: Length in tokens of the window whose mean log-gate says what a slot is worth.
@@ -94,6 +95,7 @@ class LongTermMemory(Memory):
         d_model: int,
         n_slot: int = 10_000,
         d_key: int = 128,
+        d_value: int = 128,
         top_k: int = 32,
         write_budget: int | None = 32,
         span: int = 5,
@@ -105,7 +107,7 @@ class LongTermMemory(Memory):
         scope: Scope = "sequence",
     ) -> None:
         super().__init__()
-        for name, number in {"n_slot": n_slot, "d_key": d_key, "top_k": top_k, "span": span}.items():
+        for name, number in {"n_slot": n_slot, "d_key": d_key, "d_value": d_value, "top_k": top_k, "span": span}.items():
             if number < 1:
                 raise ValueError(f"{name} must be at least 1, got {number}")
         if n_slot >= 2**22:
@@ -118,7 +120,7 @@ class LongTermMemory(Memory):
             raise ValueError(f"gate_floor must be in (0, 1], got {gate_floor}")
         if not temperature > 0:
             raise ValueError(f"temperature must be positive, got {temperature}")
-        self.n_slot, self.d_key, self.top_k = n_slot, d_key, top_k
+        self.n_slot, self.d_key, self.d_value, self.top_k = n_slot, d_key, d_value, top_k
         self.write_budget, self.span, self.importance = write_budget, span, importance
         self.retrieval_threshold, self.gate_floor, self.gate_penalty = retrieval_threshold, gate_floor, gate_penalty
         self.scope = scope
@@ -127,10 +129,10 @@ class LongTermMemory(Memory):
         self.norm = nn.RMSNorm(d_model)
         self.to_key = nn.Linear(d_model, d_key, bias=False)
         self.embedding_norm = nn.RMSNorm(d_model)
-        self.to_value = nn.Linear(d_model, d_model, bias=False)
-        self.to_output = nn.Linear(d_model, d_model, bias=False)
+        self.to_value = nn.Linear(d_model, d_value, bias=False)
+        self.to_output = nn.Linear(d_value, d_model, bias=False)
         self.read_gate = nn.Linear(d_model, 1)
-        self.write_gate = nn.Sequential(nn.Linear(3 * d_model, d_model), nn.GELU(), nn.Linear(d_model, 1))
+        self.write_gate = nn.Sequential(nn.Linear(3 * d_model, d_value), nn.GELU(), nn.Linear(d_value, 1))
         self.log_temperature = nn.Parameter(torch.tensor(float(temperature)).log())
         self.null_similarity = nn.Parameter(torch.tensor(0.5))
         self.register_buffer("temperature_scale", torch.tensor(1.0))
@@ -139,8 +141,11 @@ class LongTermMemory(Memory):
     def _initialise(self) -> None:
         """Initial values: a read begins as the embedding of the token that followed, let in by half."""
         nn.init.normal_(self.to_key.weight, std=self.to_key.in_features**-0.5)
-        nn.init.eye_(self.to_value.weight)
-        nn.init.eye_(self.to_output.weight)
+        if self.to_value.in_features == self.d_value:
+            nn.init.eye_(self.to_value.weight)
+        else:
+            nn.init.orthogonal_(self.to_value.weight)
+        self.to_output.weight.data.copy_(self.to_value.weight.T)
         nn.init.zeros_(self.read_gate.weight)
         nn.init.zeros_(self.read_gate.bias)
         for linear in (self.write_gate[0], self.write_gate[2]):
@@ -154,12 +159,13 @@ class LongTermMemory(Memory):
         d_model = self.norm.normalized_shape[0]
 
         def full(*shape: int, value: float = 0.0, dtype: torch.dtype = torch.float32) -> Tensor:
-            return torch.full(shape, value, dtype=dtype, device=weight.device)
+            # A view of one number: an empty bank takes no memory before its first write.
+            return torch.full((), value, dtype=dtype, device=weight.device).expand(shape)
 
         empty = _EMPTY + torch.arange(self.n_slot, device=weight.device, dtype=torch.float32)
         return LongTermState(
             key=full(n_bank, self.n_slot, self.d_key),
-            value=full(n_bank, self.n_slot, d_model),
+            value=full(n_bank, self.n_slot, self.d_value),
             log_gate=full(n_bank, self.n_slot),
             priority=empty.expand(n_bank, -1).clone(),
             record=full(n_bank, self.n_slot, value=-1, dtype=torch.long),
@@ -204,16 +210,15 @@ class LongTermMemory(Memory):
         return new, trace
 
     def process(
-        self, x: Tensor, segment: Segment, state: LongTermState, layer: int, read: bool, write: bool
+        self, x: Tensor, segment: Segment, state: LongTermState, layer: int, read: bool, write: bool, carry: bool = True
     ) -> tuple[Residual | None, LongTermState, Trace]:
         """All segments of a window at once; equal to the segment-wise definition in outputs and gradients.
 
         Which slots a segment finds is settled first, by priorities alone; then all segments read at once.
         """
         if self.scope == "shared" or segment.n_segment == 1 or not write:
-            return super().process(x, segment, state, layer, read, write)
+            return super().process(x, segment, state, layer, read, write, carry)
         candidates, trace = self._candidates(segment)
-        start = self.start_documents(segment.reset, state)
         plan = self._plan(state, candidates.priority, segment)
         flat = _Candidates(*(part.flatten(1, 2) for part in candidates))
         reads = None
@@ -223,12 +228,26 @@ class LongTermMemory(Memory):
             n_bank = int(state.host_used.max())
             slot = torch.cat([torch.arange(n_bank, device=x.device).expand(len(x), -1), plan.window_slot], dim=1)
             reads = reads._replace(slots=slot.gather(1, reads.slots.flatten(1)).view_as(reads.slots))
-        n_used = min(int(state.host_used.max()) + flat.priority.shape[1], self.n_slot)  # the rest stays empty
-        kept, source = plan.source[:, :n_used] >= 0, plan.source[:, :n_used].clamp(min=0)
+        if not carry:
+            return reads, state, trace
+        start = self.start_documents(segment.reset, state)
+        # Every candidate writes to the slot it went to: itself if it is there at the end, else what is there at the
+        # end, so that all writers of a slot agree. One of them has the gradient.
+        slot = plan.window_slot.clamp(min=0)  # (B, P)
+        owner = plan.source.gather(1, slot)
+        number = torch.arange(slot.shape[1], device=x.device)
+        stays = (owner == number) & (plan.window_slot >= 0)
+        refused = plan.window_slot < 0
+        home = torch.where(stays.any(dim=1, keepdim=True), stays.long().argmax(dim=1, keepdim=True), 0)
+        slot = torch.where(refused, slot.gather(1, home), slot)
+        owner = torch.where(refused, owner.gather(1, home), owner)
+        attached = stays | (~stays.any(dim=1, keepdim=True) & (number == 0))
 
         def settle(old: Tensor, new: Tensor) -> Tensor:
-            mask = kept.view(*kept.shape, *[1] * (old.dim() - 2))
-            return torch.cat([torch.where(mask, _take(new, source), old[:, :n_used]), old[:, n_used:]], dim=1)
+            shape = (*slot.shape, *[1] * (old.dim() - 2))
+            value = torch.where((owner >= 0).view(shape), _take(new, owner.clamp(min=0)), _take(old, slot))
+            value = torch.where(attached.view(shape), value, value.detach())
+            return old.scatter(1, slot.view(shape).expand_as(value), value)
 
         stored = {name: settle(getattr(start, name), part) for name, part in flat._asdict().items()}
         new = LongTermState(
@@ -298,8 +317,8 @@ class LongTermMemory(Memory):
 
     def flops_per_token(self) -> int:
         """Projections of read and write, and the search of a full bank."""
-        d_model = self.norm.normalized_shape[0]
-        return super().flops_per_token() + 2 * self.n_slot * self.d_key + 2 * self.top_k * (self.d_key + d_model)
+        search = 2 * self.n_slot * self.d_key + 2 * self.top_k * (self.d_key + self.d_value)
+        return super().flops_per_token() + search
 
     def losses(self, trace: Trace, nll: Tensor) -> dict[str, Tensor]:
         """The price of writing: ``gate_penalty`` times the mean write gate."""

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from memlm.memory.base import Memory, Residual, Segment, Trace, mean_trace
+from memlm.memory.base import Memory, Residual, Segment, Trace, join_reads, mean_trace
 from memlm.memory.state import State, select_rows, where_rows
 
 
@@ -66,14 +66,14 @@ class Output(NamedTuple):
 
     Attributes:
         logits: (B, L, V); None if the head was not asked for.
-        state: State after the call.
+        state: State after the call; None if it was not to be carried.
         hidden: Output of the last layer, normalised, (B, L, D).
         reads: What each memory read, by ``name/layer``, over the cells of the grid.
         trace: Scalars about reads and writes, by memory name.
     """
 
     logits: Tensor | None
-    state: ModelState
+    state: ModelState | None
     hidden: Tensor
     reads: dict[str, Residual]
     trace: dict[str, Trace]
@@ -390,6 +390,7 @@ class LMCode(nn.Module):
         mask: Tensor | None = None,
         breaks: Tensor | None = None,
         logits: bool = True,
+        carry: bool = True,
     ) -> Output:
         """Go on with the text.
 
@@ -405,6 +406,7 @@ class LMCode(nn.Module):
             breaks: Segments that begin a new context within their document, as `new_context` does between calls,
                 (B, S); only where ``reset`` may be given by segment.
             logits: Whether to apply the language-model head.
+            carry: Whether the text goes on after this call; if not, the state is not worked out (``out.state`` is None).
 
         Returns:
             An `Output`.
@@ -429,18 +431,23 @@ class LMCode(nn.Module):
         grid = self._lay_out(ids, state.local, reset, mask, breaks)
         n_segment = grid.complete.shape[1]
         if n_segment == 1 or all(modules[0].layerwise for modules in self.memory.values()):
-            x, state, reads, trace = self._run(grid, state, read, write, signals)
+            x, state, reads, trace = self._run(grid, state, read, write, signals, carry)
         else:
             x, state, reads, trace = self._run_segments(grid, state, read, write, signals)
         x = self.norm(x)
         if grid.cell is not None:
             index = (grid.cell - grid.columns.start).clamp(0, x.shape[1] - 1)
             x = x.gather(1, index[..., None].expand(-1, -1, x.shape[2]))
-        return Output(self.head(x) if logits else None, state, x, reads, trace)
+        return Output(self.head(x) if logits else None, state if carry else None, x, reads, trace)
 
     def head(self, hidden: Tensor) -> Tensor:
         """Logits (..., V) of normalised hidden states (..., D); the head is tied to the embedding."""
-        return F.linear(hidden, self.embedding.weight)
+        return F.linear(hidden, self.head_weight)
+
+    @property
+    def head_weight(self) -> Tensor:
+        """Weights of the language-model head, (V, D)."""
+        return self.embedding.weight
 
     def _begin_documents(self, state: ModelState, reset: Tensor, write: bool) -> ModelState:
         """``state`` with the rows that begin a document at once out of their old context."""
@@ -542,7 +549,13 @@ class LMCode(nn.Module):
         )
 
     def _run(
-        self, grid: _Grid, state: ModelState, read: bool, write: bool, signals: dict[str, Tensor] | None
+        self,
+        grid: _Grid,
+        state: ModelState,
+        read: bool,
+        write: bool,
+        signals: dict[str, Tensor] | None,
+        carry: bool = True,
     ) -> tuple[Tensor, ModelState, dict[str, Residual], dict[str, Trace]]:
         """All layers over the grid, one layer after the other for all segments.
 
@@ -579,7 +592,7 @@ class LMCode(nn.Module):
                     if modules[0].layerwise:
                         segment = self._segment(grid, local, embeddings, hidden, modules[place], signals)
                         found, memory[name][place], trace = modules[place].process(
-                            flat, segment, memory[name][place], i, read, write
+                            flat, segment, memory[name][place], i, read, write, carry
                         )
                         traces[name].append(trace)
                     else:
@@ -598,7 +611,7 @@ class LMCode(nn.Module):
                     mine = [reads[key] for key in reads if key.startswith(f"{name}/")]
                     memory[name][0], trace = modules[0].write(segment, memory[name][0], mine)
                     traces[name].append(trace)
-        new_local = self._carry(grid, local, kvs, befores, hiddens)
+        new_local = self._carry(grid, local, kvs, befores, hiddens) if carry else local
         state = ModelState({name: tuple(parts) for name, parts in memory.items()}, new_local)
         return x.flatten(1, 2), state, reads, {name: mean_trace(parts) for name, parts in traces.items()}
 
@@ -624,10 +637,7 @@ class LMCode(nn.Module):
             parts.append(x)
             all_reads.append(reads)
             traces.append(trace)
-        joined = {
-            key: Residual(*(torch.cat(p, dim=1) for p in zip(*(reads[key] for reads in all_reads), strict=True)))
-            for key in all_reads[0]
-        }
+        joined = {key: join_reads([reads[key] for reads in all_reads]) for key in all_reads[0]}
         return torch.cat(parts, dim=1), state, joined, {k: mean_trace([t[k] for t in traces]) for k in traces[0]}
 
     def _maybe_checkpoint(self, function: Callable[..., Any], *arguments: Any) -> Any:

@@ -94,13 +94,13 @@ def _readable(cosine: Tensor, visible: Tensor, threshold: float) -> Tensor:
 def _gather_best(query: Tensor, temperature: Tensor, threshold: float, k: int, bank: Pool) -> tuple[Tensor, Tensor]:
     """Scores (B, N, k), differentiable, and indices of the best slots of a bank."""
     with torch.no_grad():
-        cosine = query @ bank.key.transpose(1, 2)  # (B, N, M)
+        score = (query * temperature) @ bank.key.transpose(1, 2)  # (B, N, M)
         n_segment = bank.visible.shape[1]
-        hidden = torch.where(bank.visible, bank.bias[:, None], -torch.inf)  # (B, S, M)
         if threshold > -1:
-            cosine = cosine.masked_fill(cosine < threshold, -torch.inf)
-        score = cosine.mul_(temperature).unflatten(1, (n_segment, -1)).add_(hidden[:, :, None]).flatten(1, 2)
-        best = score.topk(k, dim=2)
+            score.masked_fill_(score < threshold * temperature, -torch.inf)
+        hidden = torch.where(bank.visible, bank.bias[:, None], -torch.inf)  # (B, S, M)
+        score.unflatten(1, (n_segment, -1)).add_(hidden[:, :, None])
+        best = score.topk(k, dim=2, sorted=False)
     key = _rows(bank.key, best.indices)  # (B, N, k, d_key)
     bias = _rows(bank.bias[..., None], best.indices)[..., 0]
     exact = temperature * (key @ query[..., None])[..., 0] + bias

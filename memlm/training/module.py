@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from memlm.checkpoint import describe
 from memlm.data.stream import Batch
 from memlm.memory import state as states
+from memlm.training.loss import linear_cross_entropy, token_nll
 
 
 class NonFiniteLoss(ValueError):
@@ -66,12 +67,12 @@ class LanguageModeling(lightning.LightningModule):
         state = None if batch.fresh else self._state
         if state is not None and len(state.local.host_open) != len(batch.ids):
             state = None
-        out = self.model(batch.ids, state=state, reset=batch.reset, mask=batch.mask, breaks=batch.breaks, logits=False)
+        out = self.model(batch.ids, state=state, reset=batch.reset, mask=batch.mask, breaks=batch.breaks, logits=False, carry=not batch.ends)
         self._state = None if batch.ends else states.detach(out.state)
         self._next_batch = batch.step + 1
         weight = batch.weight * (1 + (self.answer_weight - 1) * batch.answer)
-        nll = token_nll(self.model, out.hidden, batch.targets)
-        loss = (nll * weight).sum() / weight.sum().clamp(min=1)
+        share = weight / weight.sum().clamp(min=1)
+        loss, nll = linear_cross_entropy(out.hidden, self.model.head_weight, batch.targets, share)
         losses = {
             f"{name}/{key}": value
             for name, modules in self.model.memory.items()
@@ -82,7 +83,7 @@ class LanguageModeling(lightning.LightningModule):
             raise NonFiniteLoss(self._explain(batch, loss, losses))
         self.log("train/loss", loss.detach(), prog_bar=True)
         if self.global_step % self.trainer.log_every_n_steps == 0:
-            self._log_details(batch, nll.detach(), losses, out)
+            self._log_details(batch, nll, losses, out)
         return total
 
     @torch.no_grad()
@@ -169,12 +170,6 @@ class LanguageModeling(lightning.LightningModule):
 
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, scale)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
-
-
-def token_nll(model: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
-    """Negative log-likelihood in nats of each target, (B, N), from the model's last hidden states (B, N, D)."""
-    logits = model.head(hidden).flatten(0, 1)  # type: ignore[operator]
-    return F.cross_entropy(logits.float(), targets.flatten(), reduction="none").view_as(targets)
 
 
 def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

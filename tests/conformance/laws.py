@@ -39,7 +39,7 @@ MODEL: dict[str, Any] = {"n_layer": 3, "n_head": 4, "d_model": 32, "d_ff": 48, "
 SMALL: dict[str, Any] = {"n_slot": 20, "d_key": 16, "top_k": 6, "write_budget": 5, "span": 2}
 
 
-# --- builders ------------------------------------------------------------------------------------------------------
+# --- builders --------------------------------------------------------------------------------------------------------
 
 
 def names() -> list[str]:
@@ -112,7 +112,7 @@ def takes(make: Make, setting: str) -> bool:
     return any(setting in inspect.signature(type(module)).parameters for module in modules)
 
 
-# --- text and states -----------------------------------------------------------------------------------------------
+# --- text and states -------------------------------------------------------------------------------------------------
 
 
 def text(n_row: int, n_token: int, seed: int = 0, low: int = 0, high: int = N_VOCAB) -> Tensor:
@@ -163,7 +163,7 @@ def same_memory(a: ModelState, b: ModelState, what: str) -> None:
             assert torch.equal(left, right), f"{what}: {name} differs"
 
 
-# --- 0: alive ------------------------------------------------------------------------------------------------------
+# --- 0: alive --------------------------------------------------------------------------------------------------------
 
 
 def alive(make: Make) -> None:
@@ -188,7 +188,7 @@ def alive(make: Make) -> None:
     )
 
 
-# --- 1: causal -----------------------------------------------------------------------------------------------------
+# --- 1: causal -------------------------------------------------------------------------------------------------------
 
 
 def causal(make: Make, scope: str = "sequence") -> None:
@@ -208,7 +208,7 @@ def causal(make: Make, scope: str = "sequence") -> None:
                 assert torch.equal(changed[row, :end], base[row, :end]), f"token {t} of row 1 changes row {row} before"
 
 
-# --- 2: isolated ---------------------------------------------------------------------------------------------------
+# --- 2: isolated -----------------------------------------------------------------------------------------------------
 
 
 def isolated(make: Make) -> None:
@@ -224,7 +224,7 @@ def isolated(make: Make) -> None:
         close(alone, logits(model, ids, None), "rows alone")
 
 
-# --- 3: chunk-invariant --------------------------------------------------------------------------------------------
+# --- 3: chunk-invariant ----------------------------------------------------------------------------------------------
 
 
 def _splits(n_token: int, seed: int) -> list[list[int]]:
@@ -281,7 +281,7 @@ def ragged(make: Make) -> None:
                 alone = model(mine[None], state=model.select_rows(state, torch.tensor([row])))
             close(got, alone.logits[0], f"row {row}")
             same_memory(model.select_rows(now, torch.tensor([row])), alone.state, f"row {row}")
-    # A document that ends in padding: closing it writes its tokens and nothing of the padding, which the model computed.
+    # A document that ends in padding: closing it writes its tokens and nothing of the padding the model computed.
     model = make()
     state, ids, mask = (
         filled(model),
@@ -327,7 +327,8 @@ def segments_outside(model: LMCode) -> Iterator[None]:
     run = model._run
 
     def by_segment(grid: Any, *rest: Any) -> Any:
-        return (run if grid.complete.shape[1] == 1 else model._run_segments)(grid, *rest)
+        # the former may be told that no state is needed, which the definition does not know
+        return run(grid, *rest) if grid.complete.shape[1] == 1 else model._run_segments(grid, *rest[:4])
 
     model._run = by_segment  # type: ignore[method-assign]
     try:
@@ -395,6 +396,9 @@ def schedules_agree(make: Make) -> None:
                 if case == "documents":
                     new[2] = True  # row 2 ended with the window, the others go on
                 second = model(second_ids, state=first.state, reset=new)
+                last = model(second_ids, state=first.state, reset=new, carry=False)
+                assert last.state is None
+                assert torch.equal(last.logits, second.logits), "outputs depend on whether the state is worked out"
             loss = _loss(model, ids, first, mask) + _loss(model, second_ids, second, torch.ones_like(second_ids) > 0)
             loss.backward()
             grads = {n: torch.zeros_like(p) if p.grad is None else p.grad.clone() for n, p in model.named_parameters()}
@@ -413,7 +417,33 @@ def schedules_agree(make: Make) -> None:
                 close(gradient, slow[3][name], f"{what}: gradient of {name}", tolerance=1e-4 * max(scale, 0.1))
 
 
-# --- 4: reset ------------------------------------------------------------------------------------------------------
+def contexts(make: Make) -> None:
+    """A context that ends within a call is closed as `new_context` closes it between calls."""
+    model = make(memory_layers="all")
+    ids = text(3, 5 * T, seed=1)
+    length = torch.full((3, 5), T)
+    length[:, 1], length[:, 3] = torch.tensor([5, T - 1, 1]), torch.tensor([3, 7, T - 2])  # tokens of each segment
+    mask = (torch.arange(T) < length[..., None]).flatten(1)
+    breaks = torch.zeros(3, 5, dtype=torch.bool)
+    breaks[:, 2] = breaks[:, 4] = True
+    for begins in (False, True):
+        what = f"a context that begins with {'the call' if begins else 'a later segment'}"
+        breaks[:, 0] = begins
+        state = filled(model)
+        with torch.no_grad():
+            whole = model(ids, state=state, mask=mask, breaks=breaks)
+            now, parts = (model.new_context(state) if begins else state), []
+            for first, last in ((0, 2), (2, 4), (4, 5)):
+                cells = slice(first * T, last * T)
+                out = model(ids[:, cells], state=now, mask=mask[:, cells])
+                now = model.new_context(out.state) if last < 5 else out.state
+                parts.append(out.logits)
+        close(whole.logits[mask], torch.cat(parts, dim=1)[mask], f"{what}: outputs")
+        assert torch.equal(whole.state.local.position, now.local.position), f"{what}: position"
+        same_memory(whole.state, now, f"{what}: state")
+
+
+# --- 4: reset --------------------------------------------------------------------------------------------------------
 
 
 def resets(make: Make) -> None:
@@ -440,7 +470,7 @@ def resets(make: Make) -> None:
             close(got[2], fresh[2], "a row reset at the first segment")
 
 
-# --- 5: pure -------------------------------------------------------------------------------------------------------
+# --- 5: pure ---------------------------------------------------------------------------------------------------------
 
 
 def pure(make: Make, scope: str = "sequence") -> None:
@@ -469,7 +499,7 @@ def pure(make: Make, scope: str = "sequence") -> None:
         assert torch.equal(now, before), f"{name} of the state passed in was changed"
 
 
-# --- 6: gradient reach ---------------------------------------------------------------------------------------------
+# --- 6: gradient reach -----------------------------------------------------------------------------------------------
 
 
 def reach(make: Make) -> None:
@@ -511,7 +541,7 @@ def every_parameter_learns(make: Make) -> None:
             assert parameter.grad.abs().max() > 0, f"the gradient of {name} is zero"
 
 
-# --- 7: bounded ----------------------------------------------------------------------------------------------------
+# --- 7: bounded ------------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -557,7 +587,7 @@ def admits(make: Make, promote: Callable[[LMCode], None] | None = None) -> None:
     assert least > 1e-4, f"a full memory admits nothing new: {effect.tolist()}"
 
 
-# --- 8: round trip -------------------------------------------------------------------------------------------------
+# --- 8: round trip ---------------------------------------------------------------------------------------------------
 
 
 def round_trip(make: Make, scope: str = "sequence") -> None:
@@ -580,7 +610,7 @@ def round_trip(make: Make, scope: str = "sequence") -> None:
         assert torch.equal(logits(other, ids, restored), logits(model, ids, state)), "continued otherwise"
 
 
-# --- 9: useful -----------------------------------------------------------------------------------------------------
+# --- 9: useful -------------------------------------------------------------------------------------------------------
 
 
 def recall_batch(n_row: int, draw: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -629,7 +659,7 @@ def useful(make: Make, n_step: int = 250, seconds: float = 30.0) -> None:
     assert spent < seconds, f"took {spent:.0f} s"
 
 
-# --- 10: described -------------------------------------------------------------------------------------------------
+# --- 10: described ---------------------------------------------------------------------------------------------------
 
 
 def described(nodes: Nodes) -> None:
@@ -648,6 +678,12 @@ def described(nodes: Nodes) -> None:
         for key in expected:
             assert f"{key}:" in inspect.getdoc(cls), f"{cls.__name__} does not describe {key}"
     model = builder(nodes)()
+    empty, full = model.init_state(2), filled(model, n_row=2)
+    for name, modules in model.memory.items():
+        for module, before, after in zip(modules, empty.memory[name], full.memory[name], strict=True):
+            assert not module.filled(before).any(), f"{name}: a fresh memory holds something"
+            assert module.filled(after).any(dim=1).all(), f"{name}: a memory that was written holds nothing"
+            assert module.filled(after).shape == module.filled(before).shape
     for name, parts in model.init_state(2).memory.items():
         one, two = (states.n_byte(model.init_state(n).memory[name]) for n in (1, 2))
         assert two > 0, f"{name} has no state"

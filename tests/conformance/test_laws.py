@@ -70,6 +70,10 @@ def test_3_schedules_agree(make: laws.Make) -> None:
     laws.schedules_agree(make)
 
 
+def test_3_contexts_end_within_a_call_as_between_calls(make: laws.Make) -> None:
+    laws.contexts(make)
+
+
 def test_4_reset(make: laws.Make) -> None:
     laws.resets(make)
 

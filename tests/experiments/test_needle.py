@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+from experiments import needle
 from experiments.base import Result
 from experiments.needle import CONDITIONS, Needle, answer, draw, plot, run, summarise
 from memlm.config import ConfigError, compose
@@ -63,6 +64,10 @@ def data():
     return Data()
 
 
+class Closed(list):
+    """The memory of a row without local context."""
+
+
 class Fake(nn.Module):
     """A model whose memory of a row is the list of all tokens written in it; what it recalls is up to subclasses."""
 
@@ -79,8 +84,10 @@ class Fake(nn.Module):
         assert not self.training
         if write:
             assert not logits  # a million tokens of logits nobody needs
+            assert not any(isinstance(memory, Closed) for memory in state)  # the text goes on where it stopped
             self.told.append((state, ids.clone()))
             return SimpleNamespace(logits=None, state=[a + b for a, b in zip(state, ids.tolist(), strict=True)])
+        assert all(isinstance(memory, Closed) for memory in state)
         out = torch.zeros(*ids.shape, self.n_vocab)
         for i, (row, memory) in enumerate(zip(ids.tolist(), state, strict=True)):
             for t in range(1, len(row)):
@@ -91,10 +98,10 @@ class Fake(nn.Module):
         raise NotImplementedError
 
     def new_context(self, state):
-        return state
+        return [Closed(memory) for memory in state]
 
     def wipe(self, state):
-        return [[] for _ in state]
+        return [type(memory)() for memory in state]
 
 
 class Oracle(Fake):
@@ -268,6 +275,8 @@ def test_names_differ_everywhere_and_swapped_asks_another_documents_memory(data)
     documents, unseen = draw(data, SMALL, SEGMENT_LEN)
     names = [fact.name for fact in [*unseen, *(f for d in documents for f in d.facts)]]
     assert len(set(names)) == len(names) == 64
+    assert len({tuple(document.begins) for document in documents}) == 4
+    assert len({document.taken for document in documents}) == 4
     assert draw(data, SMALL, SEGMENT_LEN)[0][0].begins == documents[0].begins
     assert draw(data, Needle(n_document=4, n_fact=8, seed=1), SEGMENT_LEN)[0][0].begins != documents[0].begins
 
@@ -383,14 +392,10 @@ def test_a_real_model_is_left_as_it_was_and_the_run_repeats(data, real):
 
 
 @pytest.mark.parametrize("memories", [{}, {"ltm": functools.partial(LongTermMemory, n_slot=32, scope="shared")}])
-def test_without_memory_and_with_a_shared_one(data, memories):
+def test_without_memory_and_with_a_shared_one(data, memories, monkeypatch):
+    monkeypatch.setattr(needle, "_WINDOW", 1)  # segment by segment, which every memory can do
     torch.manual_seed(0)
     model = LMCode(data.tokenizer.vocab_size, memories, n_layer=1, n_head=2, d_model=16, segment_len=SEGMENT_LEN)
-    for modules in model.memory.values():  # the persistent bank holds what an earlier text left
-        state = None
-        for ids in torch.from_numpy(data.splits["train"].tokens[: 4 * SEGMENT_LEN]).long().view(4, 1, -1):
-            state = model(ids, state=state).state
-        modules[0].commit(state.memory["ltm"][0])
     bank = {name: value.clone() for name, value in model.state_dict().items()}
     result = run(model, data, Needle(n_document=2, n_fact=3, distance=64))
     assert {row["condition"] for row in result.rows} == set(CONDITIONS)

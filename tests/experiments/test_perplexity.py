@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from experiments import perplexity
 from experiments.base import Result, mean_interval
 from experiments.perplexity import CONDITIONS, Perplexity, plot, run, summarise
 from memlm.config import ConfigError, compose
@@ -43,16 +44,19 @@ class Known(nn.Module):
     def wipe(self, state):
         return torch.zeros_like(state)
 
-    def forward(self, ids, state=None, reset=None, mask=None, read=True, logits=True):
+    def forward(self, ids, state=None, reset=None, mask=None, read=True, write=True, logits=True):
         assert not logits
         assert not torch.is_grad_enabled()
         assert not self.training
         state = self.init_state(len(ids)) if state is None else state
-        if reset is not None:
-            state = torch.where(reset[:, 0], 0.0, state)
-        self.calls.append((ids, reset, mask))
-        hidden = (state * read)[:, None, None].expand(*ids.shape, 1)
-        return SimpleNamespace(hidden=hidden, state=torch.ones_like(state))
+        self.calls.append(ids)
+        hidden = []
+        for s in range(ids.shape[1] // T):
+            if reset is not None:
+                state = torch.where(reset[:, s], 0.0, state)
+            hidden.append((state * read)[:, None, None].expand(-1, T, 1))
+            state = torch.ones_like(state)
+        return SimpleNamespace(hidden=torch.cat(hidden, dim=1), state=state)
 
     def head(self, hidden):
         share = torch.where(hidden > 0, 0.5, 0.125)  # of every token: only its own logit counts below
@@ -62,12 +66,11 @@ class Known(nn.Module):
 @pytest.fixture
 def known(monkeypatch):
     """The known model, and a loss that reads the probability off its head."""
-    from memlm.training import module
 
     def token_nll(model, hidden, targets):
         return -model.head(hidden)[..., 0].sigmoid().log()
 
-    monkeypatch.setattr(module, "token_nll", token_nll)
+    monkeypatch.setattr(perplexity, "token_nll", token_nll)
     return Known()
 
 
@@ -107,6 +110,8 @@ def test_difference_and_interval_by_hand():
     metrics = summarise(rows("on", [1.0, 3.0], [30, 10]) + rows("off", [2.0, 2.0], [30, 10]))
     assert metrics["nll/on"] == 1.5
     assert metrics["difference/on-off"] == pytest.approx(metrics["nll/on"] - metrics["nll/off"]) == pytest.approx(-0.5)
+    # ratio estimator: -0.5 + 2 * 30/40 * (-1 + 0.5) = -1.25 and -0.5 + 2 * 10/40 * (1 + 0.5) = 0.25; 12.706 * 0.75
+    assert metrics["difference_high/on-off"] == pytest.approx(-0.5 + 9.5295)
     one = summarise(rows("on", [1.0], [3]) + rows("off", [1.5], [3]))
     assert one["difference/on-off"] == -0.5
     assert math.isnan(one["difference_low/on-off"])
@@ -133,11 +138,12 @@ def test_interval_covers_the_truth():
 def test_limit_and_streams(known):
     data = make_data([200] * 10)  # 13 segments each, 130 in all
     result = run(known, data, Perplexity(limit=300, n_row=4))
-    assert 300 <= result.metrics["n_token"] < 300 + 4 * T
+    assert 300 <= result.metrics["n_token"] <= 300 + 4 * 4 * T
     assert len({row["stream"] for row in result.rows}) == 4
-    places = [ids[0, :4].tolist() for ids, _, _ in known.calls]
-    n = len(places) // 3
-    assert places[:n] == places[n : 2 * n] == places[2 * n :]  # every condition the same text
+    texts = torch.cat(known.calls, dim=1)[0].view(3, -1)
+    assert torch.equal(texts[0], texts[1])  # every condition the same text
+    assert torch.equal(texts[0], texts[2])
+    assert {ids.shape[1] for ids in known.calls[-4:]} == {T}  # wiped: segment by segment
     whole = run(known, data, Perplexity(limit=None, n_row=1))
     assert whole.metrics["n_token"] == 10 * 199
     assert run(known, data, Perplexity(limit=10**9, n_row=1)).metrics == whole.metrics

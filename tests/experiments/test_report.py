@@ -2,7 +2,6 @@
 
 import functools
 import json
-import sys
 
 import numpy as np
 import pytest
@@ -56,7 +55,7 @@ def lines_of(text, word):
 def test_summary_shows_perplexity_recall_controls_and_intervals():
     text = summary([perplexity_result(), needle_result()])
     assert "2,000 tokens, 2 documents" in text
-    assert lines_of(text, "reads off")[0] == ["reads", "off", "7.389", "2"] or "7.389" in text
+    assert [float(cell) for cell in lines_of(text, "reads off")[0][2:]] == pytest.approx([7.3891, 2.0], abs=1e-3)
     assert "changes the loss by -0.6250 nats per token (95 % interval " in text
     assert "Off and wiped agree" in text
     assert "Off and wiped agree" not in summary([perplexity_result(wiped=2.5)])
@@ -75,9 +74,12 @@ def test_summary_shows_perplexity_recall_controls_and_intervals():
 
 def test_summary_of_several_distances():
     text = summary([needle_result(distances=(100, 20_000))])
-    for distance in ("100", "20,000"):
-        assert len(lines_of(text, f"{distance} ")) + len(lines_of(text, f"  {distance}")) >= 1 or distance in text
-    assert sum("memory on" in line for line in text.splitlines()) == 4
+    lines = [line.split() for line in text.splitlines() if "memory on" in line or "reads off" in line]
+    assert [(line[0], *line[-5:-1]) for line in lines if "across" not in line] == [
+        (distance, *numbers)
+        for distance in ("100", "20,000")
+        for numbers in [("87.5", "52.9", "97.8", "8"), ("0.0", "0.0", "32.4", "8")]
+    ]
 
 
 @pytest.mark.parametrize("lost", needle.CONDITIONS[1:])
@@ -138,7 +140,7 @@ def test_all_means_every_yaml():
     [
         (["experiment=needel"], "experiment has no option 'needel'. Did you mean 'needle'?"),
         (["experiment=[needle,perplexty]"], "Did you mean 'perplexity'?"),
-        (["needle.n_documents=4"], "Did you mean 'needle.n_document'|Did you mean 'n_document'"),
+        (["needle.n_documents=4"], "Did you mean 'n_document'?"),
         (["experiment=perplexity", "needle.n_document=4"], "There is no setting 'needle"),
         (["needle.n_document=many"], "needle.n_document must be an int"),
         (["needle.distance=[10,far]"], "needle.distance must be"),
@@ -148,7 +150,7 @@ def test_all_means_every_yaml():
 def test_mistakes_are_told(arguments, message):
     with pytest.raises(ConfigError) as caught:
         check_command_line(["checkpoint=x", *arguments], "evaluate")
-    assert any(part in str(caught.value) for part in message.split("|"))
+    assert message in str(caught.value)
 
 
 class Data:
@@ -214,10 +216,3 @@ def test_generate_continues_a_prompt(run, capsys):
     for overrides in ([], ["prompt=null"], ["prompt=''"]):
         with pytest.raises(ConfigError, match="prompt is empty"):
             generate.main(compose(["checkpoint=x", *overrides], "generate"))
-
-
-def test_scripts_need_no_path_tricks():
-    for module in (evaluate, generate):
-        source = open(module.__file__).read()
-        assert "sys.path" not in source
-    assert "experiments.needle" in sys.modules

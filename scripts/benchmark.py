@@ -1,0 +1,609 @@
+"""Measure speed beside a named peer: `python scripts/benchmark.py train [key=value ...]`.
+
+Each benchmark is a function of this file with settings of the same names in `configs/benchmark/<name>.yaml`; it returns
+a `Result`. What is measured and why is told in `docs/benchmarks.md`.
+
+Shapes: B rows, S segments, T tokens per segment, N = S * T, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+from memlm.config import ConfigError, cli, compose, did_you_mean, to_dict, validate
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+    from torch import Tensor, nn
+
+    from experiments.base import Result
+
+# Overrides of configs/train.yaml that make a size.
+SIZES: dict[str, list[str]] = {"seed": ["recipe=lmcode_seed"], "default": []}
+# What a candidate's speed is given as a share of.
+PEERS: dict[str, list[str]] = {"gpt2": [], "none": ["gpt2"], "ltm": ["none", "gpt2"]}
+_CLIP = 1.0  # largest norm of the gradient
+_MEMORY_STEPS = 2  # the second step also holds the optimizer's moments and a carried state
+
+
+class Setup(NamedTuple):
+    """What one candidate is built from; plain values, so that it can be sent to another process.
+
+    Attributes:
+        config: Composed configuration of the model, `configs/train.yaml`.
+        n_row: Rows of text in a step.
+        n_segment: Segments of each row in a step.
+        device: Where it runs.
+        precision: ``fp32`` or ``bf16`` (autocast).
+        compile: Whether the forward pass goes through torch.compile.
+        seed: Seed of weights, text and filled banks.
+    """
+
+    config: dict[str, Any]
+    n_row: int
+    n_segment: int
+    device: str
+    precision: str
+    compile: bool
+    seed: int
+
+    @property
+    def n_vocab(self) -> int:
+        """Size of the vocabulary."""
+        tokenizer = self.config["data"]["tokenizer"]
+        return tokenizer["n_vocab"] or tokenizer["vocab_size"]
+
+    @property
+    def segment_len(self) -> int:
+        """Tokens of a segment, which are GPT-2's context."""
+        return self.config["model"]["segment_len"]
+
+    @property
+    def n_token(self) -> int:
+        """Tokens of a step."""
+        return self.n_row * self.n_segment * self.segment_len
+
+    def batch(self, step: int) -> Tensor:
+        """Random token ids and the one after, (B, N + 1): the same for all candidates."""
+        import torch
+
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
+        shape = (self.n_row, self.n_segment * self.segment_len + 1)
+        return torch.randint(self.n_vocab, shape, generator=generator).to(self.device)
+
+
+class Candidate:
+    """A model that can be trained by one step after another.
+
+    Args:
+        name: One of `PEERS`.
+        setup: What it is built from.
+
+    Attributes:
+        model: The model.
+        state: What is carried to the next step; None if nothing is (GPT-2, or before the first step).
+        last: Output of the last step.
+        n_seen: Tokens that went into the last step.
+    """
+
+    def __init__(self, name: str, setup: Setup) -> None:
+        import torch
+
+        from memlm.training.module import LanguageModeling
+
+        self.name, self.setup = name, setup
+        torch.manual_seed(setup.seed)
+        self.model: nn.Module = (_gpt2(setup) if name == "gpt2" else _ours(name, setup)).to(setup.device).train()
+        self.state: Any = None
+        self.last: Any = None
+        self.n_seen = 0
+        if name == "ltm":
+            self.state = fill(self.model, setup)
+        settings = {key: value for key, value in setup.config["training"].items() if key != "_target_"}
+        # The peer gets the optimizer of our trainer too: decay groups, betas, implementation.
+        self.optimizer = LanguageModeling(self.model, **settings | {"total_steps": 10**6}).configure_optimizers()[
+            "optimizer"
+        ]
+        if setup.compile:
+            self.model.compile()
+
+    @property
+    def n_parameter(self) -> int:
+        """Number of parameters; tied ones count once."""
+        return sum(parameter.numel() for parameter in self.model.parameters())
+
+    def step(self, text: Tensor) -> Tensor:
+        """One training step on text (B, N + 1): forward, loss, backward, clip, AdamW. Returns the loss."""
+        import torch
+
+        self.optimizer.zero_grad(set_to_none=True)
+        with torch.autocast(text.device.type, dtype=torch.bfloat16, enabled=self.setup.precision == "bf16"):
+            loss = self._peer_loss(text) if self.name == "gpt2" else self._loss(text)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), _CLIP)
+        self.optimizer.step()
+        return loss.detach()
+
+    def _peer_loss(self, text: Tensor) -> Tensor:
+        ids = text[:, :-1].reshape(-1, self.setup.segment_len)  # (B * S, T)
+        self.n_seen = ids.numel()
+        return self.model(input_ids=ids, labels=ids, use_cache=False).loss
+
+    def _loss(self, text: Tensor) -> Tensor:
+        """As `memlm.training.module.LanguageModeling.training_step`, which needs a trainer."""
+        import torch
+
+        from memlm.memory import state as states
+        from memlm.training.loss import linear_cross_entropy
+
+        ids, targets = text[:, :-1], text[:, 1:]
+        self.n_seen = ids.numel()
+        model: Any = self.model
+        out = model(ids, state=self.state, logits=False)
+        share = torch.full(ids.shape, 1 / ids.numel(), device=ids.device)
+        loss, _ = linear_cross_entropy(out.hidden, model.head_weight, targets, share)
+        extra = [
+            value
+            for name, modules in model.memory.items()
+            for value in modules[0].losses(out.trace[name], loss).values()
+        ]
+        self.state = states.detach(out.state)
+        self.last = out._replace(
+            logits=None, state=None, reads={key: states.detach(read) for key, read in out.reads.items()}
+        )
+        return loss + sum(extra, torch.zeros((), device=loss.device))
+
+
+def _gpt2(setup: Setup) -> nn.Module:
+    """GPT-2 of transformers in the same shape."""
+    transformers = peer_library()
+    model = setup.config["model"]
+    config = transformers.GPT2Config(
+        vocab_size=setup.n_vocab,
+        n_positions=setup.segment_len,
+        n_embd=model["d_model"],
+        n_layer=model["n_layer"],
+        n_head=model["n_head"],
+        n_inner=model["d_ff"],
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        use_cache=False,
+        bos_token_id=0,
+        eos_token_id=0,
+        attn_implementation="sdpa",
+    )
+    return transformers.GPT2LMHeadModel(config)
+
+
+def peer_library() -> Any:
+    """The library ``transformers``.
+
+    Raises:
+        ConfigError: If it is not installed.
+    """
+    try:
+        return importlib.import_module("transformers")
+    except ImportError as error:
+        raise ConfigError(
+            "The comparison with GPT-2 needs the library transformers: install it with pip install 'memlm[bench]' "
+            "(in a checkout: pip install -e '.[bench]'), or leave GPT-2 out with candidates=[none,ltm]."
+        ) from error
+
+
+def _ours(name: str, setup: Setup) -> nn.Module:
+    """`LMCode` without memory, or with long-term memory alone."""
+    from memlm.build import build_model
+
+    memory = {key: node for key, node in setup.config["memory"].items() if key == name}
+    tokenizer: Any = SimpleNamespace(vocab_size=setup.n_vocab)  # only its size is asked for
+    config = setup.config | {"memory": memory, "seed": setup.seed}
+    return build_model(config, tokenizer)
+
+
+def fill(model: Any, setup: Setup) -> Any:
+    """A state of ``model`` whose long-term banks are full, so that every read searches all slots from the first step on.
+
+    Keys and values are random unit vectors. Priorities lie below those of any new slot, so that every write of a
+    segment replaces a slot for the first ``n_slot`` writes.
+    """
+    import torch
+    from torch.nn import functional as F  # noqa: N812
+
+    generator = torch.Generator().manual_seed(setup.seed)
+
+    def normal(like: Tensor) -> Tensor:
+        return F.normalize(torch.randn(like.shape, generator=generator), dim=-1).to(like)
+
+    def uniform(like: Tensor, low: float, high: float) -> Tensor:
+        return (low + (high - low) * torch.rand(like.shape, generator=generator)).to(like)
+
+    def full(module: Any, bank: Any) -> Any:
+        return bank._replace(
+            key=normal(bank.key),
+            value=normal(bank.value),
+            log_gate=uniform(bank.log_gate, -1, 0),
+            priority=uniform(bank.priority, -1_001, -1_000),
+            record=torch.zeros_like(bank.record, memory_format=torch.contiguous_format),
+            document=torch.zeros_like(bank.document, memory_format=torch.contiguous_format),
+            position=uniform(bank.position, 0, 100_000),
+            tokens=uniform(bank.tokens, 0, setup.n_vocab),
+            n_record=torch.ones_like(bank.n_record, memory_format=torch.contiguous_format),
+            host_used=torch.full_like(bank.host_used, bank.key.shape[1], memory_format=torch.contiguous_format),
+        )
+
+    return model.map_memory(full, model.init_state(setup.n_row))
+
+
+def evidence(candidate: Candidate) -> dict[str, float]:
+    """What the banks hold, and what the last step read and wrote.
+
+    Returns:
+        ``banks`` (one per row and layer that reads), ``filled`` (least number of used slots of a bank), ``read`` (least
+        number of slots with weight that a token read in a layer), ``distinct`` (least number of different slots that
+        a layer's tokens found), ``written`` (least number of slots that a bank holds from steps so far).
+
+    Raises:
+        ValueError: If a bank is not full, a token read nothing, or a bank was not written: then the speed of a
+            memory that does less was measured.
+    """
+    model: Any = candidate.model
+    pairs = list(zip(model.memory["ltm"], candidate.state.memory["ltm"], strict=True))
+    reads = list(candidate.last.reads.values())
+    found = {
+        "banks": sum(len(bank.key) for _, bank in pairs),
+        "slots": min(module.n_slot for module, _ in pairs),
+        "filled": min(int(module.filled(bank).sum(dim=1).min()) for module, bank in pairs),
+        "read": min(int((read.weights > 0).sum(dim=-1).min()) for read in reads) if reads else 0,
+        "distinct": min(int(read.slots[read.weights > 0].unique().numel()) for read in reads) if reads else 0,
+        "written": min(int((bank.record > 0).sum(dim=1).min()) for _, bank in pairs),
+    }
+    if len(reads) != len(pairs) or found["filled"] < found["slots"] or not found["read"] or not found["written"]:
+        raise ValueError(f"the long-term memory was not full, read and written in the step that was measured: {found}")
+    return found
+
+
+def train(
+    sizes: list[Literal["seed", "default"]],
+    candidates: list[Literal["gpt2", "none", "ltm"]],
+    overrides: list[str],
+    n_row: int,
+    n_segment: int,
+    warmup: int,
+    rounds: int,
+    steps: int,
+    peak_memory: bool,
+    device: str,
+    precision: Literal["fp32", "bf16"],
+    compile: bool,
+    threads: int | None,
+    seed: int,
+) -> Result:
+    """Tokens per second of whole training steps, candidates side by side; for the settings see the YAML.
+
+    Returns:
+        Metrics ``<size>/<candidate>/<measure>``; one row per measurement.
+
+    Raises:
+        ConfigError: If a setting cannot work.
+    """
+    least = {"n_row": 1, "n_segment": 2, "warmup": 1, "rounds": 1, "steps": 1, "threads": 1}
+    given = {"n_row": n_row, "n_segment": n_segment, "warmup": warmup, "rounds": rounds, "steps": steps}
+    for key, value in (given | ({} if threads is None else {"threads": threads})).items():
+        if value < least[key]:
+            raise ConfigError(f"{key} must be at least {least[key]}, got {value}.")
+    for key, names in {"sizes": sizes, "candidates": candidates}.items():
+        if not names or len(set(names)) < len(names):
+            raise ConfigError(f"{key} must name at least one, and each once; got {list(names)}.")
+    configs = {size: size_config(size, overrides) for size in sizes}
+    if "gpt2" in candidates:
+        peer_library()
+    import torch
+
+    from experiments.base import Result
+
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"device={device} cannot be used here: {str(error).splitlines()[0]}") from error
+    before = torch.get_num_threads()
+    if threads is not None:
+        torch.set_num_threads(threads)
+    metadata: dict[str, Any] = {
+        "settings": {
+            **given, "sizes": sizes, "candidates": candidates, "overrides": overrides, "device": device,
+            "precision": precision, "compile": compile, "seed": seed,
+        },
+        "threads": torch.get_num_threads(),
+        **surroundings(device),
+        "shapes": {}, "evidence": {},
+    }  # fmt: skip
+    metrics: dict[str, float] = {}
+    rows: list[dict[str, Any]] = []
+    try:
+        for size, config in configs.items():
+            setup = Setup(config, n_row, n_segment, device, precision, compile, seed)
+            metadata["shapes"][size] = {
+                **{key: config["model"][key] for key in ("n_layer", "n_head", "d_model", "segment_len", "overlap")},
+                "n_vocab": setup.n_vocab, "tokens_per_step": setup.n_token,
+                "memory_layers": config["model"]["memory_layers"], "ltm": config["memory"]["ltm"],
+            }  # fmt: skip
+            peaks = {}
+            if peak_memory:  # first, while this process is small
+                peaks = {name: _in_own_process(peak, name, setup, torch.get_num_threads()) for name in candidates}
+            built, seconds = measure(candidates, setup, warmup, rounds, steps)
+            for name, candidate in built.items():
+                metrics |= {f"{size}/{name}/{key}": value for key, value in summarise(name, seconds, setup, steps).items()}
+                metrics[f"{size}/{name}/parameters"] = candidate.n_parameter
+                metrics |= {f"{size}/{name}/{key}": value for key, value in peaks.get(name, {}).items()}
+                rows += [
+                    {"size": size, "candidate": name, "round": i, "seconds": t, "tokens": steps * candidate.n_seen}
+                    for i, t in enumerate(seconds[name])
+                ]
+                if name == "ltm":
+                    metadata["evidence"][size] = evidence(candidate)
+            del built, candidate
+            gc.collect()
+    finally:
+        torch.set_num_threads(before)
+    return Result("benchmark_train", metrics, tuple(rows), metadata)
+
+
+def size_config(size: str, overrides: Sequence[str]) -> dict[str, Any]:
+    """The composed configuration of a size, with long-term memory."""
+    for override in overrides:
+        if override.partition("=")[0] in ("recipe", "memory", "model"):
+            raise ConfigError(f"overrides changes {override!r}, which sizes and candidates decide: leave it out.")
+    config = compose([*SIZES[size], "memory=ltm", *overrides])
+    for part in ("model", "training"):
+        validate(config[part], key=part)
+    plain = to_dict(config)
+    plain["memory"] = {"ltm": plain["memory"]["ltm"]}  # a recipe may have settings for other memories
+    validate(plain["memory"], key="memory")
+    return plain
+
+
+def measure(
+    names: Sequence[str], setup: Setup, warmup: int, rounds: int, steps: int
+) -> tuple[dict[str, Candidate], dict[str, list[float]]]:
+    """Train all candidates in turn, so that what disturbs the machine meets all of them.
+
+    Returns:
+        The candidates, and the seconds of each of their measurements.
+
+    Raises:
+        ValueError: If a loss is not finite or candidates did not get the same number of tokens.
+    """
+    import torch
+
+    def wait() -> None:
+        if setup.device.startswith("cuda"):
+            torch.cuda.synchronize(setup.device)
+
+    built = {name: Candidate(name, setup) for name in names}
+    for name, candidate in built.items():
+        for i in range(warmup):
+            loss = candidate.step(setup.batch(i))
+            if not torch.isfinite(loss):
+                raise ValueError(f"the loss of {name} is {loss.item()} in step {i} of the warm-up")
+        if name == "ltm":
+            evidence(candidate)
+    if len(seen := {candidate.n_seen for candidate in built.values()}) > 1:
+        raise ValueError(f"candidates got different numbers of tokens: {seen}")
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for i in range(rounds):
+        texts = [setup.batch(warmup + i * steps + j) for j in range(steps)]
+        for name, candidate in built.items():
+            gc.collect()
+            wait()
+            start = time.perf_counter()
+            for text in texts:
+                candidate.step(text)
+            wait()
+            seconds[name].append(time.perf_counter() - start)
+    return built, seconds
+
+
+def summarise(name: str, seconds: Mapping[str, list[float]], setup: Setup, steps: int) -> dict[str, float]:
+    """Median and quartiles of tokens per second, and of the ratio to each peer of the same round."""
+    found: dict[str, float] = {}
+
+    def put(key: str, values: list[float]) -> None:
+        quartiles = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
+        found.update(dict(zip((f"{key}_low", key, f"{key}_high"), quartiles, strict=True)))
+
+    put("tokens_per_s", [setup.n_token * steps / t for t in seconds[name]])
+    for peer in PEERS[name]:
+        if peer in seconds:
+            put(f"vs_{peer}", [theirs / ours for ours, theirs in zip(seconds[name], seconds[peer], strict=True)])
+    return found
+
+
+def peak(name: str, setup: Setup, threads: int) -> dict[str, float]:
+    """Peak memory in MiB of training by a few steps, to be called in a fresh process.
+
+    Returns:
+        ``peak_mib``: of the process, or on an accelerator of what torch allocated there; ``idle_mib``: before the model
+        was built. NaN where the system does not tell.
+    """
+    import torch
+
+    import memlm.training.module  # noqa: F401 - what every candidate imports counts as idle
+
+    if name == "gpt2":
+        peer_library()
+    torch.set_num_threads(threads)
+    cuda = setup.device.startswith("cuda")
+    idle = 0.0 if cuda else _peak_rss()
+    candidate = Candidate(name, setup)
+    for i in range(_MEMORY_STEPS):
+        candidate.step(setup.batch(i))
+    most = torch.cuda.max_memory_allocated(setup.device) / 2**20 if cuda else _peak_rss()
+    return {"peak_mib": most, "idle_mib": idle}
+
+
+def _peak_rss() -> float:
+    """Largest resident size of this process so far, in MiB; NaN where the system does not tell."""
+    try:
+        # Not getrusage: on Linux its value begins with the size of the process that started this one.
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) / 2**10
+    except OSError:
+        pass
+    try:
+        resource: Any = importlib.import_module("resource")
+    except ImportError:
+        return float("nan")
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def _in_own_process(function: Callable[..., dict[str, float]], name: str, *arguments: Any) -> dict[str, float]:
+    """Call a function of this file in a fresh process."""
+    import multiprocessing
+    from concurrent.futures import ProcessPoolExecutor
+    from concurrent.futures.process import BrokenProcessPool
+
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        try:
+            return pool.submit(function, name, *arguments).result()
+        except BrokenProcessPool as error:
+            raise ValueError(
+                f"the process that trains {name!r} was ended by the system, most likely for want of memory: "
+                "lower n_row or n_segment"
+            ) from error
+
+
+def surroundings(device: str) -> dict[str, Any]:
+    """Where and with what something was measured."""
+    import torch
+
+    processor = platform.processor() or platform.machine()
+    if Path("/proc/cpuinfo").exists():
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        processor = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), processor)
+    root = Path(__file__).resolve().parents[1]
+
+    def git(*arguments: str) -> str | None:
+        try:
+            done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, check=True)
+        except (OSError, subprocess.CalledProcessError):
+            return None
+        return done.stdout.strip()
+
+    libraries = {name: getattr(sys.modules.get(name), "__version__", None) for name in ("torch", "transformers")}
+    return {
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "commit": git("rev-parse", "HEAD"),
+        "uncommitted_changes": None if (status := git("status", "--porcelain")) is None else bool(status),
+        "processor": f"{processor}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}",
+        "accelerator": torch.cuda.get_device_name(device) if device.startswith("cuda") else None,
+        "load_before": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+        "system": f"{platform.system()} {platform.release()}",
+        "python": platform.python_version(),
+        **libraries,
+    }
+
+
+def report(result: Result) -> str:
+    """The tables and the conditions of a training benchmark, to print."""
+    from experiments.base import table
+
+    metadata, metrics = result.metadata, result.metrics
+    settings = metadata["settings"]
+    peers = [peer for peer in ("gpt2", "none") if any(f"/vs_{peer}" in key for key in metrics)]
+    columns = ["candidate", "parameters", "tokens/s", "quartiles", *(f"vs {peer}" for peer in peers), "peak MiB"]
+    texts = []
+    for size, shape in metadata["shapes"].items():
+        lines = []
+        for name in settings["candidates"]:
+            of = {key.rpartition("/")[2]: v for key, v in metrics.items() if key.startswith(f"{size}/{name}/")}
+            ratios = [
+                f"{of[f'vs_{p}']:.2f} ({of[f'vs_{p}_low']:.2f}-{of[f'vs_{p}_high']:.2f})" if f"vs_{p}" in of else None
+                for p in peers
+            ]
+            speed = f"{of['tokens_per_s_low']:,.0f}-{of['tokens_per_s_high']:,.0f}"
+            most = round(of["peak_mib"]) if of.get("peak_mib", float("nan")) > 0 else None
+            lines.append([name, int(of["parameters"]), round(of["tokens_per_s"]), speed, *ratios, most])
+        title = (
+            f"{size}: {shape['n_layer']} layers, {shape['n_head']} heads, width {shape['d_model']}, vocabulary "
+            f"{shape['n_vocab']:,}, context {shape['segment_len']}, {shape['tokens_per_step']:,} tokens per step"
+        )
+        texts.append(table(columns, lines, title))
+        if found := metadata["evidence"].get(size):
+            texts[-1] += (
+                f"\nltm: {found['banks']} banks of {found['slots']:,} slots, all used; every token of every layer "
+                f"searched them and read {found['read']} or more"
+            )
+    state = {True: " with uncommitted changes", False: "", None: ""}[metadata["uncommitted_changes"]]
+    conditions = [
+        f"Median and quartiles of {settings['rounds']} rounds of {settings['steps']} steps; ratios are per round.",
+        f"{metadata['accelerator'] or metadata['processor']}; {metadata['threads']} threads; load before "
+        f"{metadata['load_before']}; {settings['precision']}{', compiled' if settings['compile'] else ''}",
+        f"torch {metadata['torch']}, transformers {metadata['transformers']}, Python {metadata['python']}; "
+        f"commit {metadata['commit']}{state}; {metadata['date']}",
+    ]
+    return "\n\n".join([*texts, "\n".join(conditions)])
+
+
+BENCHMARKS: dict[str, tuple[Callable[..., Result], Callable[[Result], str]]] = {"train": (train, report)}
+"""By name, what measures and what makes the text to print."""
+
+
+def name_command(arguments: list[str]) -> list[str]:
+    """Put ``benchmark=<name>`` in place of the name of a benchmark, the first word of the command line.
+
+    Raises:
+        ConfigError: If there is no such benchmark.
+    """
+    if not arguments or "=" in arguments[0] or arguments[0].startswith("-"):
+        return arguments
+    name = arguments[0]
+    if name not in BENCHMARKS:
+        raise ConfigError(f"There is no benchmark {name!r}.{did_you_mean(name, BENCHMARKS)} There are: {', '.join(BENCHMARKS)}.")
+    return [f"benchmark={name}", *arguments[1:]]
+
+
+def run(config: Mapping[str, Any]) -> tuple[Result, str]:
+    """Run the benchmark of a composed `configs/benchmark.yaml`.
+
+    Returns:
+        The result and the text to print.
+    """
+    settings = {key: value for key, value in config.items() if key not in ("benchmark", "out", "paths")}
+    measuring, reporting = BENCHMARKS[config["benchmark"]]
+    validate({"_target_": f"scripts.benchmark.{measuring.__name__}", **settings})
+    result = measuring(**settings)
+    return result, reporting(result)
+
+
+@cli("benchmark")
+def main(cfg: DictConfig) -> None:
+    """Measure, print, write."""
+    config = to_dict(cfg)
+    result, text = run(config)
+    print(text)
+    from experiments.base import emit
+
+    written = emit(result, {}, config["out"])
+    print("\nWritten:", *(f"  {path}" for path in written), sep="\n")
+
+
+if __name__ == "__main__":
+    try:
+        sys.argv[1:] = name_command(sys.argv[1:])
+    except ConfigError as mistake:
+        raise SystemExit(f"error: {mistake}") from None
+    main()
