@@ -5,7 +5,7 @@ python train.py model=lmcode memory=ltm
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from memlm.config import cli, to_dict, validate
 
@@ -26,34 +26,40 @@ def main(cfg: DictConfig) -> float | None:
     from experiments.base import emit
     from experiments.report import summary, watch
     from experiments.training import training_result
-    from memlm.build import build_data, build_model, build_tokenizer
-    from memlm.training.fit import make_trainer, plan_steps, save_last, sync_hint, wandb_logger
+    from memlm.build import build_corpus, build_data, build_model, build_tokenizer
+    from memlm.training.fit import make_trainer, places_of_runs, plan_steps, save_last, sync_hint, wandb_logger
     from memlm.training.module import LanguageModeling
-    from memlm.training.resume import checkpoint_to_resume
+    from memlm.training.resume import check_text, find_origin
+    from memlm.training.settings import Training
 
     validate(cfg)
     config = plan_steps(to_dict(cfg))
     run = Path(config["paths"]["run_dir"])
     experiments = runner.chosen({name: node for name, node in config.items() if name != "watch"})
-    resume = checkpoint_to_resume(config["resume"], config, Path(config["paths"]["root"]))
+    origin = find_origin(config["resume"], config, places_of_runs(config))
 
-    tokenizer = build_tokenizer(config)
-    data = build_data(config, tokenizer)
+    corpus = build_corpus(config)
+    data = build_data(config, build_tokenizer(config, corpus), corpus)
+    if origin is not None:
+        check_text(origin, data)
     data.setup()
-    model = build_model(config, tokenizer)
-    settings: dict[str, Any] = {name: value for name, value in config["training"].items() if name != "_target_"}
-    module = LanguageModeling(model, **settings, seed=config["seed"])
-    n_parameter = sum(parameter.numel() for parameter in model.parameters())
-    print(f"{run}: {n_parameter:,} parameters, {config['trainer']['max_steps']} steps"
-          + (f", going on from {resume}" if resume else ""))  # fmt: skip
+    model = build_model(config, data.tokenizer)
+    settings = {name: value for name, value in config["training"].items() if name != "_target_"}
+    module = LanguageModeling(model, Training(**settings), seed=config["seed"])
 
-    with make_trainer(config, run, resume, watch(config["watch"], data)) as (trainer, history):
-        trainer.fit(module, data, ckpt_path=resume)
+    with make_trainer(config, run, origin, watch(config["watch"], data)) as (trainer, history):
+        if trainer.is_global_zero:
+            n_parameter = sum(parameter.numel() for parameter in model.parameters())
+            print(f"{run}: {n_parameter:,} parameters, {trainer.max_steps} steps"
+                  + (f", going on after step {origin.step} of {origin.path}" if origin else ""))  # fmt: skip
+        trainer.fit(module, data, ckpt_path=origin.path if origin else None)
         written = [save_last(trainer, run)]
+        if not trainer.is_global_zero:  # one process measures and reports
+            return None
         logger = wandb_logger(trainer.loggers)
         results, files = runner.run_all(model, data, experiments, run, logger)
         files += emit(*training_result(model, data, history()), run / "training", logger)
-        hint = sync_hint(logger)
+        hint = sync_hint(logger, origin)
     print("\n" + summary(results))
     print("\nWritten:", *(f"  {path}" for path in [*written, *files]), sep="\n")
     if hint:

@@ -389,7 +389,8 @@ def _log(
         return
     import wandb
 
-    record: dict[str, Any] = {f"{result.name}/{name}": wandb.Image(str(path)) for name, path in images.items()}
+    record: dict[str, Any] = {f"{result.name}/{name}": value for name, value in result.metrics.items()}
+    record |= {f"{result.name}/{name}": wandb.Image(str(path)) for name, path in images.items()}
     if result.rows:
         data = [[row.get(column) for column in columns] for row in result.rows]
         record[f"{result.name}/rows"] = wandb.Table(columns=list(columns), data=data, allow_mixed_types=True)

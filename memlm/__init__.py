@@ -5,7 +5,7 @@ The public interface is small; everything is imported when first used, so that `
     import memlm
 
     model = memlm.build("model=lmcode", "memory=ltm")
-    model = memlm.load("outputs/.../checkpoints/last.ckpt")
+    model = memlm.load("outputs/lmcode-ltm/...")
 """
 
 import sys

@@ -47,20 +47,20 @@ def build_corpus(config: dict[str, Any]) -> Corpus:
     return _instantiate(config["data"]["corpus"], "data.corpus")
 
 
-def build_tokenizer(config: dict[str, Any]) -> Tokenizer:
-    """The tokenizer of ``config["data"]``, loaded from the cache or trained."""
+def build_tokenizer(config: dict[str, Any], corpus: Corpus | None = None) -> Tokenizer:
+    """The tokenizer of ``config["data"]``, loaded from the cache or trained on ``corpus`` (by default its text)."""
     settings = config["data"]["tokenizer"]
     return get_tokenizer(
-        settings["kind"], settings["vocab_size"], settings["path"], build_corpus(config), _cache(config)
+        settings["kind"], settings["vocab_size"], settings["path"], corpus or build_corpus(config), _cache(config)
     )
 
 
-def build_data(config: dict[str, Any], tokenizer: Tokenizer) -> TextData:
-    """Batches of the chosen text, encoded with ``tokenizer``."""
+def build_data(config: dict[str, Any], tokenizer: Tokenizer, corpus: Corpus | None = None) -> TextData:
+    """Batches of ``corpus`` (by default the chosen text), encoded with ``tokenizer``."""
     from memlm.data.datamodule import TextData
 
     return TextData(
-        corpus=build_corpus(config),
+        corpus=corpus or build_corpus(config),
         tokenizer=tokenizer,
         segment_len=config["model"]["segment_len"],
         curriculum=_instantiate(config["curriculum"], "curriculum"),
@@ -97,7 +97,11 @@ def _instantiate(node: dict[str, Any], key: str, *arguments: Any, **injected: An
     settings = {name: value for name, value in node.items() if name != "_target_"}
     module, _, name = node["_target_"].rpartition(".")
     try:
-        return getattr(importlib.import_module(module), name)(*arguments, **injected, **settings)
+        constructor = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:  # such as a checkpoint of somebody's own mechanism
+        raise ConfigError(f"{key}._target_: {node['_target_']} cannot be imported here: {error}") from error
+    try:
+        return constructor(*arguments, **injected, **settings)
     except ConfigError:
         raise
     except ValueError as error:

@@ -9,7 +9,9 @@ from __future__ import annotations
 import errno
 import os
 import pickle
-import zipfile
+import platform
+import re
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
     from memlm.data.datamodule import TextData
 
 FOLDER = "checkpoints"
+_NAME = re.compile(r"(?:.*-)?step=(\d+)(?:-v\d+)?\.ckpt")  # also as Lightning names them: epoch=0-step=100.ckpt
 
 
 def load(path: str | os.PathLike[str]) -> nn.Module:
@@ -76,28 +79,37 @@ def find(path: str | os.PathLike[str]) -> Path:
 def checkpoints(run: Path) -> list[Path]:
     """Checkpoint files of a run directory, oldest first."""
     folder = run / FOLDER if (run / FOLDER).is_dir() else run
-    numbered = [(int(p.stem.partition("=")[2]), p) for p in folder.glob("step=*.ckpt") if p.stem[5:].isdigit()]
-    return [p for _, p in sorted(numbered)]
+    numbered = [(int(found[1]), path) for path in folder.iterdir() if (found := _NAME.fullmatch(path.name))]
+    return [path for _, path in sorted(numbered)]
 
 
-def read(path: Path) -> dict[str, Any]:
+def read(path: Path, peek: bool = False) -> dict[str, Any]:
     """Contents of a checkpoint file, on the CPU.
+
+    Args:
+        path: The file.
+        peek: Read tensors from the disk only when they are used, which is quick where only the rest is of interest.
 
     Raises:
         ConfigError: If it is damaged, holds more than plain data, or is not one of memlm.
     """
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about files that are refused in a moment
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=peek)
     except pickle.UnpicklingError as error:
         raise ConfigError(
             f"{path} was refused: it is damaged, or holds more than tensors and plain values (code is never loaded)"
         ) from error
-    except (RuntimeError, EOFError, zipfile.BadZipFile, ValueError, KeyError) as error:
+    except Exception as error:  # there is no end of what a parser may raise on bytes that are none of its own
+        if isinstance(error, OSError) and error.filename is not None:
+            raise  # missing, or not to be read by this user
         raise ConfigError(
             f"{path} cannot be read: it is damaged or cut short; use an earlier checkpoint of the run"
         ) from error
-    if not isinstance(content, dict) or "memlm" not in content:
-        raise ConfigError(f"{path} is not a checkpoint of memlm: it has no entry 'memlm'")
+    entry = content.get("memlm") if isinstance(content, dict) else None
+    if not isinstance(entry, dict) or not {"config", "tokenizer"} <= set(entry) or "state_dict" not in content:
+        raise ConfigError(f"{path} is not a checkpoint of memlm: it has no entry 'memlm' that describes a model")
     return content
 
 
@@ -109,15 +121,15 @@ def write(content: dict[str, Any], path: str | os.PathLike[str]) -> None:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
             torch.save(content, file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch reports a short write as a RuntimeError
-        if (isinstance(error, OSError) and error.errno == errno.ENOSPC) or "write" in str(error).lower():
+    except (OSError, RuntimeError) as error:
+        if no_space(error):
             raise ConfigError(
                 f"no space is left to write the checkpoint {path}; earlier checkpoints are whole: "
                 "free some space and go on with resume=auto"
@@ -125,6 +137,28 @@ def write(content: dict[str, Any], path: str | os.PathLike[str]) -> None:
         raise
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def no_space(error: BaseException | None) -> bool:
+    """Whether a full disk or an exhausted quota is what lies behind an error."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        if isinstance(error, RuntimeError) and "file write failed" in str(error):  # how torch tells a short write
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def remove_leftovers(run: Path) -> None:
+    """Remove what processes of this machine that were killed while writing have left in a run directory."""
+    for path in (run / FOLDER).glob(f".*.{platform.node()}.*.tmp"):
+        try:
+            os.kill(int(path.name.split(".")[-2]), 0)
+        except ProcessLookupError:
+            path.unlink(missing_ok=True)
+        except (ValueError, PermissionError):
+            continue
 
 
 def describe(model: nn.Module) -> dict[str, Any]:
@@ -140,12 +174,17 @@ def _restore(content: dict[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
     from memlm.data.tokenizer import Tokenizer
 
     entry = content["memlm"]
-    model = build_model(entry["config"], Tokenizer.from_json(entry["tokenizer"]))
+    try:
+        model = build_model(entry["config"], Tokenizer.from_json(entry["tokenizer"]))
+    except (KeyError, TypeError) as error:
+        raise ConfigError(
+            f"this version of memlm cannot build the model of a checkpoint of version {entry.get('version')}: {error}"
+        ) from error
     weights = {
         name.removeprefix("model."): value for name, value in content["state_dict"].items() if name.startswith("model.")
     }
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
-        raise ConfigError(f"the weights do not fit the model that the checkpoint describes: {error}") from error
+        raise ConfigError(f"the weights do not fit the model that the checkpoint describes: {' '.join(str(error).split())}") from error
     return model.eval(), entry["config"]

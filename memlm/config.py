@@ -45,10 +45,7 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 # Constructor parameters that the code supplies, so that no YAML has to: the width of the model for its memories,
 # the size of the vocabulary for the model, what one built object hands to the next.
-INJECTED = frozenset({"d_model", "data", "memories", "memory", "model", "n_vocab", "params", "tokenizer"})
-
-# Keys of a node that the builder itself reads and does not pass on to the constructor.
-CONSUMED = frozenset({"layers"})
+INJECTED = frozenset({"d_model", "memories", "model", "n_vocab"})
 
 # Packages that take seconds to import: their nodes are checked last, and before a run only if the command line
 # touches them.
@@ -317,7 +314,6 @@ def validate(
     *,
     key: str = "",
     injected: Collection[str] = INJECTED,
-    consumed: Collection[str] = CONSUMED,
     skip: Collection[str] = (),
 ) -> None:
     """Check every node with a `_target_` against the signature of what it names.
@@ -329,7 +325,6 @@ def validate(
         config: a config or a part of it; a plain dict or list will do.
         key: the full name of `config`, for the errors; by default what OmegaConf knows.
         injected: required parameters that the code passes when it builds the node.
-        consumed: keys that the code reads itself and does not pass to the constructor.
         skip: full names of top-level parts that are not looked at.
 
     Raises:
@@ -344,7 +339,7 @@ def validate(
                 _check_value(name, plain[name], hint)
     nodes = [(k, node) for k, node in _nodes(plain, key) if k.partition(".")[0] not in skip]
     for full_key, node in sorted(nodes, key=lambda item: str(item[1]["_target_"]).startswith(_SLOW)):
-        _check_node(full_key, node, frozenset(injected), frozenset(consumed))
+        _check_node(full_key, node, frozenset(injected))
 
 
 def _nodes(value: Any, key: str) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -358,7 +353,7 @@ def _nodes(value: Any, key: str) -> Iterator[tuple[str, dict[str, Any]]]:
             yield from _nodes(child, f"{key}[{i}]")
 
 
-def _check_node(key: str, node: dict[str, Any], injected: frozenset[str], consumed: frozenset[str]) -> None:
+def _check_node(key: str, node: dict[str, Any], injected: frozenset[str]) -> None:
     target = node["_target_"]
     if not isinstance(target, str):
         raise ConfigError(f"{_dot(key, '_target_')} must be the dotted name of a class or function, got {target!r}.")
@@ -368,7 +363,7 @@ def _check_node(key: str, node: dict[str, Any], injected: frozenset[str], consum
     given = {n: v for n, v in node.items() if n not in _HYDRA_KEYS}
 
     for name in given:
-        if name not in named and not takes_any and name not in consumed:
+        if name not in named and not takes_any:
             options = ", ".join(sorted(set(named) - injected)) or "nothing"
             raise ConfigError(
                 f"{_dot(key, name)} is not a setting of {target}.{did_you_mean(name, named)} It takes: {options}."
@@ -567,7 +562,6 @@ def check_command_line(
     *,
     directory: str | Path | None = None,
     injected: Collection[str] = INJECTED,
-    consumed: Collection[str] = CONSUMED,
 ) -> None:
     """Check a command line before Hydra acts on it.
 
@@ -579,7 +573,6 @@ def check_command_line(
         config_name: the primary config, unless `argv` names another.
         directory: the config tree; the shipped one by default.
         injected: see `validate`.
-        consumed: see `validate`.
 
     Raises:
         ConfigError: what `compose` and `validate` raise.
@@ -617,7 +610,7 @@ def check_command_line(
                 if str(node["_target_"]).startswith(_SLOW)
             }
             idle = {key.partition(".")[0].partition("[")[0] for key in slow} - touched
-            validate(config, injected=injected, consumed=consumed, skip=idle)
+            validate(config, injected=injected, skip=idle)
 
 
 def _jobs(parsed: Sequence[Override]) -> Iterator[list[str]]:

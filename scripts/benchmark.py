@@ -17,7 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -102,6 +102,7 @@ class Candidate:
         import torch
 
         from memlm.training.module import LanguageModeling
+        from memlm.training.settings import Training
 
         self.name, self.setup = name, setup
         torch.manual_seed(setup.seed)
@@ -113,11 +114,9 @@ class Candidate:
             self.state = fill(self.model, setup)
         settings = {key: value for key, value in setup.config["training"].items() if key != "_target_"}
         # The peer gets the optimizer of our trainer too: decay groups, betas, implementation.
-        self.optimizer = LanguageModeling(self.model, **settings | {"total_steps": 10**6}).configure_optimizers()[
-            "optimizer"
-        ]
-        if setup.compile:
-            self.model.compile()
+        module = LanguageModeling(self.model, Training(**settings), total_steps=10**6)
+        self.optimizer = module.configure_optimizers()["optimizer"]
+        self._call: Any = torch.compile(self.model.forward) if setup.compile else self.model
 
     @property
     def n_parameter(self) -> int:
@@ -139,7 +138,7 @@ class Candidate:
     def _peer_loss(self, text: Tensor) -> Tensor:
         ids = text[:, :-1].reshape(-1, self.setup.segment_len)  # (B * S, T)
         self.n_seen = ids.numel()
-        return self.model(input_ids=ids, labels=ids, use_cache=False).loss
+        return self._call(input_ids=ids, labels=ids, use_cache=False).loss
 
     def _loss(self, text: Tensor) -> Tensor:
         """As `memlm.training.module.LanguageModeling.training_step`, which needs a trainer."""
@@ -151,7 +150,7 @@ class Candidate:
         ids, targets = text[:, :-1], text[:, 1:]
         self.n_seen = ids.numel()
         model: Any = self.model
-        out = model(ids, state=self.state, logits=False)
+        out = self._call(ids, state=self.state, logits=False)
         share = torch.full(ids.shape, 1 / ids.numel(), device=ids.device)
         loss, _ = linear_cross_entropy(out.hidden, model.head_weight, targets, share)
         extra = [
@@ -185,6 +184,7 @@ def _gpt2(setup: Setup) -> nn.Module:
         eos_token_id=0,
         attn_implementation="sdpa",
     )
+    config.loss_type = "ForCausalLM"  # what it would choose by itself, with a warning
     return transformers.GPT2LMHeadModel(config)
 
 
@@ -214,13 +214,13 @@ def _ours(name: str, setup: Setup) -> nn.Module:
 
 
 def fill(model: Any, setup: Setup) -> Any:
-    """A state of ``model`` whose long-term banks are full, so that every read searches all slots from the first step on.
+    """A state of ``model`` whose long-term banks are full: every read searches all slots from the first step on.
 
     Keys and values are random unit vectors. Priorities lie below those of any new slot, so that every write of a
     segment replaces a slot for the first ``n_slot`` writes.
     """
     import torch
-    from torch.nn import functional as F  # noqa: N812
+    from torch.nn import functional as F
 
     generator = torch.Generator().manual_seed(setup.seed)
 
@@ -304,7 +304,8 @@ def train(
     for key, value in (given | ({} if threads is None else {"threads": threads})).items():
         if value < least[key]:
             raise ConfigError(f"{key} must be at least {least[key]}, got {value}.")
-    for key, names in {"sizes": sizes, "candidates": candidates}.items():
+    chosen: dict[str, Sequence[str]] = {"sizes": sizes, "candidates": candidates}
+    for key, names in chosen.items():
         if not names or len(set(names)) < len(names):
             raise ConfigError(f"{key} must name at least one, and each once; got {list(names)}.")
     configs = {size: size_config(size, overrides) for size in sizes}
@@ -340,12 +341,14 @@ def train(
                 "n_vocab": setup.n_vocab, "tokens_per_step": setup.n_token,
                 "memory_layers": config["model"]["memory_layers"], "ltm": config["memory"]["ltm"],
             }  # fmt: skip
-            peaks = {}
+            peaks: dict[str, dict[str, float]] = {}
             if peak_memory:  # first, while this process is small
                 peaks = {name: _in_own_process(peak, name, setup, torch.get_num_threads()) for name in candidates}
             built, seconds = measure(candidates, setup, warmup, rounds, steps)
             for name, candidate in built.items():
-                metrics |= {f"{size}/{name}/{key}": value for key, value in summarise(name, seconds, setup, steps).items()}
+                metrics |= {
+                    f"{size}/{name}/{key}": value for key, value in summarise(name, seconds, setup, steps).items()
+                }
                 metrics[f"{size}/{name}/parameters"] = candidate.n_parameter
                 metrics |= {f"{size}/{name}/{key}": value for key, value in peaks.get(name, {}).items()}
                 rows += [
@@ -505,7 +508,7 @@ def surroundings(device: str) -> dict[str, Any]:
 
     libraries = {name: getattr(sys.modules.get(name), "__version__", None) for name in ("torch", "transformers")}
     return {
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": git("rev-parse", "HEAD"),
         "uncommitted_changes": None if (status := git("status", "--porcelain")) is None else bool(status),
         "processor": f"{processor}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}",
@@ -572,7 +575,9 @@ def name_command(arguments: list[str]) -> list[str]:
         return arguments
     name = arguments[0]
     if name not in BENCHMARKS:
-        raise ConfigError(f"There is no benchmark {name!r}.{did_you_mean(name, BENCHMARKS)} There are: {', '.join(BENCHMARKS)}.")
+        raise ConfigError(
+            f"There is no benchmark {name!r}.{did_you_mean(name, BENCHMARKS)} There are: {', '.join(BENCHMARKS)}."
+        )
     return [f"benchmark={name}", *arguments[1:]]
 
 
@@ -605,5 +610,6 @@ if __name__ == "__main__":
     try:
         sys.argv[1:] = name_command(sys.argv[1:])
     except ConfigError as mistake:
-        raise SystemExit(f"error: {mistake}") from None
+        print(f"error: {mistake}", file=sys.stderr)
+        raise SystemExit(2) from None
     main()

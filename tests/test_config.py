@@ -260,15 +260,14 @@ def test_invalid_values(kwargs: dict[str, Any], parts: list[str]) -> None:
         assert part in message
 
 
-def test_required_injected_and_consumed_parameters() -> None:
+def test_required_and_injected_parameters() -> None:
     node = {"_target_": f"{HERE}.Model"}
     assert "model.n_layer is required by" in error(validate, {"model": node})
     validate({"model": {**node, "_partial_": True}})
     validate({"model": {**node, "_args_": [2]}})
     validate({"model": node}, injected=("n_layer",))
-    ltm = {"_target_": f"{HERE}.Ltm", "layers": "all"}  # d_model is injected, layers is read by the builder
-    validate({"memory": {"ltm": ltm}})
-    assert "memory.ltm.layers" in error(validate, {"memory": {"ltm": ltm}}, consumed=())
+    validate({"memory": {"ltm": {"_target_": f"{HERE}.Ltm"}}})  # d_model is injected
+    assert "memory.ltm.layers" in error(validate, {"memory": {"ltm": {"_target_": f"{HERE}.Ltm", "layers": "all"}}})
 
 
 def test_names_below_a_part_of_a_config() -> None:

@@ -57,14 +57,14 @@ class TextStream:
         corpus: The documents.
         segment_len: Tokens per segment.
         pad_id: Id of padding.
-        seed: Order of the documents; None for the order of the corpus.
+        seed: Of the order of the documents and of where a pass begins; None for the order of the corpus.
     """
 
     def __init__(self, corpus: TokenizedCorpus, segment_len: int, pad_id: int, seed: int | None) -> None:
         self.corpus, self.segment_len, self.pad_id, self.seed = corpus, segment_len, pad_id, seed
         self._per_document = -(-np.diff(corpus.offsets) // segment_len)  # segments of each document
         self.n_segment = int(self._per_document.sum())
-        self._order: tuple[int, np.ndarray, np.ndarray] | None = None
+        self._pass: tuple[int, np.ndarray, np.ndarray, int] | None = None
 
     def window(self, row: int, n_row: int, first: int, n_segment: int) -> tuple[np.ndarray, ...]:
         """``n_segment`` segments of a row's endless stream, from its segment ``first`` on.
@@ -79,8 +79,8 @@ class TextStream:
         reset = np.zeros(n_segment, dtype=bool)
         for i in range(n_segment):
             epoch, place = divmod(first + i, share)
-            order, ends = self._documents(epoch)
-            place_in_pass = (row * share + place) % self.n_segment
+            order, ends, turn = self._documents(epoch)
+            place_in_pass = (row * share + place + turn) % self.n_segment
             rank = int(np.searchsorted(ends, place_in_pass, side="right"))
             index = order[rank]
             within = place_in_pass - int(ends[rank] - self._per_document[index])
@@ -93,14 +93,15 @@ class TextStream:
             reset[i] = within == 0 or place == 0
         return ids, targets, weight, mask, reset
 
-    def _documents(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """Order of the documents in a pass, and where each ends in it, in segments."""
-        if self._order is None or self._order[0] != epoch:
-            order = np.arange(self.corpus.n_document)
+    def _documents(self, epoch: int) -> tuple[np.ndarray, np.ndarray, int]:
+        """Order of the documents in a pass, where each ends in it, in segments, and the segment it begins with."""
+        if self._pass is None or self._pass[0] != epoch:
+            order, turn = np.arange(self.corpus.n_document), 0
             if self.seed is not None:
-                order = np.random.default_rng([self.seed, epoch]).permutation(order)
-            self._order = (epoch, order, self._per_document[order].cumsum())
-        return self._order[1:]
+                rng = np.random.default_rng([self.seed, epoch])
+                order, turn = rng.permutation(order), int(rng.integers(self.n_segment))
+            self._pass = (epoch, order, self._per_document[order].cumsum(), turn)
+        return self._pass[1:]
 
 
 class TrainingBatches(Dataset[Batch]):

@@ -26,7 +26,7 @@ class Segment(NamedTuple):
     Attributes:
         ids: Token ids, (B, C + N).
         embeddings: Token embeddings, (B, C + N, D).
-        hidden: Input of the memory's layer before any read, (B, C + N, D). If the memory is not layerwise: the inputs
+        hidden: What the memory's layer would read with (after its self-attention), (B, C + N, D). If the memory is not layerwise: those
             of all attached layers, (B, C + N, n_layer, D).
         valid: Cells that hold a token, (B, C + N). Valid cells of a segment come first. The ``C`` tokens before are
             valid only where the first segment continues their context.
@@ -37,6 +37,7 @@ class Segment(NamedTuple):
         position: Place of the segment's first token in its document, (B, S).
         document: Number of the document within its row, (B, S).
         signals: Implicit signals of the text by name, each (B, n), or None.
+        lookback: ``C``.
     """
 
     ids: Tensor
@@ -203,7 +204,7 @@ class Memory(nn.Module):
         """Losses of the mechanism beside next-token prediction, by name.
 
         Args:
-            trace: The ``trace`` of this step's reads.
+            trace: What `process` or `write` said of this step's writes, averaged over segments and layers.
             nll: Weighted next-token loss of this step, a scalar.
         """
         return {}
@@ -239,5 +240,6 @@ def join_reads(reads: list[Residual]) -> Residual:
 
 
 def mean_trace(traces: list[Trace]) -> Trace:
-    """Mean of each scalar over segments."""
-    return {name: torch.stack([trace[name] for trace in traces]).mean() for name in (traces[0] if traces else {})}
+    """Mean of each scalar over the segments that have it."""
+    names = dict.fromkeys(name for trace in traces for name in trace)
+    return {name: torch.stack([trace[name] for trace in traces if name in trace]).mean() for name in names}

@@ -13,6 +13,7 @@ N = S * T, k slots read per token.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import torch
@@ -107,7 +108,13 @@ class LongTermMemory(Memory):
         scope: Scope = "sequence",
     ) -> None:
         super().__init__()
-        for name, number in {"n_slot": n_slot, "d_key": d_key, "d_value": d_value, "top_k": top_k, "span": span}.items():
+        for name, number in {
+            "n_slot": n_slot,
+            "d_key": d_key,
+            "d_value": d_value,
+            "top_k": top_k,
+            "span": span,
+        }.items():
             if number < 1:
                 raise ValueError(f"{name} must be at least 1, got {number}")
         if n_slot >= 2**22:
@@ -120,6 +127,12 @@ class LongTermMemory(Memory):
             raise ValueError(f"gate_floor must be in (0, 1], got {gate_floor}")
         if not temperature > 0:
             raise ValueError(f"temperature must be positive, got {temperature}")
+        for name, choice, choices in (
+            ("importance", importance, ("span", "token", "fifo")),
+            ("scope", scope, ("sequence", "shared")),
+        ):
+            if choice not in choices:
+                raise ValueError(f"{name} must be one of {', '.join(choices)}, got {choice!r}")
         self.n_slot, self.d_key, self.d_value, self.top_k = n_slot, d_key, d_value, top_k
         self.write_budget, self.span, self.importance = write_budget, span, importance
         self.retrieval_threshold, self.gate_floor, self.gate_penalty = retrieval_threshold, gate_floor, gate_penalty
@@ -227,7 +240,9 @@ class LongTermMemory(Memory):
             reads = self._attend(x, self._bank(state, plan.bank_visible), window)
             n_bank = int(state.host_used.max())
             slot = torch.cat([torch.arange(n_bank, device=x.device).expand(len(x), -1), plan.window_slot], dim=1)
-            reads = reads._replace(slots=slot.gather(1, reads.slots.flatten(1)).view_as(reads.slots))
+            slot = F.pad(slot, (0, 1), value=-1)  # -1 stays -1
+            index = reads.slots.flatten(1).remainder(slot.shape[1])
+            reads = reads._replace(slots=slot.gather(1, index).view_as(reads.slots))
         if not carry:
             return reads, state, trace
         start = self.start_documents(segment.reset, state)
@@ -346,8 +361,8 @@ class LongTermMemory(Memory):
         """Gated read of ``x`` (B, N, D)."""
         gate = self.read_gate(x).sigmoid()  # (B, N, 1)
         if bank is None and window is None:
-            none = torch.zeros(*x.shape[:2], 0, device=x.device)
-            return Residual(torch.zeros_like(x), none.long(), none, gate[..., 0])
+            none = torch.zeros(*x.shape[:2], self.top_k, device=x.device)
+            return Residual(torch.zeros_like(x), none.long() - 1, none, gate[..., 0])
         with torch.autocast(x.device.type, enabled=False):
             query = F.normalize(self.to_key(self.norm(x.float())), dim=-1)  # (B, N, d_key)
             temperature = self.log_temperature.exp() * self.temperature_scale
@@ -379,6 +394,7 @@ class LongTermMemory(Memory):
         # In each window: the tokens of the segment's own context, and which of them have a successor in it.
         before = torch.arange(window_len, device=valid.device) < self.lookback
         here = windows(valid) & (segment.continues[..., None] | ~before)  # (B, S, C + T)
+        ids = windows(segment.ids).masked_fill(~here, -1)  # (B, S, C + T)
         has_next = F.pad(here[..., 1:], (0, 1))
         here = here & has_next
         worth = _importance(windows(log_gate.detach()), here, span, self.importance)
@@ -394,7 +410,7 @@ class LongTermMemory(Memory):
             start = torch.arange(n_segment, device=part.device)[:, None] * n_token
             return _take(part, (best.indices + start).flatten(1)).unflatten(1, best.indices.shape[1:])
 
-        snippet = F.pad(segment.ids, (span - 1, 1), value=-1).unfold(1, span + 1, 1)  # (B, C + N, span + 1)
+        snippet = F.pad(ids, (span - 1, 1), value=-1).unfold(2, span + 1, 1)  # (B, S, C + T, span + 1)
         candidates = _Candidates(
             key=pick(key),
             value=pick(value),
@@ -402,7 +418,9 @@ class LongTermMemory(Memory):
             priority=best.values,
             position=position.gather(2, best.indices),
             document=segment.document[..., None].expand_as(best.indices),
-            tokens=pick(snippet).to(torch.int32),
+            tokens=_take(snippet.flatten(0, 1), best.indices.flatten(0, 1))
+            .unflatten(0, best.indices.shape[:2])
+            .to(torch.int32),
         )
         weight = final.float()
         gate = windows(log_gate).exp() * weight
@@ -446,14 +464,18 @@ class LongTermMemory(Memory):
         itself = torch.arange(n_used, device=key.device).expand_as(target)
         joins = (target != itself) & (target.gather(1, target) == target)
         target = torch.where(joins, target, itself)
-        weight = state.log_gate[:, :n_used].exp() * used
+        log_gate = state.log_gate[:, :n_used]
+        heaviest = torch.full_like(log_gate, -torch.inf).scatter_reduce(1, target, log_gate, "amax")
+        weight = (log_gate - heaviest.gather(1, target)).exp() * used  # relative: gates may be tiny
         total = torch.zeros_like(weight).scatter_add(1, target, weight)
+        joined = torch.zeros_like(weight).scatter_add(1, target, joins.float()) > 0  # slots that others joined
 
-        def mean(part: Tensor) -> Tensor:
+        def mean(part: Tensor, merge: Callable[[Tensor], Tensor] = lambda merged: merged) -> Tensor:
             index = target[..., None].expand_as(part)
             summed = torch.zeros_like(part).scatter_add(1, index, part * weight[..., None])
-            merged = summed / total.clamp(min=1e-12)[..., None]
-            return torch.where((used & ~joins)[..., None], merged, torch.zeros_like(part))
+            merged = merge(summed / total.clamp(min=1e-12)[..., None])
+            kept = torch.where((used & ~joins)[..., None], part, torch.zeros_like(part))
+            return torch.where(joined[..., None], merged, kept)
 
         empty = _EMPTY + torch.arange(n_used, device=key.device, dtype=priority.dtype)
 
@@ -461,7 +483,7 @@ class LongTermMemory(Memory):
             return torch.cat([new, old[:, n_used:]], dim=1)
 
         new = state._replace(
-            key=front(state.key, F.normalize(mean(key), dim=-1)),
+            key=front(state.key, mean(key, lambda merged: F.normalize(merged, dim=-1))),
             value=front(state.value, mean(value)),
             priority=front(state.priority, torch.where(joins, empty, priority)),
             record=front(state.record, state.record[:, :n_used].masked_fill(joins, -1)),

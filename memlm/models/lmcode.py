@@ -425,10 +425,16 @@ class LMCode(nn.Module):
             raise ValueError(f"mask must have the shape of ids {tuple(ids.shape)}, got {tuple(mask.shape)}")
         if reset is not None:
             state = self._begin_documents(state, reset, write)
+        if breaks is not None and bool((first := breaks[:, 0].cpu()).any()):
+            state = self._close(state, first, write)
         if ids.shape[1] == 0:
+            if reset is not None:
+                state = self.map_memory(lambda module, part: module.start_documents(reset[:, None], part), state)
+                state = state._replace(local=state.local._replace(document=state.local.document + reset))
             hidden = self.embedding(ids)
             return Output(self.head(hidden) if logits else None, state, hidden, {}, {})
         grid = self._lay_out(ids, state.local, reset, mask, breaks)
+        write = write and any(grid.n_complete)
         n_segment = grid.complete.shape[1]
         if n_segment == 1 or all(modules[0].layerwise for modules in self.memory.values()):
             x, state, reads, trace = self._run(grid, state, read, write, signals, carry)
@@ -474,6 +480,12 @@ class LMCode(nn.Module):
             raise ValueError("breaks and reset by segment need rows with no open segment, and whole segments")
         if in_place:
             n_segment = n_token // segment_len
+            for name, starts in (
+                ("reset", reset if reset is not None and reset.dim() == 2 else None),
+                ("breaks", breaks),
+            ):
+                if starts is not None and starts.shape != (n_row, n_segment):
+                    raise ValueError(f"{name} must be ({n_row}, {n_segment}) here, got {tuple(starts.shape)}")
             cell, grid_ids = None, ids
             valid = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask
             new = valid = valid.view(n_row, n_segment, segment_len)
@@ -512,6 +524,8 @@ class LMCode(nn.Module):
         if breaks is not None:
             continues = continues & ~breaks
         start = torch.arange(n_segment, device=device) * segment_len
+        if in_place and mask is not None:
+            start = F.pad(valid.sum(dim=2).cumsum(dim=1), (1, 0))[:, :-1]
         position = (local.position - local.host_open.to(device))[:, None] + start
         document = local.document[:, None].expand(-1, n_segment)
         if reset is not None:

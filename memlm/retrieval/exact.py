@@ -80,7 +80,9 @@ def attend(
         read = read + (weight[..., None, :n_bank] @ _rows(bank.value, found[0]))[..., 0, :]
     if window is not None:
         read = read + weight[..., n_bank:] @ window.value
-    return read, torch.cat(found, dim=2).gather(2, best.indices), weight.gather(2, best.indices)
+    slots = torch.cat(found, dim=2).gather(2, best.indices).masked_fill(best.values == -torch.inf, -1)
+    missing = (0, top_k - slots.shape[2])  # so that reads of few slots and of many can be joined
+    return read, F.pad(slots, missing, value=-1), F.pad(weight.gather(2, best.indices), missing)
 
 
 def _readable(cosine: Tensor, visible: Tensor, threshold: float) -> Tensor:

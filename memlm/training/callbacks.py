@@ -1,18 +1,24 @@
-"""Lightning callbacks and plugins: atomic checkpoints, throughput, experiments during training."""
+"""Lightning callbacks and plugins: checkpoints, throughput, experiments during training, what the console shows."""
 
 from __future__ import annotations
 
+import contextlib
+import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import lightning
 import torch
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, Checkpoint, ProgressBar
 from lightning.pytorch.plugins.io import TorchCheckpointIO
+from tqdm import tqdm
 
 from memlm import checkpoint
+
+_N_LINE = 20  # lines of progress in a log file
+_REFRESH = 0.5  # seconds between two looks at the numbers of the bar: each waits for the accelerator
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -27,12 +33,55 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         return checkpoint.read(Path(path))
 
 
+class Checkpoints(Checkpoint):
+    """Writes ``step=N.ckpt`` every so many steps and after the last one, and keeps the newest.
+
+    Args:
+        run: Run directory.
+        every: Optimizer steps between checkpoints.
+        keep: How many are kept; None for all.
+    """
+
+    def __init__(self, run: Path, every: int, keep: int | None) -> None:
+        self.run, self.every, self.keep = run, every, keep
+        self._last = 0
+
+    def on_train_start(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
+        """What a run goes on from is there already."""
+        self._last = trainer.global_step
+
+    def on_train_batch_end(
+        self, trainer: lightning.Trainer, module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Write when it is time; with accumulated gradients only right after an optimizer step."""
+        step = trainer.global_step
+        if step != self._last and (step % self.every == 0 or step == trainer.max_steps):
+            self._last = step
+            self.save(trainer)
+
+    def save(self, trainer: lightning.Trainer) -> Path:
+        """Write a checkpoint, then remove what is too old."""
+        path = self.run / checkpoint.FOLDER / f"step={trainer.global_step}.ckpt"
+        trainer.save_checkpoint(path)
+        if trainer.is_global_zero and self.keep is not None:
+            for old in checkpoint.checkpoints(self.run)[: -self.keep]:
+                old.unlink()
+        return path
+
+
 class Throughput(Callback):
     """Logs ``train/tokens_per_second`` over the steps since the last log."""
 
     def __init__(self) -> None:
         self._since = 0.0
         self._tokens = 0
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave what happens inside out of the clock."""
+        begin = time.perf_counter()
+        yield
+        self._since += time.perf_counter() - begin
 
     def on_train_start(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
         """Start the clock."""
@@ -45,32 +94,114 @@ class Throughput(Callback):
         self._tokens += batch.ids.numel() * trainer.world_size
         if trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             now = time.perf_counter()
-            module.log("train/tokens_per_second", self._tokens / max(now - self._since, 1e-9), prog_bar=True)
+            module.log("train/tokens_per_second", self._tokens / max(now - self._since, 1e-9))
             self._since, self._tokens = now, 0
 
-    def on_validation_end(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
+    def on_validation_start(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
         """Leave validation out of the clock."""
-        self._since, self._tokens = time.perf_counter(), 0
+        self._stopped = time.perf_counter()
+
+    def on_validation_end(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
+        """Go on."""
+        self._since += time.perf_counter() - self._stopped
 
 
 class DuringTraining(Callback):
-    """Runs an experiment every so many steps and logs some of its numbers.
+    """Runs an experiment every so many batches and logs some of its numbers.
 
     Args:
         run: Called with the model; returns numbers by the name under which they are logged.
-        every: Steps between runs.
+        every: Batches between runs.
+        clock: Leaves the experiment out of its clock.
     """
 
-    def __init__(self, run: Callable[[torch.nn.Module], Mapping[str, float]], every: int) -> None:
-        self.run, self.every = run, every
-        self._last = -1
+    def __init__(
+        self, run: Callable[[torch.nn.Module], Mapping[str, float]], every: int, clock: Throughput | None = None
+    ) -> None:
+        self.run, self.every, self.clock = run, every, clock
 
     def on_train_batch_end(
         self, trainer: lightning.Trainer, module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Run when it is time."""
-        step = trainer.global_step
-        if step % self.every == 0 and step != self._last:
-            self._last = step
-            for name, value in self.run(module.model).items():
-                module.log(name, float(value), prog_bar=name == "recall/on", rank_zero_only=True)
+        if (batch_idx + 1) % self.every:
+            return
+        with self.clock.paused() if self.clock is not None else contextlib.nullcontext():
+            numbers = {name: float(value) for name, value in self.run(module.model).items()}  # type: ignore[operator, arg-type]
+        for name, value in numbers.items():
+            module.log(name, value, logger=False, rank_zero_only=True)
+        # Not by `module.log`, which would forget the numbers of a step that is not logged.
+        for logger in trainer.loggers:
+            logger.log_metrics(numbers, step=trainer.global_step - 1)
+            logger.save()
+
+
+class Progress(ProgressBar):
+    """One bar over all steps with the numbers that matter; plain lines, fewer of them, where there is no terminal."""
+
+    _SHOWN = {  # noqa: RUF012 - never changed
+        "loss": ("train/loss", "{:.3f}"),
+        "tok/s": ("train/tokens_per_second", "{:,.0f}"),
+        "recall": ("recall/on", "{:.1%}"),
+    }
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._enabled = True
+        self._bar: tqdm[Any] | None = None
+        self._looked, self._printed = 0.0, -1
+
+    def disable(self) -> None:
+        """Show nothing (on all processes but the first)."""
+        self._enabled = False
+
+    def enable(self) -> None:
+        """Show progress."""
+        self._enabled = True
+
+    def on_train_start(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
+        """Open the bar where training stands."""
+        if self._enabled and sys.stderr.isatty():
+            self._bar = tqdm(
+                total=trainer.max_steps, initial=trainer.global_step, desc="training", unit="step", dynamic_ncols=True
+            )
+        self._printed = trainer.global_step
+
+    def on_train_batch_end(
+        self, trainer: lightning.Trainer, module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Show the step."""
+        step, last = trainer.global_step, trainer.global_step == trainer.max_steps
+        if self._bar is not None:
+            now = time.monotonic()
+            if last or now - self._looked > _REFRESH:
+                self._looked = now
+                self._bar.set_postfix_str(self._numbers(trainer), refresh=False)
+            self._bar.update(step - self._bar.n)
+        elif self._enabled and step != self._printed:
+            if last or step % max(trainer.max_steps // _N_LINE, trainer.log_every_n_steps) == 0:
+                self._printed = step
+                print(f"step {step:,} of {trainer.max_steps:,}: {self._numbers(trainer)}", flush=True)
+
+    def on_train_end(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
+        """Close the bar."""
+        self._close()
+
+    def on_exception(
+        self, trainer: lightning.Trainer, module: lightning.LightningModule, exception: BaseException
+    ) -> None:
+        """Close the bar, so that what comes next has a line of its own."""
+        self._close()
+        if isinstance(exception, KeyboardInterrupt) and self._enabled:
+            print(f"stopped after step {trainer.global_step}: go on with resume=auto", file=sys.stderr)
+
+    def _close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+    def _numbers(self, trainer: lightning.Trainer) -> str:
+        found = trainer.callback_metrics
+        return ", ".join(
+            f"{label} {form.format(float(found[name]))}" for label, (name, form) in self._SHOWN.items() if name in found
+        )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import secrets
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -12,29 +13,56 @@ from typing import Any
 
 import lightning
 import torch
-from lightning.pytorch.callbacks import Callback, LearningRateMonitor, ModelCheckpoint, TQDMProgressBar
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
+from lightning.pytorch.utilities import rank_zero_only
 
 from memlm.analysis.figures import read_history
-from memlm.checkpoint import FOLDER, read
+from memlm.checkpoint import FOLDER, no_space
 from memlm.config import ConfigError
 from memlm.data.curriculum import Curriculum
-from memlm.training.callbacks import AtomicCheckpointIO, DuringTraining, Throughput
+from memlm.training.callbacks import AtomicCheckpointIO, Checkpoints, DuringTraining, Progress, Throughput
+from memlm.training.resume import Origin, history_files, keep_earlier_history
+from memlm.training.settings import Training
 
-_EARLIER = "earlier-{}.csv"  # what was logged before a run was resumed, oldest first
+# What libraries say that tells a user of memlm nothing.
+_NOISE = (
+    ".*LeafSpec.*",  # torch 2.13 renamed an internal that lightning still uses
+    ".*does not have many workers.*",
+    ".*number of training batches.*",
+    ".*IterableDataset.*",
+    ".*exists and is not empty.*",
+    ".*dataloader is not resumable.*",  # it is: a batch is a function of its number
+    ".*found in eval mode at the start of training.*",
+)
 
 
 def plan_steps(config: dict[str, Any]) -> dict[str, Any]:
-    """``config`` with ``trainer.max_steps`` filled in from the curriculum, and the devices checked.
+    """``config`` with ``trainer.max_steps`` filled in from the curriculum, and what has no constructor of its own checked.
 
     Raises:
-        ConfigError: If a device is asked for that is not there, or no step is to be made.
+        ConfigError: If a device is asked for that is not there, or a number is out of range.
     """
     trainer = dict(config["trainer"])
-    if trainer["max_steps"] is None:
-        trainer["max_steps"] = Curriculum(config["curriculum"]["phases"]).steps
+    for key in ("checkpoint.every", "checkpoint.keep", "trainer.accumulate_grad_batches", "trainer.log_every_n_steps",
+                "trainer.val_check_interval"):  # fmt: skip
+        node, _, name = key.partition(".")
+        value = config[node][name]
+        if key == "checkpoint.keep" and value is None:
+            continue
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ConfigError(f"{key} must be a whole number of at least 1, got {value!r}")
+    if not 0 <= config["seed"] < 2**31:
+        raise ConfigError(f"seed must be in 0..2147483647, got {config['seed']}")
+    Training(**{name: value for name, value in config["training"].items() if name != "_target_"})
+    if trainer["max_steps"] in (None, -1):
+        batches = Curriculum(config["curriculum"]["phases"]).steps
+        trainer["max_steps"] = -(-batches // trainer["accumulate_grad_batches"])
     if trainer["max_steps"] < 1:
-        raise ConfigError(f"trainer.max_steps must be at least 1 or null, got {trainer['max_steps']}")
+        raise ConfigError(f"trainer.max_steps must be at least 1, or -1 for the curriculum, got {trainer['max_steps']}")
     if trainer["accelerator"] in ("gpu", "cuda") and not torch.cuda.is_available():
         raise ConfigError(
             f"trainer.accelerator={trainer['accelerator']} asks for CUDA, but torch finds none here: "
@@ -43,63 +71,73 @@ def plan_steps(config: dict[str, Any]) -> dict[str, Any]:
     return config | {"trainer": trainer}
 
 
+def places_of_runs(config: Mapping[str, Any]) -> list[Path]:
+    """Where ``resume=auto`` looks for runs: below ``paths.root``; the jobs of a sweep also in sweeps before it."""
+    places = [Path(config["paths"]["root"])]
+    if (sweep := _sweep()) is not None and sweep.parent.resolve() != Path.cwd():
+        places.append(sweep.parent)
+    return places
+
+
 @contextlib.contextmanager
 def make_trainer(
     config: Mapping[str, Any],
     run: Path,
-    resume: Path | None,
-    watch: Callable[[torch.nn.Module], Mapping[str, float]] | None,
+    origin: Origin | None = None,
+    watch: Callable[[torch.nn.Module], Mapping[str, float]] | None = None,
 ) -> Iterator[tuple[lightning.Trainer, Callable[[], list[dict[str, Any]]]]]:
     """The trainer of a run, closed in an orderly way whatever happens.
 
     Args:
         config: Plain configuration, steps planned.
         run: Run directory.
-        resume: Checkpoint the run goes on from.
-        watch: Numbers to measure and log every ``val_check_interval`` steps.
+        origin: What the run goes on from.
+        watch: Numbers to measure and log every ``val_check_interval`` batches.
 
     Yields:
         The trainer, and a function that returns all that was logged, by step.
+
+    Raises:
+        ConfigError: If a setting of the trainer or a logger does not work here, or no space is left.
     """
     settings = {name: value for name, value in config["trainer"].items() if name != "_target_"}
-    _keep_earlier_history(run, resume)
-    loggers = _loggers(config, resume)
-    checkpoints = ModelCheckpoint(
-        dirpath=run / FOLDER,
-        filename="{step}",
-        every_n_train_steps=config["checkpoint"]["every"],
-        save_top_k=config["checkpoint"]["keep"],
-        monitor="step",
-        mode="max",
-        save_on_train_epoch_end=False,
-    )
-    callbacks: list[Callback] = [checkpoints, Throughput(), LearningRateMonitor("step")]
-    if settings["enable_progress_bar"]:
-        callbacks.append(TQDMProgressBar(refresh_rate=5))
+    clock = Throughput()
+    callbacks: list[Callback] = [clock, Checkpoints(run, config["checkpoint"]["every"], config["checkpoint"]["keep"])]
     if watch is not None:
-        callbacks.append(DuringTraining(watch, every=int(settings["val_check_interval"])))
-    _quiet()
-    trainer = lightning.Trainer(
-        **settings,
-        logger=loggers,
-        callbacks=callbacks,
-        plugins=[AtomicCheckpointIO()],
-        default_root_dir=run,
-        use_distributed_sampler=False,
-    )
+        callbacks.append(DuringTraining(watch, settings["val_check_interval"], clock))
+    if settings["enable_progress_bar"]:
+        callbacks.append(Progress())
 
     def history() -> list[dict[str, Any]]:
-        return [row for file in _history_files(run) for row in read_history(file)]
+        return [row for file in history_files(run) for row in read_history(file)]
 
+    loggers: list[Logger] = []
+    finished = False
     try:
-        yield trainer, history
+        with _quiet():
+            if origin is not None and rank_zero_only.rank == 0:
+                keep_earlier_history(run, origin)
+            loggers += _loggers(config, origin)
+            trainer = _trainer(
+                **settings,
+                logger=loggers,
+                callbacks=callbacks,
+                plugins=[AtomicCheckpointIO()],
+                default_root_dir=run,
+                use_distributed_sampler=False,
+            )
+            yield trainer, history
+            finished = True
+    except OSError as error:
+        if no_space(error):
+            raise ConfigError(f"no space is left in {run}: free some and go on with resume=auto") from error
+        raise
     finally:
         for logger in loggers:
-            logger.finalize("finished")
-        if wandb_logger(loggers) is not None:
-            import wandb
-
-            wandb.finish()
+            with contextlib.suppress(OSError):  # of what led here the first error says most
+                logger.finalize("success" if finished else "failed")
+            if isinstance(logger, WandbLogger) and rank_zero_only.rank == 0:
+                logger.experiment.finish(exit_code=0 if finished else 1)
 
 
 def save_last(trainer: lightning.Trainer, run: Path) -> Path:
@@ -110,7 +148,21 @@ def save_last(trainer: lightning.Trainer, run: Path) -> Path:
     return path
 
 
-def _loggers(config: Mapping[str, Any], resume: Path | None) -> list[Logger]:
+def _trainer(**settings: Any) -> lightning.Trainer:
+    """A trainer; what it refuses is told as a mistake in the settings."""
+    try:
+        trainer = lightning.Trainer(**settings)
+    except (MisconfigurationException, ValueError, TypeError, ModuleNotFoundError) as error:
+        raise ConfigError(f"trainer: {' '.join(str(error).split())}") from error
+    if trainer.world_size > 1 and _sweep() is not None:
+        raise ConfigError(
+            f"the jobs of a sweep train on one device each, but trainer.devices={settings['devices']} gives "
+            f"{trainer.world_size}: add trainer.devices=1, or run them one by one without -m"
+        )
+    return trainer
+
+
+def _loggers(config: Mapping[str, Any], origin: Origin | None) -> list[Logger]:
     """CSV and W&B loggers of ``config["logger"]``."""
     loggers: list[Logger] = []
     for kind, node in (config["logger"] or {}).items():
@@ -118,61 +170,77 @@ def _loggers(config: Mapping[str, Any], resume: Path | None) -> list[Logger]:
         if kind == "csv":
             loggers.append(CSVLogger(**settings))
         else:
-            loggers.append(_wandb(config, settings, resume))
+            loggers.append(_wandb(config, settings, origin))
     return loggers
 
 
-def _wandb(config: Mapping[str, Any], settings: dict[str, Any], resume: Path | None) -> WandbLogger:
+def _wandb(config: Mapping[str, Any], settings: dict[str, Any], origin: Origin | None) -> WandbLogger:
     """A W&B logger whose run goes on when training does; offline unless told otherwise."""
     import wandb
 
-    run_id = read(resume)["memlm"].get("wandb_id") if resume is not None else None
-    logger = WandbLogger(
-        **settings,
-        id=run_id or secrets.token_hex(4),
-        resume="allow" if run_id and not settings["offline"] else None,
-        config=dict(config),
-        settings=wandb.Settings(silent=True),
-    )
-    experiment = logger.experiment
-    experiment.define_metric("trainer/global_step")
-    for section in ("train", "val", "memory", "recall", "lr-AdamW"):
-        experiment.define_metric(f"{section}/*", step_metric="trainer/global_step")
-    return logger
+    offline, log_model, folder = settings.pop("offline"), settings.pop("log_model"), Path(settings.pop("save_dir"))
+    settings["name"] = settings["name"] or config["name"] or _title(config)
+    sweep = _sweep()
+    settings["group"] = settings["group"] or (sweep.name if sweep is not None else None)
+    run_id = origin.entry.get("wandb_id") if origin is not None else None
+    run: Any = None
+    if rank_zero_only.rank == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            # Not left to Lightning, which passes settings that W&B has given up and so earns a warning.
+            run = wandb.init(
+                **settings,
+                dir=folder,
+                id=run_id or secrets.token_hex(4),
+                resume="allow" if run_id and not offline else None,
+                mode="offline" if offline and os.environ.get("WANDB_MODE") != "disabled" else None,
+                config=dict(config),
+                settings=wandb.Settings(silent=True),
+            )
+        except wandb.errors.Error as error:
+            raise ConfigError(f"W&B cannot start: {error}; use logger.wandb.offline=true or logger=csv") from error
+        run.define_metric("trainer/global_step")
+        run.define_metric("*", step_metric="trainer/global_step", step_sync=True)
+    try:
+        return WandbLogger(
+            experiment=run, project=settings["project"], save_dir=folder, offline=offline, log_model=log_model
+        )
+    except MisconfigurationException as error:
+        if run is not None:
+            run.finish(exit_code=1)
+        raise ConfigError(f"logger.wandb: {' '.join(str(error).split())}") from error
 
 
-def _keep_earlier_history(run: Path, resume: Path | None) -> None:
-    """Copy what was logged before the checkpoint into the run that goes on."""
-    if resume is None:
-        return
-    step = read(resume)["global_step"]
-    target = run / "csv"
-    target.mkdir(parents=True, exist_ok=True)
-    for i, source in enumerate(_history_files(resume.parent.parent)):
-        header, *rows = source.read_text(encoding="utf-8").splitlines()
-        place = header.split(",").index("step")
-        kept = [row for row in rows if int(row.split(",")[place]) < step]
-        (target / _EARLIER.format(i)).write_text("\n".join([header, *kept, ""]), encoding="utf-8")
+def _title(config: Mapping[str, Any]) -> str:
+    """What a run is called by default: model-memory."""
+    if HydraConfig.initialized():
+        choices = HydraConfig.get().runtime.choices
+        return f"{choices['model']}-{choices['memory']}"
+    return f"{config['model']['_target_'].rpartition('.')[2].lower()}-{'+'.join(config['memory']) or 'none'}"
 
 
-def _history_files(run: Path) -> list[Path]:
-    """What a run and those it went on from have logged, oldest first."""
-    folder = run / "csv"
-    files = sorted(folder.glob(_EARLIER.format("*")), key=lambda file: int(file.stem.partition("-")[2]))
-    return [*files, *folder.glob("metrics.csv")]
+def _sweep() -> Path | None:
+    """Directory of the sweep that this run is a job of."""
+    if HydraConfig.initialized() and HydraConfig.get().mode is RunMode.MULTIRUN:
+        return Path(HydraConfig.get().sweep.dir)
+    return None
 
 
-def _quiet() -> None:
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
     """Silence what says nothing to a user of memlm."""
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
-    for message in (
-        ".*LeafSpec.*",
-        ".*does not have many workers.*",
-        ".*IterableDataset.*",
-        ".*exists and is not empty.*",
-    ):
-        warnings.filterwarnings("ignore", message=message)
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
+    levels = [logger.level for logger in loggers]
+    with warnings.catch_warnings():
+        for message in _NOISE:
+            warnings.filterwarnings("ignore", message=message)
+        try:
+            for logger in loggers:
+                logger.setLevel(logging.WARNING)
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
 
 
 def wandb_logger(loggers: list[Logger]) -> WandbLogger | None:
@@ -180,8 +248,10 @@ def wandb_logger(loggers: list[Logger]) -> WandbLogger | None:
     return next((logger for logger in loggers if isinstance(logger, WandbLogger)), None)
 
 
-def sync_hint(logger: WandbLogger | None) -> str | None:
-    """How to upload an offline W&B run; None if there is nothing to upload."""
-    if logger is None or not logger._offline:
+def sync_hint(logger: WandbLogger | None, origin: Origin | None = None) -> str | None:
+    """How to upload an offline W&B run, with what was logged before it was resumed; None if nothing is to be uploaded."""
+    if logger is None or not logger.experiment.settings._offline:
         return None
-    return f"wandb sync {Path(logger.experiment.dir).parent}"
+    run = logger.experiment
+    earlier = sorted((origin.run / "wandb").glob(f"offline-run-*-{run.id}")) if origin is not None else []
+    return f"wandb sync {' '.join(map(str, [*earlier, Path(run.dir).parent]))}"

@@ -2,76 +2,105 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import lightning
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from memlm.checkpoint import describe
+from memlm.config import ConfigError, did_you_mean
 from memlm.data.stream import Batch
 from memlm.memory import state as states
 from memlm.training.loss import linear_cross_entropy, token_nll
+from memlm.training.settings import Training
+
+
+_ADVICE = "The last good checkpoint is kept. Lower training.lr, or set trainer.gradient_clip_val or precision=32-true"
 
 
 class NonFiniteLoss(ValueError):
-    """The loss became infinite or NaN."""
+    """The loss or the weights became infinite or NaN."""
 
 
 class LanguageModeling(lightning.LightningModule):
     """Next-token training over windows of segments, with truncated backpropagation through memory.
 
-    The state goes on from window to window and is detached between them. Works in a plain ``lightning.Trainer``.
+    The state goes on from window to window and is detached between them. A memory with scope ``shared`` starts every
+    window from its persistent bank, and every training step writes the bank. Works in a plain ``lightning.Trainer``.
+
+    The loss is a mean over the weights of a batch, of all ranks together. ``accumulate_grad_batches=n`` averages the
+    gradients of n batches in a row: windows that follow each other, not parts of one, so that the state goes on between
+    them, and each batch counts the same whatever its weights.
 
     Args:
         model: What `memlm.build` returns.
-        lr: Peak learning rate.
-        weight_decay: Decay of matrices; vectors, scalars and embeddings are not decayed.
-        betas: Of AdamW.
-        warmup_steps: Steps of linear warm-up.
-        min_lr_ratio: Learning rate at the end of the cosine, as a share of ``lr``.
-        answer_weight: Weight in the loss of answers to questions about planted facts; other tokens weigh 1.
+        settings: How weights are trained.
         total_steps: Length of the cosine; None for the trainer's ``max_steps``.
         seed: Seed of dropout; each step draws from (seed, step, rank) alone.
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        lr: float = 3e-3,
-        weight_decay: float = 0.05,
-        betas: tuple[float, float] = (0.9, 0.98),
-        warmup_steps: int = 50,
-        min_lr_ratio: float = 0.05,
-        answer_weight: float = 5.0,
-        total_steps: int | None = None,
-        seed: int = 0,
+        self, model: nn.Module, settings: Training | None = None, total_steps: int | None = None, seed: int = 0
     ) -> None:
         super().__init__()
         self.model = model
-        self.lr, self.weight_decay, self.betas = lr, weight_decay, tuple(betas)
-        self.warmup_steps, self.min_lr_ratio, self.answer_weight = warmup_steps, min_lr_ratio, answer_weight
+        self.settings = settings or Training()
         self.total_steps, self.seed = total_steps, seed
-        self._state: Any = None
+        self._state: Any = None  # where the rows stopped, without shared banks
         self._val_state: Any = None
-        self._next_batch = 0
+        self._compiled: Any = None  # the compiled forward pass, while it is trained
+        self._bytes: dict[int, int] = {}  # of all memories, by number of rows
+
+    @property
+    def shared(self) -> list[str]:
+        """Names of the memories whose bank all rows share."""
+        return [name for name, modules in self.model.memory.items() if modules[0].scope == "shared"]
+
+    def on_fit_start(self) -> None:
+        """Check what only the trainer knows, before the first step."""
+        if self.shared and self.trainer.world_size > 1:
+            raise ConfigError(
+                f"memory.{self.shared[0]}.scope=shared needs one device, but trainer.devices gives "
+                f"{self.trainer.world_size}: use trainer.devices=1, or scope=sequence"
+            )
+        curriculum = getattr(self.trainer.datamodule, "curriculum", None)
+        for phase in curriculum.phases if curriculum is not None else []:
+            _check_memory_settings(self.model, phase.memory)
+        # Not nn.Module.compile: the model itself stays as it is for evaluation, whose shapes vary. Keys stay the same.
+        self._compiled = torch.compile(self.model.forward) if self.settings.compile else None
+
+    def on_fit_end(self) -> None:
+        """Let go of what only training needs."""
+        self._compiled = None
 
     # --- steps ---------------------------------------------------------------------------------------------------
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Loss of one window."""
         torch.manual_seed((self.seed * 1_000_003 + batch.step) * 4096 + self.global_rank)
-        apply_memory_settings(self.model, batch.memory)
+        with memory_settings(self.model, batch.memory):
+            return self._loss(batch)
+
+    def _loss(self, batch: Batch) -> Tensor:
+        """The loss; goes on with the carried state and commits shared banks."""
         state = None if batch.fresh else self._state
         if state is not None and len(state.local.host_open) != len(batch.ids):
             state = None
-        out = self.model(batch.ids, state=state, reset=batch.reset, mask=batch.mask, breaks=batch.breaks, logits=False, carry=not batch.ends)
-        self._state = None if batch.ends else states.detach(out.state)
-        self._next_batch = batch.step + 1
-        weight = batch.weight * (1 + (self.answer_weight - 1) * batch.answer)
-        share = weight / weight.sum().clamp(min=1)
+        out = (self._compiled or self.model)(
+            batch.ids,
+            state=None if state is None else self._with_banks(state),
+            reset=batch.reset,
+            mask=batch.mask,
+            breaks=batch.breaks,
+            logits=False,
+            carry=not batch.ends or bool(self.shared),
+        )
+        weight = batch.weight * (1 + (self.settings.answer_weight - 1) * batch.answer)
+        share = weight / self._mean_over_ranks(weight.sum()).clamp(min=1)
         loss, nll = linear_cross_entropy(out.hidden, self.model.head_weight, batch.targets, share)
         losses = {
             f"{name}/{key}": value
@@ -81,19 +110,45 @@ class LanguageModeling(lightning.LightningModule):
         total = loss + sum(losses.values(), torch.zeros((), device=loss.device))
         if not torch.isfinite(total):
             raise NonFiniteLoss(self._explain(batch, loss, losses))
-        self.log("train/loss", loss.detach(), prog_bar=True)
-        if self.global_step % self.trainer.log_every_n_steps == 0:
+        for name in self.shared:
+            for module, part in zip(self.model.memory[name], out.state.memory[name], strict=True):
+                module.commit(part)
+        self._state = None if batch.ends else self._without_banks(states.detach(out.state))
+        self.log("train/loss", loss.detach())
+        if (self.global_step + 1) % self.trainer.log_every_n_steps == 0:
             self._log_details(batch, nll, losses, out)
         return total
+
+    def _mean_over_ranks(self, value: Tensor) -> Tensor:
+        """Mean of a scalar over all processes, so that a batch that is dealt out to ranks has the loss of the whole."""
+        return value if self.trainer.world_size == 1 else self.trainer.strategy.reduce(value, reduce_op="mean")
+
+    def _without_banks(self, state: Any) -> Any:
+        """``state`` without what all rows share: that is kept in the model, and nowhere else."""
+        shared = self.shared
+        return state._replace(memory={name: () if name in shared else part for name, part in state.memory.items()})
+
+    def _with_banks(self, state: Any) -> Any:
+        """``state`` with a copy of every shared bank as it is now."""
+        n_row = len(state.local.host_open)
+        banks = {name: tuple(module.first_state(n_row) for module in self.model.memory[name]) for name in self.shared}
+        return state._replace(memory=state.memory | banks)
+
+    def _state_bytes(self, n_row: int) -> int:
+        """Bytes of all memories of ``n_row`` rows."""
+        if n_row not in self._bytes:
+            self._bytes[n_row] = states.n_byte(self.model.init_state(n_row).memory)
+        return self._bytes[n_row]
 
     @torch.no_grad()
     def _log_details(self, batch: Batch, nll: Tensor, losses: dict[str, Tensor], out: Any) -> None:
         """Log what the memories do and how well questions are answered."""
+        self.log("train/lr", self.trainer.optimizers[0].param_groups[0]["lr"])
         text = batch.weight * ~batch.answer
         self.log("train/nll_text", (nll * text).sum() / text.sum().clamp(min=1))
         if batch.answer.any():
             right = self.model.head(out.hidden[batch.answer]).argmax(dim=-1) == batch.targets[batch.answer]
-            self.log("train/answer_accuracy", right.float().mean(), prog_bar=True)
+            self.log("train/answer_accuracy", right.float().mean())
             self.log("train/nll_answer", nll[batch.answer].mean())
         for name, loss in losses.items():
             self.log(f"train/{name}", loss)
@@ -107,7 +162,7 @@ class LanguageModeling(lightning.LightningModule):
             self.log(f"memory/{name}/read_gate", read.gate.mean())
             self.log(f"memory/{name}/read_mass", mass.mean())
             self.log(f"memory/{name}/read_entropy", (entropy * mass).sum() / mass.sum().clamp(min=1e-9))
-        self.log("memory/state_bytes", float(states.n_byte(out.state.memory)))
+        self.log("memory/state_bytes", float(self._state_bytes(len(batch.ids))))
 
     def _explain(self, batch: Batch, loss: Tensor, losses: dict[str, Tensor]) -> str:
         """Where the numbers went wrong."""
@@ -115,34 +170,67 @@ class LanguageModeling(lightning.LightningModule):
         bad = [name for name, value in parts.items() if not torch.isfinite(value)]
         weights = [name for name, value in self.model.named_parameters() if not torch.isfinite(value).all()]
         where = f"; weights that are not finite: {', '.join(weights[:5])}" if weights else "; all weights are finite"
-        return (
-            f"the loss is not finite at step {self.global_step} (batch {batch.step}): {', '.join(bad)}{where}. "
-            "The last good checkpoint is kept. Lower training.lr, or set trainer.gradient_clip_val or precision=32-true"
-        )
+        return f"the loss is not finite at step {self.global_step}: {', '.join(bad)}{where}. {_ADVICE}"
 
     # --- resuming ----------------------------------------------------------------------------------------------------
 
+    # The data position is the trainer's own (its batch progress): the data module begins where that stands, and a batch
+    # is a function of its number alone.
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the configuration, the tokenizer and the state that is carried from window to window."""
+        """Add the configuration, the tokenizer and the state that is carried from window to window.
+
+        Raises:
+            NonFiniteLoss: If weights are not finite: nothing is written then.
+        """
+        self._refuse_non_finite(checkpoint)
         if hasattr(self.model, "config"):
-            checkpoint["memlm"] = describe(self.model)
             ids = [logger.version for logger in self.trainer.loggers if type(logger).__name__ == "WandbLogger"]
-            checkpoint["memlm"]["wandb_id"] = ids[0] if ids else None
-        carried = None if self._state is None else states.to_dict(self._state)
-        checkpoint["carried"] = {"state": carried, "next_batch": self._next_batch}
+            corpus = getattr(self.trainer.datamodule, "corpus", None)
+            checkpoint["memlm"] = describe(self.model) | {
+                "wandb_id": ids[0] if ids else None,
+                "text": None if corpus is None else corpus.fingerprint(),
+            }
+        checkpoint["carried"] = None if self._state is None else states.to_dict(self._of_all_ranks(self._state))
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take up the carried state."""
-        carried = checkpoint["carried"]
-        self._next_batch = carried["next_batch"]
-        if carried["state"] is not None:
-            n_row = len(carried["state"]["local"]["host_open"])
-            self._state = states.from_dict(carried["state"], self.model.init_state(n_row))
+        # A run that is made longer goes on after what was its last batch; Lightning would begin another epoch.
+        checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]["is_last_batch"] = False
+        carried = checkpoint.get("carried")
+        self._state = None
+        if carried is not None:
+            n_row = len(carried["local"]["host_open"])
+            state = states.from_dict(carried, self._without_banks(self.model.init_state(n_row)))
+            own = torch.arange(n_row).chunk(self.trainer.world_size)[self.global_rank]
+            self._state = states.select_rows(state, own)
 
     def on_train_start(self) -> None:
         """Bring the carried state to the device of the model."""
         if self._state is not None:
             self._state = states.move(self._state, self.device)
+
+    def _of_all_ranks(self, state: Any) -> Any:
+        """The rows of all processes, in the order of the global batch."""
+        if self.trainer.world_size == 1:
+            return state
+        parts: list[Any] = [None] * self.trainer.world_size
+        torch.distributed.all_gather_object(parts, states.to_dict(states.move(state, "cpu")))
+        rows = [states.from_dict(part, state) for part in parts]
+        return states.map_tensors(lambda *part: torch.cat(part), *rows)
+
+    def _refuse_non_finite(self, checkpoint: Mapping[str, Any]) -> None:
+        """Raise if what is to be saved can never be trained or read again."""
+        bad = [name for name, value in self.model.named_parameters() if not torch.isfinite(value).all()]
+        bad += [name for name, value in self.model.named_buffers() if value.is_floating_point() and value.isnan().any()]
+        for optimizer in checkpoint.get("optimizer_states", []):
+            parts = [value for entry in optimizer["state"].values() for value in entry.values()]
+            if not all(torch.isfinite(value).all() for value in parts if isinstance(value, Tensor)):
+                bad.append("the state of the optimizer")
+        if bad:
+            raise NonFiniteLoss(
+                f"the update of step {self.global_step} left numbers that are not finite: {', '.join(bad[:5])}. {_ADVICE}"
+            )
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Perplexity of plain text, memories read and written as the text goes on."""
@@ -152,6 +240,10 @@ class LanguageModeling(lightning.LightningModule):
         nll = (token_nll(self.model, out.hidden, batch.targets) * batch.weight).sum() / batch.weight.sum().clamp(min=1)
         self.log("val/nll", nll, batch_size=int(batch.weight.sum()), sync_dist=True)
 
+    def on_validation_end(self) -> None:
+        """Let go of the state: the next validation begins anew."""
+        self._val_state = None
+
     # --- optimisation ----------------------------------------------------------------------------------------------
 
     def configure_optimizers(self) -> dict[str, Any]:
@@ -159,8 +251,9 @@ class LanguageModeling(lightning.LightningModule):
         total = self.total_steps or self.trainer.max_steps
         if total < 1:
             raise ValueError("the learning-rate schedule needs trainer.max_steps (or total_steps): set it to a number")
-        optimizer = torch.optim.AdamW(decay_groups(self.model, self.weight_decay), lr=self.lr, betas=self.betas)
-        warmup, floor = min(self.warmup_steps, total), self.min_lr_ratio
+        own = self.settings
+        optimizer = torch.optim.AdamW(decay_groups(self.model, own.weight_decay), lr=own.lr, betas=own.betas)
+        warmup, floor = min(own.warmup_steps, total), own.min_lr_ratio
 
         def scale(step: int) -> float:
             if step < warmup:
@@ -180,18 +273,47 @@ def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
 
 
-def apply_memory_settings(model: nn.Module, settings: dict[str, Any]) -> None:
-    """Set attributes of memories, ``name.attribute``; memories the model lacks are skipped.
+@contextlib.contextmanager
+def memory_settings(model: nn.Module, settings: Mapping[str, Any]) -> Iterator[None]:
+    """Set attributes of memories, ``name.attribute``, for one training step; memories the model lacks are skipped.
+
+    Plain attributes are put back: a model is evaluated, saved and loaded with the settings it was built with. Buffers
+    keep the value, as they are part of the model and its checkpoints.
 
     Raises:
-        ValueError: If a memory has no such attribute.
+        ConfigError: If a memory has no such attribute.
     """
+    _check_memory_settings(model, settings)
+    before: list[tuple[nn.Module, str, Any]] = []
+    try:
+        for module, attribute, value in _places(model, settings):
+            old = getattr(module, attribute)
+            if isinstance(old, Tensor):
+                with torch.no_grad():
+                    old.fill_(value)
+            else:
+                before.append((module, attribute, old))
+                setattr(module, attribute, value)
+        yield
+    finally:
+        for module, attribute, old in before:
+            setattr(module, attribute, old)
+
+
+def _places(model: nn.Module, settings: Mapping[str, Any]) -> Iterator[tuple[nn.Module, str, Any]]:
+    """Module, attribute and value of each setting that concerns the model."""
     for key, value in settings.items():
         name, _, attribute = key.partition(".")
-        for module in model.memory[name] if name in model.memory else []:  # type: ignore[operator, union-attr]
-            if not hasattr(module, attribute):
-                raise ValueError(f"curriculum sets {key}, but memory {name!r} has no setting {attribute!r}")
-            if isinstance(getattr(module, attribute), Tensor):
-                getattr(module, attribute).fill_(value)
-            else:
-                setattr(module, attribute, value)
+        for module in model.memory[name] if name in model.memory else []:  # type: ignore[operator, union-attr, index]
+            yield module, attribute, value
+
+
+def _check_memory_settings(model: nn.Module, settings: Mapping[str, Any]) -> None:
+    """Raise unless the memories have what is to be set."""
+    for module, attribute, _ in _places(model, settings):
+        if not attribute or not hasattr(module, attribute):
+            names = [name for name in vars(module) if not name.startswith("_")]
+            raise ConfigError(
+                f"the curriculum sets {attribute!r} of a {type(module).__name__}, which has no such setting."
+                f"{did_you_mean(attribute, names)}"
+            )

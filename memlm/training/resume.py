@@ -2,67 +2,181 @@
 
 from __future__ import annotations
 
+import contextlib
+import csv
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from memlm.checkpoint import checkpoints, find, read
+from memlm.checkpoint import FOLDER, checkpoints, find, read, remove_leftovers
 from memlm.config import ConfigError
+from memlm.data.tokens import atomic_file
 
-# What makes two runs the same run. The rest (loggers, paths, devices) may change.
+if TYPE_CHECKING:
+    from memlm.data.datamodule import TextData
+
+# What makes two runs the same run. The rest (loggers, paths, devices, precision) may change.
 _SAME = ("model", "memory", "data", "curriculum", "training", "seed")
+_SAME_TRAINER = ("accumulate_grad_batches", "gradient_clip_val")
+# Settings of these that say how something is computed, not what.
+_FREE = ("data.n_worker", "model.gradient_checkpointing", "training.compile")
+_EARLIER = "earlier-{}.csv"  # what was logged before a run was resumed, oldest first
 
 
-def checkpoint_to_resume(resume: str | None, config: Mapping[str, Any], root: Path) -> Path | None:
+class Origin(NamedTuple):
+    """What a run goes on from.
+
+    Attributes:
+        path: Checkpoint file.
+        step: Optimizer steps made.
+        entry: What the checkpoint says of its run: config, tokenizer, text, W&B id.
+    """
+
+    path: Path
+    step: int
+    entry: dict[str, Any]
+
+    @property
+    def run(self) -> Path:
+        """The run directory."""
+        return self.path.parent.parent if self.path.parent.name == FOLDER else self.path.parent
+
+
+def find_origin(resume: str | None, config: Mapping[str, Any], roots: Sequence[Path]) -> Origin | None:
     """The checkpoint that ``resume`` means.
 
     Args:
-        resume: A run directory or checkpoint; ``auto`` for the newest unfinished run of this configuration below
-            ``root``; None for none.
-        config: Plain configuration of this run.
-        root: Where runs are kept.
+        resume: A run directory or checkpoint; ``auto`` for the newest run of this configuration below ``roots``, if
+            it is unfinished; None for none.
+        config: Plain configuration of this run, steps planned.
+        roots: Where runs are kept.
 
     Returns:
-        A checkpoint file, or None to begin anew.
+        What to go on from, or None to begin anew.
 
     Raises:
-        ConfigError: If there is no such checkpoint, or it belongs to another configuration.
+        ConfigError: If there is no such checkpoint, it belongs to another configuration, or nothing is left to train.
     """
     if resume is None:
         return None
-    if resume != "auto":
-        path = find(resume)
-        if differences := _differences(config, read(path)["memlm"]["config"]):
-            raise ConfigError(
-                f"{path} was trained with other settings: {'; '.join(differences[:5])}. "
-                "Give the settings of that run, or leave out resume"
-            )
-        return path
-    runs = {path.parent.parent for path in root.rglob("step=*.ckpt")}
-    for run in sorted(runs, key=lambda run: checkpoints(run)[-1].stat().st_mtime, reverse=True):
+    if resume == "auto":
+        return _newest(config, roots)
+    path = find(resume)
+    origin = _origin(path)
+    if differences := _differences(config, origin.entry["config"]):
+        more = f" (and {len(differences) - 5} more)" if len(differences) > 5 else ""
+        raise ConfigError(
+            f"{path} was trained with other settings: {'; '.join(differences[:5])}{more}. "
+            "Give the settings of that run, or leave out resume"
+        )
+    if origin.step >= config["trainer"]["max_steps"]:
+        raise ConfigError(
+            f"{path} has made {origin.step} of {config['trainer']['max_steps']} steps: nothing is left to train. "
+            "Set trainer.max_steps higher, or measure it with scripts/evaluate.py"
+        )
+    remove_leftovers(origin.run)
+    return origin
+
+
+def check_text(origin: Origin, data: TextData) -> None:
+    """Refuse to go on with another vocabulary or text.
+
+    Raises:
+        ConfigError: If the tokenizer or the text is not that of the checkpoint.
+    """
+    from memlm.data.tokenizer import Tokenizer
+
+    saved = origin.entry["tokenizer"]
+    if saved != data.tokenizer.to_json():
+        there, here = Tokenizer.from_json(saved).vocab_size, data.tokenizer.vocab_size
+        raise ConfigError(
+            f"{origin.path} was trained with another vocabulary ({there} tokens there, {here} here): the text or "
+            "tokenizer has changed since; put it back, or leave out resume"
+        )
+    if origin.entry.get("text") not in (None, data.corpus.fingerprint()):
+        raise ConfigError(
+            f"{origin.path} was trained on another text than {data.corpus.name!r} holds now: "
+            "put it back, or leave out resume"
+        )
+
+
+def keep_earlier_history(run: Path, origin: Origin) -> None:
+    """Copy what was logged before the checkpoint into the run that goes on."""
+    for i, source in enumerate(history_files(origin.run)):
+        with open(source, newline="", encoding="utf-8") as file:
+            reader = csv.DictReader(file)
+            columns = list(reader.fieldnames or [])
+            # A process that was killed may have left half a line.
+            rows = [row for row in reader if None not in row and (row.get("step") or "").isdigit()]
+        with atomic_file(run / "csv" / _EARLIER.format(i)) as target:
+            lines = [columns, *([row[c] for c in columns] for row in rows if int(row["step"]) < origin.step)]
+            target.write("".join(",".join(_quoted(cell) for cell in line) + "\n" for line in lines).encode())
+
+
+def history_files(run: Path) -> list[Path]:
+    """What a run and those it went on from have logged, oldest first."""
+    folder = run / "csv"
+    files = sorted(folder.glob(_EARLIER.format("*")), key=lambda file: int(file.stem.partition("-")[2]))
+    return [*files, *folder.glob("metrics.csv")]
+
+
+def _quoted(cell: str | None) -> str:
+    """A cell of a CSV file."""
+    cell = cell or ""
+    return '"' + cell.replace('"', '""') + '"' if any(c in cell for c in ',"\n\r') else cell
+
+
+def _origin(path: Path, peek: bool = False) -> Origin:
+    content = read(path, peek)
+    if "global_step" not in content or "optimizer_states" not in content:
+        raise ConfigError(f"{path} holds a model but no state of its training: it cannot be resumed")
+    return Origin(path, content["global_step"], content["memlm"])
+
+
+def _newest(config: Mapping[str, Any], roots: Sequence[Path]) -> Origin | None:
+    """The newest whole checkpoint of the newest run with this configuration, unless that run is finished."""
+    newest: dict[Path, float] = {}
+    for root in roots:
+        for path in root.rglob(f"{FOLDER}/step=*.ckpt"):
+            run = path.parent.parent
+            with contextlib.suppress(FileNotFoundError):  # a run that is alive removes its old ones
+                newest[run] = max(newest.get(run, 0.0), path.stat().st_mtime)
+    for run in sorted(newest, key=newest.__getitem__, reverse=True):
         for path in reversed(checkpoints(run)):
             try:
-                content = read(path)
-            except ConfigError as error:
+                there = _origin(path, peek=True).entry["config"]
+                if _differences(config, there) or config["trainer"]["max_steps"] != there["trainer"]["max_steps"]:
+                    break
+                origin = _origin(path)
+            except (ConfigError, OSError) as error:
                 print(f"resume=auto: {error}", file=sys.stderr)
                 continue
-            entry = content["memlm"]["config"]
-            if not _differences(config, entry) and config["trainer"]["max_steps"] == entry["trainer"]["max_steps"]:
-                return path if content["global_step"] < config["trainer"]["max_steps"] else None
-            break
+            if origin.step >= config["trainer"]["max_steps"]:
+                print(f"resume=auto: {run} is finished; beginning anew")
+                return None
+            remove_leftovers(run)
+            return origin
+    print(f"resume=auto: no unfinished run with these settings in {' or '.join(map(str, roots))}; beginning anew")
     return None
 
 
 def _differences(config: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
     """Settings in which two configurations are not the same run."""
-    ours, theirs = _flat({key: config[key] for key in _SAME}), _flat({key: other.get(key) for key in _SAME})
+    ours, theirs = _what(config), _what(other)
     keys = sorted(set(ours) | set(theirs))
     return [
         f"{key} is {ours.get(key)!r} here, {theirs.get(key)!r} there"
         for key in keys
         if ours.get(key) != theirs.get(key)
     ]
+
+
+def _what(config: Mapping[str, Any]) -> dict[str, Any]:
+    """All settings that make a run what it is, by full name."""
+    trainer = config.get("trainer", {})
+    parts = {key: config.get(key) for key in _SAME} | {"trainer": {key: trainer.get(key) for key in _SAME_TRAINER}}
+    return {key: value for key, value in _flat(parts).items() if key not in _FREE}
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:

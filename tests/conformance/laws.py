@@ -24,9 +24,9 @@ from omegaconf import OmegaConf
 from torch import Tensor
 from torch.nn import functional as F
 
-from memlm.config import CONSUMED, INJECTED, compose, config_dir
+from memlm.config import INJECTED, compose, config_dir
 from memlm.memory import state as states
-from memlm.memory.base import Memory
+from memlm.memory.base import Memory, Residual
 from memlm.models.lmcode import LMCode, ModelState, Output
 
 Make = Callable[..., LMCode]
@@ -61,7 +61,7 @@ def class_of(node: Mapping[str, Any]) -> type[Memory]:
 
 def settings_of(node: Mapping[str, Any]) -> dict[str, Any]:
     """What the constructor gets."""
-    return {key: value for key, value in node.items() if not key.startswith("_") and key not in CONSUMED}
+    return {key: value for key, value in node.items() if not key.startswith("_")}
 
 
 def small(cls: type[Memory], settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -370,6 +370,12 @@ def _loss(model: LMCode, ids: Tensor, out: Output, mask: Tensor) -> Tensor:
     return nll + sum(value for values in own for value in values)
 
 
+def _by_slot(read: Residual) -> Tensor:
+    """Read weights by number of the slot, (B, N, 1000); slots of weight 0 may have any number."""
+    slots = read.slots.masked_fill(read.weights == 0, 0)
+    return torch.zeros(*slots.shape[:2], 1000).scatter_add(2, slots, read.weights.detach())
+
+
 def schedules_agree(make: Make) -> None:
     """Fast paths and the definition give the same outputs, traces, gradients and states.
 
@@ -409,6 +415,11 @@ def schedules_agree(make: Make) -> None:
             what = f"{case}, {kind}"
             close(fast[0].logits[fast[2]], slow[0].logits[fast[2]], f"{what}: outputs")
             close(fast[1].logits, slow[1].logits, f"{what}: outputs of the next window")
+            if case == "documents":  # else reads lie on a grid of segments, not where the tokens are
+                for name, read in fast[0].reads.items():
+                    weights = (_by_slot(read)[fast[2]], _by_slot(slow[0].reads[name])[fast[2]])
+                    close(*weights, f"{what}: slots read by {name}")
+                    close(read.values[fast[2]], slow[0].reads[name].values[fast[2]], f"{what}: values read by {name}")
             close(fast[4], slow[4], f"{what}: loss with the memory's own losses")
             same_memory(fast[0].state, slow[0].state, f"{what}: state")
             same_memory(fast[1].state, slow[1].state, f"{what}: next state")

@@ -309,7 +309,7 @@ FAULTS: list[tuple[str, type[Ring], str]] = [
     ("3 chunks", EveryCall, "calls of"),
     ("3 chunks", ReadsOnce, "calls of"),
     ("3 ragged", Padded, "closed before it was full"),
-    ("3 generation", EveryCall, "logits of generation"),
+    ("3 generation", ReadsOnce, "logits of generation"),
     ("3 schedules", ReadsOnce, "outputs"),
     ("3 schedules", ForgetsWindowGradient, "gradient of"),
     ("3 contexts", Padded, "outputs"),

@@ -211,7 +211,7 @@ def naive_read(memory: LongTermMemory, state: LongTermState, x: Tensor) -> tuple
             null = temperature * float(memory.null_similarity)
             total = math.exp(null) + sum(math.exp(score) for score in best.values())
             row.append({slot: math.exp(score) / total for slot, score in best.items()})
-            read = sum((w * state.value[bank, slot] for slot, w in row[-1].items()), torch.zeros(x.shape[2]))
+            read = sum((w * state.value[bank, slot] for slot, w in row[-1].items()), torch.zeros(state.value.shape[2]))
             out[b, t] = memory.read_gate(x[b, t]).sigmoid() * memory.to_output(read)
         weights.append(row)
     return out, weights

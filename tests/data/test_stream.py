@@ -1,0 +1,165 @@
+import numpy as np
+import pytest
+import torch
+
+from memlm.config import ConfigError
+from memlm.data.curriculum import Curriculum
+from memlm.data.facts import FactMaker, plant
+from memlm.data.stream import TextStream, TrainingBatches, ValidationBatches
+from memlm.data.tokenizer import train_tokenizer
+from memlm.data.tokens import TokenizedCorpus
+
+T = 8
+LETTERS = "abcdefghij"
+WORDS = [a + b + c for a in LETTERS for b in LETTERS[:5] for c in LETTERS[:4]]
+
+
+def documents_of(lengths):
+    tokens = np.concatenate([np.arange(n) + 100 * (i + 1) for i, n in enumerate(lengths)]).astype(np.int32)
+    return TokenizedCorpus(tokens, np.cumsum([0, *lengths]))
+
+
+@pytest.fixture(scope="module")
+def words():
+    rng = np.random.default_rng(0)
+    text = " ".join(rng.choice(WORDS, size=6000)) + " is"
+    tokenizer = train_tokenizer("word", [text], 1000)
+    tokens = np.array(tokenizer.encode(text), dtype=np.int32)
+    corpus = TokenizedCorpus(tokens, np.array([0, len(tokens)]))
+    return tokenizer, corpus, FactMaker(tokenizer, corpus)
+
+
+def test_documents_are_cut_into_segments_with_targets_and_resets():
+    stream = TextStream(documents_of([11, 5]), T, pad_id=0, seed=None)
+    ids, targets, weight, mask, reset = stream.window(row=0, n_row=1, first=0, n_segment=3)
+    assert ids[0].tolist() == list(range(100, 108))
+    assert targets[0].tolist() == list(range(101, 109))
+    assert ids[1].tolist() == [108, 109, 110, 0, 0, 0, 0, 0]
+    assert targets[1, :2].tolist() == [109, 110]
+    assert weight[1].tolist() == [1, 1, 0, 0, 0, 0, 0, 0]  # the last token of a document has no target
+    assert mask[1].tolist() == [True] * 3 + [False] * 5
+    assert ids[2, :5].tolist() == list(range(200, 205))
+    assert reset.tolist() == [True, False, True]
+
+
+def test_one_pass_deals_every_segment_out_once():
+    lengths = [11, 5, 30, 8, 17, 9]
+    corpus = documents_of(lengths)
+    stream = TextStream(corpus, T, 0, seed=3)
+    n_row = 3
+    share = stream.n_segment // n_row
+    seen = []
+    for row in range(n_row):
+        ids, _, _, mask, _ = stream.window(row, n_row, 0, share)
+        seen += ids[mask].tolist()
+    assert len(seen) == len(set(seen))
+    assert len(seen) >= len(corpus.tokens) - 2 * T  # what does not divide among the rows waits for the next pass
+    again, *_ = TextStream(corpus, T, 0, seed=3).window(1, n_row, share, share)
+    other, *_ = TextStream(corpus, T, 0, seed=4).window(1, n_row, share, share)
+    assert (again == stream.window(1, n_row, share, share)[0]).all()
+    assert (again != other).any()
+
+
+@pytest.mark.parametrize("phase", [{"items": 2, "n_window": 2}, {"items": 0}])
+def test_batches_depend_on_seed_step_and_row_alone(words, phase):
+    tokenizer, corpus, maker = words
+    curriculum = Curriculum([{"steps": 3, "n_row": 2, "n_segment": 3}, {"steps": 9, "n_row": 4, "n_segment": 2} | phase])
+
+    def batches(rank=0, n_rank=1, seed=0):
+        return TrainingBatches(corpus, 32, tokenizer.pad_id, curriculum, maker, 12, seed, rank, n_rank)
+
+    a, b = batches(), batches()
+    for step in (7, 3, 11):  # in any order
+        assert torch.equal(a[step].ids, b[step].ids)
+        halves = [batches(rank, 2)[step] for rank in (0, 1)]
+        assert torch.equal(torch.cat([half.ids for half in halves]), a[step].ids)
+        assert torch.equal(torch.cat([half.answer for half in halves]), a[step].answer)
+    assert not torch.equal(a[7].ids, batches(seed=1)[7].ids)
+    assert not torch.equal(a[7].ids, a[8].ids)
+
+
+def test_a_document_goes_on_over_windows(words):
+    tokenizer, corpus, maker = words
+    curriculum = Curriculum([{"steps": 9, "n_row": 2, "n_segment": 2, "items": 2, "n_window": 3}])
+    data = TrainingBatches(corpus, 32, 0, curriculum, maker, 9, seed=0)
+    assert [data[i].fresh for i in range(6)] == [True, False, False] * 2
+    assert [data[i].ends for i in range(6)] == [False, False, True] * 2
+    for i in (0, 1, 3, 4):
+        assert torch.equal(data[i].targets[:, -1], data[i + 1].ids[:, 0])
+
+
+def test_every_question_was_told_in_an_earlier_segment_and_its_answer_is_right(words):
+    tokenizer, _, maker = words
+    n_question = 0
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        passage = np.array(tokenizer.encode(" ".join(rng.choice(WORDS, size=400))))[:257]
+        planted = plant(rng, maker, passage, 32, items=2, hard=seed % 2 == 0)
+        text = planted.tokens.tolist()
+        begins = np.flatnonzero(np.diff(planted.answer.astype(int), prepend=0) == 1) + 1  # first answer token
+        for begin in begins:
+            question = text[begin - 2 : begin + 4]  # two words, "is", three words
+            told = next(i for i in range(len(text)) if text[i : i + 6] == question)
+            assert (told + 5) // 32 < (begin - 2) // 32
+            assert tokenizer.decode(question).split()[2] == "is"
+            n_question += 1
+        for s in np.flatnonzero(planted.breaks):  # a new context begins with a question, if there is something to ask
+            asked = [b - 2 for b in begins if s * 32 <= b - 2 <= s * 32 + 3]
+            assert asked or not any(b < s * 32 for b in begins)
+    assert n_question > 50
+
+
+def test_names_and_values_of_evaluation_never_occur_in_training(words):
+    tokenizer, corpus, maker = words
+    evaluation = maker.draw(np.random.default_rng(0), 100, "evaluation")
+    names, values = {fact.name for fact in evaluation}, {fact.value for fact in evaluation}
+    text = tokenizer.decode(corpus.tokens.tolist())
+    for seed in range(20):
+        for fact in maker.draw(np.random.default_rng(seed), 100, "train", n_word=40 if seed % 2 else None):
+            assert fact.name not in names
+            assert fact.value not in values
+    for fact in evaluation:
+        assert " ".join(fact.name) not in text
+        assert " ".join(fact.value) not in text
+    assert len(names) == 100
+
+
+def test_too_many_facts_are_refused(words):
+    with pytest.raises(ConfigError, match="use fewer facts"):
+        words[2].draw(np.random.default_rng(0), 10**6, "evaluation")
+
+
+def test_validation_goes_once_through_the_text():
+    corpus = documents_of([64, 40, 24])
+    data = ValidationBatches(corpus, T, 0, n_row=2, n_segment=2)
+    seen = [i for step in range(len(data)) for i in data[step].ids.flatten().tolist() if i]
+    assert len(seen) == len(set(seen)) == 128
+    with pytest.raises(IndexError):
+        data[len(data)]
+
+
+def test_curriculum_finds_the_phase_and_moves_settings():
+    curriculum = Curriculum(
+        [
+            {"steps": 3, "n_row": 2, "n_segment": 3},
+            {"steps": 5, "n_row": 4, "n_segment": 2, "memory": {"ltm.gate_penalty": [0.0, 1.0], "ltm.span": 3}},
+        ]
+    )
+    assert [curriculum.at(step)[::2] for step in (0, 2, 3, 7, 20)] == [(0, 0), (0, 2), (1, 0), (1, 4), (1, 17)]
+    assert curriculum.memory_settings(0) == {}
+    assert curriculum.memory_settings(4) == {"ltm.gate_penalty": 0.25, "ltm.span": 3}
+    assert curriculum.memory_settings(99)["ltm.gate_penalty"] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("phases", "message"),
+    [
+        ([], "empty"),
+        ([{"steps": 1, "n_row": 1, "n_segmnt": 1}], "Did you mean 'n_segment'"),
+        ([{"steps": 1, "n_row": 1}], "lacks n_segment"),
+        ([{"steps": 1, "n_row": 0, "n_segment": 1}], "n_row must be at least 1"),
+    ],
+)
+def test_impossible_phases_are_refused(phases, message):
+    with pytest.raises(ConfigError, match=message):
+        Curriculum(phases)

@@ -1,0 +1,76 @@
+import math
+
+import pytest
+import torch
+from torch.nn import functional as F  # noqa: N812
+
+from memlm.retrieval.exact import Pool, attend
+
+
+def naive(query, temperature, null, threshold, top_k, bank, window):
+    """One query at a time, one slot at a time."""
+    n_row, n_query, _ = query.shape
+    reads = []
+    for b in range(n_row):
+        for n in range(n_query):
+            slots = []
+            for pool in (bank, window):
+                if pool is None:
+                    continue
+                row = b if pool.key.shape[0] > 1 else 0
+                segment = n // (n_query // pool.visible.shape[1])
+                for m in range(pool.key.shape[1]):
+                    cosine = sum(float(x) * float(y) for x, y in zip(query[b, n], pool.key[row, m], strict=True))
+                    if bool(pool.visible[row, segment, m]) and cosine >= threshold:
+                        slots.append((temperature * cosine + float(pool.bias[row, m]), pool.value[row, m]))
+            best = sorted(slots, key=lambda slot: -slot[0])[:top_k]
+            total = math.exp(null) + sum(math.exp(score) for score, _ in best)
+            reads.append(sum((math.exp(score) / total * value for score, value in best), torch.zeros(3)))
+    return torch.stack(reads).view(n_row, n_query, 3)
+
+
+def pool(n_row, n_slot, n_segment, seed):
+    g = torch.Generator().manual_seed(seed)
+    return Pool(
+        F.normalize(torch.randn(n_row, n_slot, 4, generator=g), dim=-1),
+        torch.randn(n_row, n_slot, 3, generator=g),
+        -torch.rand(n_row, n_slot, generator=g),
+        torch.rand(n_row, n_segment, n_slot, generator=g) < 0.7,
+    )
+
+
+@pytest.mark.parametrize("threshold", [-1.0, 0.2])
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("pools", ["bank", "window", "both"])
+def test_equals_a_loop_over_slots(pools, shared, threshold):
+    query = F.normalize(torch.randn(2, 6, 4, generator=torch.Generator().manual_seed(3)), dim=-1)
+    bank = pool(1 if shared else 2, 9, 2, seed=1) if pools != "window" else None
+    window = pool(2, 5, 2, seed=2) if pools != "bank" else None
+    args = (query, torch.tensor(3.0), torch.tensor(0.5), threshold, 4, bank, window)
+    read, slots, weights = attend(*args)
+    torch.testing.assert_close(read, naive(query, 3.0, 0.5, threshold, 4, bank, window), rtol=1e-4, atol=1e-5)
+    values = [torch.cat([p.value.expand(2, -1, -1) for p in (bank, window) if p is not None], dim=1)][0]
+    picked = values.gather(1, slots.clamp(min=0).flatten(1)[..., None].expand(-1, -1, 3)).unflatten(1, slots.shape[1:])
+    torch.testing.assert_close((weights[..., None] * picked).sum(2), read, rtol=1e-4, atol=1e-5)
+
+
+def test_gradients_reach_keys_and_values_of_what_is_read():
+    bank, query = pool(2, 9, 1, seed=4), F.normalize(torch.randn(2, 3, 4), dim=-1).requires_grad_()
+    key, value = bank.key.clone().requires_grad_(), bank.value.clone().requires_grad_()
+    args = (torch.tensor(3.0), torch.tensor(0.5), -1.0, 4)
+    read, slots, weights = attend(query, *args, bank._replace(key=key, value=value), None)
+    read.square().sum().backward()
+    fast = (query.grad.clone(), key.grad.clone(), value.grad.clone())
+    query.grad = key.grad = value.grad = None
+    attend(query, *args, None, bank._replace(key=key, value=value))[0].square().sum().backward()
+    for a, b in zip(fast, (query.grad, key.grad, value.grad), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    assert value.grad.abs().sum() > 0
+
+
+def test_nothing_visible_reads_nothing():
+    bank = pool(2, 9, 1, seed=5)
+    bank = bank._replace(visible=torch.zeros_like(bank.visible))
+    read, _, weights = attend(torch.randn(2, 3, 4), torch.tensor(3.0), torch.tensor(0.0), -1.0, 4, bank, None)
+    assert read.abs().sum() == 0
+    assert weights.sum() == 0

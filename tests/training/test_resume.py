@@ -1,0 +1,196 @@
+import os
+import pickle
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from memlm.checkpoint import checkpoints, read, write
+from memlm.config import ConfigError
+from memlm.training.resume import find_origin, history_files, remove_leftovers
+from tests.training.small import CURRICULA, FACTS, PLAIN, SHORT, config, curve, fit, fit_until_killed, write_text
+
+
+@pytest.mark.parametrize("curriculum", CURRICULA)
+def test_killed_and_resumed_is_bit_identical(curriculum: str, tmp_path: Path) -> None:
+    phases = [CURRICULA[curriculum]]
+    _, module, rows = fit(config(tmp_path, "whole", phases=phases, memory="dual"))
+    whole = {name: curve(rows, name) for name in ("train/loss", "train/lr", "val/nll", "memory/ltm/write_gate")}
+    assert sorted(whole["train/loss"]) == list(range(9))
+    assert len(set(whole["train/loss"].values())) == 9
+    assert sorted(whole["val/nll"]) == [3, 7]
+    weights = {name: value.clone() for name, value in module.model.state_dict().items()}
+
+    for n_worker in (0, 2):
+        run = f"killed-{n_worker}"
+        settings = config(tmp_path, run, f"data.n_worker={n_worker}", phases=phases, memory="dual")
+        fit_until_killed(settings, step=8)  # in the middle of a document: the last checkpoint is of step 6
+        assert [p.name for p in checkpoints(tmp_path / run)] == ["step=3.ckpt", "step=6.ckpt"]
+        resumed = config(tmp_path, f"{run}-on", f"data.n_worker={n_worker}", f"resume={tmp_path / run}",
+                         phases=phases, memory="dual")  # fmt: skip
+        _, module, rows = fit(resumed)
+        for name, expected in whole.items():
+            assert curve(rows, name) == expected, (n_worker, name)
+        for name, value in module.model.state_dict().items():
+            assert torch.equal(value, weights[name]), (n_worker, name)
+
+
+def test_resumed_twice_and_with_accumulation(tmp_path: Path) -> None:
+    more = ["trainer.accumulate_grad_batches=2", "trainer.max_steps=6", "checkpoint.every=2"]
+    _, _, rows = fit(config(tmp_path / "a", "whole", *more))
+    whole = curve(rows)
+    assert sorted(whole) == list(range(6))
+    fit_until_killed(config(tmp_path / "b", "first", *more), step=7)  # step 3, its second half
+    fit_until_killed(config(tmp_path / "b", "second", *more, "resume=auto"), step=10)
+    assert [p.name for p in checkpoints(tmp_path / "b" / "second")] == ["step=4.ckpt"]
+    _, _, rows = fit(config(tmp_path / "b", "third", *more, "resume=auto"))
+    assert curve(rows) == whole
+    names = [file.name for file in history_files(tmp_path / "b" / "third")]
+    assert names == ["earlier-0.csv", "earlier-1.csv", "metrics.csv"]
+
+
+def test_a_finished_run_can_be_made_longer(tmp_path: Path) -> None:
+    constant = ["training.min_lr_ratio=1"]
+    _, _, rows = fit(config(tmp_path, "long", *constant))
+    whole = curve(rows)
+    fit(config(tmp_path, "short", *constant, "trainer.max_steps=5"))
+    with pytest.raises(ConfigError, match="has made 5 of 5 steps"):
+        fit(config(tmp_path, "same", *constant, "trainer.max_steps=5", f"resume={tmp_path / 'short'}"))
+    _, _, rows = fit(config(tmp_path, "longer", *constant, f"resume={tmp_path / 'short'}"))
+    assert curve(rows) == whole
+
+
+def test_auto_begins_anew_and_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _, _, rows = fit(config(tmp_path, "first", "resume=auto", "trainer.max_steps=3"))
+    assert sorted(curve(rows)) == [0, 1, 2]
+    assert "no unfinished run" in capsys.readouterr().out
+    fit(config(tmp_path, "second", "resume=auto", "trainer.max_steps=3"))
+    assert "is finished; beginning anew" in capsys.readouterr().out
+    # other settings are another run
+    assert find_origin("auto", config(tmp_path, "x", "training.lr=1"), [tmp_path]) is None
+
+
+def test_auto_takes_the_older_checkpoint_if_the_newest_is_damaged(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, _, rows = fit(config(tmp_path / "a", "whole"))
+    fit_until_killed(config(tmp_path, "killed"), step=8)
+    newest = tmp_path / "killed" / "checkpoints" / "step=6.ckpt"
+    newest.write_bytes(newest.read_bytes()[:-5000])
+    settings = config(tmp_path, "on", "resume=auto")
+    origin = find_origin("auto", settings, [tmp_path])
+    assert origin is not None
+    assert origin.path.name == "step=3.ckpt"
+    assert "step=6.ckpt cannot be read: it is damaged" in capsys.readouterr().err
+    assert curve(fit(settings)[2]) == curve(rows)
+
+
+def test_a_file_may_be_given(tmp_path: Path) -> None:
+    fit(config(tmp_path, "a", "trainer.max_steps=6", "training.min_lr_ratio=1"))
+    _, _, rows = fit(
+        config(tmp_path, "b", "training.min_lr_ratio=1", f"resume='{tmp_path}/a/checkpoints/step=3.ckpt'")
+    )
+    assert sorted(curve(rows)) == list(range(9))
+
+
+def test_other_settings_are_refused(tmp_path: Path) -> None:
+    fit(config(tmp_path, "a", "trainer.max_steps=3"))
+    for more, told in {
+        "training.lr=0.5": "training.lr is 0.5 here, 0.003 there",
+        "memory.ltm.n_slot=32": "memory.ltm.n_slot is 32 here, 64 there",
+        "seed=1": "seed is 1 here, 0 there",
+        "trainer.accumulate_grad_batches=2": "trainer.accumulate_grad_batches is 2 here, 1 there",
+    }.items():
+        with pytest.raises(ConfigError, match=told):
+            fit(config(tmp_path, "b", f"resume={tmp_path / 'a'}", more))
+    # how it is computed may change
+    free = ["data.n_worker=2", "model.gradient_checkpointing=true", "trainer.precision=bf16-mixed", "name=x"]
+    assert find_origin(str(tmp_path / "a"), config(tmp_path, "c", *free), []) is not None
+
+
+def test_another_vocabulary_or_text_is_refused(tmp_path: Path) -> None:
+    fit(config(tmp_path, "a", "trainer.max_steps=3"))
+    text = write_text(tmp_path)
+    text.write_text(text.read_text() + "\n" + " ".join(f"new{c}{d}" for c in "abcd" for d in "abcd") * 30)
+    with pytest.raises(ConfigError, match=r"another vocabulary \(\d+ tokens there, \d+ here\)"):
+        fit(config(tmp_path, "b", f"resume={tmp_path / 'a'}"))
+    # the same vocabulary, other text
+    content = read(checkpoints(tmp_path / "a")[-1])
+    settings = config(tmp_path, "e", f"resume={tmp_path / 'a'}")
+    from memlm.build import build_corpus, build_tokenizer
+
+    content["memlm"]["tokenizer"] = build_tokenizer(settings, build_corpus(settings)).to_json()
+    write(content, checkpoints(tmp_path / "a")[-1])
+    with pytest.raises(ConfigError, match="another text"):
+        fit(settings)
+
+
+class _Code:
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> Any:
+        return os.system, (f"touch {self.marker}",)
+
+
+@pytest.mark.parametrize("kind", ["empty", "text", "random", "cut", "code", "pickle", "other", "none"])
+def test_damaged_checkpoints_are_refused(kind: str, tmp_path: Path) -> None:
+    marker = tmp_path / "code-was-run"
+    path = tmp_path / "checkpoints" / "step=3.ckpt"
+    path.parent.mkdir()
+    if kind == "empty":
+        path.write_bytes(b"")
+    elif kind == "text":
+        path.write_text("hello, this is no checkpoint\n" * 50)
+    elif kind == "random":
+        path.write_bytes(random.Random(0).randbytes(5000))
+    elif kind == "cut":
+        torch.save({"memlm": {}, "x": torch.zeros(10_000)}, path)
+        path.write_bytes(path.read_bytes()[:20_000])
+    elif kind == "code":
+        torch.save({"memlm": _Code(marker)}, path)
+    elif kind == "pickle":
+        path.write_bytes(pickle.dumps(_Code(marker)))
+    elif kind == "other":
+        torch.save({"state_dict": {"w": torch.zeros(3)}}, path)
+    settings = {"trainer": {"max_steps": 5}, "model": {}}
+    with pytest.raises(ConfigError, match=r"damaged|not a checkpoint of memlm|no checkpoint") as caught:
+        find_origin(str(tmp_path), settings, [])
+    assert "\n" not in str(caught.value)
+    assert not marker.exists()
+
+
+def test_leftovers_of_a_killed_writer_are_removed(tmp_path: Path) -> None:
+    import platform
+
+    folder = tmp_path / "checkpoints"
+    folder.mkdir()
+    child = os.fork()
+    if child == 0:
+        os._exit(0)
+    os.waitpid(child, 0)
+    dead, alive, far = (
+        folder / f".step=1.ckpt.{host}.{pid}.tmp"
+        for host, pid in ((platform.node(), child), (platform.node(), os.getpid()), ("elsewhere", child))
+    )
+    for path in (dead, alive, far):
+        path.touch()
+    remove_leftovers(tmp_path)
+    assert [path.exists() for path in (dead, alive, far)] == [False, True, True]
+
+
+def test_no_memory_is_saved_where_none_is_carried(tmp_path: Path) -> None:
+    for name, phase, carried in (("short", SHORT, False), ("facts", FACTS, True), ("plain", PLAIN, True)):
+        fit(config(tmp_path, name, "trainer.max_steps=4", "checkpoint.every=4", phases=[phase]))
+        content = read(checkpoints(tmp_path / name)[-1])
+        assert (content["carried"] is not None) == carried, name
+
+
+def test_history_survives_half_a_line(tmp_path: Path) -> None:
+    fit_until_killed(config(tmp_path, "a"), step=5)
+    file = tmp_path / "a" / "csv" / "metrics.csv"
+    file.write_text(file.read_text() + "0,0.0")
+    _, _, rows = fit(config(tmp_path, "b", "resume=auto"))
+    assert sorted(curve(rows)) == list(range(9))
