@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +27,6 @@ def chosen(config: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def run(name: str, settings: Any, model: Any, data: Any, progress: Callable[[float], None] | None = None) -> Result:
-    """One experiment."""
-    return _module(settings).run(model, data, settings, progress=progress)
-
-
 def run_all(
     model: Any, data: Any, experiments: Mapping[str, Any], directory: Path, logger: Any | None = None
 ) -> tuple[list[Result], list[Path]]:
@@ -53,7 +48,11 @@ def run_all(
     with Progress(transient=True) as bar:
         for name, settings in experiments.items():
             task = bar.add_task(name, total=1.0)
-            result = run(name, settings, model, data, lambda done, task=task: bar.update(task, completed=done))
+
+            def show(done: float, task: Any = task) -> None:
+                bar.update(task, completed=done)
+
+            result = _module(settings).run(model, data, settings, progress=show)
             results.append(result)
             written += emit(result, _module(settings).plot(result), directory / name, logger=logger)
     return results, written

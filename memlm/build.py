@@ -15,13 +15,12 @@ from memlm.data.tokenizer import Tokenizer, get_tokenizer
 from memlm.data.tokens import cache_dir
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from memlm.data.corpus import Corpus
     from memlm.data.datamodule import TextData
+    from memlm.models.base import LanguageModel
 
 
-def build(*overrides: str) -> nn.Module:
+def build(*overrides: str) -> LanguageModel:
     """Build an untrained model from Hydra overrides of ``configs/train.yaml``.
 
     The tokenizer of the chosen data is loaded from the cache, or trained and cached.
@@ -70,7 +69,7 @@ def build_data(config: dict[str, Any], tokenizer: Tokenizer, corpus: Corpus | No
     )
 
 
-def build_model(config: dict[str, Any], tokenizer: Tokenizer) -> nn.Module:
+def build_model(config: dict[str, Any], tokenizer: Tokenizer) -> LanguageModel:
     """The model with its memories; initial values depend on ``config["seed"]`` alone."""
     settings = dict(config["model"])
     n_vocab = config["data"]["tokenizer"]["n_vocab"] or tokenizer.vocab_size

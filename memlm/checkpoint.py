@@ -20,15 +20,14 @@ import torch
 from memlm.config import ConfigError
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from memlm.data.datamodule import TextData
+    from memlm.models.base import LanguageModel
 
 FOLDER = "checkpoints"
 _NAME = re.compile(r"(?:.*-)?step=(\d+)(?:-v\d+)?\.ckpt")  # also as Lightning names them: epoch=0-step=100.ckpt
 
 
-def load(path: str | os.PathLike[str]) -> nn.Module:
+def load(path: str | os.PathLike[str]) -> LanguageModel:
     """Load a trained model; nothing but the path is needed.
 
     Args:
@@ -43,7 +42,7 @@ def load(path: str | os.PathLike[str]) -> nn.Module:
     return _restore(read(find(path)))[0]
 
 
-def load_run(path: str | os.PathLike[str], *, paths: dict[str, Any] | None = None) -> tuple[nn.Module, TextData]:
+def load_run(path: str | os.PathLike[str], *, paths: dict[str, Any] | None = None) -> tuple[LanguageModel, TextData]:
     """Load a trained model and the data it was trained on; see `load`.
 
     Args:
@@ -93,10 +92,19 @@ def read(path: Path, peek: bool = False) -> dict[str, Any]:
     Raises:
         ConfigError: If it is damaged, holds more than plain data, or is not one of memlm.
     """
+    content = read_plain(path, peek)
+    entry = content.get("memlm") if isinstance(content, dict) else None
+    if not isinstance(entry, dict) or not {"config", "tokenizer"} <= set(entry) or "state_dict" not in content:
+        raise ConfigError(f"{path} is not a checkpoint of memlm: it has no entry 'memlm' that describes a model")
+    return content
+
+
+def read_plain(path: Path, peek: bool = False) -> Any:
+    """Contents of any file of plain data that torch has written; see `read`."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about files that are refused in a moment
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=peek)
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=peek)
     except pickle.UnpicklingError as error:
         raise ConfigError(
             f"{path} was refused: it is damaged, or holds more than tensors and plain values (code is never loaded)"
@@ -107,10 +115,6 @@ def read(path: Path, peek: bool = False) -> dict[str, Any]:
         raise ConfigError(
             f"{path} cannot be read: it is damaged or cut short; use an earlier checkpoint of the run"
         ) from error
-    entry = content.get("memlm") if isinstance(content, dict) else None
-    if not isinstance(entry, dict) or not {"config", "tokenizer"} <= set(entry) or "state_dict" not in content:
-        raise ConfigError(f"{path} is not a checkpoint of memlm: it has no entry 'memlm' that describes a model")
-    return content
 
 
 def write(content: dict[str, Any], path: str | os.PathLike[str]) -> None:
@@ -161,14 +165,14 @@ def remove_leftovers(run: Path) -> None:
             continue
 
 
-def describe(model: nn.Module) -> dict[str, Any]:
+def describe(model: LanguageModel) -> dict[str, Any]:
     """The ``memlm`` entry of a checkpoint of ``model``."""
     from memlm import __version__
 
     return {"version": __version__, "config": model.config, "tokenizer": model.tokenizer.to_json()}
 
 
-def _restore(content: dict[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
+def _restore(content: dict[str, Any]) -> tuple[LanguageModel, dict[str, Any]]:
     """The model of a checkpoint and its configuration."""
     from memlm.build import build_model
     from memlm.data.tokenizer import Tokenizer
@@ -186,5 +190,7 @@ def _restore(content: dict[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
-        raise ConfigError(f"the weights do not fit the model that the checkpoint describes: {' '.join(str(error).split())}") from error
+        raise ConfigError(
+            f"the weights do not fit the model that the checkpoint describes: {' '.join(str(error).split())}"
+        ) from error
     return model.eval(), entry["config"]

@@ -20,7 +20,7 @@ from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
 from memlm.config import ConfigError, cli, compose, did_you_mean, to_dict, validate
 
@@ -106,7 +106,7 @@ class Candidate:
 
         self.name, self.setup = name, setup
         torch.manual_seed(setup.seed)
-        self.model: nn.Module = (_gpt2(setup) if name == "gpt2" else _ours(name, setup)).to(setup.device).train()
+        self.model: Any = (_gpt2(setup) if name == "gpt2" else _ours(name, setup)).to(setup.device).train()
         self.state: Any = None
         self.last: Any = None
         self.n_seen = 0
@@ -114,7 +114,7 @@ class Candidate:
             self.state = fill(self.model, setup)
         settings = {key: value for key, value in setup.config["training"].items() if key != "_target_"}
         # The peer gets the optimizer of our trainer too: decay groups, betas, implementation.
-        module = LanguageModeling(self.model, Training(**settings), total_steps=10**6)
+        module = LanguageModeling(cast(Any, self.model), Training(**settings), total_steps=10**6)
         self.optimizer = module.configure_optimizers()["optimizer"]
         self._call: Any = torch.compile(self.model.forward) if setup.compile else self.model
 
@@ -168,14 +168,14 @@ class Candidate:
 def _gpt2(setup: Setup) -> nn.Module:
     """GPT-2 of transformers in the same shape."""
     transformers = peer_library()
-    model = setup.config["model"]
+    shape = setup.config["model"]
     config = transformers.GPT2Config(
         vocab_size=setup.n_vocab,
         n_positions=setup.segment_len,
-        n_embd=model["d_model"],
-        n_layer=model["n_layer"],
-        n_head=model["n_head"],
-        n_inner=model["d_ff"],
+        n_embd=shape["d_model"],
+        n_layer=shape["n_layer"],
+        n_head=shape["n_head"],
+        n_inner=shape["d_ff"],
         resid_pdrop=0.0,
         embd_pdrop=0.0,
         attn_pdrop=0.0,
@@ -184,8 +184,9 @@ def _gpt2(setup: Setup) -> nn.Module:
         eos_token_id=0,
         attn_implementation="sdpa",
     )
-    config.loss_type = "ForCausalLM"  # what it would choose by itself, with a warning
-    return transformers.GPT2LMHeadModel(config)
+    model = transformers.GPT2LMHeadModel(config)
+    model.loss_type = "ForCausalLM"  # what it would choose by itself, with a warning
+    return model
 
 
 def peer_library() -> Any:
@@ -251,9 +252,9 @@ def evidence(candidate: Candidate) -> dict[str, float]:
     """What the banks hold, and what the last step read and wrote.
 
     Returns:
-        ``banks`` (one per row and layer that reads), ``filled`` (least number of used slots of a bank), ``read`` (least
-        number of slots with weight that a token read in a layer), ``distinct`` (least number of different slots that
-        a layer's tokens found), ``written`` (least number of slots that a bank holds from steps so far).
+        ``banks`` (one per row and layer that reads), ``slots`` of a bank, and over all banks, layers and tokens the
+        least of: ``filled``, used slots of a bank; ``read``, slots that one token read with some weight; ``distinct``,
+        different slots that the tokens of a layer read; ``written``, slots of a bank that come from steps so far.
 
     Raises:
         ValueError: If a bank is not full, a token read nothing, or a bank was not written: then the speed of a

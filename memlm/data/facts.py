@@ -7,6 +7,7 @@ whether it belongs to training or to evaluation, so that none is ever used for b
 
 from __future__ import annotations
 
+import itertools
 import zlib
 from typing import Literal, NamedTuple
 
@@ -113,7 +114,7 @@ class FactMaker:
             if held_out != (split == "evaluation"):
                 continue
             parts = [self._tokens[i] for i in index]
-            joints = [a[-1] * self._n_vocab + b[0] for a, b in zip(parts, parts[1:], strict=False)]
+            joints = [a[-1] * self._n_vocab + b[0] for a, b in itertools.pairwise(parts)]
             if all(not self._adjacent(joint) for joint in joints):
                 return words, tuple(token for part in parts for token in part)
 
@@ -186,7 +187,7 @@ def plant(
     for end in [*(np.flatnonzero(breaks) * segment_len).tolist(), n_token]:  # one context after the other
         first = place > 0
         while place < end:
-            space = int(rng.integers(4)) * int(rng.random() < 0.5) if first else rng.integers(2 * int(round(gap)) + 1)
+            space = int(rng.integers(4)) * int(rng.random() < 0.5) if first else int(rng.integers(2 * round(gap) + 1))
             earlier = [fact for stop, fact in told if stop // segment_len < (place + space) // segment_len]
             ask = bool(earlier) and (first or rng.random() < 0.5)
             fact = earlier[int(rng.integers(len(earlier)))] if ask else facts[min(len(told), len(facts) - 1)]

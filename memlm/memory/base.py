@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 
 from memlm.memory.state import State, where_rows
 
@@ -26,8 +26,8 @@ class Segment(NamedTuple):
     Attributes:
         ids: Token ids, (B, C + N).
         embeddings: Token embeddings, (B, C + N, D).
-        hidden: What the memory's layer would read with (after its self-attention), (B, C + N, D). If the memory is not layerwise: those
-            of all attached layers, (B, C + N, n_layer, D).
+        hidden: What the memory's layer would read with (after its self-attention), (B, C + N, D). If the
+            memory is not layerwise: those of all attached layers, (B, C + N, n_layer, D).
         valid: Cells that hold a token, (B, C + N). Valid cells of a segment come first. The ``C`` tokens before are
             valid only where the first segment continues their context.
         complete: Segments that end now and are to be written, (B, S); true ones come first in a row.
@@ -66,11 +66,9 @@ class Segment(NamedTuple):
     def at(self, s: int) -> Segment:
         """Segment ``s`` alone with the tokens before it, ``S`` = 1."""
         cells = slice(s * self.segment_len, (s + 1) * self.segment_len + self.lookback)
-        segment = Segment(
-            *(part[:, cells] for part in self[:4]),
-            *(None if part is None else part[:, s : s + 1] for part in self[4:10]),
-            *self[10:],
-        )
+        tokens = [part[:, cells] for part in self[:4]]
+        segments = [None if part is None else part[:, s : s + 1] for part in self[4:10]]
+        segment = Segment._make([*tokens, *segments, *self[10:]])
         if s == 0 or not self.lookback:
             return segment
         before = segment.valid[:, : self.lookback] & segment.continues

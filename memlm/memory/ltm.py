@@ -7,8 +7,8 @@ A token at position t makes a slot: its key is a projection of the hidden state 
 its value a projection of the embedding of the token that follows. A learned write gate weighs slots when they are read;
 slots are kept by the best mean log-gate of a span that covers them, so that a fact survives as a whole.
 
-Shapes: B rows, S segments, T tokens per segment, D model width, M slots, C tokens of lookback, K slots written per segment,
-N = S * T, k slots read per token.
+Shapes: B rows, S segments, T tokens per segment, D model width, M slots, C tokens of lookback, K slots a segment
+writes, N = S * T, k slots read per token.
 """
 
 from __future__ import annotations
@@ -91,6 +91,8 @@ class LongTermMemory(Memory):
         ValueError: If a setting cannot work; the message names it.
     """
 
+    temperature_scale: Tensor
+
     def __init__(
         self,
         d_model: int,
@@ -161,15 +163,16 @@ class LongTermMemory(Memory):
         self.to_output.weight.data.copy_(self.to_value.weight.T)
         nn.init.zeros_(self.read_gate.weight)
         nn.init.zeros_(self.read_gate.bias)
-        for linear in (self.write_gate[0], self.write_gate[2]):
-            nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
-            nn.init.zeros_(linear.bias)
+        for linear in self.write_gate:
+            if isinstance(linear, nn.Linear):
+                nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
+                nn.init.zeros_(linear.bias)
 
     def init_state(self, n_row: int) -> LongTermState:
         """An empty bank for ``n_row`` rows of text."""
         weight = self.to_key.weight
         n_bank = 1 if self.scope == "shared" else n_row
-        d_model = self.norm.normalized_shape[0]
+        self.norm.normalized_shape[0]
 
         def full(*shape: int, value: float = 0.0, dtype: torch.dtype = torch.float32) -> Tensor:
             # A view of one number: an empty bank takes no memory before its first write.
@@ -510,7 +513,7 @@ class _Plan(NamedTuple):
 def _importance(log_gate: Tensor, here: Tensor, span: int, kind: str) -> Tensor:
     """What each token of a window is worth (B, S, W).
 
-    For ``span``: the best mean log-gate of the spans that cover the token. A span that reaches beyond the context counts
+    For ``span``: the best mean log-gate of the spans that cover the token. A span that goes beyond the context counts
     its tokens inside, if they are at least half of it.
     """
     if kind == "token":

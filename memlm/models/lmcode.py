@@ -23,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 from memlm.memory.base import Memory, Residual, Segment, Trace, join_reads, mean_trace
 from memlm.memory.state import State, select_rows, where_rows
+from memlm.models.base import LanguageModel
 
 
 class LocalState(NamedTuple):
@@ -100,6 +101,10 @@ class _Grid(NamedTuple):
 
 class Attention(nn.Module):
     """Causal self-attention over a segment and the end of the one before."""
+
+    causal: Tensor
+    own: Tensor
+    rotation: Tensor | None
 
     def __init__(self, d_model: int, n_head: int, segment_len: int, overlap: int, rope: bool, dropout: float) -> None:
         super().__init__()
@@ -193,7 +198,7 @@ class Layer(nn.Module):
         return x + self.dropout(out), kv, before
 
 
-class LMCode(nn.Module):
+class LMCode(LanguageModel):
     """Transformer language model with memory.
 
     Args:
@@ -246,11 +251,10 @@ class LMCode(nn.Module):
         self.segment_len, self.overlap = segment_len, overlap
         self.gradient_checkpointing = gradient_checkpointing
         self.memory_layers = _memory_layers(memory_layers, n_layer)
-        self.tokenizer: Any = None
 
         self.embedding = nn.Embedding(n_vocab, d_model)
         self.position_embedding = nn.Embedding(segment_len, d_model) if position == "learned" else None
-        self.layers = nn.ModuleList(
+        self.layers: Any = nn.ModuleList(
             Layer(d_model, n_head, d_ff or 4 * d_model, segment_len, overlap, position == "rope", dropout)
             for _ in range(n_layer)
         )
@@ -406,7 +410,7 @@ class LMCode(nn.Module):
             breaks: Segments that begin a new context within their document, as `new_context` does between calls,
                 (B, S); only where ``reset`` may be given by segment.
             logits: Whether to apply the language-model head.
-            carry: Whether the text goes on after this call; if not, the state is not worked out (``out.state`` is None).
+            carry: Whether the text goes on after this call; if not, no state is worked out (``out.state`` is None).
 
         Returns:
             An `Output`.
@@ -445,10 +449,6 @@ class LMCode(nn.Module):
             index = (grid.cell - grid.columns.start).clamp(0, x.shape[1] - 1)
             x = x.gather(1, index[..., None].expand(-1, -1, x.shape[2]))
         return Output(self.head(x) if logits else None, state if carry else None, x, reads, trace)
-
-    def head(self, hidden: Tensor) -> Tensor:
-        """Logits (..., V) of normalised hidden states (..., D); the head is tied to the embedding."""
-        return F.linear(hidden, self.head_weight)
 
     @property
     def head_weight(self) -> Tensor:
@@ -575,7 +575,7 @@ class LMCode(nn.Module):
 
         With ``S`` = 1 this is the definition; with more it needs layerwise memories.
         """
-        local, n_row = state.local, len(grid.n_complete)
+        local, _n_row = state.local, len(grid.n_complete)
         n_segment, segment_len = grid.complete.shape[1], self.segment_len
         embeddings = self._embed(torch.cat([local.ids[:, : self.lookback], grid.ids], dim=1))  # (B, C + N, D)
         x = embeddings[:, self.lookback :].unflatten(1, (n_segment, segment_len))[:, :, grid.columns]  # (B, S, Q, D)
@@ -639,7 +639,7 @@ class LMCode(nn.Module):
             active = grid.new[:, s].any(dim=1)
             one = _Grid(
                 grid.ids[:, cells],
-                *(None if part is None else part[:, s : s + 1] for part in grid[1:9]),  # type: ignore[arg-type]
+                *(None if part is None else part[:, s : s + 1] for part in grid[1:9]),  # type: ignore[misc, arg-type]
                 n_complete=[int(n > s) for n in grid.n_complete],
                 open_len=[0 if n > s else o for n, o in zip(grid.n_complete, grid.open_len, strict=True)],
                 columns=grid.columns,

@@ -87,7 +87,7 @@ def attend(
 
 def _readable(cosine: Tensor, visible: Tensor, threshold: float) -> Tensor:
     """Mask (B, N, M) of the slots that may be read."""
-    n_row, n_query, n_slot = cosine.shape
+    _n_row, n_query, n_slot = cosine.shape
     n_segment = visible.shape[1]
     mask = visible[:, :, None].expand(-1, -1, n_query // n_segment, -1).reshape(-1, n_query, n_slot)
     return mask & (cosine >= threshold) if threshold > -1 else mask

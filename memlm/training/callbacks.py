@@ -29,8 +29,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         checkpoint.write(content, path)
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
-        """See `memlm.checkpoint.read`."""
-        return checkpoint.read(Path(path))
+        """See `memlm.checkpoint.read_plain`; what a run goes on from was looked at before."""
+        return checkpoint.read_plain(Path(path))
 
 
 class Checkpoints(Checkpoint):
@@ -149,7 +149,7 @@ class Progress(ProgressBar):
         super().__init__()
         self._enabled = True
         self._bar: tqdm[Any] | None = None
-        self._looked, self._printed = 0.0, -1
+        self._looked, self._printed, self._every = 0.0, -1, 1
 
     def disable(self) -> None:
         """Show nothing (on all processes but the first)."""
@@ -166,6 +166,7 @@ class Progress(ProgressBar):
                 total=trainer.max_steps, initial=trainer.global_step, desc="training", unit="step", dynamic_ncols=True
             )
         self._printed = trainer.global_step
+        self._every = max(trainer.max_steps // _N_LINE, trainer.log_every_n_steps)  # type: ignore[attr-defined]
 
     def on_train_batch_end(
         self, trainer: lightning.Trainer, module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -178,10 +179,11 @@ class Progress(ProgressBar):
                 self._looked = now
                 self._bar.set_postfix_str(self._numbers(trainer), refresh=False)
             self._bar.update(step - self._bar.n)
-        elif self._enabled and step != self._printed:
-            if last or step % max(trainer.max_steps // _N_LINE, trainer.log_every_n_steps) == 0:
-                self._printed = step
-                print(f"step {step:,} of {trainer.max_steps:,}: {self._numbers(trainer)}", flush=True)
+            return
+        every = max(trainer.max_steps // _N_LINE, trainer.log_every_n_steps)  # type: ignore[attr-defined]
+        if self._enabled and step != self._printed and (last or step % every == 0):
+            self._printed = step
+            print(f"step {step:,} of {trainer.max_steps:,}: {self._numbers(trainer)}", flush=True)
 
     def on_train_end(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
         """Close the bar."""

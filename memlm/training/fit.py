@@ -21,7 +21,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 from memlm.analysis.figures import read_history
-from memlm.checkpoint import FOLDER, no_space
+from memlm.checkpoint import FOLDER, checkpoints, no_space
 from memlm.config import ConfigError
 from memlm.data.curriculum import Curriculum
 from memlm.training.callbacks import AtomicCheckpointIO, Checkpoints, DuringTraining, Progress, Throughput
@@ -41,7 +41,7 @@ _NOISE = (
 
 
 def plan_steps(config: dict[str, Any]) -> dict[str, Any]:
-    """``config`` with ``trainer.max_steps`` filled in from the curriculum, and what has no constructor of its own checked.
+    """``config`` with ``trainer.max_steps`` filled in from the curriculum, and the rest checked.
 
     Raises:
         ConfigError: If a device is asked for that is not there, or a number is out of range.
@@ -115,7 +115,7 @@ def make_trainer(
     finished = False
     try:
         with _quiet():
-            if origin is not None and rank_zero_only.rank == 0:
+            if origin is not None and _is_first():
                 keep_earlier_history(run, origin)
             loggers += _loggers(config, origin)
             trainer = _trainer(
@@ -136,16 +136,18 @@ def make_trainer(
         for logger in loggers:
             with contextlib.suppress(OSError):  # of what led here the first error says most
                 logger.finalize("success" if finished else "failed")
-            if isinstance(logger, WandbLogger) and rank_zero_only.rank == 0:
+            if isinstance(logger, WandbLogger) and _is_first():
                 logger.experiment.finish(exit_code=0 if finished else 1)
 
 
 def save_last(trainer: lightning.Trainer, run: Path) -> Path:
-    """Write the checkpoint of the last step, if it is not there yet."""
-    path = run / FOLDER / f"step={trainer.global_step}.ckpt"
-    if not path.is_file():
-        trainer.save_checkpoint(path)
-    return path
+    """The checkpoint of the last step; it is written if training ended before its last step."""
+    newest = checkpoints(run)[-1:] if (run / FOLDER).is_dir() else []
+    # Where processes were forked to train, this one has made no step itself.
+    if not newest or (newest[0].name != f"step={trainer.global_step}.ckpt" and trainer.global_step > 0):
+        newest = [run / FOLDER / f"step={trainer.global_step}.ckpt"]
+        trainer.save_checkpoint(newest[0])
+    return newest[0]
 
 
 def _trainer(**settings: Any) -> lightning.Trainer:
@@ -184,7 +186,7 @@ def _wandb(config: Mapping[str, Any], settings: dict[str, Any], origin: Origin |
     settings["group"] = settings["group"] or (sweep.name if sweep is not None else None)
     run_id = origin.entry.get("wandb_id") if origin is not None else None
     run: Any = None
-    if rank_zero_only.rank == 0:
+    if _is_first():
         folder.mkdir(parents=True, exist_ok=True)
         try:
             # Not left to Lightning, which passes settings that W&B has given up and so earns a warning.
@@ -226,6 +228,16 @@ def _sweep() -> Path | None:
     return None
 
 
+def _is_first() -> bool:
+    """Whether this is the first of all processes."""
+    return getattr(rank_zero_only, "rank", 0) == 0
+
+
+def _is_first() -> bool:
+    """Whether this process is the one that writes."""
+    return getattr(rank_zero_only, "rank", 0) == 0
+
+
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Silence what says nothing to a user of memlm."""
@@ -249,7 +261,7 @@ def wandb_logger(loggers: list[Logger]) -> WandbLogger | None:
 
 
 def sync_hint(logger: WandbLogger | None, origin: Origin | None = None) -> str | None:
-    """How to upload an offline W&B run, with what was logged before it was resumed; None if nothing is to be uploaded."""
+    """How to upload an offline W&B run, with what was logged before it was resumed; None if there is none."""
     if logger is None or not logger.experiment.settings._offline:
         return None
     run = logger.experiment

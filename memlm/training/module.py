@@ -15,9 +15,9 @@ from memlm.checkpoint import describe
 from memlm.config import ConfigError, did_you_mean
 from memlm.data.stream import Batch
 from memlm.memory import state as states
+from memlm.models.base import LanguageModel
 from memlm.training.loss import linear_cross_entropy, token_nll
 from memlm.training.settings import Training
-
 
 _ADVICE = "The last good checkpoint is kept. Lower training.lr, or set trainer.gradient_clip_val or precision=32-true"
 
@@ -44,10 +44,10 @@ class LanguageModeling(lightning.LightningModule):
     """
 
     def __init__(
-        self, model: nn.Module, settings: Training | None = None, total_steps: int | None = None, seed: int = 0
+        self, model: LanguageModel, settings: Training | None = None, total_steps: int | None = None, seed: int = 0
     ) -> None:
         super().__init__()
-        self.model = model
+        self.model: LanguageModel = model
         self.settings = settings or Training()
         self.total_steps, self.seed = total_steps, seed
         self._state: Any = None  # where the rows stopped, without shared banks
@@ -67,7 +67,7 @@ class LanguageModeling(lightning.LightningModule):
                 f"memory.{self.shared[0]}.scope=shared needs one device, but trainer.devices gives "
                 f"{self.trainer.world_size}: use trainer.devices=1, or scope=sequence"
             )
-        curriculum = getattr(self.trainer.datamodule, "curriculum", None)
+        curriculum = getattr(self.trainer.datamodule, "curriculum", None)  # type: ignore[attr-defined]
         for phase in curriculum.phases if curriculum is not None else []:
             _check_memory_settings(self.model, phase.memory)
         # Not nn.Module.compile: the model itself stays as it is for evaluation, whose shapes vary. Keys stay the same.
@@ -114,8 +114,8 @@ class LanguageModeling(lightning.LightningModule):
             for module, part in zip(self.model.memory[name], out.state.memory[name], strict=True):
                 module.commit(part)
         self._state = None if batch.ends else self._without_banks(states.detach(out.state))
-        self.log("train/loss", loss.detach())
-        if (self.global_step + 1) % self.trainer.log_every_n_steps == 0:
+        self.log("train/loss", loss.detach(), sync_dist=self.trainer.world_size > 1)
+        if (self.global_step + 1) % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             self._log_details(batch, nll, losses, out)
         return total
 
@@ -186,7 +186,7 @@ class LanguageModeling(lightning.LightningModule):
         self._refuse_non_finite(checkpoint)
         if hasattr(self.model, "config"):
             ids = [logger.version for logger in self.trainer.loggers if type(logger).__name__ == "WandbLogger"]
-            corpus = getattr(self.trainer.datamodule, "corpus", None)
+            corpus = getattr(self.trainer.datamodule, "corpus", None)  # type: ignore[attr-defined]
             checkpoint["memlm"] = describe(self.model) | {
                 "wandb_id": ids[0] if ids else None,
                 "text": None if corpus is None else corpus.fingerprint(),
@@ -229,7 +229,8 @@ class LanguageModeling(lightning.LightningModule):
                 bad.append("the state of the optimizer")
         if bad:
             raise NonFiniteLoss(
-                f"the update of step {self.global_step} left numbers that are not finite: {', '.join(bad[:5])}. {_ADVICE}"
+                f"the update of step {self.global_step} left numbers that are not finite: {', '.join(bad[:5])}. "
+                f"{_ADVICE}"
             )
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
@@ -246,7 +247,7 @@ class LanguageModeling(lightning.LightningModule):
 
     # --- optimisation ----------------------------------------------------------------------------------------------
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> Any:
         """AdamW with decay groups; linear warm-up, then a cosine."""
         total = self.total_steps or self.trainer.max_steps
         if total < 1:
@@ -274,7 +275,7 @@ def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
 
 
 @contextlib.contextmanager
-def memory_settings(model: nn.Module, settings: Mapping[str, Any]) -> Iterator[None]:
+def memory_settings(model: LanguageModel, settings: Mapping[str, Any]) -> Iterator[None]:
     """Set attributes of memories, ``name.attribute``, for one training step; memories the model lacks are skipped.
 
     Plain attributes are put back: a model is evaluated, saved and loaded with the settings it was built with. Buffers
@@ -300,15 +301,15 @@ def memory_settings(model: nn.Module, settings: Mapping[str, Any]) -> Iterator[N
             setattr(module, attribute, old)
 
 
-def _places(model: nn.Module, settings: Mapping[str, Any]) -> Iterator[tuple[nn.Module, str, Any]]:
+def _places(model: LanguageModel, settings: Mapping[str, Any]) -> Iterator[tuple[nn.Module, str, Any]]:
     """Module, attribute and value of each setting that concerns the model."""
     for key, value in settings.items():
         name, _, attribute = key.partition(".")
-        for module in model.memory[name] if name in model.memory else []:  # type: ignore[operator, union-attr, index]
+        for module in model.memory[name] if name in model.memory else []:  # noqa: SIM401 - a ModuleDict has no get
             yield module, attribute, value
 
 
-def _check_memory_settings(model: nn.Module, settings: Mapping[str, Any]) -> None:
+def _check_memory_settings(model: LanguageModel, settings: Mapping[str, Any]) -> None:
     """Raise unless the memories have what is to be set."""
     for module, attribute, _ in _places(model, settings):
         if not attribute or not hasattr(module, attribute):

@@ -63,7 +63,9 @@ def test_one_pass_deals_every_segment_out_once():
 @pytest.mark.parametrize("phase", [{"items": 2, "n_window": 2}, {"items": 0}])
 def test_batches_depend_on_seed_step_and_row_alone(words, phase):
     tokenizer, corpus, maker = words
-    curriculum = Curriculum([{"steps": 3, "n_row": 2, "n_segment": 3}, {"steps": 9, "n_row": 4, "n_segment": 2} | phase])
+    curriculum = Curriculum(
+        [{"steps": 3, "n_row": 2, "n_segment": 3}, {"steps": 9, "n_row": 4, "n_segment": 2} | phase]
+    )
 
     def batches(rank=0, n_rank=1, seed=0):
         return TrainingBatches(corpus, 32, tokenizer.pad_id, curriculum, maker, 12, seed, rank, n_rank)
@@ -79,7 +81,7 @@ def test_batches_depend_on_seed_step_and_row_alone(words, phase):
 
 
 def test_a_document_goes_on_over_windows(words):
-    tokenizer, corpus, maker = words
+    _tokenizer, corpus, maker = words
     curriculum = Curriculum([{"steps": 9, "n_row": 2, "n_segment": 2, "items": 2, "n_window": 3}])
     data = TrainingBatches(corpus, 32, 0, curriculum, maker, 9, seed=0)
     assert [data[i].fresh for i in range(6)] == [True, False, False] * 2

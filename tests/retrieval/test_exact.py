@@ -2,7 +2,7 @@ import math
 
 import pytest
 import torch
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 
 from memlm.retrieval.exact import Pool, attend
 
@@ -58,7 +58,7 @@ def test_gradients_reach_keys_and_values_of_what_is_read():
     bank, query = pool(2, 9, 1, seed=4), F.normalize(torch.randn(2, 3, 4), dim=-1).requires_grad_()
     key, value = bank.key.clone().requires_grad_(), bank.value.clone().requires_grad_()
     args = (torch.tensor(3.0), torch.tensor(0.5), -1.0, 4)
-    read, slots, weights = attend(query, *args, bank._replace(key=key, value=value), None)
+    read, _slots, _weights = attend(query, *args, bank._replace(key=key, value=value), None)
     read.square().sum().backward()
     fast = (query.grad.clone(), key.grad.clone(), value.grad.clone())
     query.grad = key.grad = value.grad = None

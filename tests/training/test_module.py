@@ -1,3 +1,4 @@
+import itertools
 import math
 import shutil
 from pathlib import Path
@@ -44,6 +45,7 @@ class Recorder(lightning.Callback):
 
     def __init__(self) -> None:
         self.grads: list[dict[str, Tensor]] = []
+        self.clipped: list[dict[str, Tensor]] = []
         self.rates: list[float] = []
 
     def on_before_optimizer_step(self, trainer: Any, module: Any, optimizer: Any) -> None:
@@ -51,14 +53,17 @@ class Recorder(lightning.Callback):
         self.rates.append(optimizer.param_groups[0]["lr"])
         assert {group["lr"] for group in optimizer.param_groups} == {self.rates[-1]}
 
+    def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.clipped.append(grads(module.model))
+
 
 def fit_plainly(settings: dict[str, Any], training: Training | None = None, **trainer: Any) -> tuple[Any, Recorder]:
     """A plain Trainer, without anything of memlm.training.fit."""
     tokenizer = build_tokenizer(settings)
     recorder = Recorder()
     module = LanguageModeling(build_model(settings, tokenizer), training)
-    quiet: dict[str, Any] = {"accelerator": "cpu", "logger": False, "enable_checkpointing": False, "callbacks": [recorder],
-                             "enable_progress_bar": False, "enable_model_summary": False}  # fmt: skip
+    quiet: dict[str, Any] = {"accelerator": "cpu", "logger": False, "callbacks": [recorder]}
+    quiet |= dict.fromkeys(["enable_checkpointing", "enable_progress_bar", "enable_model_summary"], False)
     lightning.Trainer(**quiet | trainer).fit(module, build_data(settings, tokenizer))
     return module, recorder
 
@@ -112,8 +117,8 @@ def test_clipping_bounds_the_whole_gradient(tmp_path: Path) -> None:
     settings = config(tmp_path, "a", phases=[SHORT])
     norms = {}
     for bound in (None, 0.01):
-        module, _ = fit_plainly(settings, max_steps=1, gradient_clip_val=bound)
-        norms[bound] = torch.cat([g.flatten() for g in grads(module.model).values()]).norm().item()
+        _, recorder = fit_plainly(settings, max_steps=1, gradient_clip_val=bound)
+        norms[bound] = torch.cat([g.flatten() for g in recorder.clipped[0].values()]).norm().item()
     assert norms[None] > 0.05
     assert norms[0.01] == pytest.approx(0.01, rel=1e-3)
 
@@ -162,7 +167,14 @@ def test_only_matrices_are_decayed(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    {"lr": 0, "betas": [0.9, 1.0], "weight_decay": -1, "warmup_steps": -1, "answer_weight": -1, "min_lr_ratio": 2}.items(),
+    {
+        "lr": 0,
+        "betas": [0.9, 1.0],
+        "weight_decay": -1,
+        "warmup_steps": -1,
+        "answer_weight": -1,
+        "min_lr_ratio": 2,
+    }.items(),
 )
 def test_impossible_settings_are_refused(key: str, value: Any) -> None:
     with pytest.raises(ConfigError, match=f"training.{key} must"):
@@ -242,7 +254,7 @@ def test_an_unknown_memory_setting_is_told_before_the_first_step(tmp_path: Path)
 def test_memory_settings_are_put_back_after_an_error(tmp_path: Path) -> None:
     settings = config(tmp_path, "a")
     model = build_model(settings, build_tokenizer(settings))
-    with pytest.raises(RuntimeError, match="x"), memory_settings(model, {"ltm.top_k": 1}):
+    with pytest.raises(RuntimeError, match="x"), memory_settings(model, {"ltm.top_k": 1}):  # noqa: PT012
         assert model.memory["ltm"][0].top_k == 1  # type: ignore[index, union-attr]
         raise RuntimeError("x")
     assert model.memory["ltm"][0].top_k == 4  # type: ignore[index, union-attr]
@@ -261,10 +273,10 @@ def test_training_steps_write_the_shared_bank(phase: dict[str, Any], tmp_path: P
         states_seen.append(module._state)
 
     cfg = config(tmp_path, "a", "memory.ltm.scope=shared", "trainer.max_steps=5", phases=[phase])
-    _, module, rows = fit(cfg, before_step=before_step)
+    _, module, _rows = fit(cfg, before_step=before_step)
     written = [n for n, _ in banks]
     assert written[0] == 0
-    steps = [b - a for a, b in zip(written, written[1:], strict=False)]
+    steps = [b - a for a, b in itertools.pairwise(written)]
     assert min(steps) >= (1 if phase is PLAIN else 4)  # two rows of two segments each; plain text also has ends
     # nothing of the bank is carried beside the bank
     assert all(state is None or state.memory["ltm"] == () for state in states_seen)
@@ -275,7 +287,11 @@ def test_training_steps_write_the_shared_bank(phase: dict[str, Any], tmp_path: P
     assert torch.equal(before, module.model.memory["ltm"][0].bank_key)
     # the bank comes back with the model, and a resumed run is the same run
     assert torch.equal(memlm.load(tmp_path / "a").memory["ltm"][0].bank_key, before)
-    fit(config(tmp_path, "b", "memory.ltm.scope=shared", "trainer.max_steps=3", "training.min_lr_ratio=1", phases=[phase]))
+    fit(
+        config(
+            tmp_path, "b", "memory.ltm.scope=shared", "trainer.max_steps=3", "training.min_lr_ratio=1", phases=[phase]
+        )
+    )
     _, _, on = fit(config(tmp_path, "c", "memory.ltm.scope=shared", "trainer.max_steps=5", "training.min_lr_ratio=1",
                           f"resume={tmp_path / 'b'}", phases=[phase]))  # fmt: skip
     _, _, whole = fit(config(tmp_path, "d", "memory.ltm.scope=shared", "trainer.max_steps=5", "training.min_lr_ratio=1",

@@ -89,9 +89,7 @@ def test_auto_takes_the_older_checkpoint_if_the_newest_is_damaged(
 
 def test_a_file_may_be_given(tmp_path: Path) -> None:
     fit(config(tmp_path, "a", "trainer.max_steps=6", "training.min_lr_ratio=1"))
-    _, _, rows = fit(
-        config(tmp_path, "b", "training.min_lr_ratio=1", f"resume='{tmp_path}/a/checkpoints/step=3.ckpt'")
-    )
+    _, _, rows = fit(config(tmp_path, "b", "training.min_lr_ratio=1", f"resume='{tmp_path}/a/checkpoints/step=3.ckpt'"))
     assert sorted(curve(rows)) == list(range(9))
 
 

@@ -1,0 +1,56 @@
+"""What every language model offers; any of them takes any memory."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from memlm.data.tokenizer import Tokenizer
+
+
+class LanguageModel(nn.Module):
+    """A causal language model with memories.
+
+    Subclasses define ``forward``, `init_state`, `new_context`, `wipe` and `select_rows` as `memlm.models.lmcode.LMCode`
+    does.
+
+    Attributes:
+        memory: By name, the `Memory` modules of each memory: one per layer with memory, or one for all of them.
+        memory_layers: Indices of the layers with memory.
+        segment_len: Tokens per segment.
+        tokenizer: What encodes and decodes text; set by `memlm.build`.
+        config: The plain configuration the model was built from; set by `memlm.build`.
+    """
+
+    memory: Any  # nn.ModuleDict of nn.ModuleList of Memory, whose items torch types as bare modules
+    memory_layers: list[int]
+    segment_len: int
+    tokenizer: Tokenizer
+    config: dict[str, Any]
+
+    @property
+    def head_weight(self) -> Tensor:
+        """Weights of the language-model head, (V, D)."""
+        raise NotImplementedError
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Logits (..., V) of last hidden states (..., D)."""
+        return nn.functional.linear(hidden, self.head_weight)
+
+    def init_state(self, n_row: int) -> Any:
+        """State before any text."""
+        raise NotImplementedError
+
+    def new_context(self, state: Any, write: bool = True) -> Any:
+        """``state`` without its local context; memories are kept."""
+        raise NotImplementedError
+
+    def wipe(self, state: Any) -> Any:
+        """``state`` with all memories as new."""
+        raise NotImplementedError
+
+    def select_rows(self, state: Any, index: Tensor) -> Any:
+        """Rows ``index`` (N,) of ``state``."""
+        raise NotImplementedError

@@ -1,0 +1,74 @@
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+
+import memlm
+from memlm.build import build_corpus, build_data, build_model, build_tokenizer
+from memlm.config import ConfigError
+from tests.training.small import config, write_text
+
+SMALL = [
+    "data=text",
+    "data.tokenizer.kind=word",
+    "data.tokenizer.vocab_size=400",
+    "model.n_layer=1",
+    "model.d_model=16",
+]
+
+
+def test_build_gives_a_model_that_knows_its_text(tmp_path: Path) -> None:
+    model = memlm.build(*SMALL, f"data.path={write_text(tmp_path)}", "memory=dual", "model.segment_len=32")
+    assert model.config["data"] != {}
+    assert (model.segment_len, sorted(model.memory)) == (32, ["ltm", "stm"])
+    assert model.n_vocab == model.tokenizer.vocab_size
+    assert model(torch.tensor([model.tokenizer.encode("x y z")])).logits.shape == (1, 3, model.n_vocab)
+
+
+def test_mistakes_are_told_before_anything_is_built(tmp_path: Path) -> None:
+    path = f"data.path={write_text(tmp_path)}"
+    for wrong, told in {
+        "memory=lmt": "memory has no option 'lmt'",
+        "model.n_layers=2": "no setting 'model.n_layers'.*Did you mean 'n_layer'",
+        "model.n_layer=two": "model.n_layer must be an int",
+        "memory.ltm.n_slot=0": "memory.ltm: n_slot must be at least 1",
+        "model.n_head=3": "model.n_head must divide",
+    }.items():
+        with pytest.raises(ConfigError, match=told):
+            memlm.build(*SMALL, path, wrong)
+    with pytest.raises(ConfigError, match="does not exist"):
+        memlm.build(*SMALL, "data.path=/no/such/file.txt")
+
+
+def test_initial_weights_depend_on_the_seed_alone(tmp_path: Path) -> None:
+    settings = config(tmp_path, "a")
+    tokenizer = build_tokenizer(settings)
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    first = build_model(settings, tokenizer).state_dict()
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(2)
+    second = build_model(settings, tokenizer).state_dict()
+    other = build_model(settings | {"seed": 1}, tokenizer).state_dict()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert not torch.equal(first["embedding.weight"], other["embedding.weight"])
+
+
+def test_the_text_is_read_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    settings = config(tmp_path, "a")
+    with caplog.at_level(logging.INFO):
+        corpus = build_corpus(settings)
+        data = build_data(settings, build_tokenizer(settings, corpus), corpus)
+        data.setup()
+    assert sum(record.message.startswith("corpus ") for record in caplog.records) == 1
+
+
+def test_a_text_shorter_than_a_segment_is_refused(tmp_path: Path) -> None:
+    settings = config(tmp_path, "a", "model.segment_len=8000")
+    with pytest.raises(ConfigError, match="no more than one segment of 8000"):
+        build_data(settings, build_tokenizer(settings)).setup()
+    empty = tmp_path / "empty.txt"
+    empty.write_text("")
+    with pytest.raises(ConfigError, match="holds no text"):
+        build_tokenizer(config(tmp_path, "a", f"data.path={empty}"))

@@ -1,0 +1,204 @@
+import builtins
+import errno
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import lightning
+import pytest
+import torch
+
+import memlm
+from memlm import checkpoint
+from memlm.build import build_data, build_model, build_tokenizer
+from memlm.checkpoint import checkpoints, find, load_run, no_space, read, write
+from memlm.config import ConfigError
+from memlm.training.module import LanguageModeling
+from tests.training.small import FACTS, config, fit
+
+CONTENT: dict[str, Any] = {"memlm": {"config": {}, "tokenizer": ""}, "state_dict": {"w": torch.arange(10_000.0)}}
+
+
+def files(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_write_that_is_killed_leaves_the_old_file_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "step=1.ckpt"
+    write(CONTENT, path)
+
+    def half(content: Any, file: Any) -> None:
+        file.write(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch, "save", half)
+    with pytest.raises(KeyboardInterrupt):
+        write(CONTENT | {"new": 1}, path)
+    with pytest.raises(KeyboardInterrupt):
+        write(CONTENT, tmp_path / "step=2.ckpt")
+    monkeypatch.undo()
+    assert files(tmp_path) == ["step=1.ckpt"]
+    assert torch.equal(read(path)["state_dict"]["w"], CONTENT["state_dict"]["w"])
+    assert read(path, peek=True)["memlm"] == CONTENT["memlm"]
+
+    # killed by signal 9, where nothing can be cleaned up
+    child = os.fork()
+    if child == 0:
+        torch.save = lambda content, file: (file.write(b"half"), file.flush(), os.kill(os.getpid(), 9))  # type: ignore[assignment, func-returns-value]
+        write(CONTENT | {"new": 1}, path)
+    os.waitpid(child, 0)
+    assert len(files(tmp_path)) == 2
+    assert checkpoints(tmp_path) == [path]
+    assert "new" not in read(path)
+
+
+def test_no_space_is_told_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    old = tmp_path / "step=1.ckpt"
+    write(CONTENT, old)
+
+    def fail(number: int) -> None:
+        def replace(*_: Any) -> None:
+            raise OSError(number, os.strerror(number))
+
+        monkeypatch.setattr(os, "replace", replace)
+
+    for number in (errno.ENOSPC, errno.EDQUOT):
+        fail(number)
+        with pytest.raises(ConfigError, match=r"no space is left.*step=2\.ckpt.*earlier checkpoints are whole"):
+            write(CONTENT, tmp_path / "step=2.ckpt")
+        assert files(tmp_path) == ["step=1.ckpt"]
+    fail(errno.EIO)
+    with pytest.raises(OSError, match=os.strerror(errno.EIO)):
+        write(CONTENT, tmp_path / "step=2.ckpt")
+    assert files(tmp_path) == ["step=1.ckpt"]
+    read(old)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+def test_no_space_as_the_system_tells_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(path: Any, *args: Any, **settings: Any) -> Any:
+        Path(path).touch()
+        return builtins.open("/dev/full", *args, **settings)
+
+    monkeypatch.setattr(checkpoint, "open", full, raising=False)
+    with pytest.raises(ConfigError, match="no space is left"):
+        write(CONTENT, tmp_path / "step=2.ckpt")
+    assert files(tmp_path) == []
+
+
+def test_no_space_stops_training_with_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = os.replace
+
+    def replace(source: Any, target: Any) -> None:
+        if str(target).endswith("step=6.ckpt"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        original(source, target)
+
+    monkeypatch.setattr(os, "replace", replace)
+    with pytest.raises(ConfigError, match=r"no space is left.*step=6\.ckpt") as caught:
+        fit(config(tmp_path, "a"))
+    assert "\n" not in str(caught.value)
+    assert files(tmp_path / "a" / "checkpoints") == ["step=3.ckpt"]
+    memlm.load(tmp_path / "a")
+
+
+def test_an_error_behind_an_error_is_found() -> None:
+    error = RuntimeError("while closing")
+    error.__context__ = OSError(errno.ENOSPC, "full")
+    assert no_space(error)
+    assert not no_space(RuntimeError("x"))
+    assert not no_space(OSError(errno.EIO, "x"))
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, torch.Tensor], torch.Tensor]:
+    """A run whose text and cache are gone; its weights, and what it predicts."""
+    folder = tmp_path_factory.mktemp("trained")
+    cache = folder / "cache"
+    settings = config(folder, "run", f"paths.cache_dir={cache}", memory="dual", phases=[FACTS])
+    _, module, _ = fit(settings)
+    model = module.model.eval()
+    weights = {name: value.clone() for name, value in model.state_dict().items()}
+    assert cache.is_dir()
+    shutil.rmtree(cache)
+    (folder / "text.txt").rename(folder / "moved.txt")
+    return folder, weights, model(torch.arange(40).view(1, 40)).logits.detach()
+
+
+def test_loading_needs_nothing_but_the_path(trained: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, weights, logits = trained
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MEMLM_CACHE", str(tmp_path / "elsewhere"))
+    moved = tmp_path / "moved"
+    shutil.copytree(folder / "run", moved)
+    for path in (str(folder / "run"), moved, moved / "checkpoints", "moved/checkpoints/step=9.ckpt"):
+        model = memlm.load(path)
+        assert not model.training
+        assert {name: value.shape for name, value in model.state_dict().items()} == {
+            name: value.shape for name, value in weights.items()
+        }
+        assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+        assert torch.equal(model(torch.arange(40).view(1, 40)).logits, logits)
+        assert model.tokenizer.encode(" x")
+    assert not (tmp_path / "elsewhere").exists()
+    with pytest.raises(ConfigError, match=r"text\.txt' does not exist"):
+        load_run(moved)[1].setup()
+
+
+def test_a_checkpoint_of_a_plain_trainer_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = config(tmp_path, "a")
+    overrides = [f"data.path={tmp_path / 'text.txt'}", "data.tokenizer.kind=word", "data.tokenizer.vocab_size=400"]
+    small = ["n_layer=1", "n_head=1", "d_model=8", "segment_len=16"]
+    model = memlm.build("data=text", *overrides, *(f"model.{s}" for s in small), "memory.ltm.n_slot=50", "seed=3")
+    data = build_data(settings, model.tokenizer)
+    trainer = lightning.Trainer(
+        max_steps=4, accelerator="cpu", default_root_dir=tmp_path, enable_progress_bar=False, limit_val_batches=1
+    )
+    trainer.fit(LanguageModeling(model), data)
+    path = Path(trainer.checkpoint_callback.best_model_path)  # type: ignore[union-attr]
+    assert path.name == "epoch=0-step=4.ckpt"
+    monkeypatch.chdir("/")
+    for place in (path, path.parent, path.parent.parent):
+        loaded = memlm.load(place)
+        assert loaded.state_dict().keys() == model.state_dict().keys()
+        assert all(torch.equal(value, model.state_dict()[name]) for name, value in loaded.state_dict().items())
+    trainer.save_checkpoint(tmp_path / "only.ckpt", weights_only=True)
+    memlm.load(tmp_path / "only.ckpt")
+
+
+def test_the_newest_is_found_by_number(tmp_path: Path) -> None:
+    for name in ("step=9.ckpt", "step=10.ckpt", "epoch=0-step=8-v1.ckpt", "last.ckpt", ".step=99.ckpt.x.1.tmp"):
+        (tmp_path / name).touch()
+    assert [path.name for path in checkpoints(tmp_path)] == ["epoch=0-step=8-v1.ckpt", "step=9.ckpt", "step=10.ckpt"]
+    assert find(tmp_path).name == "step=10.ckpt"
+    assert find(tmp_path / "last.ckpt").name == "last.ckpt"
+    with pytest.raises(ConfigError, match="no run or checkpoint at"):
+        find(tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ConfigError, match="there is no checkpoint in"):
+        find(tmp_path / "empty")
+
+
+def test_what_does_not_fit_is_told_in_a_sentence(trained: Any, tmp_path: Path) -> None:
+    content = read(find(trained[0] / "run"))
+    entry, settings = content["memlm"], content["memlm"]["config"]
+    path = tmp_path / "x.ckpt"
+    for changed, told in {
+        "layers": (settings | {"model": settings["model"] | {"n_layer": 3}}, "the weights do not fit"),
+        "version": (settings | {"model": settings["model"] | {"no_such": 3}}, "cannot build the model of a checkpoint"),
+        "class": (
+            settings | {"model": settings["model"] | {"_target_": "my.own.Model"}},
+            "my.own.Model cannot be imported here",
+        ),
+    }.values():
+        write(content | {"memlm": entry | {"config": changed}}, path)
+        with pytest.raises(ConfigError, match=told) as caught:
+            memlm.load(path)
+        assert "\n" not in str(caught.value)
+
+
+def test_a_tokenizer_larger_than_the_model_is_refused(tmp_path: Path) -> None:
+    settings = config(tmp_path, "a", "data.tokenizer.n_vocab=5")
+    with pytest.raises(ConfigError, match=r"data\.tokenizer\.n_vocab \(5\) is smaller"):
+        build_model(settings, build_tokenizer(settings))

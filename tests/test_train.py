@@ -1,0 +1,182 @@
+"""The script itself; each of the five processes started here takes seconds."""
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import memlm
+from experiments import runner
+from memlm.analysis.figures import read_history
+from memlm.checkpoint import checkpoints, load_run, read
+from memlm.config import ConfigError, compose, to_dict
+from memlm.training.fit import plan_steps
+from memlm.training.resume import history_files
+from tests.training.small import curve, fit, overrides
+from tests.training.test_fit import records
+from train import main
+
+ROOT = Path(__file__).resolve().parents[1]
+FACTS = "curriculum.phases=[{steps:9,n_row:2,n_segment:2,items:2,n_window:3}]"
+QUICK = ["perplexity.limit=200", "needle.n_document=2", "needle.n_fact=2", "needle.distance=32", FACTS]
+
+
+def lines(folder: Path, memory: str = "ltm") -> list[str]:
+    """Overrides of a tiny run that is measured at the end."""
+    return [*overrides(folder, memory), *QUICK]
+
+
+def start(*arguments: str, cwd: Path, **settings: Any) -> subprocess.Popen[str]:
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "100"}
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / "train.py"), *arguments],
+        cwd=cwd, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **settings,
+    )  # fmt: skip
+
+
+def finish(process: subprocess.Popen[str], code: int = 0) -> tuple[str, str]:
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == code, err
+    return out, err
+
+
+def cpu_seconds() -> float:
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "told"),
+    [
+        (["--help"], 0, "python train.py model=lmcode memory=ltm"),
+        (["training.lr=fast"], 2, "error: training.lr must be"),
+    ],
+)
+def test_help_and_mistakes_answer_at_once(arguments: list[str], code: int, told: str, tmp_path: Path) -> None:
+    before = cpu_seconds()
+    out, err = finish(start(*arguments, cwd=tmp_path), code)
+    assert cpu_seconds() - before < 5
+    assert told in out + err
+    assert "Traceback" not in err
+    assert code == 0 or err.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_killed_and_resumed_from_the_command_line(tmp_path: Path) -> None:
+    more = ["trainer.max_steps=60", "checkpoint.every=10"]
+    process = start(*lines(tmp_path), *more, "trainer.enable_progress_bar=true", cwd=tmp_path)
+    deadline = time.monotonic() + 100
+    while not list(tmp_path.rglob("checkpoints/step=20.ckpt")):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    (killed,) = (tmp_path / "lmcode-ltm").iterdir()
+    step = read(checkpoints(killed)[-1])["global_step"]
+    assert 20 <= step < 60
+
+    out, err = finish(start(*lines(tmp_path), *more, "resume=auto", "trainer.enable_progress_bar=true", cwd=tmp_path))
+    assert f"going on after step {step} of {checkpoints(killed)[-1]}" in out
+    (resumed,) = set((tmp_path / "lmcode-ltm").iterdir()) - {killed}
+    # tidy: one line about the text, lines of progress, tables, files
+    assert err == ""
+    assert out.count("corpus ") == 1
+    assert "step 60 of 60: loss " in out
+    assert out.count("Perplexity of held-out text") == out.count("Recall of facts told once") == 1
+    for noise in ("Tip", "GPU", "Warning", "wandb:", "it/s"):
+        assert noise not in out
+    shown = [line.strip() for line in out.partition("Written:")[2].splitlines() if line.strip()]
+    assert all(Path(path).is_file() for path in shown)
+    assert {"step=60.ckpt", "loss.png", "result.json"} <= {Path(path).name for path in shown}
+
+    # the same as the run that was never stopped, up to the last bit but for the last step before the kill
+    settings = plan_steps(to_dict(compose([*lines(tmp_path), *more, f"paths.run_dir={tmp_path / 'whole'}"])))
+    whole = curve(fit(settings)[2])
+    found = curve([row for file in history_files(resumed) for row in read_history(file)])
+    assert set(whole) - set(found) <= {step - 1}  # logged right after its checkpoint is written
+    assert all(found[i] == whole[i] for i in found)
+
+
+def test_a_sweep_makes_a_run_of_each_job(tmp_path: Path) -> None:
+    common = [line for line in lines(tmp_path) if not line.startswith(("memory", "logger="))]
+    out, err = finish(start("-m", *common, "trainer.max_steps=2", "memory=none,stm", "seed=1", cwd=tmp_path))
+    assert err == ""
+    assert out.count("Perplexity of held-out text") == 2
+    (sweep,) = (tmp_path / "multirun").iterdir()
+    jobs = sorted(path for path in sweep.iterdir() if path.is_dir())
+    assert [job.name for job in jobs] == ["0-lmcode-none-seed1", "1-lmcode-stm-seed1"]
+    found = [next(record.run for record in records(job) if record.HasField("run")) for job in jobs]
+    assert {run.run_group for run in found} == {sweep.name}
+    assert [run.display_name for run in found] == ["lmcode-none", "lmcode-stm"]
+    assert found[0].run_id != found[1].run_id
+    assert [sorted(memlm.load(job).memory) for job in jobs] == [[], ["stm"]]
+
+
+def test_runs_that_start_together_have_directories_of_their_own() -> None:
+    import hydra
+
+    from memlm.config import config_dir
+
+    with hydra.initialize_config_dir(str(config_dir()), version_base="1.3"):
+        found = [hydra.compose("train", return_hydra_config=True).hydra for _ in range(2)]
+    for one, two in ((node.run._get_node("dir")._value(), node.sweep._get_node("dir")._value()) for node in found):
+        assert one.endswith("/${now:%Y-%m-%d_%H-%M-%S-%f}")  # to the microsecond
+        assert two.endswith("/${now:%Y-%m-%d_%H-%M-%S-%f}")
+
+
+# --- in this process -------------------------------------------------------------------------------------------------
+
+
+def test_what_is_reported_is_what_the_checkpoint_does(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Also where the curriculum trains a memory with other settings than it has in use."""
+    cfg = compose([*lines(tmp_path), f"paths.run_dir={tmp_path / 'run'}", "trainer.max_steps=5"])
+    cfg.curriculum.phases[0] = {"steps": 5, "n_row": 2, "n_segment": 2, "items": 2, "memory": {"ltm.write_budget": 1}}
+    recall = main(cfg)
+    assert recall is not None
+    assert 0 <= recall <= 1
+    assert "Recall of facts told once" in capsys.readouterr().out
+    model, data = load_run(tmp_path / "run")
+    chosen = runner.chosen({name: to_dict(cfg)[name] for name in ("perplexity", "needle")})
+    runner.run_all(model, data, chosen, tmp_path / "again")
+    for name in chosen:
+        stored, again = (
+            json.loads((tmp_path / place / name / "result.json").read_text()) for place in ("run", "again")
+        )
+        assert stored["metrics"] == again["metrics"]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    {
+        "data.path=/no/such.txt": r"text file '/no/such\.txt' does not exist",
+        "model.segment_len=8000": "no more than one segment of 8000",
+        "resume=/no/such/run": "there is no run or checkpoint at /no/such/run",
+        "trainer.accelerator=cuda": "asks for CUDA",
+        "training.lr=-1": "training.lr must be above 0",
+        "needle.n_document=1": "needle.n_document must be at least 2",
+        "curriculum.phases=[]": "curriculum.phases is empty",
+        "trainer.log_every_n_steps=0": "trainer.log_every_n_steps must be",
+    }.items(),
+)
+def test_mistakes_are_told_before_training(
+    wrong: str, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(ConfigError, match=told) as caught:
+        main(compose([*lines(tmp_path), wrong, f"paths.run_dir={tmp_path / 'run'}"]))
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_empty_text_is_told(tmp_path: Path) -> None:
+    (tmp_path / "empty.txt").touch()
+    with pytest.raises(ConfigError, match="holds no text"):
+        main(compose([*lines(tmp_path), f"data.path={tmp_path / 'empty.txt'}"]))

@@ -1,0 +1,268 @@
+import errno
+import io
+import struct
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import lightning
+import pytest
+import torch
+
+from memlm.analysis.figures import read_history
+from memlm.checkpoint import checkpoints
+from memlm.config import ConfigError
+from memlm.training import callbacks
+from memlm.training.callbacks import Progress, Throughput
+from memlm.training.fit import make_trainer, plan_steps, sync_hint, wandb_logger
+from memlm.training.resume import history_files
+from tests.training.small import FACTS, SHORT, config, curve, fit, fit_until_killed
+
+
+def records(run: Path) -> Iterator[Any]:
+    """What W&B has written into its file: a header of 7 bytes, then blocks of 32 KiB with parts of records."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    (file,) = run.glob("wandb/offline-run-*/*.wandb")
+    data, place, parts = file.read_bytes(), 7, b""
+    while place + 7 <= len(data):
+        left = 32768 - place % 32768
+        if left < 7:
+            place += left
+            continue
+        _, length, kind = struct.unpack("<IHB", data[place : place + 7])
+        parts += data[place + 7 : place + 7 + length]
+        place += 7 + length
+        if kind in (1, 4):  # whole, or the last part
+            yield Record.FromString(parts)
+            parts = b""
+
+
+def history(run: Path) -> list[dict[str, str]]:
+    rows = [record.history.item for record in records(run) if record.HasField("history")]
+    return [{item.key or "/".join(item.nested_key): item.value_json for item in row} for row in rows]
+
+
+# --- plans -----------------------------------------------------------------------------------------------------------
+
+
+def test_steps_come_from_the_curriculum(tmp_path: Path) -> None:
+    phases = [SHORT | {"steps": 5}, FACTS | {"steps": 6}]
+    for more, steps in (([], 11), (["trainer.accumulate_grad_batches=2"], 6), (["trainer.max_steps=7"], 7)):
+        settings = config(tmp_path, "a", "trainer.max_steps=-1", *more, phases=phases)
+        assert settings["trainer"]["max_steps"] == steps
+
+
+@pytest.mark.parametrize(
+    ("setting", "told"),
+    {
+        "trainer.accelerator=gpu": "asks for CUDA, but torch finds none",
+        "trainer.max_steps=0": "trainer.max_steps must be at least 1",
+        "trainer.val_check_interval=0.5": "trainer.val_check_interval must be a whole number of at least 1",
+        "checkpoint.every=0": "checkpoint.every must be a whole number of at least 1",
+        "checkpoint.keep=x": "checkpoint.keep must be a whole number of at least 1, got 'x'",
+        "seed=-1": "seed must be in",
+        "training.lr=-1": "training.lr must be above 0",
+    }.items(),
+)
+def test_impossible_plans_are_refused(setting: str, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ConfigError, match=told):
+        config(tmp_path, "a", setting)
+
+
+def test_settings_reach_the_trainer(tmp_path: Path) -> None:
+    more = [
+        "trainer.devices=2",
+        "trainer.strategy=ddp_spawn",
+        "trainer.gradient_clip_val=0.5",
+        "trainer.precision=bf16-mixed",
+    ]
+    settings = config(tmp_path, "a", *more)
+    with make_trainer(settings, tmp_path / "a") as (trainer, _):
+        assert (trainer.world_size, trainer.num_devices, trainer.gradient_clip_val) == (2, 2, 0.5)
+        assert trainer.precision == "bf16-mixed"
+        assert type(trainer.accelerator).__name__ == "CPUAccelerator"
+    for more_, told in (
+        ({"trainer.accelerator": "tpu"}, "trainer: "),
+        ({"trainer.strategy": "no_such"}, "trainer: .*no_such"),
+    ):
+        node = settings["trainer"] | {key.partition(".")[2]: value for key, value in more_.items()}
+        with pytest.raises(ConfigError, match=told), make_trainer(settings | {"trainer": node}, tmp_path / "b"):
+            pass
+
+
+def test_two_processes_are_one_run(tmp_path: Path) -> None:
+    """The rows of a batch are dealt out: same losses, same weights, and a resumed run goes on with all rows."""
+    ranks = ["trainer.devices=2", "trainer.strategy=ddp_fork", "model.dropout=0", "training.min_lr_ratio=1"]
+    alone = ["model.dropout=0", "training.min_lr_ratio=1"]
+    whole = config(tmp_path, "whole", *alone, phases=[FACTS])
+    expected = curve(fit(whole)[2])
+    fit(config(tmp_path, "two", *ranks, "trainer.max_steps=4", phases=[FACTS]))  # ends within a document
+    fit(config(tmp_path, "on", *ranks, f"resume={tmp_path / 'two'}", phases=[FACTS]))
+    found = curve([row for file in history_files(tmp_path / "on") for row in read_history(file)])
+    assert found == pytest.approx(expected, abs=2e-3)
+    forgot = fit(config(tmp_path, "x", *alone, "memory.ltm.top_k=1", phases=[FACTS]))[2]
+    assert curve(forgot) != pytest.approx(expected, abs=2e-3)  # the bound is tight enough to tell
+    with pytest.raises(Exception, match="scope=shared needs one device"):
+        fit(config(tmp_path, "shared", *ranks, "memory.ltm.scope=shared"))
+
+
+# --- what is kept ----------------------------------------------------------------------------------------------------
+
+
+def test_the_newest_checkpoints_are_kept_and_the_last_step_is_written(tmp_path: Path) -> None:
+    fit(config(tmp_path, "a", "checkpoint.every=2", "trainer.max_steps=7"))
+    assert [path.name for path in checkpoints(tmp_path / "a")] == ["step=6.ckpt", "step=7.ckpt"]
+    fit(config(tmp_path, "b", "checkpoint.every=2", "trainer.max_steps=5", "checkpoint.keep=null"))
+    assert [path.name for path in checkpoints(tmp_path / "b")] == ["step=2.ckpt", "step=4.ckpt", "step=5.ckpt"]
+
+
+def test_a_full_disk_is_told_in_a_sentence(tmp_path: Path) -> None:
+    def full(module: Any, batch: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(ConfigError, match=r"no space is left in .*resume=auto"):
+        fit(config(tmp_path, "a"), before_step=full)
+
+
+# --- the console -----------------------------------------------------------------------------------------------------
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_one_bar_with_readable_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = Terminal()
+    monkeypatch.setattr(sys, "stderr", screen)
+    monkeypatch.setattr(callbacks, "_REFRESH", 0.0)
+    fit(config(tmp_path, "a", "trainer.enable_progress_bar=true"), watch=lambda model: {"recall/on": 0.25})
+    shown = screen.getvalue()
+    assert shown.count("\n") == 1  # one bar, which stays; validation has none
+    last = shown.split("\r")[-1]
+    assert "9/9" in last
+    assert "loss " in last
+    assert "tok/s " in last
+    assert "recall 25.0%" in last
+    for noise in ("v_num", "Epoch", "Validation", "train/", "Tip", "GPU"):
+        assert noise not in shown
+
+
+def test_plain_lines_where_there_is_no_terminal(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    more = ["trainer.enable_progress_bar=true", "trainer.max_steps=40", "trainer.log_every_n_steps=4"]
+    fit(config(tmp_path, "a", *more))
+    out, err = capsys.readouterr()
+    lines = [line for line in out.splitlines() if line.startswith("step ")]
+    assert [int(line.split()[1]) for line in lines] == list(range(4, 41, 4))
+    assert all("of 40: loss " in line and "tok/s " in line for line in lines)
+    assert "\r" not in out + err
+    assert not [r for r in caplog.records if r.name.startswith("lightning") and r.levelname == "INFO"]
+
+
+@pytest.mark.filterwarnings("error")
+def test_no_warnings_reach_the_user_not_even_when_resumed(tmp_path: Path) -> None:
+    fit(config(tmp_path, "a", "training.min_lr_ratio=1", "trainer.max_steps=4"))
+    fit(config(tmp_path, "b", "training.min_lr_ratio=1", f"resume={tmp_path / 'a'}"))
+
+
+def test_time_that_is_not_training_does_not_count() -> None:
+    clock, logged = Throughput(), []
+    trainer: Any = SimpleNamespace(world_size=1, global_step=1, log_every_n_steps=1)
+    module: Any = SimpleNamespace(log=lambda name, value: logged.append(value))
+    batch = SimpleNamespace(ids=torch.zeros(10, 100))
+    now = 0.0
+    import memlm.training.callbacks as where
+
+    original = where.time
+    where.time = SimpleNamespace(perf_counter=lambda: now, monotonic=original.monotonic)  # type: ignore[assignment]
+    try:
+        clock.on_train_start(trainer, module)
+        now = 2.0
+        clock.on_train_batch_end(trainer, module, None, batch, 0)
+        with clock.paused():
+            now += 50
+        clock.on_validation_start(trainer, module)
+        now += 100
+        clock.on_validation_end(trainer, module)
+        now += 4
+        clock.on_train_batch_end(trainer, module, None, batch, 1)
+    finally:
+        where.time = original  # type: ignore[assignment]
+    assert logged == [500.0, 250.0]
+
+
+def test_processes_but_the_first_show_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    bar = Progress()
+    bar.disable()
+    trainer: Any = SimpleNamespace(global_step=1, max_steps=2, log_every_n_steps=1, callback_metrics={})
+    bar.on_train_start(trainer, None)  # type: ignore[arg-type]
+    bar.on_train_batch_end(trainer, None, None, None, 0)  # type: ignore[arg-type]
+    assert capsys.readouterr() == ("", "")
+
+
+# --- weights and biases ----------------------------------------------------------------------------------------------
+
+
+def test_an_offline_run_has_steps_a_name_and_goes_on_when_resumed(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    import wandb
+
+    settings = config(tmp_path, "a", logger="default")
+    fit_until_killed(settings, step=5)
+    _, _, rows = fit(config(tmp_path, "b", f"resume={tmp_path / 'a'}", logger="default"))
+    assert wandb.run is None  # finished
+    assert sorted(curve(rows)) == list(range(9))
+    runs = [record.run for record in records(tmp_path / "b") if record.HasField("run")]
+    assert runs[0].display_name == "lmcode-ltm"
+    assert runs[0].project == "memlm"
+    (first,) = (tmp_path / "a").glob("wandb/offline-run-*")
+    assert first.name.endswith(f"-{runs[0].run_id}")  # the same run
+    metrics = {m.metric.name or m.metric.glob_name: m.metric for m in records(tmp_path / "b") if m.HasField("metric")}
+    assert metrics["*"].step_metric == "trainer/global_step"
+    logged = {
+        int(row["trainer/global_step"]): float(row["train/loss"])
+        for row in history(tmp_path / "b")
+        if "train/loss" in row
+    }
+    assert logged == {step: value for step, value in curve(rows).items() if step >= 3}
+    assert "WARNING" not in "".join(capfd.readouterr())
+
+
+def test_a_run_that_fails_is_finished_as_failed(tmp_path: Path) -> None:
+    import wandb
+
+    def fail(module: Any, batch: Any) -> None:
+        raise RuntimeError("x")
+
+    with pytest.raises(RuntimeError, match="x"):
+        fit(config(tmp_path, "a", logger="wandb"), before_step=fail)
+    assert wandb.run is None
+    exits = [record.exit for record in records(tmp_path / "a") if record.HasField("exit")]
+    assert [e.exit_code for e in exits] == [1]
+    with pytest.raises(ConfigError, match="log_model"):
+        fit(config(tmp_path, "b", "logger.wandb.log_model=true", logger="wandb"))
+    assert wandb.run is None
+
+
+def test_how_to_upload_is_told(tmp_path: Path) -> None:
+    settings = config(tmp_path, "a", logger="wandb")
+    with make_trainer(settings, tmp_path / "a") as (trainer, _):
+        hint = sync_hint(wandb_logger(trainer.loggers))
+        (folder,) = (tmp_path / "a").glob("wandb/offline-run-*")
+        assert hint == f"wandb sync {folder}"
+    assert sync_hint(None) is None
+
+
+def test_no_logger_at_all(tmp_path: Path) -> None:
+    settings = config(tmp_path, "a") | {"logger": None}
+    assert plan_steps(settings)
+    trainer, _, rows = fit(settings)
+    assert isinstance(trainer, lightning.Trainer)
+    assert rows == []
