@@ -233,11 +233,6 @@ def _is_first() -> bool:
     return getattr(rank_zero_only, "rank", 0) == 0
 
 
-def _is_first() -> bool:
-    """Whether this process is the one that writes."""
-    return getattr(rank_zero_only, "rank", 0) == 0
-
-
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Silence what says nothing to a user of memlm."""
