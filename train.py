@@ -27,19 +27,22 @@ def main(cfg: DictConfig) -> float | None:
     from experiments.report import summary, watch
     from experiments.training import training_result
     from memlm.build import build_corpus, build_data, build_model, build_tokenizer
-    from memlm.training.fit import make_trainer, places_of_runs, plan_steps, save_last, sync_hint, wandb_logger
-    from memlm.training.module import LanguageModeling
     from memlm.training.resume import check_text, find_origin
-    from memlm.training.settings import Training
+    from memlm.training.settings import Training, places_of_runs, plan_steps
 
-    validate(cfg)
     config = plan_steps(to_dict(cfg))
     run = Path(config["paths"]["run_dir"])
     experiments = runner.chosen({name: node for name, node in config.items() if name != "watch"})
     origin = find_origin(config["resume"], config, places_of_runs(config))
 
     corpus = build_corpus(config)
-    data = build_data(config, build_tokenizer(config, corpus), corpus)
+    tokenizer = build_tokenizer(config, corpus)
+    # From here on with lightning, which takes seconds to import: what can be wrong without it was told by now.
+    from memlm.training.fit import make_trainer, save_last, sync_hint, wandb_logger
+    from memlm.training.module import LanguageModeling
+
+    validate(cfg)
+    data = build_data(config, tokenizer, corpus)
     if origin is not None:
         check_text(origin, data)
     data.setup()

@@ -17,7 +17,6 @@ import difflib
 import functools
 import importlib
 import inspect
-import logging
 import os
 import re
 import sys
@@ -249,10 +248,9 @@ def _unknown(config: DictConfig, parent: str, name: str, names: Sequence[str]) -
     hint = did_you_mean(name, names)
     if not hint and (places := [k for k in _walk_keys(config) if k.rpartition(".")[2] == name]):
         hint = f" Did you mean {places[0]!r}?"
+    known = ", ".join(sorted({n for n in names if n[0] != "_"}))
     where = f"{parent} has" if parent else "The settings are"
-    return (
-        f"There is no setting {prefix + name!r}.{hint} {where}: {', '.join(sorted({n for n in names if n[0] != '_'}))}."
-    )
+    return f"There is no setting {prefix + name!r}.{hint} {where}: {known or 'nothing'}."
 
 
 def _walk_keys(config: DictConfig, prefix: str = "") -> Iterator[str]:
@@ -657,16 +655,11 @@ def cli(config_name: str, *, directory: str | Path | None = None) -> Callable[[C
 
     def decorate(function: Callable[[DictConfig], Any]) -> Callable[..., Any]:
         @functools.wraps(function)
-        def bare(cfg: DictConfig) -> Any:
-            _route_lightning(cfg)
-            return function(cfg)
-
-        @functools.wraps(function)
         def job(cfg: DictConfig) -> Any:
             # What _quiet_hydra() sets must not reach the processes that this job starts.
             os.environ.pop("HYDRA_FULL_ERROR", None)
             try:
-                return bare(cfg)
+                return function(cfg)
             except Exception as error:
                 if not _is_sweep():
                     if _is_user_error(error):
@@ -692,7 +685,7 @@ def cli(config_name: str, *, directory: str | Path | None = None) -> Callable[[C
             if _wants_traceback():
                 os.environ["HYDRA_FULL_ERROR"] = "1"
                 check_command_line(sys.argv[1:], config_name, directory=directory)
-                return run(bare)()
+                return run(function)()
             try:
                 check_command_line(sys.argv[1:], config_name, directory=directory)
                 with _quiet_hydra():
@@ -724,21 +717,6 @@ def _quiet_hydra() -> Iterator[None]:
         os.environ.pop("HYDRA_FULL_ERROR")
         if before is not None:
             os.environ["HYDRA_FULL_ERROR"] = before
-
-
-def _route_lightning(cfg: DictConfig) -> None:
-    """Send the log lines of lightning through the handlers of the job alone.
-
-    On import lightning gives its loggers console handlers of their own: each line would appear twice on the console
-    or miss the log file, depending on who came first.
-    """
-    used = any(str(node["_target_"]).startswith("lightning.") for _, node in _nodes(OmegaConf.to_container(cfg), ""))
-    if used and logging.getLogger().hasHandlers():
-        importlib.import_module("lightning")
-        for name in ("lightning", "lightning.pytorch", "lightning.fabric"):
-            logger = logging.getLogger(name)
-            logger.handlers.clear()
-            logger.propagate = True
 
 
 def _wants_traceback() -> bool:

@@ -17,8 +17,8 @@ from experiments import runner
 from memlm.analysis.figures import read_history
 from memlm.checkpoint import checkpoints, load_run, read
 from memlm.config import ConfigError, compose, to_dict
-from memlm.training.fit import plan_steps
 from memlm.training.resume import history_files
+from memlm.training.settings import plan_steps
 from tests.training.small import curve, fit, overrides
 from tests.training.test_fit import records
 from train import main

@@ -117,8 +117,9 @@ class _From(Sampler[int]):
         self.begin, self.end = begin, end
 
     def __iter__(self) -> Iterator[int]:
+        # A generator: a loader with workers asks for an iterator that it never uses.
         begin, self.begin = self.begin, 0
-        return iter(range(begin, self.end))
+        yield from range(begin, self.end)
 
     def __len__(self) -> int:
         return self.end

@@ -14,7 +14,6 @@ from typing import Any
 import lightning
 import torch
 from hydra.core.hydra_config import HydraConfig
-from hydra.types import RunMode
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
@@ -23,10 +22,9 @@ from lightning.pytorch.utilities import rank_zero_only
 from memlm.analysis.figures import read_history
 from memlm.checkpoint import FOLDER, checkpoints, no_space
 from memlm.config import ConfigError
-from memlm.data.curriculum import Curriculum
 from memlm.training.callbacks import AtomicCheckpointIO, Checkpoints, DuringTraining, Progress, Throughput
 from memlm.training.resume import Origin, history_files, keep_earlier_history
-from memlm.training.settings import Training
+from memlm.training.settings import sweep_dir
 
 # What libraries say that tells a user of memlm nothing.
 _NOISE = (
@@ -38,45 +36,6 @@ _NOISE = (
     ".*dataloader is not resumable.*",  # it is: a batch is a function of its number
     ".*found in eval mode at the start of training.*",
 )
-
-
-def plan_steps(config: dict[str, Any]) -> dict[str, Any]:
-    """``config`` with ``trainer.max_steps`` filled in from the curriculum, and the rest checked.
-
-    Raises:
-        ConfigError: If a device is asked for that is not there, or a number is out of range.
-    """
-    trainer = dict(config["trainer"])
-    for key in ("checkpoint.every", "checkpoint.keep", "trainer.accumulate_grad_batches", "trainer.log_every_n_steps",
-                "trainer.val_check_interval"):  # fmt: skip
-        node, _, name = key.partition(".")
-        value = config[node][name]
-        if key == "checkpoint.keep" and value is None:
-            continue
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ConfigError(f"{key} must be a whole number of at least 1, got {value!r}")
-    if not 0 <= config["seed"] < 2**31:
-        raise ConfigError(f"seed must be in 0..2147483647, got {config['seed']}")
-    Training(**{name: value for name, value in config["training"].items() if name != "_target_"})
-    if trainer["max_steps"] in (None, -1):
-        batches = Curriculum(config["curriculum"]["phases"]).steps
-        trainer["max_steps"] = -(-batches // trainer["accumulate_grad_batches"])
-    if trainer["max_steps"] < 1:
-        raise ConfigError(f"trainer.max_steps must be at least 1, or -1 for the curriculum, got {trainer['max_steps']}")
-    if trainer["accelerator"] in ("gpu", "cuda") and not torch.cuda.is_available():
-        raise ConfigError(
-            f"trainer.accelerator={trainer['accelerator']} asks for CUDA, but torch finds none here: "
-            "use trainer=cpu, or install a CUDA build of torch"
-        )
-    return config | {"trainer": trainer}
-
-
-def places_of_runs(config: Mapping[str, Any]) -> list[Path]:
-    """Where ``resume=auto`` looks for runs: below ``paths.root``; the jobs of a sweep also in sweeps before it."""
-    places = [Path(config["paths"]["root"])]
-    if (sweep := _sweep()) is not None and sweep.parent.resolve() != Path.cwd():
-        places.append(sweep.parent)
-    return places
 
 
 @contextlib.contextmanager
@@ -156,7 +115,7 @@ def _trainer(**settings: Any) -> lightning.Trainer:
         trainer = lightning.Trainer(**settings)
     except (MisconfigurationException, ValueError, TypeError, ModuleNotFoundError) as error:
         raise ConfigError(f"trainer: {' '.join(str(error).split())}") from error
-    if trainer.world_size > 1 and _sweep() is not None:
+    if trainer.world_size > 1 and sweep_dir() is not None:
         raise ConfigError(
             f"the jobs of a sweep train on one device each, but trainer.devices={settings['devices']} gives "
             f"{trainer.world_size}: add trainer.devices=1, or run them one by one without -m"
@@ -182,7 +141,7 @@ def _wandb(config: Mapping[str, Any], settings: dict[str, Any], origin: Origin |
 
     offline, log_model, folder = settings.pop("offline"), settings.pop("log_model"), Path(settings.pop("save_dir"))
     settings["name"] = settings["name"] or config["name"] or _title(config)
-    sweep = _sweep()
+    sweep = sweep_dir()
     settings["group"] = settings["group"] or (sweep.name if sweep is not None else None)
     run_id = origin.entry.get("wandb_id") if origin is not None else None
     run: Any = None
@@ -221,13 +180,6 @@ def _title(config: Mapping[str, Any]) -> str:
     return f"{config['model']['_target_'].rpartition('.')[2].lower()}-{'+'.join(config['memory']) or 'none'}"
 
 
-def _sweep() -> Path | None:
-    """Directory of the sweep that this run is a job of."""
-    if HydraConfig.initialized() and HydraConfig.get().mode is RunMode.MULTIRUN:
-        return Path(HydraConfig.get().sweep.dir)
-    return None
-
-
 def _is_first() -> bool:
     """Whether this is the first of all processes."""
     return getattr(rank_zero_only, "rank", 0) == 0
@@ -244,6 +196,9 @@ def _quiet() -> Iterator[None]:
         try:
             for logger in loggers:
                 logger.setLevel(logging.WARNING)
+                if logging.getLogger().hasHandlers():  # those of the job; lightning's own would say each line again
+                    logger.handlers.clear()
+                    logger.propagate = True
             yield
         finally:
             for logger, level in zip(loggers, levels, strict=True):

@@ -195,8 +195,6 @@ class LanguageModeling(lightning.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take up the carried state."""
-        # A run that is made longer goes on after what was its last batch; Lightning would begin another epoch.
-        checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]["is_last_batch"] = False
         carried = checkpoint.get("carried")
         self._state = None
         if carried is not None:

@@ -1,10 +1,17 @@
-"""Settings of optimisation: light, so that a wrong value is told before anything heavy is imported."""
+"""Settings of a run, checked: light, so that a wrong value is told before anything heavy is imported."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 
 from memlm.config import ConfigError
+from memlm.data.curriculum import Curriculum
 
 
 @dataclass(frozen=True)
@@ -43,3 +50,55 @@ class Training:
                 raise ConfigError(f"training.{name} must not be negative, got {getattr(self, name)}")
         if not 0 <= self.min_lr_ratio <= 1:
             raise ConfigError(f"training.min_lr_ratio must be in 0..1, got {self.min_lr_ratio}")
+
+
+def plan_steps(config: dict[str, Any]) -> dict[str, Any]:
+    """``config`` with ``trainer.max_steps`` filled in from the curriculum, and the rest checked.
+
+    Raises:
+        ConfigError: If a device is asked for that is not there, or a number is out of range.
+    """
+    trainer = dict(config["trainer"])
+    for key in ("checkpoint.every", "checkpoint.keep", "trainer.accumulate_grad_batches", "trainer.log_every_n_steps",
+                "trainer.val_check_interval"):  # fmt: skip
+        node, _, name = key.partition(".")
+        value = config[node][name]
+        if key == "checkpoint.keep" and value is None:
+            continue
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ConfigError(f"{key} must be a whole number of at least 1, got {value!r}")
+    if not 0 <= config["seed"] < 2**31:
+        raise ConfigError(f"seed must be in 0..2147483647, got {config['seed']}")
+    Training(**{name: value for name, value in config["training"].items() if name != "_target_"})
+    if trainer["max_steps"] in (None, -1):
+        batches = Curriculum(config["curriculum"]["phases"]).steps
+        trainer["max_steps"] = -(-batches // trainer["accumulate_grad_batches"])
+    if trainer["max_steps"] < 1:
+        raise ConfigError(f"trainer.max_steps must be at least 1, or -1 for the curriculum, got {trainer['max_steps']}")
+    if trainer["accelerator"] in ("gpu", "cuda") and not _has_cuda():
+        raise ConfigError(
+            f"trainer.accelerator={trainer['accelerator']} asks for CUDA, but torch finds none here: "
+            "use trainer=cpu, or install a CUDA build of torch"
+        )
+    return config | {"trainer": trainer}
+
+
+def places_of_runs(config: Mapping[str, Any]) -> list[Path]:
+    """Where ``resume=auto`` looks for runs: below ``paths.root``; the jobs of a sweep also in sweeps before it."""
+    places = [Path(config["paths"]["root"])]
+    if (sweep := sweep_dir()) is not None and sweep.parent.resolve() != Path.cwd():
+        places.append(sweep.parent)
+    return places
+
+
+def sweep_dir() -> Path | None:
+    """Directory of the sweep that this run is a job of."""
+    if HydraConfig.initialized() and HydraConfig.get().mode is RunMode.MULTIRUN:
+        return Path(HydraConfig.get().sweep.dir)
+    return None
+
+
+def _has_cuda() -> bool:
+    import torch
+
+    return torch.cuda.is_available()

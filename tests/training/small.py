@@ -14,10 +14,10 @@ from omegaconf import DictConfig, OmegaConf
 
 from memlm.build import build_corpus, build_data, build_model, build_tokenizer
 from memlm.config import compose, to_dict
-from memlm.training.fit import make_trainer, places_of_runs, plan_steps
+from memlm.training.fit import make_trainer
 from memlm.training.module import LanguageModeling
 from memlm.training.resume import check_text, find_origin
-from memlm.training.settings import Training
+from memlm.training.settings import Training, places_of_runs, plan_steps
 
 Rows = list[dict[str, Any]]
 

@@ -16,9 +16,10 @@ from memlm.checkpoint import checkpoints
 from memlm.config import ConfigError
 from memlm.training import callbacks
 from memlm.training.callbacks import Progress, Throughput
-from memlm.training.fit import make_trainer, plan_steps, sync_hint, wandb_logger
+from memlm.training.fit import make_trainer, sync_hint, wandb_logger
 from memlm.training.resume import history_files
-from tests.training.small import FACTS, SHORT, config, curve, fit, fit_until_killed
+from memlm.training.settings import plan_steps
+from tests.training.small import FACTS, SHORT, config, curve, fit
 
 
 def records(run: Path) -> Iterator[Any]:
@@ -214,8 +215,12 @@ def test_an_offline_run_has_steps_a_name_and_goes_on_when_resumed(
 ) -> None:
     import wandb
 
-    settings = config(tmp_path, "a", logger="default")
-    fit_until_killed(settings, step=5)
+    def stop(module: Any, batch: Any) -> None:
+        if batch.step == 5:  # not by a signal to a forked process, which would share the connection to W&B
+            raise RuntimeError("stopped")
+
+    with pytest.raises(RuntimeError, match="stopped"):
+        fit(config(tmp_path, "a", logger="default"), before_step=stop)
     _, _, rows = fit(config(tmp_path, "b", f"resume={tmp_path / 'a'}", logger="default"))
     assert wandb.run is None  # finished
     assert sorted(curve(rows)) == list(range(9))

@@ -13,8 +13,9 @@ from memlm.training.resume import find_origin, history_files, remove_leftovers
 from tests.training.small import CURRICULA, FACTS, PLAIN, SHORT, config, curve, fit, fit_until_killed, write_text
 
 
+@pytest.mark.parametrize("n_worker", [0, 2])
 @pytest.mark.parametrize("curriculum", CURRICULA)
-def test_killed_and_resumed_is_bit_identical(curriculum: str, tmp_path: Path) -> None:
+def test_killed_and_resumed_is_bit_identical(curriculum: str, n_worker: int, tmp_path: Path) -> None:
     phases = [CURRICULA[curriculum]]
     _, module, rows = fit(config(tmp_path, "whole", phases=phases, memory="dual"))
     whole = {name: curve(rows, name) for name in ("train/loss", "train/lr", "val/nll", "memory/ltm/write_gate")}
@@ -23,18 +24,16 @@ def test_killed_and_resumed_is_bit_identical(curriculum: str, tmp_path: Path) ->
     assert sorted(whole["val/nll"]) == [3, 7]
     weights = {name: value.clone() for name, value in module.model.state_dict().items()}
 
-    for n_worker in (0, 2):
-        run = f"killed-{n_worker}"
-        settings = config(tmp_path, run, f"data.n_worker={n_worker}", phases=phases, memory="dual")
-        fit_until_killed(settings, step=8)  # in the middle of a document: the last checkpoint is of step 6
-        assert [p.name for p in checkpoints(tmp_path / run)] == ["step=3.ckpt", "step=6.ckpt"]
-        resumed = config(tmp_path, f"{run}-on", f"data.n_worker={n_worker}", f"resume={tmp_path / run}",
-                         phases=phases, memory="dual")  # fmt: skip
-        _, module, rows = fit(resumed)
-        for name, expected in whole.items():
-            assert curve(rows, name) == expected, (n_worker, name)
-        for name, value in module.model.state_dict().items():
-            assert torch.equal(value, weights[name]), (n_worker, name)
+    workers = f"data.n_worker={n_worker}"
+    killed = config(tmp_path, "killed", workers, phases=phases, memory="dual")
+    fit_until_killed(killed, step=8)  # in the middle of a document: the last checkpoint is of step 6
+    assert [p.name for p in checkpoints(tmp_path / "killed")] == ["step=3.ckpt", "step=6.ckpt"]
+    resume = f"resume={tmp_path / 'killed'}"
+    _, module, rows = fit(config(tmp_path, "on", workers, resume, phases=phases, memory="dual"))
+    for name, expected in whole.items():
+        assert curve(rows, name) == expected, name
+    for name, value in module.model.state_dict().items():
+        assert torch.equal(value, weights[name]), name
 
 
 def test_resumed_twice_and_with_accumulation(tmp_path: Path) -> None:
