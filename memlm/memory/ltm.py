@@ -100,7 +100,7 @@ class LongTermMemory(Memory):
         d_key: int = 128,
         d_value: int = 128,
         top_k: int = 32,
-        write_budget: int | None = 32,
+        write_budget: int | None = 64,
         span: int = 5,
         importance: Literal["span", "token", "fifo"] = "span",
         temperature: float = 12.0,
