@@ -106,7 +106,7 @@ class LongTermMemory(Memory):
         temperature: float = 12.0,
         retrieval_threshold: float = -1.0,
         gate_floor: float = 0.02,
-        gate_penalty: float = 0.1,
+        gate_penalty: float = 0.03,
         scope: Scope = "sequence",
     ) -> None:
         super().__init__()
