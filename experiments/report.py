@@ -30,7 +30,7 @@ def summary(results: Iterable[Result]) -> str:
         ValueError: If a result claims recall without its controls.
     """
     results = list(results)
-    blocks = [_perplexity(result.metrics) for result in results if "perplexity/on" in result.metrics]
+    blocks = [_perplexity(result) for result in results if "perplexity/on" in result.metrics]
     blocks += [_recall(result) for result in results if _claims_recall(result.metrics)]
     return "\n\n".join(blocks)
 
@@ -58,7 +58,8 @@ def _claims_recall(metrics: Mapping[str, float]) -> bool:
     return any(name.startswith(("exact_match/on", "exact_match_straddling/on")) for name in metrics)
 
 
-def _perplexity(metrics: Mapping[str, float]) -> str:
+def _perplexity(result: Result) -> str:
+    metrics = result.metrics
     lines = [
         (label, metrics[f"perplexity/{name}"], metrics[f"nll/{name}"])
         for name, label in _PERPLEXITY.items()
@@ -67,6 +68,8 @@ def _perplexity(metrics: Mapping[str, float]) -> str:
     n_token, n_document = int(metrics["n_token"]), int(metrics["n_document"])
     title = f"Perplexity of held-out text ({n_token:,} tokens, {n_document:,} documents)"
     text = table(("condition", "perplexity", "nats per token"), lines, title)
+    if result.metadata.get("memories") == []:
+        return text + "\nThe model has no memory: all conditions are the same."
     if "difference/on-off" in metrics:
         mean, low, high = (metrics[f"difference{part}/on-off"] for part in ("", "_low", "_high"))
         interval = "no interval, one document" if math.isnan(low) else f"95 % interval {low:+.4f} to {high:+.4f}"

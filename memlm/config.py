@@ -680,6 +680,7 @@ def cli(config_name: str, *, directory: str | Path | None = None) -> Callable[[C
         def main(cfg: DictConfig | None = None) -> Any:
             if cfg is not None:
                 return function(cfg)
+            sys.argv[1:] = [_quoted(argument) for argument in sys.argv[1:]]
             path = str(Path(directory or config_dir()).resolve())
             run = hydra.main(version_base="1.3", config_path=path, config_name=config_name)
             if _wants_traceback():
@@ -704,6 +705,13 @@ def cli(config_name: str, *, directory: str | Path | None = None) -> Callable[[C
         return main
 
     return decorate
+
+
+def _quoted(argument: str) -> str:
+    """Put quotes around a path with an equals sign, such as that of a checkpoint, which Hydra could not read."""
+    key, _, value = argument.partition("=")
+    plain = key in ("resume", "checkpoint") and "=" in value and not set(value) & set("'\",[]{}()")
+    return f"{key}='{value}'" if plain else argument
 
 
 @contextmanager

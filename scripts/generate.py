@@ -28,7 +28,11 @@ def main(cfg: DictConfig) -> str:
         raise ConfigError(f"the tokenizer of the model makes nothing of prompt={prompt!r}: give other text.")
     torch.manual_seed(cfg.seed)
     tokens = model.generate(
-        torch.tensor([ids], device=device), cfg.n_token, temperature=cfg.temperature, top_k=cfg.top_k
+        torch.tensor([ids], device=device),
+        cfg.max_new_tokens,
+        temperature=cfg.temperature,
+        top_k=cfg.top_k,
+        top_p=cfg.top_p,
     )
     text = model.tokenizer.decode(tokens[0].tolist())
     print(text)

@@ -494,3 +494,16 @@ def test_shipped_trainers(tmp_path: Path, name: str) -> None:
 def test_did_you_mean() -> None:
     assert did_you_mean("lmt", ["ltm", "stm"]) == " Did you mean 'ltm'?"
     assert did_you_mean("lmt", ["q"]) == ""
+
+
+@pytest.mark.parametrize(
+    ("argument", "quoted"),
+    [
+        ("checkpoint=a/step=3.ckpt", "checkpoint='a/step=3.ckpt'"),
+        ("resume='a/step=3.ckpt'", "resume='a/step=3.ckpt'"),
+        ("resume=auto", "resume=auto"),
+        ("model.n_layer=2", "model.n_layer=2"),
+    ],
+)
+def test_paths_of_checkpoints_need_no_quotes(argument: str, quoted: str) -> None:
+    assert config._quoted(argument) == quoted

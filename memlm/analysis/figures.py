@@ -170,7 +170,7 @@ def loss_curve(history: History) -> Figure | None:
             if len(loss) >= 50:  # the raw loss is noise around the trend: show both
                 axes.plot(step, loss, color=PALETTE["sky"], linewidth=0.8, alpha=0.6)
                 loss = _running_mean(loss, width=max(5, len(loss) // 40))
-            _line(axes, step, loss, color=PALETTE["blue"], label="train/loss")
+            _line(axes, step, loss, color=PALETTE["blue"], label="train/loss, answers weigh more")
         if val:
             _line(axes, list(val), list(val.values()), color=PALETTE["vermillion"], marker="o", label="val/nll")
         axes.set(title="Loss", ylabel="nats per token")

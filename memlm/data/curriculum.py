@@ -91,6 +91,12 @@ class Curriculum:
         _, phase, within = self.at(step)
         part = min(within / max(phase.steps - 1, 1), 1.0)
         return {
-            name: value[0] + (value[1] - value[0]) * part if isinstance(value, list | tuple) else value
+            name: _between(*value, part) if isinstance(value, list | tuple) else value
             for name, value in phase.memory.items()
         }
+
+
+def _between(first: float, last: float, part: float) -> float:
+    """The number a share ``part`` of the way from ``first`` to ``last``; whole if both are."""
+    value = first + (last - first) * part
+    return round(value) if isinstance(first, int) and isinstance(last, int) else value

@@ -19,6 +19,7 @@ from memlm.data.tokens import TokenizedCorpus
 
 _EVALUATION_SHARE = 8  # one in so many names and values is kept for evaluation
 _MIN_WORDS = 64
+_CHUNK = 1_000_000  # tokens decoded at a time
 
 
 class Fact(NamedTuple):
@@ -69,9 +70,7 @@ class FactMaker:
             )
         self._tokens = [tuple(tokenizer.encode(" " + word)) for word in self.words]
         self._is = tuple(tokenizer.encode(" is"))
-        self._n_vocab = tokenizer.vocab_size
-        pairs = train.tokens[:-1].astype(np.int64) * self._n_vocab + train.tokens[1:]
-        self._neighbours = np.unique(pairs)
+        self._neighbours = _neighbours(tokenizer, train, set(self.words))
 
     def draw(
         self, rng: np.random.Generator, n: int, split: Literal["train", "evaluation"], n_word: int | None = None
@@ -110,18 +109,26 @@ class FactMaker:
             if len(set(index.tolist())) < n:
                 continue
             words = tuple(self.words[i] for i in index)
-            held_out = zlib.crc32(" ".join(words).encode()) % _EVALUATION_SHARE == 0
-            if held_out != (split == "evaluation"):
+            pairs = list(itertools.pairwise(words))
+            if _held_out(words) != (split == "evaluation") or any(pair in self._neighbours for pair in pairs):
                 continue
-            parts = [self._tokens[i] for i in index]
-            joints = [a[-1] * self._n_vocab + b[0] for a, b in itertools.pairwise(parts)]
-            if all(not self._adjacent(joint) for joint in joints):
-                return words, tuple(token for part in parts for token in part)
+            if split == "train" and any(_held_out(pair) for pair in pairs):  # a name of evaluation within a value
+                continue
+            return words, tuple(token for i in index for token in self._tokens[i])
 
-    def _adjacent(self, pair: int) -> bool:
-        """Whether two tokens are neighbours anywhere in the training text."""
-        place = int(np.searchsorted(self._neighbours, pair))
-        return place < len(self._neighbours) and int(self._neighbours[place]) == pair
+
+def _held_out(words: tuple[str, ...]) -> bool:
+    """Whether a name or value is kept for evaluation."""
+    return zlib.crc32(" ".join(words).encode()) % _EVALUATION_SHARE == 0
+
+
+def _neighbours(tokenizer: Tokenizer, train: TokenizedCorpus, words: set[str]) -> set[tuple[str, str]]:
+    """Pairs of ``words`` that follow each other anywhere in the training text."""
+    found: set[tuple[str, str]] = set()
+    for start in range(0, train.n_token, _CHUNK):  # chunks overlap, so that no pair is cut
+        text = tokenizer.decode(train.tokens[start : start + _CHUNK + 64].tolist()).split()
+        found.update(pair for pair in itertools.pairwise(text) if pair[0] in words and pair[1] in words)
+    return found
 
 
 def _frequent_words(tokenizer: Tokenizer, train: TokenizedCorpus, n_word: int) -> list[str]:

@@ -121,8 +121,8 @@ class LongTermMemory(Memory):
                 raise ValueError(f"{name} must be at least 1, got {number}")
         if n_slot >= 2**22:
             raise ValueError(f"n_slot must be below {2**22}, got {n_slot}")
-        if write_budget is not None and not 1 <= write_budget <= n_slot:
-            raise ValueError(f"write_budget must be in 1..n_slot ({n_slot}) or null, got {write_budget}")
+        if write_budget is not None and write_budget < 1:
+            raise ValueError(f"write_budget must be at least 1, or null, got {write_budget}")
         if not -1 <= retrieval_threshold <= 1:
             raise ValueError(f"retrieval_threshold is a cosine, so in -1..1, got {retrieval_threshold}")
         if not 0 < gate_floor <= 1:
@@ -172,7 +172,6 @@ class LongTermMemory(Memory):
         """An empty bank for ``n_row`` rows of text."""
         weight = self.to_key.weight
         n_bank = 1 if self.scope == "shared" else n_row
-        self.norm.normalized_shape[0]
 
         def full(*shape: int, value: float = 0.0, dtype: torch.dtype = torch.float32) -> Tensor:
             # A view of one number: an empty bank takes no memory before its first write.
@@ -407,7 +406,8 @@ class LongTermMemory(Memory):
         final = final & here & segment.complete[..., None]
         position = segment.position[..., None] + place - self.lookback  # (B, S, C + T)
         worth = worth.masked_fill(~final, -torch.inf)
-        best = worth.topk(min(self.write_budget or window_len, window_len), dim=2)  # (B, S, K)
+        budget = window_len if self.write_budget is None else self.write_budget
+        best = worth.topk(min(budget, window_len), dim=2)  # (B, S, K)
 
         def pick(part: Tensor) -> Tensor:  # (B, C + N, ...) -> (B, S, K, ...)
             start = torch.arange(n_segment, device=part.device)[:, None] * n_token

@@ -425,6 +425,8 @@ class LMCode(LanguageModel):
             state = self.init_state(n_row)
         elif len(state.local.host_open) != n_row:
             raise ValueError(f"ids have {n_row} rows, but the state has {len(state.local.host_open)}")
+        elif state.local.kv.shape[1:] != self._no_context(1).kv.shape[1:] or set(state.memory) != set(self.memory):
+            raise ValueError("the state is of another model: its layers, widths, segments or memories differ")
         if mask is not None and mask.shape != ids.shape:
             raise ValueError(f"mask must have the shape of ids {tuple(ids.shape)}, got {tuple(mask.shape)}")
         if reset is not None:
@@ -496,6 +498,8 @@ class LMCode(LanguageModel):
             complete = complete | closes
             n_complete, open_len = [n_segment] * n_row, [0] * n_row
             if mask is not None:
+                if not bool((valid[..., 1:] <= valid[..., :-1]).all() & (complete[:, 1:] <= complete[:, :-1]).all()):
+                    raise ValueError("padding may only end a document: it needs reset or breaks in the next segment")
                 n_complete = complete.sum(dim=1).tolist()
                 counts = F.pad(valid.sum(dim=2), (0, 1)).tolist()
                 open_len = [count[n] for count, n in zip(counts, n_complete, strict=True)]

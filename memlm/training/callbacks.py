@@ -143,6 +143,7 @@ class Progress(ProgressBar):
         "loss": ("train/loss", "{:.3f}"),
         "tok/s": ("train/tokens_per_second", "{:,.0f}"),
         "recall": ("recall/on", "{:.1%}"),
+        "reads off": ("recall/off", "{:.1%}"),
     }
 
     def __init__(self) -> None:

@@ -23,7 +23,7 @@ from memlm.analysis.figures import read_history
 from memlm.checkpoint import FOLDER, checkpoints, no_space
 from memlm.config import ConfigError
 from memlm.training.callbacks import AtomicCheckpointIO, Checkpoints, DuringTraining, Progress, Throughput
-from memlm.training.resume import Origin, history_files, keep_earlier_history
+from memlm.training.resume import Origin, history_files, keep_earlier_history, running
 from memlm.training.settings import sweep_dir
 
 # What libraries say that tells a user of memlm nothing.
@@ -73,7 +73,7 @@ def make_trainer(
     loggers: list[Logger] = []
     finished = False
     try:
-        with _quiet():
+        with _quiet(), running(run) if _is_first() else contextlib.nullcontext():
             if origin is not None and _is_first():
                 keep_earlier_history(run, origin)
             loggers += _loggers(config, origin)

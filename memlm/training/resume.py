@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import fcntl
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -16,6 +17,7 @@ from memlm.data.tokens import atomic_file
 if TYPE_CHECKING:
     from memlm.data.datamodule import TextData
 
+_LOCK = ".lock"  # held by the process that trains a run
 # What makes two runs the same run. The rest (loggers, paths, devices, precision) may change.
 _SAME = ("model", "memory", "data", "curriculum", "training", "seed")
 _SAME_TRAINER = ("accumulate_grad_batches", "gradient_clip_val")
@@ -134,6 +136,25 @@ def _origin(path: Path, peek: bool = False) -> Origin:
     return Origin(path, content["global_step"], content["memlm"])
 
 
+@contextlib.contextmanager
+def running(run: Path) -> Iterator[None]:
+    """Mark a run as alive; the mark goes with the process, however it ends."""
+    run.mkdir(parents=True, exist_ok=True)
+    with open(run / _LOCK, "w") as lock:
+        fcntl.lockf(lock, fcntl.LOCK_EX)  # not flock: that would live on in loader workers
+        yield
+
+
+def _is_alive(run: Path) -> bool:
+    """Whether a process of this machine is training the run."""
+    with contextlib.suppress(FileNotFoundError), open(run / _LOCK, "r+") as lock:
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            return True
+    return False
+
+
 def _newest(config: Mapping[str, Any], roots: Sequence[Path]) -> Origin | None:
     """The newest whole checkpoint of the newest run with this configuration, unless that run is finished."""
     newest: dict[Path, float] = {}
@@ -143,6 +164,9 @@ def _newest(config: Mapping[str, Any], roots: Sequence[Path]) -> Origin | None:
             with contextlib.suppress(FileNotFoundError):  # a run that is alive removes its old ones
                 newest[run] = max(newest.get(run, 0.0), path.stat().st_mtime)
     for run in sorted(newest, key=newest.__getitem__, reverse=True):
+        if _is_alive(run):
+            print(f"resume=auto: {run} is still being trained; left alone")
+            continue
         for path in reversed(checkpoints(run)):
             try:
                 there = _origin(path, peek=True).entry["config"]

@@ -75,6 +75,11 @@ def plan_steps(config: dict[str, Any]) -> dict[str, Any]:
         trainer["max_steps"] = -(-batches // trainer["accumulate_grad_batches"])
     if trainer["max_steps"] < 1:
         raise ConfigError(f"trainer.max_steps must be at least 1, or -1 for the curriculum, got {trainer['max_steps']}")
+    if trainer["precision"] not in ("32-true", "32", 32, "bf16-mixed"):
+        raise ConfigError(
+            f"trainer.precision must be 32-true or bf16-mixed, got {trainer['precision']!r}: memories keep their "
+            "searches and banks in 32 bits, and the loss makes its gradients before they could be scaled for fp16"
+        )
     if trainer["accelerator"] in ("gpu", "cuda") and not _has_cuda():
         raise ConfigError(
             f"trainer.accelerator={trainer['accelerator']} asks for CUDA, but torch finds none here: "

@@ -165,3 +165,29 @@ def test_curriculum_finds_the_phase_and_moves_settings():
 def test_impossible_phases_are_refused(phases, message):
     with pytest.raises(ConfigError, match=message):
         Curriculum(phases)
+
+
+@pytest.mark.parametrize("kind", ["char", "byte", "bpe"])
+def test_facts_can_be_drawn_with_tokenizers_that_cut_words(kind):
+    rng = np.random.default_rng(0)
+    text = " ".join(rng.choice(WORDS, size=3000)) + " is"
+    tokenizer = train_tokenizer(kind, [text], 280)
+    tokens = np.array(tokenizer.encode(text), dtype=np.int32)
+    maker = FactMaker(tokenizer, TokenizedCorpus(tokens, np.array([0, len(tokens)])))
+    for fact in maker.draw(np.random.default_rng(0), 20, "train"):
+        assert tokenizer.decode(fact.tokens).split() == fact.text.split()
+        assert " ".join(fact.name) not in text
+
+
+def test_no_value_of_training_holds_a_name_of_evaluation(words):
+    evaluation = {
+        fact.name for seed in range(8) for fact in words[2].draw(np.random.default_rng(seed), 300, "evaluation")
+    }
+    values = [fact.value for seed in range(4) for fact in words[2].draw(np.random.default_rng(seed), 300, "train")]
+    assert len(evaluation) > 1000
+    assert not [value for value in values if value[:2] in evaluation or value[1:] in evaluation]
+
+
+def test_whole_settings_of_memories_stay_whole():
+    curriculum = Curriculum([{"steps": 4, "n_row": 1, "n_segment": 1, "memory": {"ltm.write_budget": [8, 4]}}])
+    assert [curriculum.memory_settings(step)["ltm.write_budget"] for step in range(4)] == [8, 7, 5, 4]

@@ -265,9 +265,11 @@ def test_emit_logs_table_and_images_to_wandb(tmp_path):
 
         experiment = Run()
 
-    emit(make_result(), {"recall": make_figure()}, tmp_path, logger=Fake(), step=40)
+    result = make_result()
+    emit(result, {"recall": make_figure()}, tmp_path, logger=Fake(), step=40)
     (record,) = logged
-    assert set(record) == {"needle/rows", "needle/recall", "trainer/global_step"}
+    assert {"needle/rows", "needle/recall", "trainer/global_step"} <= set(record)
+    assert {name: record[f"needle/{name}"] for name in result.metrics} == dict(result.metrics)
     assert record["trainer/global_step"] == 40
     assert isinstance(record["needle/recall"], wandb.Image)
     assert record["needle/rows"].columns == ["condition", "fact", "distance", "correct"]

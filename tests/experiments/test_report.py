@@ -207,11 +207,11 @@ def test_evaluate_refuses_a_device_that_is_not_there(run):
 
 def test_generate_continues_a_prompt(run, capsys):
     prompt = run.tokenizer.decode([5, 6, 7])
-    text = generate.main(compose(["checkpoint=x", f"prompt='{prompt}'", "n_token=5", "device=cpu"], "generate"))
+    text = generate.main(compose(["checkpoint=x", f"prompt='{prompt}'", "max_new_tokens=5", "device=cpu"], "generate"))
     assert text.startswith(prompt)
     assert len(run.tokenizer.encode(text)) == 8
     assert capsys.readouterr().out == f"{text}\n"
-    again = generate.main(compose(["checkpoint=x", f"prompt='{prompt}'", "n_token=5", "device=cpu"], "generate"))
+    again = generate.main(compose(["checkpoint=x", f"prompt='{prompt}'", "max_new_tokens=5", "device=cpu"], "generate"))
     assert text == again
     for overrides in ([], ["prompt=null"], ["prompt=''"]):
         with pytest.raises(ConfigError, match="prompt is empty"):

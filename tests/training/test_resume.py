@@ -1,6 +1,8 @@
 import os
 import pickle
 import random
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -191,3 +193,25 @@ def test_history_survives_half_a_line(tmp_path: Path) -> None:
     file.write_text(file.read_text() + "0,0.0")
     _, _, rows = fit(config(tmp_path, "b", "resume=auto"))
     assert sorted(curve(rows)) == list(range(9))
+
+
+def test_a_run_that_is_alive_is_left_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fit_until_killed(config(tmp_path, "first"), step=8)
+    code = f"""
+import sys
+from pathlib import Path
+from memlm.training.resume import running
+with running(Path({str(tmp_path / "first")!r})):
+    print("on", flush=True)
+    sys.stdin.read()
+"""
+    settings = config(tmp_path, "second", "resume=auto")
+    other = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    try:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "on\n"
+        assert find_origin("auto", settings, [tmp_path]) is None
+        assert "is still being trained" in capsys.readouterr().out
+    finally:
+        other.communicate()
+    assert find_origin("auto", settings, [tmp_path]) is not None
