@@ -91,7 +91,7 @@ class Curriculum:
         _, phase, within = self.at(step)
         part = min(within / max(phase.steps - 1, 1), 1.0)
         return {
-            name: _between(*value, part) if isinstance(value, list | tuple) else value
+            name: _between(value[0], value[1], part) if isinstance(value, list | tuple) else value
             for name, value in phase.memory.items()
         }
 
