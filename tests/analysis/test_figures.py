@@ -8,6 +8,8 @@ import pytest
 
 from memlm.analysis.figures import PALETTE, gates, loss_curve, read_history, recall_curve, slot_use, style, wilson
 
+LOSS = "train/loss, answers weigh more"
+
 
 def line_of(axes, label):
     (line,) = [line for line in axes.get_lines() if line.get_label().startswith(label)]
@@ -57,7 +59,7 @@ def test_read_history_of_lightnings_own_logger(tmp_path):
     logger.log_metrics({"val/nll": 3.0}, step=1)
     logger.save()
     axes = loss_curve(read_history(f"{logger.log_dir}/metrics.csv")).axes[0]
-    assert list(line_of(axes, "train/loss").get_ydata()) == [2.5]
+    assert list(line_of(axes, LOSS).get_ydata()) == [2.5]
     assert list(line_of(axes, "val/nll").get_ydata()) == [3.0]
 
 
@@ -69,7 +71,7 @@ def test_loss_curve_draws_both_series_in_order():
         {"step": 20, "train/loss": 1.5},  # a resumed run repeats the step
     ]
     axes = loss_curve(history).axes[0]
-    train, val = line_of(axes, "train/loss"), line_of(axes, "val/nll")
+    train, val = line_of(axes, LOSS), line_of(axes, "val/nll")
     assert list(train.get_xdata()) == [10, 20]
     assert list(train.get_ydata()) == [3.0, 1.5]
     assert list(val.get_xdata()) == [20]
@@ -77,7 +79,7 @@ def test_loss_curve_draws_both_series_in_order():
     assert val.get_marker() == "o"  # a single point is no visible line
     assert train.get_color() != val.get_color()
     assert (axes.get_xlabel(), axes.get_ylabel(), axes.get_title(loc="left")) == ("step", "nats per token", "Loss")
-    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["train/loss", "val/nll"]
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == [LOSS, "val/nll"]
     assert not axes.spines["top"].get_visible()
 
 
@@ -87,14 +89,14 @@ def test_loss_curve_shows_a_long_run_raw_and_smoothed():
     raw, smooth = axes.get_lines()
     assert list(raw.get_ydata()[:2]) == [3.0, 1.0]
     assert abs(smooth.get_ydata()[200] - 2.0) < 0.2
-    assert smooth.get_label() == "train/loss"
+    assert smooth.get_label() == LOSS
     line = [{"step": i, "train/loss": float(i)} for i in range(400)]
     # a centred mean leaves a straight line where it is, ends included
     assert np.allclose(loss_curve(line).axes[0].get_lines()[1].get_ydata(), np.arange(400))
 
 
 def test_loss_curve_takes_lightnings_step_column():
-    assert line_of(loss_curve([{"step": 1, "train/loss_step": 2.0}]).axes[0], "train/loss")
+    assert line_of(loss_curve([{"step": 1, "train/loss_step": 2.0}]).axes[0], LOSS)
 
 
 @pytest.mark.parametrize("history", [[], [{"step": 1}], [{"step": 1, "val/nll": None, "recall/on": math.nan}]])

@@ -445,7 +445,7 @@ def test_data_configs_build_their_corpus_and_list_every_parameter(name):
     for key, parameter in parameters.items():
         if parameter.default is not inspect.Parameter.empty:
             assert resolved[key] == parameter.default
-    assert set(config.data.tokenizer) == {"kind", "vocab_size", "path"}
+    assert set(config.data.tokenizer) == {"kind", "vocab_size", "path", "n_vocab"}
 
 
 def test_importing_the_data_modules_loads_nothing_heavy():

@@ -238,11 +238,11 @@ def test_the_curriculum_sets_memories_during_steps_only(tmp_path: Path) -> None:
     _, module, _ = fit(cfg, before_step=before_step)
     by_step = {step: seen[seen.index(step) + 1] for step in range(6)}
     assert by_step == {0: (3, 0.0, 2.0), 1: (3, 0.1, 2.0), 2: (3, 0.2, 2.0), 3: (3, 0.3, 2.0),
-                       4: (6, 0.1, 2.0), 5: (6, 0.1, 2.0)}  # fmt: skip
+                       4: (6, 0.03, 2.0), 5: (6, 0.03, 2.0)}  # fmt: skip
     loaded = memlm.load(tmp_path / "a")
     for model in (module.model, loaded):
         ltm = model.memory["ltm"][0]
-        assert (ltm.write_budget, ltm.gate_penalty, ltm.temperature_scale.item()) == (6, 0.1, 2.0)
+        assert (ltm.write_budget, ltm.gate_penalty, ltm.temperature_scale.item()) == (6, 0.03, 2.0)
 
 
 def test_an_unknown_memory_setting_is_told_before_the_first_step(tmp_path: Path) -> None:
