@@ -17,7 +17,9 @@ os.environ["MPLBACKEND"] = "Agg"
 os.environ.pop("HYDRA_FULL_ERROR", None)
 os.environ.pop("MEMLM_TRACEBACK", None)
 
+import logging
 import shutil
+from collections.abc import Iterator
 
 import pytest
 
@@ -33,3 +35,14 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def _remove_cache() -> None:
     shutil.rmtree(os.environ.pop(_CACHE), ignore_errors=True)
+
+
+@pytest.fixture(autouse=True)
+def log_handlers() -> Iterator[None]:
+    """Take away the log handlers that a Hydra job leaves behind: they write to streams of a test that is over."""
+    root = logging.getLogger()
+    before = list(root.handlers)
+    yield
+    for handler in list(root.handlers):
+        if handler not in before and type(handler) in (logging.StreamHandler, logging.FileHandler):
+            root.removeHandler(handler)
