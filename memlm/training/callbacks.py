@@ -181,8 +181,7 @@ class Progress(ProgressBar):
                 self._bar.set_postfix_str(self._numbers(trainer), refresh=False)
             self._bar.update(step - self._bar.n)
             return
-        every = max(trainer.max_steps // _N_LINE, trainer.log_every_n_steps)  # type: ignore[attr-defined]
-        if self._enabled and step != self._printed and (last or step % every == 0):
+        if self._enabled and step != self._printed and (last or step % self._every == 0):
             self._printed = step
             print(f"step {step:,} of {trainer.max_steps:,}: {self._numbers(trainer)}", flush=True)
 
