@@ -12,7 +12,8 @@ import os
 import shutil
 import sys
 import uuid
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from numbers import Integral, Real
 from pathlib import Path
@@ -25,7 +26,7 @@ from memlm.analysis.figures import PALETTE, style, wilson
 if TYPE_CHECKING:
     from lightning.pytorch.loggers import Logger
 
-__all__ = ["PALETTE", "Result", "emit", "mean_interval", "style", "table", "wilson"]
+__all__ = ["PALETTE", "Result", "emit", "evaluating", "mean_interval", "style", "table", "wilson"]
 
 Row = dict[str, Any]
 
@@ -227,6 +228,21 @@ def emit(
     if logger is not None:
         _log(result, columns, images, logger, step)
     return written
+
+
+@contextmanager
+def evaluating(model: Any) -> Iterator[None]:
+    """Evaluation mode and no gradients inside the block; then every module is in the mode it was in."""
+    import torch
+
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 def table(

@@ -17,8 +17,7 @@ Shapes: B rows, L tokens of a question, V vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -27,7 +26,7 @@ import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter, StrMethodFormatter
 
-from experiments.base import PALETTE, Result, Row, style, wilson
+from experiments.base import PALETTE, Result, Row, evaluating, style, wilson
 from memlm.analysis.figures import CONTROLS
 from memlm.config import ConfigError
 from memlm.data.facts import Fact
@@ -397,16 +396,3 @@ def _lines(metrics: Mapping[str, float], distances: Sequence[int]) -> Figure:
         count = f"{int(max(n)):,}"
         figure.legend(loc="outside lower center", ncols=2, title=f"band: 95 % Wilson interval, n = {count}")
     return figure
-
-
-@contextmanager
-def evaluating(model: Any) -> Iterator[None]:
-    """Evaluation mode and no gradients inside the block; then every module is in the mode it was in."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, training in modes:
-            module.training = training

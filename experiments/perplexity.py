@@ -19,8 +19,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from experiments.base import PALETTE, Result, Row, mean_interval, style
-from experiments.needle import evaluating
+from experiments.base import PALETTE, Result, Row, evaluating, mean_interval, style
 from memlm.config import ConfigError
 from memlm.data.stream import TextStream
 from memlm.training.loss import token_nll

@@ -42,7 +42,7 @@ def watch(node: Mapping[str, Any] | None, data: Any) -> Callable[[Any], dict[str
         node: Settings of the needle experiment as plain values; None for nothing.
         data: The data of the run; without planted facts nothing is measured.
     """
-    if node is None or not data.curriculum.plants_facts:
+    if node is None or not data.curriculum.has_task:
         return None
     settings = Needle(**{name: value for name, value in node.items() if name != "_target_"})
 

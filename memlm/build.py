@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import functools
-import importlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from memlm.config import ConfigError, compose, to_dict, validate
+from memlm.config import ConfigError, compose, instantiate, to_dict, validate
 from memlm.data.tokenizer import Tokenizer, get_tokenizer
 from memlm.data.tokens import cache_dir
 
@@ -43,7 +42,7 @@ def build(*overrides: str) -> LanguageModel:
 
 def build_corpus(config: dict[str, Any]) -> Corpus:
     """The text of ``config["data"]``."""
-    return _instantiate(config["data"]["corpus"], "data.corpus")
+    return instantiate(config["data"]["corpus"], "data.corpus")
 
 
 def build_tokenizer(config: dict[str, Any], corpus: Corpus | None = None) -> Tokenizer:
@@ -62,7 +61,7 @@ def build_data(config: dict[str, Any], tokenizer: Tokenizer, corpus: Corpus | No
         corpus=corpus or build_corpus(config),
         tokenizer=tokenizer,
         segment_len=config["model"]["segment_len"],
-        curriculum=_instantiate(config["curriculum"], "curriculum"),
+        curriculum=instantiate(config["curriculum"], "curriculum"),
         cache_dir=_cache(config),
         seed=config["seed"],
         n_worker=config["data"]["n_worker"],
@@ -81,30 +80,14 @@ def build_model(config: dict[str, Any], tokenizer: Tokenizer) -> LanguageModel:
     memories = {name: _memory(name, dict(node)) for name, node in config["memory"].items()}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config["seed"])
-        model = _instantiate(settings, "model", n_vocab=n_vocab, memories=memories)
+        model = instantiate(settings, "model", n_vocab=n_vocab, memories=memories)
     model.tokenizer, model.config = tokenizer, config
     return model
 
 
 def _memory(name: str, node: dict[str, Any]) -> Callable[..., Any]:
     """A constructor of one memory module."""
-    return functools.partial(_instantiate, node, f"memory.{name}")
-
-
-def _instantiate(node: dict[str, Any], key: str, *arguments: Any, **injected: Any) -> Any:
-    """Call the ``_target_`` of a plain node; what a constructor refuses is told with the node's name."""
-    settings = {name: value for name, value in node.items() if name != "_target_"}
-    module, _, name = node["_target_"].rpartition(".")
-    try:
-        constructor = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:  # such as a checkpoint of somebody's own mechanism
-        raise ConfigError(f"{key}._target_: {node['_target_']} cannot be imported here: {error}") from error
-    try:
-        return constructor(*arguments, **injected, **settings)
-    except ConfigError:
-        raise
-    except ValueError as error:
-        raise ConfigError(f"{key}: {error}") from error
+    return functools.partial(instantiate, node, f"memory.{name}")
 
 
 def _cache(config: dict[str, Any]) -> Path:

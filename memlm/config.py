@@ -44,7 +44,7 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 # Constructor parameters that the code supplies, so that no YAML has to: the width of the model for its memories,
 # the size of the vocabulary for the model, what one built object hands to the next.
-INJECTED = frozenset({"d_model", "memories", "model", "n_vocab"})
+INJECTED = frozenset({"d_model", "memories", "model", "n_vocab", "tokenizer", "train"})
 
 # Packages that take seconds to import: their nodes are checked last, and before a run only if the command line
 # touches them.
@@ -374,6 +374,37 @@ def _check_node(key: str, node: dict[str, Any], injected: frozenset[str]) -> Non
     for name, value in given.items():
         if name in hints and not (value is None and name in named and named[name].default is None):
             _check_value(_dot(key, name), value, hints[name])
+
+
+def check_arguments(target: str, given: Mapping[str, Any], key: str, supplied: Collection[str]) -> None:
+    """Check names and simple types of arguments for a function; what is left out is not missed.
+
+    Args:
+        target: the dotted name of the function.
+        given: arguments by name.
+        key: the full name of `given`, for the errors.
+        supplied: parameters that the code passes.
+
+    Raises:
+        ConfigError: naming the setting, what was given and what was expected.
+    """
+    _check_node(key, {"_target_": target, "_partial_": True, **given}, frozenset(supplied))
+
+
+def instantiate(node: Mapping[str, Any], key: str, *arguments: Any, **injected: Any) -> Any:
+    """Call the ``_target_`` of a plain node; what a constructor refuses is told with the node's name."""
+    settings = {name: value for name, value in node.items() if name != "_target_"}
+    module, _, name = node["_target_"].rpartition(".")
+    try:
+        constructor = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:  # such as a checkpoint of somebody's own mechanism
+        raise ConfigError(f"{key}._target_: {node['_target_']} cannot be imported here: {error}") from error
+    try:
+        return constructor(*arguments, **injected, **settings)
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError(f"{key}: {error}") from error
 
 
 def _dot(key: str, name: str) -> str:

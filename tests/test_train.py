@@ -24,7 +24,7 @@ from tests.training.test_fit import records
 from train import main
 
 ROOT = Path(__file__).resolve().parents[1]
-FACTS = "curriculum.phases=[{steps:9,n_row:2,n_segment:2,items:2,n_window:3}]"
+FACTS = "curriculum.phases=[{steps:9,n_row:2,n_segment:2,task:{items:2},n_window:3}]"
 QUICK = ["perplexity.limit=200", "needle.n_document=2", "needle.n_fact=2", "needle.distance=32", FACTS]
 
 
@@ -138,7 +138,13 @@ def test_runs_that_start_together_have_directories_of_their_own() -> None:
 def test_what_is_reported_is_what_the_checkpoint_does(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Also where the curriculum trains a memory with other settings than it has in use."""
     cfg = compose([*lines(tmp_path), f"paths.run_dir={tmp_path / 'run'}", "trainer.max_steps=5"])
-    cfg.curriculum.phases[0] = {"steps": 5, "n_row": 2, "n_segment": 2, "items": 2, "memory": {"ltm.write_budget": 1}}
+    cfg.curriculum.phases[0] = {
+        "steps": 5,
+        "n_row": 2,
+        "n_segment": 2,
+        "task": {"items": 2},
+        "memory": {"ltm.write_budget": 1},
+    }
     recall = main(cfg)
     assert recall is not None
     assert 0 <= recall <= 1

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from memlm.config import ConfigError, did_you_mean
+from memlm.config import ConfigError, check_arguments, did_you_mean
 
 
 @dataclass(frozen=True)
@@ -17,9 +17,8 @@ class Phase:
         steps: Number of batches.
         n_row: Documents (rows) per batch.
         n_segment: Segments per window, across which gradients flow.
-        items: Planted facts and questions per segment; 0 for plain text.
-        n_window: Windows per document with planted facts; what is told in one may be asked in a later one.
-        hard: Share of documents whose names are drawn from few words, so that they look alike.
+        task: Settings of the curriculum's task, by the parameters of its ``document``; None for plain text.
+        n_window: Windows per document of the task; what is told in one may be asked in a later one.
         memory: Settings of memories by ``name.attribute``, such as ``ltm.write_budget``; a pair of numbers goes
             linearly from the first to the second over the phase. Names that the model lacks are skipped.
     """
@@ -27,9 +26,8 @@ class Phase:
     steps: int
     n_row: int
     n_segment: int
-    items: float = 0.0
+    task: Mapping[str, Any] | None = None
     n_window: int = 1
-    hard: float = 0.0
     memory: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -38,12 +36,14 @@ class Curriculum:
 
     Args:
         phases: Settings of each `Phase`, in order.
+        task: Node (with its ``_target_``) of the `memlm.data.task.Task` that phases may train; None for none.
 
     Raises:
         ConfigError: If there is no phase, or one has an unknown or impossible setting.
     """
 
-    def __init__(self, phases: Sequence[Mapping[str, Any]]) -> None:
+    def __init__(self, phases: Sequence[Mapping[str, Any]], task: Mapping[str, Any] | None = None) -> None:
+        self.task = task
         if not phases:
             raise ConfigError("curriculum.phases is empty: give at least one phase with steps, n_row and n_segment")
         names = [f.name for f in fields(Phase)]
@@ -62,6 +62,11 @@ class Curriculum:
             for name in ("steps", "n_row", "n_segment", "n_window"):
                 if getattr(phase, name) < 1:
                     raise ConfigError(f"curriculum.phases[{i}].{name} must be at least 1, got {getattr(phase, name)}")
+            if phase.task is not None:
+                if task is None:
+                    raise ConfigError(f"curriculum.phases[{i}].task needs a curriculum.task, which is null")
+                key, supplied = f"curriculum.phases[{i}].task", ("self", "rng", "passage", "segment_len")
+                check_arguments(f"{task['_target_']}.document", phase.task, key, supplied)
             self.phases.append(phase)
 
     @property
@@ -70,9 +75,9 @@ class Curriculum:
         return sum(phase.steps for phase in self.phases)
 
     @property
-    def plants_facts(self) -> bool:
-        """Whether any phase plants facts."""
-        return any(phase.items for phase in self.phases)
+    def has_task(self) -> bool:
+        """Whether any phase trains the task."""
+        return any(phase.task is not None for phase in self.phases)
 
     def at(self, step: int) -> tuple[int, Phase, int]:
         """Phase of a step.

@@ -8,11 +8,12 @@ from pathlib import Path
 import lightning
 from torch.utils.data import DataLoader, Sampler
 
-from memlm.config import ConfigError
+from memlm.config import ConfigError, instantiate
 from memlm.data.corpus import Corpus
 from memlm.data.curriculum import Curriculum
 from memlm.data.facts import FactMaker
 from memlm.data.stream import Batch, TrainingBatches, ValidationBatches
+from memlm.data.task import Task
 from memlm.data.tokenizer import Tokenizer
 from memlm.data.tokens import TokenizedCorpus, tokenize
 
@@ -50,6 +51,7 @@ class TextData(lightning.LightningDataModule):
         self.cache_dir, self.seed, self.n_worker, self.n_step = cache_dir, seed, n_worker, n_step
         self._splits: dict[str, TokenizedCorpus] = {}
         self._maker: FactMaker | None = None
+        self._task: Task | None = None
 
     def tokens(self, split: str) -> TokenizedCorpus:
         """Token ids of ``train``, ``val`` or ``test``."""
@@ -67,8 +69,18 @@ class TextData(lightning.LightningDataModule):
     def maker(self) -> FactMaker:
         """Where planted facts come from."""
         if self._maker is None:
-            self._maker = FactMaker(self.tokenizer, self.tokens("train"))
+            own = getattr(self.task, "maker", None)
+            self._maker = own if isinstance(own, FactMaker) else FactMaker(self.tokenizer, self.tokens("train"))
         return self._maker
+
+    @property
+    def task(self) -> Task | None:
+        """What the curriculum trains beside text; None if nothing."""
+        if self._task is None and self.curriculum.task is not None:
+            self._task = instantiate(
+                self.curriculum.task, "curriculum.task", tokenizer=self.tokenizer, train=self.tokens("train")
+            )
+        return self._task
 
     def setup(self, stage: str | None = None) -> None:
         """Tokenise (or load the cached tokens of) what training needs."""
@@ -94,7 +106,7 @@ class TextData(lightning.LightningDataModule):
             self.segment_len,
             self.tokenizer.pad_id,
             self.curriculum,
-            self.maker if self.curriculum.plants_facts else None,
+            self.task if self.curriculum.has_task else None,
             n_step or self.curriculum.steps,
             self.seed,
             rank,

@@ -14,6 +14,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from memlm.config import ConfigError
+from memlm.data.task import Planted
 from memlm.data.tokenizer import Tokenizer
 from memlm.data.tokens import TokenizedCorpus
 
@@ -145,18 +146,33 @@ def _frequent_words(tokenizer: Tokenizer, train: TokenizedCorpus, n_word: int) -
     return sorted((shortest if len(shortest) >= 512 else ranked)[:n_word])
 
 
-class Planted(NamedTuple):
-    """A document with planted facts.
+class Facts:
+    """The task of telling facts once and asking for them later, mixed into text; see `memlm.data.task.Task`.
+
+    Args:
+        tokenizer: Tokenizer of the model.
+        train: Training text.
 
     Attributes:
-        tokens: Token ids, (N + 1,): the document and the token after it.
-        answer: Targets that answer a question, (N,), bool.
-        breaks: Segments that begin a new context, (N / segment_len,), bool.
+        maker: Where facts come from.
     """
 
-    tokens: np.ndarray
-    answer: np.ndarray
-    breaks: np.ndarray
+    def __init__(self, tokenizer: Tokenizer, train: TokenizedCorpus) -> None:
+        self.maker = FactMaker(tokenizer, train)
+
+    def document(
+        self, rng: np.random.Generator, passage: np.ndarray, segment_len: int, items: float = 2.0, hard: float = 0.0
+    ) -> Planted:
+        """A document with facts and questions.
+
+        Args:
+            rng: Source of randomness.
+            passage: Text around them.
+            segment_len: Tokens per segment.
+            items: Facts and questions per segment, on average.
+            hard: Share of documents whose names are drawn from few words, so that they look alike.
+        """
+        return plant(rng, self.maker, passage, segment_len, items, bool(rng.random() < hard))
 
 
 def plant(

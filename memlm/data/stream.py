@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from memlm.data.curriculum import Curriculum
-from memlm.data.facts import FactMaker, plant
+from memlm.data.task import Task
 from memlm.data.tokens import TokenizedCorpus
 
 
@@ -112,7 +112,7 @@ class TrainingBatches(Dataset[Batch]):
         segment_len: Tokens per segment.
         pad_id: Id of padding.
         curriculum: Phases of training.
-        maker: Where planted facts come from; needed if a phase plants any.
+        task: What documents of the curriculum's phases hold; needed if a phase has a task.
         n_step: Number of batches.
         seed: Seed of everything random.
         rank: Rank of this process; row ``rank * B + i`` of the global batch is row ``i`` here.
@@ -125,13 +125,13 @@ class TrainingBatches(Dataset[Batch]):
         segment_len: int,
         pad_id: int,
         curriculum: Curriculum,
-        maker: FactMaker | None,
+        task: Task | None,
         n_step: int,
         seed: int,
         rank: int = 0,
         n_rank: int = 1,
     ) -> None:
-        self.corpus, self.segment_len, self.curriculum, self.maker = corpus, segment_len, curriculum, maker
+        self.corpus, self.segment_len, self.curriculum, self.task = corpus, segment_len, curriculum, task
         self.stream = TextStream(corpus, segment_len, pad_id, seed)
         self.n_step, self.seed, self.rank, self.n_rank = n_step, seed, rank, n_rank
 
@@ -143,27 +143,29 @@ class TrainingBatches(Dataset[Batch]):
         n_row = phase.n_row // self.n_rank
         rows = [self.rank * n_row + i for i in range(n_row)]
         memory = self.curriculum.memory_settings(step)
-        if not phase.items:
+        if phase.task is None:
             parts = [self.stream.window(row, phase.n_row, within * phase.n_segment, phase.n_segment) for row in rows]
             return _text_batch(parts, step, memory, first=within == 0)
-        assert self.maker is not None
+        assert self.task is not None
         n_token = phase.n_segment * self.segment_len
         document, window = divmod(within, phase.n_window)
-        tokens, answers, breaks = [], [], []
+        tokens, answers, breaks, weights = [], [], [], []
         for row in rows:
             rng = np.random.default_rng([self.seed, index, row, document])
             length = phase.n_window * n_token + 1
             passage = _passage(rng, self.corpus.tokens, length)
-            planted = plant(rng, self.maker, passage, self.segment_len, phase.items, rng.random() < phase.hard)
+            planted = self.task.document(rng, passage, self.segment_len, **phase.task)
             cells = slice(window * n_token, (window + 1) * n_token + 1)
             tokens.append(planted.tokens[cells])
             answers.append(planted.answer[cells.start : cells.stop - 1])
             breaks.append(planted.breaks[window * phase.n_segment : (window + 1) * phase.n_segment])
+            weight = np.ones(length - 1) if planted.weight is None else planted.weight
+            weights.append(weight[cells.start : cells.stop - 1].astype(np.float32))
         stacked = torch.from_numpy(np.stack(tokens))
         return Batch(
             ids=stacked[:, :-1].contiguous(),
             targets=stacked[:, 1:].contiguous(),
-            weight=torch.ones(len(rows), n_token),
+            weight=torch.from_numpy(np.stack(weights)),
             answer=torch.from_numpy(np.stack(answers)),
             reset=None,
             breaks=torch.from_numpy(np.stack(breaks)),

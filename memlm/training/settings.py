@@ -71,7 +71,7 @@ def plan_steps(config: dict[str, Any]) -> dict[str, Any]:
         raise ConfigError(f"seed must be in 0..2147483647, got {config['seed']}")
     Training(**{name: value for name, value in config["training"].items() if name != "_target_"})
     if trainer["max_steps"] in (None, -1):
-        batches = Curriculum(config["curriculum"]["phases"]).steps
+        batches = Curriculum(config["curriculum"]["phases"], config["curriculum"]["task"]).steps
         trainer["max_steps"] = -(-batches // trainer["accumulate_grad_batches"])
     if trainer["max_steps"] < 1:
         raise ConfigError(f"trainer.max_steps must be at least 1, or -1 for the curriculum, got {trainer['max_steps']}")

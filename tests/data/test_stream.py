@@ -4,12 +4,13 @@ import torch
 
 from memlm.config import ConfigError
 from memlm.data.curriculum import Curriculum
-from memlm.data.facts import FactMaker, plant
+from memlm.data.facts import FactMaker, Facts, plant
 from memlm.data.stream import TextStream, TrainingBatches, ValidationBatches
 from memlm.data.tokenizer import train_tokenizer
 from memlm.data.tokens import TokenizedCorpus
 
 T = 8
+TASK = {"_target_": "memlm.data.facts.Facts"}
 LETTERS = "abcdefghij"
 WORDS = [a + b + c for a in LETTERS for b in LETTERS[:5] for c in LETTERS[:4]]
 
@@ -26,7 +27,7 @@ def words():
     tokenizer = train_tokenizer("word", [text], 1000)
     tokens = np.array(tokenizer.encode(text), dtype=np.int32)
     corpus = TokenizedCorpus(tokens, np.array([0, len(tokens)]))
-    return tokenizer, corpus, FactMaker(tokenizer, corpus)
+    return tokenizer, corpus, Facts(tokenizer, corpus)
 
 
 def test_documents_are_cut_into_segments_with_targets_and_resets():
@@ -60,15 +61,15 @@ def test_one_pass_deals_every_segment_out_once():
     assert (again != other).any()
 
 
-@pytest.mark.parametrize("phase", [{"items": 2, "n_window": 2}, {"items": 0}])
+@pytest.mark.parametrize("phase", [{"task": {"items": 2}, "n_window": 2}, {}])
 def test_batches_depend_on_seed_step_and_row_alone(words, phase):
-    tokenizer, corpus, maker = words
+    tokenizer, corpus, task = words
     curriculum = Curriculum(
-        [{"steps": 3, "n_row": 2, "n_segment": 3}, {"steps": 9, "n_row": 4, "n_segment": 2} | phase]
+        [{"steps": 3, "n_row": 2, "n_segment": 3}, {"steps": 9, "n_row": 4, "n_segment": 2} | phase], TASK
     )
 
     def batches(rank=0, n_rank=1, seed=0):
-        return TrainingBatches(corpus, 32, tokenizer.pad_id, curriculum, maker, 12, seed, rank, n_rank)
+        return TrainingBatches(corpus, 32, tokenizer.pad_id, curriculum, task, 12, seed, rank, n_rank)
 
     a, b = batches(), batches()
     for step in (7, 3, 11):  # in any order
@@ -81,9 +82,9 @@ def test_batches_depend_on_seed_step_and_row_alone(words, phase):
 
 
 def test_a_document_goes_on_over_windows(words):
-    _tokenizer, corpus, maker = words
-    curriculum = Curriculum([{"steps": 9, "n_row": 2, "n_segment": 2, "items": 2, "n_window": 3}])
-    data = TrainingBatches(corpus, 32, 0, curriculum, maker, 9, seed=0)
+    _tokenizer, corpus, task = words
+    curriculum = Curriculum([{"steps": 9, "n_row": 2, "n_segment": 2, "task": {"items": 2}, "n_window": 3}], TASK)
+    data = TrainingBatches(corpus, 32, 0, curriculum, task, 9, seed=0)
     assert [data[i].fresh for i in range(6)] == [True, False, False] * 2
     assert [data[i].ends for i in range(6)] == [False, False, True] * 2
     for i in (0, 1, 3, 4):
@@ -91,12 +92,12 @@ def test_a_document_goes_on_over_windows(words):
 
 
 def test_every_question_was_told_in_an_earlier_segment_and_its_answer_is_right(words):
-    tokenizer, _, maker = words
+    tokenizer, _, task = words
     n_question = 0
     for seed in range(20):
         rng = np.random.default_rng(seed)
         passage = np.array(tokenizer.encode(" ".join(rng.choice(WORDS, size=400))))[:257]
-        planted = plant(rng, maker, passage, 32, items=2, hard=seed % 2 == 0)
+        planted = plant(rng, task.maker, passage, 32, items=2, hard=seed % 2 == 0)
         text = planted.tokens.tolist()
         begins = np.flatnonzero(np.diff(planted.answer.astype(int), prepend=0) == 1) + 1  # first answer token
         for begin in begins:
@@ -112,7 +113,8 @@ def test_every_question_was_told_in_an_earlier_segment_and_its_answer_is_right(w
 
 
 def test_names_and_values_of_evaluation_never_occur_in_training(words):
-    tokenizer, corpus, maker = words
+    tokenizer, corpus, task = words
+    maker = task.maker
     evaluation = maker.draw(np.random.default_rng(0), 100, "evaluation")
     names, values = {fact.name for fact in evaluation}, {fact.value for fact in evaluation}
     text = tokenizer.decode(corpus.tokens.tolist())
@@ -128,7 +130,7 @@ def test_names_and_values_of_evaluation_never_occur_in_training(words):
 
 def test_too_many_facts_are_refused(words):
     with pytest.raises(ConfigError, match="use fewer facts"):
-        words[2].draw(np.random.default_rng(0), 10**6, "evaluation")
+        words[2].maker.draw(np.random.default_rng(0), 10**6, "evaluation")
 
 
 def test_validation_goes_once_through_the_text():
@@ -160,11 +162,18 @@ def test_curriculum_finds_the_phase_and_moves_settings():
         ([{"steps": 1, "n_row": 1, "n_segmnt": 1}], "Did you mean 'n_segment'"),
         ([{"steps": 1, "n_row": 1}], "lacks n_segment"),
         ([{"steps": 1, "n_row": 0, "n_segment": 1}], "n_row must be at least 1"),
+        ([{"steps": 1, "n_row": 1, "n_segment": 1, "task": {"item": 2}}], "Did you mean 'items'"),
+        ([{"steps": 1, "n_row": 1, "n_segment": 1, "task": {"items": "many"}}], r"phases\[0\].task.items must be"),
     ],
 )
 def test_impossible_phases_are_refused(phases, message):
     with pytest.raises(ConfigError, match=message):
-        Curriculum(phases)
+        Curriculum(phases, TASK)
+
+
+def test_a_phase_with_settings_of_a_task_needs_one():
+    with pytest.raises(ConfigError, match="needs a curriculum.task"):
+        Curriculum([{"steps": 1, "n_row": 1, "n_segment": 1, "task": {"items": 2}}])
 
 
 @pytest.mark.parametrize("kind", ["char", "byte", "bpe"])
@@ -181,9 +190,11 @@ def test_facts_can_be_drawn_with_tokenizers_that_cut_words(kind):
 
 def test_no_value_of_training_holds_a_name_of_evaluation(words):
     evaluation = {
-        fact.name for seed in range(8) for fact in words[2].draw(np.random.default_rng(seed), 300, "evaluation")
+        fact.name for seed in range(8) for fact in words[2].maker.draw(np.random.default_rng(seed), 300, "evaluation")
     }
-    values = [fact.value for seed in range(4) for fact in words[2].draw(np.random.default_rng(seed), 300, "train")]
+    values = [
+        fact.value for seed in range(4) for fact in words[2].maker.draw(np.random.default_rng(seed), 300, "train")
+    ]
     assert len(evaluation) > 1000
     assert not [value for value in values if value[:2] in evaluation or value[1:] in evaluation]
 

@@ -16,7 +16,7 @@ from experiments.base import Result
 from experiments.needle import CONDITIONS, Needle, answer, draw, plot, run, summarise
 from memlm.config import ConfigError, compose
 from memlm.data.curriculum import Curriculum
-from memlm.data.facts import Fact, FactMaker
+from memlm.data.facts import Fact, FactMaker, Facts
 from memlm.data.stream import TrainingBatches
 from memlm.data.tokenizer import train_tokenizer
 from memlm.data.tokens import TokenizedCorpus
@@ -302,8 +302,10 @@ def test_names_differ_everywhere_and_swapped_asks_another_documents_memory(data)
 
 
 def test_evaluated_names_and_values_never_occur_in_training(data):
-    phases = [{"steps": 60, "n_row": 4, "n_segment": 8, "items": 3, "hard": 0.5}]
-    batches = TrainingBatches(data.splits["train"], SEGMENT_LEN, 0, Curriculum(phases), data.maker, 60, 0)
+    phases = [{"steps": 60, "n_row": 4, "n_segment": 8, "task": {"items": 3, "hard": 0.5}}]
+    task = Facts(data.tokenizer, data.splits["train"])
+    curriculum = Curriculum(phases, {"_target_": "memlm.data.facts.Facts"})
+    batches = TrainingBatches(data.splits["train"], SEGMENT_LEN, 0, curriculum, task, 60, 0)
     documents, unseen = draw(data, Needle(n_document=8, n_fact=32, seed=5), SEGMENT_LEN)
     facts = [*unseen, *(fact for document in documents for fact in document.facts)]
     names, values = {fact.cue for fact in facts}, {fact.answer[1:] for fact in facts}

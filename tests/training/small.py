@@ -21,8 +21,8 @@ from memlm.training.settings import Training, places_of_runs, plan_steps
 
 Rows = list[dict[str, Any]]
 
-FACTS = {"steps": 100, "n_row": 2, "n_segment": 2, "items": 2, "n_window": 3}  # documents of three windows
-SHORT = {"steps": 100, "n_row": 2, "n_segment": 2, "items": 2}  # of one
+FACTS = {"steps": 100, "n_row": 2, "n_segment": 2, "task": {"items": 2}, "n_window": 3}  # three windows a document
+SHORT = {"steps": 100, "n_row": 2, "n_segment": 2, "task": {"items": 2}}  # of one
 PLAIN = {"steps": 100, "n_row": 2, "n_segment": 2}
 CURRICULA = {"facts": FACTS, "short": SHORT, "plain": PLAIN}
 
