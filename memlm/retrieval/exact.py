@@ -1,14 +1,16 @@
 """Exact top-k attention over slots.
 
-Slots come from two pools: a bank that was there before the window, of which each query gathers its best k, and slots
+Slots come from two pools: a bank that was there before the window, in which each query searches its best k, and slots
 written inside the window, which are few and searched densely so that gradients reach their keys and values cheaply.
+The scores of a bank exist for one segment of one row at a time. A bank that needs no gradient (what earlier windows
+wrote) is read without a copy of what was found.
 
 Shapes: B rows, S segments, N = S * T queries, M slots of a bank, P slots of a window, k slots read.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -59,7 +61,8 @@ def attend(
     """
     scores, found = [], []
     if bank is not None:
-        similarity, index = _gather_best(query, temperature, threshold, min(top_k, bank.key.shape[1]), bank)
+        search = _gather_best if any(part.requires_grad for part in bank[:3]) else _search_best
+        similarity, index = search(query, temperature, threshold, min(top_k, bank.key.shape[1]), bank)
         scores.append(similarity)
         found.append(index)
     if window is not None:
@@ -77,7 +80,7 @@ def attend(
     n_bank = scores[0].shape[2] if bank is not None else 0
     read = query.new_zeros(())
     if bank is not None:
-        read = read + (weight[..., None, :n_bank] @ _rows(bank.value, found[0]))[..., 0, :]
+        read = read + _weighted_sum(weight[..., :n_bank], bank.value, found[0])
     if window is not None:
         read = read + weight[..., n_bank:] @ window.value
     slots = torch.cat(found, dim=2).gather(2, best.indices).masked_fill(best.values == -torch.inf, -1)
@@ -93,20 +96,66 @@ def _readable(cosine: Tensor, visible: Tensor, threshold: float) -> Tensor:
     return mask & (cosine >= threshold) if threshold > -1 else mask
 
 
+def _search(query: Tensor, temperature: Tensor, threshold: float, k: int, bank: Pool) -> tuple[Tensor, Tensor]:
+    """Scores (B, N, k), without gradients, and indices of the best slots of a bank, in no order."""
+    n_row, n_query, _ = query.shape
+    hidden = torch.where(bank.visible, bank.bias[:, None], -torch.inf)  # (B, S, M)
+    n_segment, n_slot = hidden.shape[1:]
+    scaled = (query * temperature).unflatten(1, (n_segment, -1))  # (B, S, T, d_key)
+    best = query.new_empty(n_row, n_segment, n_query // n_segment, k)
+    index = torch.empty(best.shape, dtype=torch.long, device=query.device)
+    score = query.new_empty(n_query // n_segment, n_slot)  # one buffer: fresh memory of this size is slow to get
+    for row in range(n_row):
+        own = row if len(bank.key) > 1 else 0
+        for s in range(n_segment):
+            bias = hidden[row if len(hidden) > 1 else 0, s]
+            torch.addmm(bias, scaled[row, s], bank.key[own].T, out=score)
+            if threshold > -1:
+                score.masked_fill_(score - bias < threshold * temperature, -torch.inf)
+            torch.topk(score, k, dim=1, sorted=False, out=(best[row, s], index[row, s]))
+    return best.flatten(1, 2), index.flatten(1, 2)
+
+
+class _SearchBest(torch.autograd.Function):
+    """`_search` with gradients for query and temperature."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, query: Tensor, temperature: Tensor, threshold: float, k: int, *bank: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        score, index = _search(query, temperature, threshold, k, Pool(*bank))
+        ctx.save_for_backward(query, temperature, bank[0], index)
+        ctx.mark_non_differentiable(index)
+        return score, index
+
+    @staticmethod
+    def backward(ctx: Any, grad_score: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        query, temperature, key, index = ctx.saved_tensors
+        mean_key = _weighted_sum(grad_score.contiguous(), key, index)  # (B, N, d_key)
+        return (mean_key * temperature, (mean_key * query).sum(), *[None] * 6)
+
+
+def _search_best(query: Tensor, temperature: Tensor, threshold: float, k: int, bank: Pool) -> tuple[Tensor, Tensor]:
+    """Scores (B, N, k), with gradients for query and temperature, and indices of the best slots of a bank."""
+    return _SearchBest.apply(query, temperature, threshold, k, *bank)
+
+
 def _gather_best(query: Tensor, temperature: Tensor, threshold: float, k: int, bank: Pool) -> tuple[Tensor, Tensor]:
-    """Scores (B, N, k), differentiable, and indices of the best slots of a bank."""
+    """The same with gradients for keys and biases of the bank too."""
     with torch.no_grad():
-        score = (query * temperature) @ bank.key.transpose(1, 2)  # (B, N, M)
-        n_segment = bank.visible.shape[1]
-        if threshold > -1:
-            score.masked_fill_(score < threshold * temperature, -torch.inf)
-        hidden = torch.where(bank.visible, bank.bias[:, None], -torch.inf)  # (B, S, M)
-        score.unflatten(1, (n_segment, -1)).add_(hidden[:, :, None])
-        best = score.topk(k, dim=2, sorted=False)
-    key = _rows(bank.key, best.indices)  # (B, N, k, d_key)
-    bias = _rows(bank.bias[..., None], best.indices)[..., 0]
+        score, index = _search(query, temperature, threshold, k, bank)
+    key = _rows(bank.key, index)  # (B, N, k, d_key)
+    bias = _rows(bank.bias[..., None], index)[..., 0]
     exact = temperature * (key @ query[..., None])[..., 0] + bias
-    return exact.masked_fill(best.values == -torch.inf, -torch.inf), best.indices
+    return exact.masked_fill(score == -torch.inf, -torch.inf), index
+
+
+def _flat(table: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+    """``table`` (B, M, d) or (1, M, d) as (B * M, d), and ``index`` (B, N, k) into it."""
+    n_row, n_slot, width = table.shape
+    if n_row > 1:
+        index = index + n_slot * torch.arange(n_row, device=index.device)[:, None, None]
+    return table.reshape(n_row * n_slot, width), index
 
 
 def _rows(table: Tensor, index: Tensor) -> Tensor:
@@ -114,7 +163,14 @@ def _rows(table: Tensor, index: Tensor) -> Tensor:
 
     An embedding look-up: its backward pass is deterministic, unlike that of indexing.
     """
-    n_row, n_slot, width = table.shape
-    if n_row > 1:
-        index = index + n_slot * torch.arange(n_row, device=index.device)[:, None, None]
-    return F.embedding(index, table.reshape(n_row * n_slot, width))
+    flat, index = _flat(table, index)
+    return F.embedding(index, flat)
+
+
+def _weighted_sum(weight: Tensor, table: Tensor, index: Tensor) -> Tensor:
+    """Sum of the rows ``index`` (B, N, k) of ``table`` (B, M, d), or (1, M, d), by ``weight`` (B, N, k): (B, N, d)."""
+    if table.requires_grad:
+        return (weight[..., None, :] @ _rows(table, index))[..., 0, :]
+    flat, index = _flat(table, index)
+    bags = F.embedding_bag(index.flatten(0, 1), flat, mode="sum", per_sample_weights=weight.flatten(0, 1))
+    return bags.unflatten(0, index.shape[:2])

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-_CHUNK = 512  # tokens whose logits exist at a time
+_CHUNK = 256  # tokens whose logits exist at a time
+_LINE, _SHIFT = 64, 16  # rows of logits begin on cache lines, but not a power of two apart: those share cache sets
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -24,7 +25,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         nll = torch.empty(n_token, dtype=torch.float32, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if needs_hidden else None
         grad_head = torch.zeros_like(head) if needs_head else None
-        buffer = hidden.new_empty(min(_CHUNK, n_token), n_vocab)
+        n_column = -(-n_vocab // _LINE) * _LINE + _SHIFT
+        buffer = hidden.new_empty(min(_CHUNK, n_token), n_column)[:, :n_vocab]
         for start in range(0, n_token, _CHUNK):
             part = slice(start, start + _CHUNK)
             target, scale = targets[part, None], weight[part, None]
