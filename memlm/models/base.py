@@ -47,6 +47,19 @@ class LanguageModel(nn.Module):
         """``state`` without its local context; memories are kept."""
         raise NotImplementedError
 
+    def absorb(self, ids: Tensor, state: Any = None) -> Any:
+        """Go on with text that is only to be remembered.
+
+        Args:
+            ids: Token ids, (B, L), any L.
+            state: Where the text stopped; None for the beginning.
+
+        Returns:
+            The state after the text, to absorb more or for `new_context`. Its local context may be incomplete: text
+            that goes on from it in ``forward`` may have outputs that are NaN.
+        """
+        return self(ids, state=state, logits=False).state
+
     def wipe(self, state: Any) -> Any:
         """``state`` with all memories as new."""
         raise NotImplementedError

@@ -452,6 +452,18 @@ class LMCode(LanguageModel):
             x = x.gather(1, index[..., None].expand(-1, -1, x.shape[2]))
         return Output(self.head(x) if logits else None, state if carry else None, x, reads, trace)
 
+    def absorb(self, ids: Tensor, state: ModelState | None = None) -> ModelState:
+        """See `LanguageModel.absorb`. Memories are as `forward` leaves them, for less work.
+
+        Layers above the last one with memory are not run, and that layer reads nothing, as no write depends on it.
+        """
+        modules = [modules[0] for modules in self.memory.values()]
+        if ids.dim() != 2 or ids.shape[1] == 0 or not all(module.layerwise for module in modules):
+            return super().absorb(ids, state)
+        state = self.init_state(len(ids)) if state is None else state
+        grid = self._lay_out(ids, state.local, None, None, None)
+        return self._run(grid, state, True, any(grid.n_complete), None, storing=True)[1]
+
     @property
     def head_weight(self) -> Tensor:
         """Weights of the language-model head, (V, D)."""
@@ -574,10 +586,12 @@ class LMCode(LanguageModel):
         write: bool,
         signals: dict[str, Tensor] | None,
         carry: bool = True,
+        storing: bool = False,
     ) -> tuple[Tensor, ModelState, dict[str, Residual], dict[str, Trace]]:
         """All layers over the grid, one layer after the other for all segments.
 
-        With ``S`` = 1 this is the definition; with more it needs layerwise memories.
+        With ``S`` = 1 this is the definition; with more it needs layerwise memories. If ``storing``, all that follows
+        the last write is left out, and the local state has NaN where its result would be.
         """
         local, _n_row = state.local, len(grid.n_complete)
         n_segment, segment_len = grid.complete.shape[1], self.segment_len
@@ -594,7 +608,13 @@ class LMCode(LanguageModel):
         kvs, befores, hiddens = [], [], []
         reads: dict[str, Residual] = {}
         traces: dict[str, list[Trace]] = {name: [] for name in memory}
+        last = self.memory_layers[-1] if self.memory else -1
         for i, layer in enumerate(self.layers):
+            if storing and i > last:
+                nothing = x.new_full((), torch.nan).expand(*grid.new.shape, *local.kv.shape[3:])  # (B, S, T, 2, H, E)
+                kvs.append(nothing)
+                befores.append(nothing[:, :, : self.overlap])
+                continue
             x, kv, before = self._maybe_checkpoint(
                 layer.attend, x, local.kv[:, i], grid.new, grid.continues, grid.columns, grid.fresh
             )
@@ -610,7 +630,7 @@ class LMCode(LanguageModel):
                     if modules[0].layerwise:
                         segment = self._segment(grid, local, embeddings, hidden, modules[place], signals)
                         found, memory[name][place], trace = modules[place].process(
-                            flat, segment, memory[name][place], i, read, write, carry
+                            flat, segment, memory[name][place], i, read and not (storing and i == last), write, carry
                         )
                         traces[name].append(trace)
                     else:
@@ -620,7 +640,8 @@ class LMCode(LanguageModel):
                         values.append(found.values)
                 if values:
                     x = x + sum(values).unflatten(1, x.shape[1:3])  # type: ignore[union-attr]
-            x = x + self._maybe_checkpoint(layer.feed_forward, x)
+            if not (storing and i == last):
+                x = x + self._maybe_checkpoint(layer.feed_forward, x)
         for name, modules in self.memory.items():
             if not modules[0].layerwise:
                 memory[name][0] = modules[0].start_documents(grid.reset, memory[name][0])

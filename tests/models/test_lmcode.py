@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from memlm.memory.ltm import LongTermMemory
+from memlm.memory.state import tensors
 from memlm.memory.stm import ShortTermMemory
 from memlm.models import lmcode
 from memlm.models.lmcode import Attention, LMCode
@@ -269,6 +270,22 @@ class Whole(ShortTermMemory):
     def write(self, segment: Any, state: Any, reads: Any) -> Any:
         assert segment.hidden.shape[2] == 2
         return super().write(segment._replace(hidden=segment.hidden.mean(dim=2)), state, reads)
+
+
+@pytest.mark.parametrize("memories", [["ltm"], ["stm", "ltm"], []])
+@pytest.mark.parametrize("memory_layers", ["middle", [0], "all"])
+def test_absorbed_text_is_remembered_as_read_text_is(memories: list[str], memory_layers: Any) -> None:
+    model = model_of({name: MEMORIES[name] for name in memories}, n_layer=3, memory_layers=memory_layers)
+    ids, more, question = text(2, 4 * T + 2), text(2, 3 * T, seed=1), text(2, T, seed=2)
+    read = model(more, state=model(ids, logits=False).state, logits=False).state
+    absorbed = model.absorb(more, model.absorb(ids))
+    states = [model.new_context(state) for state in (read, absorbed)]
+    for a, b in zip(tensors(states[0]), tensors(states[1]), strict=True):
+        torch.testing.assert_close(a, b)
+    outputs = [model(question, state=state).logits for state in states]
+    torch.testing.assert_close(outputs[0], outputs[1])
+    if model.memory_layers[-1] < 2 and memories:  # what was left out cannot pass for a result
+        assert model(question, state=absorbed).logits.isnan().any()
 
 
 @torch.no_grad()
