@@ -14,7 +14,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from memlm.config import ConfigError
-from memlm.data.task import Planted
+from memlm.data.task import Planted, contexts, mix
 from memlm.data.tokenizer import Tokenizer
 from memlm.data.tokens import TokenizedCorpus
 
@@ -198,32 +198,27 @@ def plant(
         hard: Whether names look alike.
         new_context: Share of segments that begin a new context.
     """
-    n_token = len(passage)
-    n_segment = (n_token - 1) // segment_len
-    breaks = rng.random(n_segment) < new_context
-    breaks[0] = False
+    n_segment = (len(passage) - 1) // segment_len
+    breaks = contexts(rng, n_segment, new_context)
     facts = maker.draw(rng, max(int(np.ceil(n_segment * items)), 1), "train", n_word=8 if hard else None)
-    gap = max(segment_len / items - len(facts[0].tokens), 0.0)
-    tokens, answer = np.empty(n_token, dtype=np.int64), np.zeros(n_token, dtype=bool)
-    told: list[tuple[int, Fact]] = []  # where each fact ended
-    place = taken = 0
-    for end in [*(np.flatnonzero(breaks) * segment_len).tolist(), n_token]:  # one context after the other
-        first = place > 0
-        while place < end:
-            space = int(rng.integers(4)) * int(rng.random() < 0.5) if first else int(rng.integers(2 * round(gap) + 1))
-            earlier = [fact for stop, fact in told if stop // segment_len < (place + space) // segment_len]
-            ask = bool(earlier) and (first or rng.random() < 0.5)
-            fact = earlier[int(rng.integers(len(earlier)))] if ask else facts[min(len(told), len(facts) - 1)]
-            fits = place + space + len(fact.tokens) <= end and (ask or len(told) < len(facts))
-            if not fits:
-                space = min(max(int(space), len(fact.tokens)), end - place)
-            tokens[place : place + space] = passage[taken : taken + space]
-            place, taken, first = place + space, taken + space, False
-            if fits:
-                tokens[place : place + len(fact.tokens)] = fact.tokens
-                if ask:
-                    answer[place + len(fact.cue) : place + len(fact.tokens)] = True
-                place += len(fact.tokens)
-                if not ask:
-                    told.append((place - 1, fact))
-    return Planted(tokens, answer[1:], breaks)
+    return mix(rng, _Once(facts), passage, segment_len, items, breaks)
+
+
+class _Once:
+    """Tells each fact once; see `memlm.data.task.Teller`."""
+
+    def __init__(self, facts: list[Fact]) -> None:
+        self.facts, self.item_len = facts, len(facts[0].tokens)
+        self._told: list[tuple[int, Fact]] = []  # the segment where each ended
+
+    def statement(self) -> Fact | None:
+        """The next fact."""
+        return self.facts[len(self._told)] if len(self._told) < len(self.facts) else None
+
+    def tell(self, statement: Fact, segment: int) -> None:
+        """Remember where the fact ended."""
+        self._told.append((segment, statement))
+
+    def questions(self, segment: int) -> list[Fact]:
+        """Facts told before the segment."""
+        return [fact for told, fact in self._told if told < segment]

@@ -8,6 +8,7 @@ Shapes: N tokens of a document.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -41,3 +42,92 @@ class Task(Protocol):
             segment_len: Tokens per segment; divides N.
             *settings: Those of a phase of the curriculum, by the names of the parameters.
         """
+
+
+class Item(Protocol):
+    """A statement, or a question with its answer."""
+
+    @property
+    def cue(self) -> tuple[int, ...]:
+        """Token ids up to the answer."""
+
+    @property
+    def answer(self) -> tuple[int, ...]:
+        """Token ids of the answer to the question."""
+
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        """All token ids."""
+
+
+class Teller(Protocol):
+    """What a document says and asks; it learns where each statement ended.
+
+    Attributes:
+        item_len: Tokens of a usual statement.
+    """
+
+    item_len: int
+
+    def statement(self) -> Any | None:
+        """The statement that would come next, an `Item`; None if there is none left."""
+
+    def tell(self, statement: Any, segment: int) -> None:
+        """``statement`` was told; it ended in this segment."""
+
+    def questions(self, segment: int) -> Sequence[Any]:
+        """Questions (each an `Item`) that memory can answer in this segment: what they ask for was told earlier."""
+
+
+def contexts(rng: np.random.Generator, n_segment: int, new_context: float = 0.5) -> np.ndarray:
+    """Segments that begin a new context, (n_segment,), bool: a share ``new_context`` of them, never the first."""
+    breaks = rng.random(n_segment) < new_context
+    breaks[0] = False
+    return breaks
+
+
+def mix(
+    rng: np.random.Generator,
+    teller: Teller,
+    passage: np.ndarray,
+    segment_len: int,
+    items: float,
+    breaks: np.ndarray,
+) -> Planted:
+    """Mix statements and questions into a passage.
+
+    About half of the items are statements, the others questions about what was told in earlier segments. A new context
+    begins with a question, at its very beginning or within its first few tokens.
+
+    Args:
+        rng: Source of randomness.
+        teller: What is told and asked.
+        passage: Text to mix them into, (N + 1,); what does not fit any more is dropped.
+        segment_len: Tokens per segment.
+        items: Statements and questions per segment, on average.
+        breaks: Segments that begin a new context, (N / segment_len,), bool; see `contexts`.
+    """
+    n_token = len(passage)
+    gap = max(segment_len / items - teller.item_len, 0.0)
+    tokens, answer = np.empty(n_token, dtype=np.int64), np.zeros(n_token, dtype=bool)
+    place = taken = 0
+    for end in [*(np.flatnonzero(breaks) * segment_len).tolist(), n_token]:  # one context after the other
+        first = place > 0
+        while place < end:
+            space = int(rng.integers(4)) * int(rng.random() < 0.5) if first else int(rng.integers(2 * round(gap) + 1))
+            questions = teller.questions((place + space) // segment_len)
+            ask = bool(questions) and (first or rng.random() < 0.5)
+            item = questions[int(rng.integers(len(questions)))] if ask else teller.statement()
+            fits = item is not None and place + space + len(item.tokens) <= end
+            if not fits:
+                space = min(max(space, teller.item_len if item is None else len(item.tokens)), end - place)
+            tokens[place : place + space] = passage[taken : taken + space]
+            place, taken, first = place + space, taken + space, False
+            if fits:
+                tokens[place : place + len(item.tokens)] = item.tokens
+                if ask:
+                    answer[place + len(item.cue) : place + len(item.tokens)] = True
+                place += len(item.tokens)
+                if not ask:
+                    teller.tell(item, (place - 1) // segment_len)
+    return Planted(tokens, answer[1:], breaks)
