@@ -1,43 +1,34 @@
 """Needle: facts told once in held-out text and asked for after a long stretch of more text.
 
-Of every document the model reads facts, each told once between passages of text that it was not trained on, and then
-text until every fact lies at least `distance` tokens back. Then the local context is dropped, so that memory is all
-that remains, and each fact is asked for in a fresh context of its own: the cue is its name, nothing is written. An
-answer counts when the likeliest token is right at every place, given the right ones before it: exactly then greedy
-decoding gives the whole answer.
+Facts are told between passages of text that the model was not trained on: by default near the beginning, followed by
+text until every fact lies at least `distance` tokens back; with `spread` all over a haystack of that length. For how
+they are asked for, and the controls, see `experiments.recall`.
 
-A rate says something only beside its controls, so each question is also asked with reads off, of a wiped memory and
-of the memory of another document, and facts that nobody was told are asked of the memory as it is. A model whose empty
-memory contributes nothing has the same answers off and wiped by construction. Without any memory all conditions run
-all the same.
+Kinds of facts, by what could give a needle away without memory:
 
-Shapes: B rows, L tokens of a question, V vocabulary.
+- ``random``: names and values of words drawn evenly from the frequent words of the training text.
+- ``native``: names and values of words drawn from the haystack itself, as often as they occur there.
 """
 
 from __future__ import annotations
 
-import math
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
-import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter, StrMethodFormatter
 
-from experiments.base import PALETTE, Result, Row, evaluating, style, wilson
+from experiments.base import PALETTE, Result, Row, evaluating, style
+from experiments.recall import CONDITIONS, Document, Haystack, ask, is_shared, n_row_of, rates, read, tell
 from memlm.analysis.figures import CONTROLS
 from memlm.config import ConfigError
-from memlm.data.facts import Fact
+from memlm.data.facts import Fact, FactMaker
 
-CONDITIONS = ("on", *CONTROLS)
-"""The memory as it is, then its controls: see `memlm.analysis.figures.CONTROLS`."""
-
-_WINDOW = 4  # segments read per call
-_CROSSING = 16  # one fact in so many is placed across a segment boundary on purpose; others get there by chance
-_Asked = list[tuple[int, Sequence[Fact]]]  # by row of a state: number of a document, and facts to ask for
 _COLORS = dict(zip(CONDITIONS, ("blue", "vermillion", "purple", "orange", "green"), strict=True))
+_AXES = ("kind", "n_other", "distance")  # what a list of settings varies; later ones vary faster
 
 
 @dataclass(frozen=True)
@@ -46,10 +37,14 @@ class Needle:
 
     Attributes:
         n_document: Documents, each with facts of its own; at least 2, as one is the other's control.
-        n_fact: Facts told per document, and as many that are told in none.
+        n_fact: Facts asked for per document, and as many that are told in none.
         distance: Fewest tokens between the end of any fact and the questions. With a list the same documents go on
             and questions are asked at each length.
-        facts_per_segment: How densely facts are told, on average.
+        spread: Facts are told all over the document, which is as long as ``distance`` (and what the facts need); with a
+            list there are other documents for each length.
+        n_other: Further facts told per document, for which nobody asks; a list: other documents for each number.
+        kind: ``random`` or ``native``; a list: other documents for each.
+        facts_per_segment: How densely facts are told, on average; without effect if they are spread.
         split: Where the text around the facts is from: ``val``, or ``test`` for final numbers.
         seed: Of facts, gaps and passages.
         n_row: Documents read at once; the result does not depend on it. One at a time with a shared memory.
@@ -61,6 +56,9 @@ class Needle:
     n_document: int = 8
     n_fact: int = 32
     distance: int | list[int] = 4096
+    spread: bool = False
+    n_other: int | list[int] = 0
+    kind: str | list[str] = "random"
     facts_per_segment: float = 2.0
     split: Literal["val", "test"] = "val"
     seed: int = 0
@@ -71,8 +69,13 @@ class Needle:
         for name, number in least.items():
             if getattr(self, name) < number:
                 raise ConfigError(f"needle.{name} must be at least {number}, got {getattr(self, name)}")
-        if not self.distances or self.distances[0] < 0:
-            raise ConfigError(f"needle.distance must be a number of tokens or a list of them, got {self.distance}")
+        for name in ("distance", "n_other"):
+            values = _several(getattr(self, name))
+            if not values or min(values) < 0:
+                raise ConfigError(f"needle.{name} must be a number or a list of them, got {getattr(self, name)}")
+        unknown = [kind for kind in _several(self.kind) if kind not in KINDS]
+        if unknown or not _several(self.kind):
+            raise ConfigError(f"needle.kind must be one or several of {', '.join(KINDS)}, got {self.kind}")
         if not self.facts_per_segment > 0:
             raise ConfigError(f"needle.facts_per_segment must be positive, got {self.facts_per_segment}")
         if self.split not in ("val", "test"):
@@ -81,38 +84,11 @@ class Needle:
     @property
     def distances(self) -> list[int]:
         """All distances, ascending."""
-        return [self.distance] if isinstance(self.distance, int) else sorted(set(self.distance))
+        return sorted(set(_several(self.distance)))
 
 
-class Document(NamedTuple):
-    """Text with facts told near its beginning; it goes on without end.
-
-    Attributes:
-        facts: What is told.
-        begins: Place of the first token of each fact.
-        head: Token ids up to the end of the last fact.
-        passage: Token ids of the split that the text is taken from, round and round.
-        taken: Place in ``passage`` where the text goes on after the head.
-    """
-
-    facts: list[Fact]
-    begins: list[int]
-    head: np.ndarray
-    passage: np.ndarray
-    taken: int
-
-    def tokens(self, begin: int, end: int) -> np.ndarray:
-        """Token ids of a part of the text, (end - begin,)."""
-        rest = np.arange(max(begin, len(self.head)), max(end, len(self.head))) - len(self.head)
-        return np.concatenate([self.head[begin:end], self.passage[(self.taken + rest) % len(self.passage)]])
-
-    def end(self, fact: int) -> int:
-        """Place of the token after a fact."""
-        return self.begins[fact] + len(self.facts[fact].tokens)
-
-    def straddles(self, fact: int, segment_len: int) -> bool:
-        """Whether a fact begins in one segment and ends in another."""
-        return self.begins[fact] // segment_len != (self.end(fact) - 1) // segment_len
+def _several(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, list | tuple) else [value]
 
 
 def run(model: Any, data: Any, cfg: Needle, progress: Callable[[float], None] | None = None) -> Result:
@@ -125,212 +101,205 @@ def run(model: Any, data: Any, cfg: Needle, progress: Callable[[float], None] | 
         progress: Called now and then with the share of the text that is read, in 0..1.
 
     Returns:
-        One row per question, by length, condition, document and fact: ``distance`` is the setting, ``since`` the
-        tokens between the fact's end and the question, ``depth`` the place of the fact in the text (0 at its
-        beginning, 1 right before the question), ``straddles`` whether it lies across a segment boundary, ``correct``
-        the outcome, ``nll`` that of the answer in nats per token. In a ``swapped`` row ``document`` is where the fact
-        was told, while the memory is that of the next document. For metrics see `summarise`.
+        One row per question, by kind, number of other facts, length, condition, document and fact: ``distance`` is the
+        setting, for the rest see `experiments.recall.ask`. For metrics see `summarise`.
     """
-    segment_len = model.segment_len
-    documents, unseen = draw(data, cfg, segment_len)
-    shared = any(modules[0].scope == "shared" for modules in model.memory.values())
-    n_row = 1 if shared else cfg.n_row
-    longest = max(len(document.head) for document in documents)
-    lengths = {distance: -(-(longest + distance) // segment_len) * segment_len for distance in cfg.distances}
-    n_token = max(lengths.values())
-    device = next(model.parameters(), torch.empty(0)).device
+    plans = _plans(cfg)
+    drawn = [draw(data, cfg, model.segment_len, plan) for plan in plans]
+    n_token = cfg.n_document * sum(lengths[-1] for _, _, lengths in drawn)
     rows: list[Row] = []
+    done = 0
     with evaluating(model):
-        for first in range(0, cfg.n_document, n_row):
-            numbers = range(first, min(first + n_row, cfg.n_document))
-            state, place = None, 0
-            for distance, length in lengths.items():
-                while place < length:
-                    end = min(place + _WINDOW * segment_len, length)
-                    ids = np.stack([documents[i].tokens(place, end) for i in numbers])
-                    state = model(torch.from_numpy(ids).long().to(device), state=state, logits=False).state
-                    place = end
+        for plan, (documents, unseen, lengths) in zip(plans, drawn, strict=True):
+            n_row = n_row_of(model, cfg.n_row)
+            for first in range(0, cfg.n_document, n_row):
+                numbers = range(first, min(first + n_row, cfg.n_document))
+
+                def show(place: int, done: int = done, n: int = len(numbers)) -> None:
                     if progress is not None:
-                        progress((first * n_token + len(numbers) * place) / (cfg.n_document * n_token))
-                rows += _question(model, model.new_context(state), documents, unseen, numbers, distance, length)
-    rows.sort(key=lambda row: (row["distance"], CONDITIONS.index(row["condition"]), row["document"], row["fact"]))
-    n_haystack = n_token - min(sum(len(fact.tokens) for fact in document.facts) for document in documents)
+                        progress((done + n * place) / n_token)
+
+                states = read(model, [documents[i] for i in numbers], lengths, show)
+                for distance, length, state in zip(plan.distances, lengths, states, strict=True):
+                    given = {"kind": plan.kind, "n_other": plan.n_other, "distance": distance}
+                    asked = ask(model, state, documents, unseen, numbers, length)
+                    rows += [given | row for row in asked]
+                done += len(numbers) * lengths[-1]
+    kinds = _several(cfg.kind)
+    rows.sort(key=lambda row: (kinds.index(row["kind"]), row["n_other"], row["distance"],
+                               CONDITIONS.index(row["condition"]), row["document"], row["fact"]))  # fmt: skip
+    n_haystack = max(
+        lengths[-1] - min(len(document.head) - document.taken for document in documents)
+        for documents, _, lengths in drawn
+    )
     metadata = {
         "settings": asdict(cfg),
         "seed": cfg.seed,
         "n": cfg.n_document * cfg.n_fact,
         "distances": cfg.distances,
-        "lengths": list(lengths.values()),  # tokens of a document when its questions are asked
-        "segment_len": segment_len,
-        "haystack_repetition": n_haystack / len(documents[0].passage),  # above 1 a document repeats its own text
+        "lengths": [
+            max(
+                lengths[i]
+                for plan, (*_, lengths) in zip(plans, drawn, strict=True)
+                for i, d in enumerate(plan.distances)
+                if d == distance
+            )
+            for distance in cfg.distances
+        ],
+        "segment_len": model.segment_len,
+        "haystack_repetition": n_haystack / len(data.tokens(cfg.split).tokens),  # above 1 a document repeats its text
         "memories": list(model.memory.keys()),
-        "shared": shared,
+        "shared": is_shared(model),
     }
     return Result("needle", summarise(rows), tuple(rows), metadata)
 
 
-def draw(data: Any, cfg: Needle, segment_len: int) -> tuple[list[Document], list[Fact]]:
-    """The documents, and facts that are told in none of them; all names differ."""
-    n = cfg.n_document * cfg.n_fact
-    rng = np.random.default_rng([cfg.seed, 0])
-    facts = data.maker.draw(rng, 2 * n, "evaluation")
-    crossing = set(rng.choice(n, size=-(-n // _CROSSING), replace=False).tolist())
-    passage = data.tokens(cfg.split).tokens
-    documents = []
-    for i in range(cfg.n_document):
-        numbers = range(i * cfg.n_fact, (i + 1) * cfg.n_fact)
-        rng = np.random.default_rng([cfg.seed, 1 + i])
-        told = [(facts[number], number in crossing) for number in numbers]
-        documents.append(_tell(rng, told, passage, segment_len, cfg.facts_per_segment))
-    return documents, facts[n:]
+class _Plan(NamedTuple):
+    """Documents of one kind: questions are asked of them at one distance after the other."""
+
+    kind: str
+    n_other: int
+    distances: list[int]
 
 
-def _tell(
-    rng: np.random.Generator,
-    told: list[tuple[Fact, bool]],
-    passage: np.ndarray,
-    segment_len: int,
-    facts_per_segment: float,
-) -> Document:
-    """A document that tells facts after random gaps, and across a segment boundary where asked to."""
-    parts: list[np.ndarray] = []
-    begins: list[int] = []
-    place, taken = 0, int(rng.integers(len(passage)))
-    for fact, crosses in told:
-        length = len(fact.tokens)
-        gap = int(rng.integers(2 * max(round(segment_len / facts_per_segment) - length, 0) + 1))
-        if crosses and length > 1:
-            before = int(rng.integers(1, length))  # tokens of the fact that lie before the boundary
-            gap += -(place + gap + before) % segment_len
-        parts += [passage[(taken + np.arange(gap)) % len(passage)], np.asarray(fact.tokens)]
-        begins.append(place + gap)
-        place, taken = place + gap + length, taken + gap
-    return Document([fact for fact, _ in told], begins, np.concatenate(parts), passage, taken)
+def _plans(cfg: Needle) -> list[_Plan]:
+    """All documents that the settings ask for."""
+    lengths = [[distance] for distance in cfg.distances] if cfg.spread else [cfg.distances]
+    n_others = sorted(set(_several(cfg.n_other)))
+    return [_Plan(*plan) for plan in itertools.product(_several(cfg.kind), n_others, lengths)]
 
 
-def _question(
-    model: Any,
-    state: Any,
-    documents: Sequence[Document],
-    unseen: Sequence[Fact],
-    numbers: Sequence[int],
-    distance: int,
-    length: int,
-) -> list[Row]:
-    """Ask for every fact of the documents ``numbers``, whose memories are the rows of ``state``."""
-    n_fact = len(documents[0].facts)
-    wiped = model.wipe(state)
-    own: _Asked = [(i, documents[i].facts) for i in numbers]
-    # The memory of a document is asked for what the document before it told: no other memory need be at hand.
-    others: _Asked = [((i - 1) % len(documents), documents[i - 1].facts) for i in numbers]
-    never: _Asked = [(i, unseen[i * n_fact : (i + 1) * n_fact]) for i in numbers]
-    questions: dict[str, tuple[Any, bool, _Asked]] = {
-        "on": (state, True, own),
-        "off": (state, False, own),
-        "wiped": (wiped, True, own),
-        "swapped": (state, True, others),
-        "unseen": (state, True, never),
-    }
-    rows: list[Row] = []
-    for condition, (memory, read, asked) in questions.items():
-        for i in range(n_fact):  # one question per row at a time, so that no bank has to be copied
-            answers = answer(model, memory, [facts[i] for _, facts in asked], read)
-            for (number, facts), (correct, nll) in zip(asked, answers, strict=True):
-                document = None if condition == "unseen" else documents[number]
-                rows.append(
-                    {
-                        "condition": condition,
-                        "distance": distance,
-                        "document": number,
-                        "fact": i,
-                        "text": facts[i].text,
-                        "since": None if document is None else length - document.end(i),
-                        "depth": None if document is None else document.begins[i] / length,
-                        "straddles": None if document is None else document.straddles(i, model.segment_len),
-                        "correct": correct,
-                        "nll": nll,
-                    }
-                )
-    return rows
-
-
-def answer(model: Any, state: Any, facts: Sequence[Fact], read: bool = True) -> list[tuple[bool, float]]:
-    """Ask each row of ``state`` for a fact, given its cue; nothing is written.
-
-    Args:
-        model: A language model.
-        state: Memories, with no local context.
-        facts: One per row.
-        read: Whether memories are read.
+def draw(
+    data: Any, cfg: Needle, segment_len: int, plan: _Plan | None = None
+) -> tuple[list[Document], list[list[Fact]], list[int]]:
+    """The documents of a plan (by default the first), facts that are told in none of them, and their lengths.
 
     Returns:
-        For each fact whether greedy decoding gives the whole answer, and the answer's mean nats per token.
+        The documents; for each document as many facts that nobody is told; for each distance the tokens of a document
+        when its questions are asked, whole segments. All names differ.
     """
-    device = next(model.parameters(), torch.empty(0)).device
-    longest = max(len(fact.tokens) for fact in facts)
-    # What follows an answer cannot change it (models are causal), so short questions are filled up with anything.
-    ids = torch.tensor([fact.tokens + (0,) * (longest - len(fact.tokens)) for fact in facts], device=device)  # (B, L)
-    begin = torch.tensor([len(fact.cue) for fact in facts], device=device)[:, None]
-    end = torch.tensor([len(fact.tokens) for fact in facts], device=device)[:, None]
-    place = torch.arange(1, longest, device=device)
-    asked = (place >= begin) & (place < end)  # (B, L - 1)
-    logits = model(ids, state=state, read=read, write=False).logits[:, :-1].float()  # (B, L - 1, V)
-    targets = ids[:, 1:]
-    nll = -logits.log_softmax(dim=-1).gather(2, targets[..., None])[..., 0]  # (B, L - 1)
-    mean = torch.where(asked, nll, 0.0).sum(dim=1) / asked.sum(dim=1)
-    correct = ((logits.argmax(dim=-1) == targets) | ~asked).all(dim=1)
-    return list(zip(correct.tolist(), mean.tolist(), strict=True))
+    plan = plan or _plans(cfg)[0]
+    n, per_document = cfg.n_document * cfg.n_fact, cfg.n_fact + plan.n_other
+    facts = KINDS[plan.kind](data, cfg.split).draw(
+        np.random.default_rng([cfg.seed, 0]), cfg.n_document * per_document + n, "evaluation"
+    )
+    told, unseen = facts[:-n], facts[-n:]
+    text = data.tokens(cfg.split).tokens
+    documents = []
+    for i in range(cfg.n_document):
+        own = told[i * per_document : (i + 1) * per_document]
+        taken = sum(len(fact.tokens) for fact in own)
+        if cfg.spread:
+            gap = (plan.distances[0] - taken) / per_document
+        else:
+            gap = segment_len / cfg.facts_per_segment - taken / per_document
+        documents.append(
+            tell(np.random.default_rng([cfg.seed, 1 + i]), own[: cfg.n_fact], own[cfg.n_fact :],
+                 Haystack(text, [cfg.seed, i]), segment_len, gap)
+        )  # fmt: skip
+    longest = max(len(document.head) for document in documents)
+    ends = [max(longest, d) if cfg.spread else longest + d for d in plan.distances]
+    lengths = [-(-end // segment_len) * segment_len for end in ends]
+    return documents, [unseen[i * cfg.n_fact : (i + 1) * cfg.n_fact] for i in range(cfg.n_document)], lengths
+
+
+def _random(data: Any, split: str) -> FactMaker:
+    return data.maker
+
+
+def _native(data: Any, split: str) -> FactMaker:
+    return FactMaker(data.tokenizer, data.tokens("train"), native=data.tokens(split))
+
+
+KINDS: dict[str, Callable[[Any, str], Any]] = {"random": _random, "native": _native}
+"""Where facts of each kind come from, given the data and the split of the haystack."""
 
 
 def summarise(rows: Sequence[Row]) -> dict[str, float]:
     """Metrics of the rows.
 
     Returns:
-        For each condition ``exact_match/<condition>`` with ``low`` and ``high`` (95 % Wilson interval) and ``n``, and
-        ``nll``; the same of facts across a segment boundary, ``exact_match_straddling/...``, and of the others,
-        ``exact_match_inside/...``; and ``chance``, the rate of one who knows what the document told and guesses which
-        fact is meant. With several distances these are for the longest, and ``.../<distance>`` for each.
+        Those of `experiments.recall.rates`, for the longest distance, the fewest other facts and the first kind. With
+        several distances, numbers of other facts or kinds, those of each combination too: ``.../<kind>``,
+        ``.../<n_other>``, ``.../<distance>``, in this order and only for what varies.
     """
-    distances = sorted({row["distance"] for row in rows})
+    values = {axis: list(dict.fromkeys(row[axis] for row in rows)) for axis in _AXES}
+    varying = [axis for axis in _AXES if len(values[axis]) > 1]
     metrics: dict[str, float] = {}
-    for distance in reversed(distances):
-        part = _rates([row for row in rows if row["distance"] == distance])
-        if distance == distances[-1]:
-            metrics |= part
-        if len(distances) > 1:
-            metrics |= {f"{name}/{distance}": value for name, value in part.items()}
-    return metrics
-
-
-def _rates(rows: Sequence[Row]) -> dict[str, float]:
-    """Metrics of one distance."""
-    metrics: dict[str, float] = {}
-    kinds = {"": (True, False, None), "_straddling": (True,), "_inside": (False,)}
-    for kind, wanted in kinds.items():
-        for condition in CONDITIONS:
-            part = [row for row in rows if row["condition"] == condition and row["straddles"] in wanted]
-            if not part:
-                continue
-            k, n = sum(row["correct"] for row in part), len(part)
-            low, high = wilson(k, n)
-            numbers = {"exact_match": k / n, "low": low, "high": high, "n": n}
-            numbers["nll"] = math.fsum(row["nll"] for row in part) / n
-            metrics |= {f"{name}{kind}/{condition}": value for name, value in numbers.items()}
-    told = [row["document"] for row in rows if row["condition"] == "on"]
-    if told:
-        metrics["chance"] = len(set(told)) / len(told)
+    for combination in itertools.product(*values.values()):
+        given = dict(zip(_AXES, combination, strict=True))
+        part = rates([row for row in rows if all(row[axis] == value for axis, value in given.items())])
+        first = {"kind": values["kind"][0], "n_other": min(values["n_other"]), "distance": max(values["distance"])}
+        if given == first:
+            metrics = part | metrics
+        if varying:
+            suffix = "".join(f"/{given[axis]}" for axis in varying)
+            metrics |= {f"{name}{suffix}": value for name, value in part.items()}
     return metrics
 
 
 def plot(result: Result) -> dict[str, Figure]:
-    """Recall beside its controls: bars at one distance, lines over several."""
-    distances = sorted({row["distance"] for row in result.rows})
-    if not distances:
-        return {}
-    return {"recall": _bars(result.metrics, distances[0]) if len(distances) == 1 else _lines(result.metrics, distances)}
+    """Figures of each kind of facts.
+
+    Recall beside its controls, as bars at one distance and as lines over several; a heat map of length and depth where
+    facts are spread; recall against the number of other facts where that varies.
+    """
+    figures: dict[str, Figure] = {}
+    kinds = list(dict.fromkeys(row["kind"] for row in result.rows))
+    for kind in kinds:
+        rows = [row for row in result.rows if row["kind"] == kind]
+        n_others, distances = ([*dict.fromkeys(row[axis] for row in rows)] for axis in ("n_other", "distance"))
+        fewest = [row for row in rows if row["n_other"] == n_others[0]]
+        metrics = summarise(fewest)
+        end = f"_{kind}" if len(kinds) > 1 else ""
+        about = f", {kind} facts" if len(kinds) > 1 else ""
+        if len(distances) == 1:
+            figures[f"recall{end}"] = _bars(metrics, distances[0], about)
+        else:
+            title, label = f"Recall by distance{about}", "tokens between fact and question, at least"
+            figures[f"recall{end}"] = _lines(metrics, distances, title, label)
+        if result.metadata["settings"]["spread"]:
+            figures[f"length_depth{end}"] = _heat_map(fewest, about)
+        if len(n_others) > 1:
+            longest = [row for row in rows if row["distance"] == distances[-1]]
+            title, label = f"Recall by number of facts{about}", "other facts told in the document"
+            figures[f"other_facts{end}"] = _lines(summarise(longest), n_others, title, label)
+    return figures
 
 
-def _bars(metrics: Mapping[str, float], distance: int) -> Figure:
+_N_DEPTH = 5  # bands of depth in the heat map
+
+
+def _heat_map(rows: Sequence[Row], about: str) -> Figure:
+    """Recall with memory on by length of the text and depth of the fact; rows are lengths."""
+    distances = sorted({row["distance"] for row in rows})
+    counts = np.zeros((2, len(distances), _N_DEPTH))
+    for row in rows:
+        if row["condition"] == "on":
+            place = distances.index(row["distance"]), min(int(row["depth"] * _N_DEPTH), _N_DEPTH - 1)
+            counts[(0, *place)] += row["correct"]
+            counts[(1, *place)] += 1
+    with np.errstate(invalid="ignore"):
+        share = counts[0] / counts[1]
+    with style():
+        figure = Figure(figsize=(7.5, 1.9 + 0.55 * len(distances)))
+        axes = figure.subplots()
+        image = axes.imshow(share, vmin=0, vmax=1, cmap="cividis", aspect="auto")
+        for (y, x), value in np.ndenumerate(share):
+            text = "none" if np.isnan(value) else f"{100 * value:.3g} %\nn = {int(counts[1, y, x])}"
+            color = "white" if np.isnan(value) or value < 0.6 else "black"
+            axes.annotate(text, (x, y), ha="center", va="center", fontsize=9, color=color)
+        edges = [f"{100 * i // _N_DEPTH}-{100 * (i + 1) // _N_DEPTH} %" for i in range(_N_DEPTH)]
+        axes.set_xticks(range(_N_DEPTH), edges)
+        axes.set_yticks(range(len(distances)), [f"{distance:,}" for distance in distances])
+        axes.set(title=f"Recall by length and depth{about}", ylabel="tokens of text")
+        axes.set_xlabel("depth: where the fact was told (0 %: at the beginning)")
+        axes.grid(visible=False)
+        figure.colorbar(image, label="recalled exactly", format=PercentFormatter(xmax=1, symbol=" %"))
+    return figure
+
+
+def _bars(metrics: Mapping[str, float], distance: int, about: str) -> Figure:
     names = {"on": "memory on", "_straddling/on": "memory on, facts across\na segment boundary", **CONTROLS}
     keys = {name: name if "/" in name else f"/{name}" for name in names}
     shown = [name for name in names if f"exact_match{keys[name]}" in metrics]
@@ -354,7 +323,7 @@ def _bars(metrics: Mapping[str, float], distance: int) -> Figure:
             figure.legend(loc="outside lower right")
         axes.set_yticks(range(len(shown)), [names[name] for name in shown])
         axes.invert_yaxis()
-        axes.set(title=f"Recall of facts told {distance:,} or more tokens before", xlim=(0, 1))
+        axes.set(title=f"Recall of facts told {distance:,} or more tokens before{about}", xlim=(0, 1))
         axes.set_xlabel("recalled exactly, with 95 % Wilson interval")
         axes.grid(axis="x")
         axes.grid(visible=False, axis="y")
@@ -362,7 +331,7 @@ def _bars(metrics: Mapping[str, float], distance: int) -> Figure:
     return figure
 
 
-def _lines(metrics: Mapping[str, float], distances: Sequence[int]) -> Figure:
+def _lines(metrics: Mapping[str, float], distances: Sequence[int], title: str, label_x: str) -> Figure:
     markers = dict(zip(CONDITIONS, ("o", "s", "o", "^", "x"), strict=True))
     sizes = dict(zip(CONDITIONS, (6, 10, 7, 5, 4), strict=True))  # nested, so that four controls at 0 % stay visible
     with style():
@@ -385,9 +354,11 @@ def _lines(metrics: Mapping[str, float], distances: Sequence[int]) -> Figure:
         if "chance" in metrics:
             label = f"guess among the document's facts, {100 * metrics['chance']:.2g} %"
             axes.axhline(metrics["chance"], color=PALETTE["black"], linewidth=1.2, linestyle=":", label=label)
-        axes.set(title="Recall by distance", ylabel="recalled exactly", ylim=(0, 1))
-        axes.set_xlabel("tokens between fact and question, at least")
-        if distances[0] > 0 and distances[-1] / distances[0] >= 8:
+        axes.set(title=title, xlabel=label_x, ylabel="recalled exactly", ylim=(0, 1))
+        if distances[0] == 0:
+            axes.set_xscale("symlog", linthresh=distances[1])
+            axes.minorticks_off()
+        elif distances[-1] / distances[0] >= 8:
             axes.set_xscale("log")
             axes.minorticks_off()
         axes.set_xticks(distances)

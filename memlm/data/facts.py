@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import zlib
+from collections import Counter
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -57,21 +58,35 @@ class FactMaker:
         train: Training text; its frequent words become names and values, and no pair of neighbours in it becomes
             neighbours in a name or value.
         n_word: Words to draw from, at most.
+        native: A text: words are drawn from it as often as they occur there, and no pair of neighbours in it becomes
+            neighbours in a name or value either, so that a name stands nowhere but in its fact.
 
     Raises:
         ConfigError: If the training text has too few words.
     """
 
-    def __init__(self, tokenizer: Tokenizer, train: TokenizedCorpus, n_word: int = 3000) -> None:
-        self.words = _frequent_words(tokenizer, train, n_word)
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        train: TokenizedCorpus,
+        n_word: int = 3000,
+        native: TokenizedCorpus | None = None,
+    ) -> None:
+        if native is None:
+            self.words, count, texts = _frequent_words(tokenizer, train, n_word), None, [train]
+        else:
+            counts = Counter(word for word in tokenizer.decode(native.tokens.tolist()).split() if _is_plain(word))
+            self.words, texts = sorted(counts), [train] if native is train else [train, native]
+            count = np.array([counts[word] for word in self.words])
         if len(self.words) < _MIN_WORDS:
             raise ConfigError(
                 f"planted facts need at least {_MIN_WORDS} different words of 3 to 12 letters in the training text, "
                 f"found {len(self.words)}; use more text, or curriculum=plain"
             )
+        self._share = None if count is None else count / count.sum()
         self._tokens = [tuple(tokenizer.encode(" " + word)) for word in self.words]
         self._is = tuple(tokenizer.encode(" is"))
-        self._neighbours = _neighbours(tokenizer, train, set(self.words))
+        self._neighbours = set().union(*(_neighbours(tokenizer, text, set(self.words)) for text in texts))
 
     def draw(
         self, rng: np.random.Generator, n: int, split: Literal["train", "evaluation"], n_word: int | None = None
@@ -106,7 +121,7 @@ class FactMaker:
     ) -> tuple[tuple[str, ...], tuple[int, ...]]:
         """``n`` different words of ``pool`` in an order that belongs to ``split``, and their tokens."""
         while True:
-            index = rng.choice(pool, size=n, replace=False) if n > 2 else pool[rng.integers(len(pool), size=n)]
+            index = self._choose(rng, pool, n)
             if len(set(index.tolist())) < n:
                 continue
             words = tuple(self.words[i] for i in index)
@@ -116,6 +131,17 @@ class FactMaker:
             if split == "train" and any(_held_out(pair) for pair in pairs):  # a name of evaluation within a value
                 continue
             return words, tuple(token for i in index for token in self._tokens[i])
+
+    def _choose(self, rng: np.random.Generator, pool: np.ndarray, n: int) -> np.ndarray:
+        """``n`` words of ``pool``, which may hold repetitions."""
+        if self._share is not None and len(pool) == len(self.words):
+            return rng.choice(len(pool), size=n, p=self._share)
+        return rng.choice(pool, size=n, replace=False) if n > 2 else pool[rng.integers(len(pool), size=n)]
+
+
+def _is_plain(word: str) -> bool:
+    """Whether a word is lower-case letters alone."""
+    return len(word) <= 12 and word.isascii() and word.isalpha() and word.islower()
 
 
 def _held_out(words: tuple[str, ...]) -> bool:
@@ -137,7 +163,7 @@ def _frequent_words(tokenizer: Tokenizer, train: TokenizedCorpus, n_word: int) -
     sample = tokenizer.decode(train.tokens[:2_000_000].tolist())
     counts: dict[str, int] = {}
     for word in sample.split():
-        if 3 <= len(word) <= 12 and word.isascii() and word.isalpha() and word.islower():
+        if len(word) >= 3 and _is_plain(word):
             counts[word] = counts.get(word, 0) + 1
     frequent = [word for word, count in counts.items() if count > 1]
     length = {word: len(tokenizer.encode(" " + word)) for word in frequent}

@@ -118,16 +118,17 @@ def mix(
             questions = teller.questions((place + space) // segment_len)
             ask = bool(questions) and (first or rng.random() < 0.5)
             item = questions[int(rng.integers(len(questions)))] if ask else teller.statement()
-            fits = item is not None and place + space + len(item.tokens) <= end
-            if not fits:
-                space = min(max(space, teller.item_len if item is None else len(item.tokens)), end - place)
+            n_item = teller.item_len if item is None else len(item.tokens)
+            fits = place + space + n_item <= end
+            if item is None or not fits:
+                space = min(max(space, n_item), end - place)
             tokens[place : place + space] = passage[taken : taken + space]
             place, taken, first = place + space, taken + space, False
-            if fits:
-                tokens[place : place + len(item.tokens)] = item.tokens
+            if item is not None and fits:
+                tokens[place : place + n_item] = item.tokens
                 if ask:
-                    answer[place + len(item.cue) : place + len(item.tokens)] = True
-                place += len(item.tokens)
+                    answer[place + len(item.cue) : place + n_item] = True
+                place += n_item
                 if not ask:
                     teller.tell(item, (place - 1) // segment_len)
     return Planted(tokens, answer[1:], breaks)

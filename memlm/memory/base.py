@@ -219,6 +219,13 @@ class Memory(nn.Module):
         """Which slots hold something, (B, n_slot)."""
         raise NotImplementedError
 
+    def places(self, state: State) -> Tensor | None:
+        """Place in its document of the token that each slot was made from, (B, n_slot), -1 for empty slots.
+
+        None (the default) if slots are not made from single tokens.
+        """
+        return None
+
     def flops_per_token(self) -> int:
         """Multiply-adds times two of one token's read and write."""
         return 2 * sum(parameter.numel() for parameter in self.parameters())

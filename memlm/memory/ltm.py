@@ -332,6 +332,10 @@ class LongTermMemory(Memory):
         """Which slots hold something, (B, M)."""
         return state.priority > _USED
 
+    def places(self, state: LongTermState) -> Tensor:
+        """See `Memory.places`."""
+        return state.position
+
     def flops_per_token(self) -> int:
         """Projections of read and write, and the search of a full bank."""
         search = 2 * self.n_slot * self.d_key + 2 * self.top_k * (self.d_key + self.d_value)

@@ -60,6 +60,10 @@ class LanguageModel(nn.Module):
         """
         return self(ids, state=state, logits=False).state
 
+    def places(self, state: Any) -> list[Tensor]:
+        """Places in the document of the tokens that memories hold, (B, n_slot) each: see `Memory.places`."""
+        return []
+
     def wipe(self, state: Any) -> Any:
         """``state`` with all memories as new."""
         raise NotImplementedError

@@ -330,6 +330,15 @@ class LMCode(LanguageModel):
         n_row = len(state.local.host_open)
         return self.map_memory(lambda module, _: module.init_state(n_row), state)
 
+    def places(self, state: ModelState) -> list[Tensor]:
+        """See `LanguageModel.places`."""
+        found = [
+            module.places(part)
+            for name, modules in self.memory.items()
+            for module, part in zip(modules, state.memory[name], strict=True)
+        ]
+        return [part for part in found if part is not None]
+
     def select_rows(self, state: ModelState, index: Tensor) -> ModelState:
         """Rows ``index`` (N,) of ``state``; banks that all rows share stay as they are."""
         state = self.map_memory(lambda m, part: part if m.scope == "shared" else select_rows(part, index), state)

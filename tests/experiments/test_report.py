@@ -25,6 +25,8 @@ def needle_result(conditions=needle.CONDITIONS, distances=(100,), correct=None, 
         {
             "condition": condition,
             "distance": distance,
+            "kind": "random",
+            "n_other": 0,
             "document": i // 4,
             "fact": i % 4,
             "straddles": None if condition == "unseen" else straddling and i % 4 == 0,
@@ -101,7 +103,17 @@ def test_recall_at_one_distance_borrows_no_controls_from_another():
 
 def test_percentages_are_never_rounded_to_the_ends():
     rows = [
-        {"condition": c, "distance": 1, "document": 0, "fact": i, "straddles": None, "correct": i > 0, "nll": 0.0}
+        {
+            "condition": c,
+            "kind": "random",
+            "n_other": 0,
+            "distance": 1,
+            "document": 0,
+            "fact": i,
+            "straddles": None,
+            "correct": i > 0,
+            "nll": 0.0,
+        }
         for c in needle.CONDITIONS
         for i in range(3000)
     ]
