@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, Sampler
 from memlm.config import ConfigError, instantiate
 from memlm.data.corpus import Corpus
 from memlm.data.curriculum import Curriculum
-from memlm.data.facts import FactMaker
+from memlm.data.facts import FactMaker, Facts, Maker
 from memlm.data.stream import Batch, TrainingBatches, ValidationBatches
 from memlm.data.task import Task
 from memlm.data.tokenizer import Tokenizer
@@ -50,7 +50,7 @@ class TextData(lightning.LightningDataModule):
         self.corpus, self.tokenizer, self.segment_len, self.curriculum = corpus, tokenizer, segment_len, curriculum
         self.cache_dir, self.seed, self.n_worker, self.n_step = cache_dir, seed, n_worker, n_step
         self._splits: dict[str, TokenizedCorpus] = {}
-        self._maker: FactMaker | None = None
+        self._facts: Facts | None = None
         self._task: Task | None = None
 
     def tokens(self, split: str) -> TokenizedCorpus:
@@ -67,11 +67,20 @@ class TextData(lightning.LightningDataModule):
 
     @property
     def maker(self) -> FactMaker:
-        """Where planted facts come from."""
-        if self._maker is None:
-            own = getattr(self.task, "maker", None)
-            self._maker = own if isinstance(own, FactMaker) else FactMaker(self.tokenizer, self.tokens("train"))
-        return self._maker
+        """Where planted facts of words come from."""
+        return self.facts.maker
+
+    def maker_of(self, kind: str) -> Maker:
+        """Where planted facts of a kind come from; see `memlm.data.facts.KINDS`."""
+        return self.facts.maker_of(kind)
+
+    @property
+    def facts(self) -> Facts:
+        """What makes planted facts, whether or not they are trained: the task itself if it is that."""
+        if self._facts is None:
+            task = self.task
+            self._facts = task if isinstance(task, Facts) else Facts(self.tokenizer, self.tokens("train"))
+        return self._facts
 
     @property
     def task(self) -> Task | None:

@@ -1,43 +1,68 @@
 """Planted facts: random names with random values, told once and asked later.
 
-A fact reads ``name1 name2 is value1 value2 value3``; its cue is the name, its answer the rest. Names and values are
-ordinary words in combinations that the text nowhere contains. A hash of the words decides for every name and value
-whether it belongs to training or to evaluation, so that none is ever used for both.
+A fact reads ``name1 name2 is value1 value2 value3``, its cue is the name, its answer the rest; or it is an English
+sentence, whose cue is all before the value, and which can be asked for in other words. Names and values are ordinary
+words in combinations that the text nowhere contains. A hash of the words decides for every name and value whether it
+belongs to training or to evaluation, so that none is ever used for both.
 """
 
 from __future__ import annotations
 
 import itertools
+import re
 import zlib
 from collections import Counter
-from typing import Literal, NamedTuple
+from collections.abc import Callable, Iterator, Mapping
+from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 
-from memlm.config import ConfigError
+from memlm.config import ConfigError, did_you_mean
+from memlm.data.sentences import RELATIONS, Form, Level, Relation, write
 from memlm.data.task import Planted, contexts, mix
 from memlm.data.tokenizer import Tokenizer
 from memlm.data.tokens import TokenizedCorpus
 
 _EVALUATION_SHARE = 8  # one in so many names and values is kept for evaluation
 _MIN_WORDS = 64
+_MIN_RELATIONS = 4
 _CHUNK = 1_000_000  # tokens decoded at a time
+_WORD = re.compile(r"\w+")
+
+
+Split = Literal["train", "evaluation"]
+
+
+class Paraphrase(NamedTuple):
+    """Another way to ask for a fact.
+
+    Attributes:
+        cue: Token ids up to the value.
+        level: How new the question is to a model trained on such facts; see `memlm.data.sentences.LEVELS`.
+    """
+
+    cue: tuple[int, ...]
+    level: Level
 
 
 class Fact(NamedTuple):
     """A fact in words and tokens.
 
     Attributes:
-        name: Two words.
-        value: Three words.
-        cue: Token ids of the name.
-        answer: Token ids of what follows, ``is`` and the value.
+        name: Words of the name (subject).
+        value: Words of the value.
+        cue: Token ids of what comes before the answer: the name, or a sentence up to its value.
+        answer: Token ids of what follows: ``is`` and the value, or the value and what ends the sentence.
+        sentence: The fact as it is told, if that is a sentence.
+        paraphrases: Other cues with the same answer.
     """
 
     name: tuple[str, ...]
     value: tuple[str, ...]
     cue: tuple[int, ...]
     answer: tuple[int, ...]
+    sentence: str = ""
+    paraphrases: tuple[Paraphrase, ...] = ()
 
     @property
     def tokens(self) -> tuple[int, ...]:
@@ -47,7 +72,18 @@ class Fact(NamedTuple):
     @property
     def text(self) -> str:
         """The whole fact in words."""
-        return " ".join([*self.name, "is", *self.value])
+        return self.sentence or " ".join([*self.name, "is", *self.value])
+
+    def asked(self, paraphrase: Paraphrase) -> Fact:
+        """The fact with the cue of a paraphrase; `tokens` is then a question and its answer."""
+        return self._replace(cue=paraphrase.cue)
+
+
+class Maker(Protocol):
+    """Where facts of one kind come from."""
+
+    def draw(self, rng: np.random.Generator, n: int, split: Split, n_word: int | None = None) -> list[Fact]:
+        """``n`` different facts; see `FactMaker.draw`."""
 
 
 class FactMaker:
@@ -88,9 +124,7 @@ class FactMaker:
         self._is = tuple(tokenizer.encode(" is"))
         self._neighbours = set().union(*(_neighbours(tokenizer, text, set(self.words)) for text in texts))
 
-    def draw(
-        self, rng: np.random.Generator, n: int, split: Literal["train", "evaluation"], n_word: int | None = None
-    ) -> list[Fact]:
+    def draw(self, rng: np.random.Generator, n: int, split: Split, n_word: int | None = None) -> list[Fact]:
         """``n`` facts with different names.
 
         Args:
@@ -99,6 +133,16 @@ class FactMaker:
             split: Which names and values may be used.
             n_word: Draw all names from so few words that they look alike; None for all words.
         """
+        pool = self._pool(rng, n, split, n_word)
+        facts: dict[tuple[str, ...], Fact] = {}
+        while len(facts) < n:
+            name, name_tokens = self._combine(rng, pool, 2, split)
+            value, value_tokens = self._combine(rng, np.arange(len(self.words)), 3, split)
+            facts.setdefault(name, Fact(name, value, name_tokens, self._is + value_tokens))
+        return list(facts.values())
+
+    def _pool(self, rng: np.random.Generator, n: int, split: Split, n_word: int | None) -> np.ndarray:
+        """Indices of the words that ``n`` names are made of."""
         pool = np.arange(len(self.words))
         if n_word is not None:
             # Enough pairs must remain when only one in _EVALUATION_SHARE belongs to the split.
@@ -109,12 +153,7 @@ class FactMaker:
                 f"{n} facts of different names are asked for, but {len(pool)} words give {n_name} at most: "
                 "use fewer facts (n_fact, n_document) or more text"
             )
-        facts: dict[tuple[str, ...], Fact] = {}
-        while len(facts) < n:
-            name, name_tokens = self._combine(rng, pool, 2, split)
-            value, value_tokens = self._combine(rng, np.arange(len(self.words)), 3, split)
-            facts.setdefault(name, Fact(name, value, name_tokens, self._is + value_tokens))
-        return list(facts.values())
+        return pool
 
     def _combine(
         self, rng: np.random.Generator, pool: np.ndarray, n: int, split: str
@@ -144,17 +183,166 @@ def _is_plain(word: str) -> bool:
     return len(word) <= 12 and word.isascii() and word.isalpha() and word.islower()
 
 
+class SentenceMaker(FactMaker):
+    """Draws facts told as English sentences: an invented subject, a relation, an invented value.
+
+    Names are compounds and pairs of frequent words (``Frame Codec``, ``Framecodec``), which the text nowhere contains,
+    or numbers that it does not contain. What the tokenizer cannot write is left out, such as capital letters
+    (names are then pairs of small words) or whole relations. Facts for training offer the paraphrases that training may
+    ask; those for evaluation offer all.
+
+    Args:
+        tokenizer: Tokenizer of the model.
+        train: Training text.
+        n_word: Words to draw from, at most.
+
+    Raises:
+        ConfigError: If the training text has too few words, or the tokenizer lacks those of the sentences.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, train: TokenizedCorpus, n_word: int = 3000) -> None:
+        super().__init__(tokenizer, train, n_word)
+        self._tokenizer = tokenizer
+        # A word of the sentences beside a name might look like another name.
+        own = {word.lower() for relation in RELATIONS for text in relation.phrasings for word in _WORD.findall(text)}
+        # Capitals cost tokens: keep the half of the words that need the fewest.
+        length = {word: len(tokenizer.encode(" " + word.title())) for word in self.words if word not in own}
+        if len(length) < _MIN_WORDS:
+            raise ConfigError(
+                f"natural facts need at least {_MIN_WORDS} frequent words in the training text that their sentences do "
+                f"not use, found {len(length)}; use more text, or facts of words"
+            )
+        shortest = sorted(length, key=lambda word: (length[word], word))
+        self.words = sorted(shortest[: max(len(length) // 2, _MIN_WORDS)])
+        self._tokens = [tuple(tokenizer.encode(" " + word)) for word in self.words]
+        self._neighbours |= _neighbours(tokenizer, train, set(self.words), lower=True)
+        self._known = {word for text in _texts(tokenizer, train) for word in _WORD.findall(text.lower())}
+        numbers = [str(number) for number in range(1000, 3000) if str(number) not in self._known]
+        self._numbers = [number for number in numbers if self._encode(" " + number) is not None]
+        sentences = [_Sentences.of(relation, self._encode) for relation in RELATIONS]
+        self._sentences = [
+            found
+            for found in sentences
+            if found is not None and (found.relation.value != "number" or len(self._numbers) >= _MIN_WORDS)
+        ]
+        if len(self._sentences) < _MIN_RELATIONS:
+            raise ConfigError(
+                f"natural facts need a tokenizer that can write English sentences, but it lacks the words of all but "
+                f"{len(self._sentences)} of {len(RELATIONS)} relations: use data.tokenizer.kind=bpe, or facts of words"
+            )
+
+    def draw(self, rng: np.random.Generator, n: int, split: Split, n_word: int | None = None) -> list[Fact]:
+        """``n`` facts; with ``n_word`` a subject may have several facts, else all subjects differ.
+
+        Args:
+            rng: Source of randomness.
+            n: Number of facts.
+            split: Which subjects and values may be used.
+            n_word: Draw all subjects from so few words that they look alike; None for all words.
+        """
+        pool = self._pool(rng, n, split, n_word)
+        facts: dict[tuple[str, ...], Fact] = {}
+        while len(facts) < n:
+            sentences = self._sentences[int(rng.integers(len(self._sentences)))]
+            name, name_tokens = self._name(rng, pool, sentences.relation.subject, split)
+            value, value_tokens = self._name(rng, np.arange(len(self.words)), sentences.relation.value, split)
+            told = int(rng.integers(len(sentences.tell)))
+            key = name if n_word is None else (*name, sentences.relation.name)
+            facts.setdefault(key, self._fact(sentences, told, name, name_tokens, value, value_tokens, split))
+        return list(facts.values())
+
+    def _fact(
+        self,
+        sentences: _Sentences,
+        told: int,
+        name: tuple[str, ...],
+        name_tokens: tuple[int, ...],
+        value: tuple[str, ...],
+        value_tokens: tuple[int, ...],
+        split: Split,
+    ) -> Fact:
+        """The fact as the phrasing number ``told`` of those that tell has it."""
+        before, after = sentences.phrasings[sentences.tell[told]]
+        cue, answer = before + name_tokens + after, value_tokens + sentences.end
+        paraphrases = []
+        for asked, (before, after) in sentences.phrasings.items():
+            level = sentences.relation.level(sentences.tell[told], asked)
+            if asked != sentences.tell[told] and (split == "evaluation" or level == "trained"):
+                paraphrases.append(Paraphrase(before + name_tokens + after, level))
+        sentence = self._tokenizer.decode(cue + answer).strip()
+        return Fact(name, value, cue, answer, sentence, tuple(paraphrases))
+
+    def _name(
+        self, rng: np.random.Generator, pool: np.ndarray, form: Form, split: Split
+    ) -> tuple[tuple[str, ...], tuple[int, ...]]:
+        """Words of a subject or value that belongs to ``split``, and its tokens."""
+        if form == "number":
+            while True:
+                number = (self._numbers[int(rng.integers(len(self._numbers)))],)
+                if _held_out(number) == (split == "evaluation"):
+                    return number, tuple(self._tokenizer.encode(" " + number[0]))
+        while True:
+            words, tokens = self._combine(rng, pool, 2, split)
+            written = write(words, form)
+            # A compound may be a word of the text, or two pairs the same compound.
+            compound = (written.lower(),) if form == "place" else None
+            if not compound or (compound[0] not in self._known and _held_out(compound) == (split == "evaluation")):
+                return words, self._encode(" " + written) or tokens
+
+    def _encode(self, text: str) -> tuple[int, ...] | None:
+        """Tokens of a text, or None if they do not give it back."""
+        tokens = self._tokenizer.encode(text)
+        return tuple(tokens) if self._tokenizer.decode(tokens) == text else None
+
+
+class _Sentences(NamedTuple):
+    """A relation in tokens.
+
+    Attributes:
+        relation: The relation.
+        phrasings: By number, the tokens before and after the subject, for those that the tokenizer can write.
+        tell: Numbers of those that tell.
+        end: Tokens after the value.
+    """
+
+    relation: Relation
+    phrasings: dict[int, tuple[tuple[int, ...], tuple[int, ...]]]
+    tell: list[int]
+    end: tuple[int, ...]
+
+    @classmethod
+    def of(cls, relation: Relation, encode: Callable[[str], tuple[int, ...] | None]) -> _Sentences | None:
+        """The relation as ``encode`` writes it; None if it cannot be told, or asked for in other words."""
+        phrasings = {}
+        for i, text in enumerate(relation.phrasings):
+            before, after = (encode(part.rstrip()) for part in f" {text}".split("{}"))
+            if before is not None and after is not None:
+                phrasings[i] = (before, after)
+        tell, end = [i for i in phrasings if i < len(relation.tell)], encode(relation.end)
+        if not tell or len(phrasings) < 2 or end is None:
+            return None
+        return cls(relation, phrasings, tell, end)
+
+
 def _held_out(words: tuple[str, ...]) -> bool:
     """Whether a name or value is kept for evaluation."""
     return zlib.crc32(" ".join(words).encode()) % _EVALUATION_SHARE == 0
 
 
-def _neighbours(tokenizer: Tokenizer, train: TokenizedCorpus, words: set[str]) -> set[tuple[str, str]]:
-    """Pairs of ``words`` that follow each other anywhere in the training text."""
+def _texts(tokenizer: Tokenizer, train: TokenizedCorpus) -> Iterator[str]:
+    """The training text in chunks, which overlap so that no pair of words is cut."""
+    for start in range(0, train.n_token, _CHUNK):
+        yield tokenizer.decode(train.tokens[start : start + _CHUNK + 64].tolist())
+
+
+def _neighbours(
+    tokenizer: Tokenizer, train: TokenizedCorpus, words: set[str], lower: bool = False
+) -> set[tuple[str, str]]:
+    """Pairs of ``words`` that follow each other anywhere in the training text, or in its small letters."""
     found: set[tuple[str, str]] = set()
-    for start in range(0, train.n_token, _CHUNK):  # chunks overlap, so that no pair is cut
-        text = tokenizer.decode(train.tokens[start : start + _CHUNK + 64].tolist()).split()
-        found.update(pair for pair in itertools.pairwise(text) if pair[0] in words and pair[1] in words)
+    for text in _texts(tokenizer, train):
+        pairs = itertools.pairwise((text.lower() if lower else text).split())
+        found.update(pair for pair in pairs if pair[0] in words and pair[1] in words)
     return found
 
 
@@ -172,6 +360,19 @@ def _frequent_words(tokenizer: Tokenizer, train: TokenizedCorpus, n_word: int) -
     return sorted((shortest if len(shortest) >= 512 else ranked)[:n_word])
 
 
+def _native(tokenizer: Tokenizer, train: TokenizedCorpus) -> FactMaker:
+    return FactMaker(tokenizer, train, native=train)
+
+
+KINDS: dict[str, Callable[[Tokenizer, TokenizedCorpus], Maker]] = {
+    "random": FactMaker,
+    "native": _native,
+    "natural": SentenceMaker,
+}
+"""Kinds of facts by name: two words that are three words, each word as likely as any other; the same of words as likely
+as they are in the text; English sentences."""
+
+
 class Facts:
     """The task of telling facts once and asking for them later, mixed into text; see `memlm.data.task.Task`.
 
@@ -180,14 +381,37 @@ class Facts:
         train: Training text.
 
     Attributes:
-        maker: Where facts come from.
+        maker: Where ``random`` facts come from.
     """
 
     def __init__(self, tokenizer: Tokenizer, train: TokenizedCorpus) -> None:
+        self._tokenizer, self._train = tokenizer, train
         self.maker = FactMaker(tokenizer, train)
+        self._makers: dict[str, Maker] = {"random": self.maker}
+
+    def maker_of(self, kind: str) -> Maker:
+        """Where facts of a kind come from; made when they are first asked for.
+
+        Raises:
+            ConfigError: If there is no such kind, or the tokenizer or text does not suit it.
+        """
+        if kind not in KINDS:
+            raise ConfigError(
+                f"there are no facts of kind {kind!r}: expected one of {', '.join(KINDS)}.{did_you_mean(kind, KINDS)}"
+            )
+        if kind not in self._makers:
+            self._makers[kind] = KINDS[kind](self._tokenizer, self._train)
+        return self._makers[kind]
 
     def document(
-        self, rng: np.random.Generator, passage: np.ndarray, segment_len: int, items: float = 2.0, hard: float = 0.0
+        self,
+        rng: np.random.Generator,
+        passage: np.ndarray,
+        segment_len: int,
+        items: float = 2.0,
+        hard: float = 0.0,
+        kinds: Mapping[str, float] | None = None,
+        paraphrase: float = 0.0,
     ) -> Planted:
         """A document with facts and questions.
 
@@ -197,18 +421,26 @@ class Facts:
             segment_len: Tokens per segment.
             items: Facts and questions per segment, on average.
             hard: Share of documents whose names are drawn from few words, so that they look alike.
+            kinds: By kind of facts (see `KINDS`), how large a share of the documents has them; None for ``random`` alone.
+            paraphrase: Share of facts that are asked for in other words than they were told in, where the kind has any.
         """
-        return plant(rng, self.maker, passage, segment_len, items, bool(rng.random() < hard))
+        alike = bool(rng.random() < hard)
+        maker: Maker = self.maker
+        if kinds is not None:
+            share = np.array(list(kinds.values()), dtype=float)
+            maker = self.maker_of(list(kinds)[int(rng.choice(len(share), p=share / share.sum()))])
+        return plant(rng, maker, passage, segment_len, items, alike, paraphrase=paraphrase)
 
 
 def plant(
     rng: np.random.Generator,
-    maker: FactMaker,
+    maker: Maker,
     passage: np.ndarray,
     segment_len: int,
     items: float,
     hard: bool,
     new_context: float = 0.5,
+    paraphrase: float = 0.0,
 ) -> Planted:
     """Mix facts and questions into a passage.
 
@@ -223,26 +455,31 @@ def plant(
         items: Facts and questions per segment, on average.
         hard: Whether names look alike.
         new_context: Share of segments that begin a new context.
+        paraphrase: Share of facts that are asked for with the cue of one of their paraphrases, if they have any.
     """
     n_segment = (len(passage) - 1) // segment_len
     breaks = contexts(rng, n_segment, new_context)
     facts = maker.draw(rng, max(int(np.ceil(n_segment * items)), 1), "train", n_word=8 if hard else None)
-    return mix(rng, _Once(facts), passage, segment_len, items, breaks)
+    return mix(rng, _Once(rng, facts, paraphrase), passage, segment_len, items, breaks)
 
 
 class _Once:
     """Tells each fact once; see `memlm.data.task.Teller`."""
 
-    def __init__(self, facts: list[Fact]) -> None:
-        self.facts, self.item_len = facts, len(facts[0].tokens)
-        self._told: list[tuple[int, Fact]] = []  # the segment where each ended
+    def __init__(self, rng: np.random.Generator, facts: list[Fact], paraphrase: float) -> None:
+        self.rng, self.facts, self.paraphrase = rng, facts, paraphrase
+        self.item_len = round(sum(len(fact.tokens) for fact in facts) / len(facts))
+        self._told: list[tuple[int, Fact]] = []  # the segment where each ended, and how it is asked for
 
     def statement(self) -> Fact | None:
         """The next fact."""
         return self.facts[len(self._told)] if len(self._told) < len(self.facts) else None
 
     def tell(self, statement: Fact, segment: int) -> None:
-        """Remember where the fact ended."""
+        """Remember where the fact ended, and decide how it is asked for from now on."""
+        paraphrases = statement.paraphrases
+        if self.paraphrase and paraphrases and self.rng.random() < self.paraphrase:
+            statement = statement.asked(paraphrases[int(self.rng.integers(len(paraphrases)))])
         self._told.append((segment, statement))
 
     def questions(self, segment: int) -> list[Fact]:
