@@ -8,6 +8,8 @@ Kinds of facts, by what could give a needle away without memory:
 
 - ``random``: names and values of words drawn evenly from the frequent words of the training text.
 - ``native``: names and values of words drawn from the haystack itself, as often as they occur there.
+- ``natural``: English sentences; the cue is all before the value.
+- ``paraphrased``: the same sentences, asked for in other words than they were told in.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from experiments.base import PALETTE, Result, Row, evaluating, style
 from experiments.recall import CONDITIONS, Document, Haystack, ask, is_shared, n_row_of, rates, read, tell
 from memlm.analysis.figures import CONTROLS
 from memlm.config import ConfigError
-from memlm.data.facts import Fact, FactMaker
+from memlm.data.facts import Fact, FactMaker, SentenceMaker
 
 _COLORS = dict(zip(CONDITIONS, ("blue", "vermillion", "purple", "orange", "green"), strict=True))
 _AXES = ("kind", "n_other", "distance")  # what a list of settings varies; later ones vary faster
@@ -43,7 +45,7 @@ class Needle:
         spread: Facts are told all over the document, which is as long as ``distance`` (and what the facts need); with a
             list there are other documents for each length.
         n_other: Further facts told per document, for which nobody asks; a list: other documents for each number.
-        kind: ``random`` or ``native``; a list: other documents for each.
+        kind: ``random``, ``native``, ``natural`` or ``paraphrased``; a list: other documents for each.
         facts_per_segment: How densely facts are told, on average; without effect if they are spread.
         split: Where the text around the facts is from: ``val``, or ``test`` for final numbers.
         seed: Of facts, gaps and passages.
@@ -122,7 +124,7 @@ def run(model: Any, data: Any, cfg: Needle, progress: Callable[[float], None] | 
                 states = read(model, [documents[i] for i in numbers], lengths, show)
                 for distance, length, state in zip(plan.distances, lengths, states, strict=True):
                     given = {"kind": plan.kind, "n_other": plan.n_other, "distance": distance}
-                    asked = ask(model, state, documents, unseen, numbers, length)
+                    asked = ask(model, state, documents, unseen, numbers, length, plan.kind == "paraphrased")
                     rows += [given | row for row in asked]
                 done += len(numbers) * lengths[-1]
     kinds = _several(cfg.kind)
@@ -211,7 +213,16 @@ def _native(data: Any, split: str) -> FactMaker:
     return FactMaker(data.tokenizer, data.tokens("train"), native=data.tokens(split))
 
 
-KINDS: dict[str, Callable[[Any, str], Any]] = {"random": _random, "native": _native}
+def _natural(data: Any, split: str) -> FactMaker:
+    return SentenceMaker(data.tokenizer, data.tokens("train"))
+
+
+KINDS: dict[str, Callable[[Any, str], FactMaker]] = {
+    "random": _random,
+    "native": _native,
+    "natural": _natural,
+    "paraphrased": _natural,
+}
 """Where facts of each kind come from, given the data and the split of the haystack."""
 
 

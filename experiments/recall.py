@@ -26,6 +26,7 @@ from torch import Tensor
 from experiments.base import Row, wilson
 from memlm.analysis.figures import CONTROLS
 from memlm.data.facts import Fact
+from memlm.data.sentences import LEVELS
 
 CONDITIONS = ("on", *CONTROLS)
 """The memory as it is, then its controls: see `memlm.analysis.figures.CONTROLS`."""
@@ -175,7 +176,7 @@ def ask(
     unseen: Sequence[Sequence[Fact]],
     numbers: Sequence[int],
     length: int,
-    cue: Callable[[Fact, int], tuple[int, ...]] | None = None,
+    paraphrase: bool = False,
 ) -> list[Row]:
     """Ask for every fact of the documents ``numbers``, under every condition.
 
@@ -186,7 +187,7 @@ def ask(
         unseen: For each document as many facts that nobody was told.
         numbers: Which document each row is.
         length: Tokens that were read.
-        cue: Gives the token ids to ask with, of a fact and its number in the document; by default its own cue.
+        paraphrase: Whether to ask in other words than the fact was told in: fact i with its i-th paraphrase, in turn.
 
     Returns:
         One row per condition, document and fact: ``text``, ``since`` (tokens between the fact's end and the question),
@@ -212,8 +213,9 @@ def ask(
     rows: list[Row] = []
     for condition, (memory, reads, asked) in questions.items():
         for i in range(n_fact):  # one question per row at a time, so that no bank has to be copied
-            cues = None if cue is None else [cue(facts[i], i) for _, facts in asked]
-            answers = answer(model, memory, [facts[i] for _, facts in asked], reads, cues)
+            other = [facts[i].paraphrases[i % len(facts[i].paraphrases)] if paraphrase else None for _, facts in asked]
+            words = [facts[i] if p is None else facts[i].asked(p) for (_, facts), p in zip(asked, other, strict=True)]
+            answers = answer(model, memory, words, reads)
             for row, ((number, facts), (correct, nll)) in enumerate(zip(asked, answers, strict=True)):
                 document = None if condition == "unseen" else documents[number]
                 rows.append(
@@ -225,6 +227,7 @@ def ask(
                         "since": None if document is None else length - document.end(i),
                         "depth": None if document is None else document.begins[i] / length,
                         "straddles": None if document is None else document.straddles(i, model.segment_len),
+                        "level": None if (said := other[row]) is None else said.level,
                         "stored": _stored(documents[number], i, held[row]) if held and condition == "on" else None,
                         "correct": correct,
                         "nll": nll,
@@ -252,7 +255,6 @@ def answer(
     state: Any,
     facts: Sequence[Fact],
     read: bool = True,
-    cues: Sequence[tuple[int, ...]] | None = None,
 ) -> list[tuple[bool, float]]:
     """Ask each row of ``state`` for a fact, given its cue; nothing is written.
 
@@ -261,18 +263,15 @@ def answer(
         state: Memories, with no local context.
         facts: One per row.
         read: Whether memories are read.
-        cues: Token ids to ask with, one per row; by default the facts' own.
 
     Returns:
         For each fact whether greedy decoding gives the whole answer, and the answer's mean nats per token.
     """
-    cues = cues or [fact.cue for fact in facts]
-    texts = [words + fact.answer for words, fact in zip(cues, facts, strict=True)]
-    longest, device = max(map(len, texts)), device_of(model)
+    longest, device = max(len(fact.tokens) for fact in facts), device_of(model)
     # What follows an answer cannot change it (models are causal), so short questions are filled up with anything.
-    ids = torch.tensor([text + (0,) * (longest - len(text)) for text in texts], device=device)  # (B, L)
-    begin = torch.tensor([len(words) for words in cues], device=device)[:, None]
-    end = torch.tensor([len(text) for text in texts], device=device)[:, None]
+    ids = torch.tensor([fact.tokens + (0,) * (longest - len(fact.tokens)) for fact in facts], device=device)  # (B, L)
+    begin = torch.tensor([len(fact.cue) for fact in facts], device=device)[:, None]
+    end = torch.tensor([len(fact.tokens) for fact in facts], device=device)[:, None]
     place = torch.arange(1, longest, device=device)
     asked = (place >= begin) & (place < end)  # (B, L - 1)
     logits = model(ids, state=state, read=read, write=False).logits[:, :-1].float()  # (B, L - 1, V)
@@ -288,15 +287,21 @@ def rates(rows: Sequence[Row]) -> dict[str, float]:
 
     Returns:
         For each condition ``exact_match/<condition>`` with ``low`` and ``high`` (95 % Wilson interval) and ``n``, and
-        ``nll``; the same of facts across a segment boundary, ``exact_match_straddling/...``, and of the others,
-        ``exact_match_inside/...``; ``stored``, the share of facts whose answers memory still holds; and ``chance``,
-        the rate of one who knows what the document told and guesses which fact is meant.
+        ``nll``; the same of facts across a segment boundary, ``exact_match_straddling/...``, of the others,
+        ``exact_match_inside/...``, and of paraphrases by level, ``exact_match_<level>/...``; ``stored``, the share of
+        facts whose answers memory still holds; and ``chance``, the rate of one who knows what the document told and
+        guesses which fact is meant.
     """
     metrics: dict[str, float] = {}
-    kinds = {"": (True, False, None), "_straddling": (True,), "_inside": (False,)}
-    for kind, wanted in kinds.items():
+    kinds: dict[str, Callable[[Row], bool]] = {
+        "": lambda row: True,
+        "_straddling": lambda row: row["straddles"] is True,
+        "_inside": lambda row: row["straddles"] is False,
+    }
+    kinds |= {f"_{level}": lambda row, level=level: row.get("level") == level for level in LEVELS}  # type: ignore[misc]
+    for kind, belongs in kinds.items():
         for condition in CONDITIONS:
-            part = [row for row in rows if row["condition"] == condition and row["straddles"] in wanted]
+            part = [row for row in rows if row["condition"] == condition and belongs(row)]
             if not part:
                 continue
             k, n = sum(row["correct"] for row in part), len(part)

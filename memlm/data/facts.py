@@ -421,7 +421,7 @@ class Facts:
             segment_len: Tokens per segment.
             items: Facts and questions per segment, on average.
             hard: Share of documents whose names are drawn from few words, so that they look alike.
-            kinds: By kind of facts (see `KINDS`), how large a share of the documents has them; None for ``random`` alone.
+            kinds: By kind of facts (see `KINDS`), the share of documents that have them; None for ``random`` alone.
             paraphrase: Share of facts that are asked for in other words than they were told in, where the kind has any.
         """
         alike = bool(rng.random() < hard)
