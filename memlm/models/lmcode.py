@@ -427,9 +427,12 @@ class LMCode(LanguageModel):
         Raises:
             ValueError: If shapes do not fit.
         """
-        if ids.dim() != 2:
-            raise ValueError(f"ids must be (rows, tokens), got shape {tuple(ids.shape)}")
+        if ids.dim() != 2 or not len(ids):
+            raise ValueError(f"ids must be (rows, tokens) with at least one row, got shape {tuple(ids.shape)}")
         n_row = ids.shape[0]
+        for name, flags in (("mask", mask), ("reset", reset), ("breaks", breaks)):
+            if flags is not None and flags.dtype != torch.bool:
+                raise ValueError(f"{name} must be bool, got {flags.dtype}")
         if state is None:
             state = self.init_state(n_row)
         elif len(state.local.host_open) != n_row:
@@ -440,10 +443,10 @@ class LMCode(LanguageModel):
             raise ValueError(f"mask must have the shape of ids {tuple(ids.shape)}, got {tuple(mask.shape)}")
         if reset is not None:
             state = self._begin_documents(state, reset, write)
-        if breaks is not None and bool((first := breaks[:, 0].cpu()).any()):
+        if breaks is not None and breaks.shape[1] and bool((first := breaks[:, 0].cpu()).any()):
             state = self._close(state, first, write)
         if ids.shape[1] == 0:
-            if reset is not None:
+            if reset is not None and reset.dim() == 1:
                 state = self.map_memory(lambda module, part: module.start_documents(reset[:, None], part), state)
                 state = state._replace(local=state.local._replace(document=state.local.document + reset))
             hidden = self.embedding(ids)
@@ -483,7 +486,7 @@ class LMCode(LanguageModel):
         n_row = len(state.local.host_open)
         if reset.shape[0] != n_row or reset.dim() > 2:
             raise ValueError(f"reset must be ({n_row},) or ({n_row}, segments), got {tuple(reset.shape)}")
-        rows = (reset if reset.dim() == 1 else reset[:, 0]).cpu()
+        rows = (reset if reset.dim() == 1 else reset[:, :1].any(dim=1)).cpu()
         if any(modules[0].scope == "shared" for modules in self.memory.values()):
             state = self._close(state, rows, write)
         fresh = self._no_context(n_row)

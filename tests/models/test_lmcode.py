@@ -443,6 +443,10 @@ def test_shapes_that_do_not_fit_are_refused() -> None:
     state = model(ids[:, :3]).state
     with pytest.raises(ValueError, match="ids must be"):
         model(ids[0])
+    with pytest.raises(ValueError, match="at least one row"):
+        model(ids[:0])
+    with pytest.raises(ValueError, match="reset must be bool, got torch.int64"):
+        model(ids, reset=torch.ones(2, dtype=torch.long))
     with pytest.raises(ValueError, match="2 rows, but the state has 3"):
         model(ids, state=model.init_state(3))
     with pytest.raises(ValueError, match="mask must have the shape of ids"):
