@@ -38,6 +38,8 @@ class Segment(NamedTuple):
         document: Number of the document within its row, (B, S).
         signals: Implicit signals of the text by name, each (B, n), or None.
         lookback: ``C``.
+        surprise: How badly the model's head predicts the token after each cell from ``hidden``, in nats, (B, C + N),
+            without gradients; None unless the memory sets ``wants_surprise``.
     """
 
     ids: Tensor
@@ -52,6 +54,7 @@ class Segment(NamedTuple):
     document: Tensor
     signals: dict[str, Tensor] | None
     lookback: int
+    surprise: Tensor | None = None
 
     @property
     def n_segment(self) -> int:
@@ -68,7 +71,8 @@ class Segment(NamedTuple):
         cells = slice(s * self.segment_len, (s + 1) * self.segment_len + self.lookback)
         tokens = [part[:, cells] for part in self[:4]]
         segments = [None if part is None else part[:, s : s + 1] for part in self[4:10]]
-        segment = Segment._make([*tokens, *segments, *self[10:]])
+        surprise = None if self.surprise is None else self.surprise[:, cells]
+        segment = Segment._make([*tokens, *segments, *self[10:12], surprise])
         if s == 0 or not self.lookback:
             return segment
         before = segment.valid[:, : self.lookback] & segment.continues
@@ -106,11 +110,13 @@ class Memory(nn.Module):
         scope: ``sequence``, one bank per row that is reset at document starts; ``shared``, one bank for all rows.
         layerwise: See above.
         lookback: How many tokens before the segment a write needs; at most the segment's length.
+        wants_surprise: Whether writes need to know how well the model predicts each token.
     """
 
     scope: Scope = "sequence"
     layerwise: bool = True
     lookback: int = 0
+    wants_surprise: bool = False
 
     def init_state(self, n_row: int) -> State:
         """A fresh state of ``n_row`` rows on the module's device."""

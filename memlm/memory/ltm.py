@@ -80,7 +80,8 @@ class LongTermMemory(Memory):
         write_budget: Most slots that one segment may write; None for all its tokens.
         span: Length in tokens of the window whose mean log-gate says what a slot is worth.
         importance: What decides which slot stays: ``span`` (best mean log-gate of a span that covers it), ``token``
-            (its own log-gate) or ``fifo`` (the oldest goes).
+            (its own log-gate), ``fifo`` (the oldest goes), ``surprise`` (how badly the model predicts the token that is
+            its value from the hidden state at the memory) or ``random`` (a hash of its token and place).
         temperature: Initial inverse temperature of the read; learned.
         retrieval_threshold: Cosine similarity under which a slot is not read at all.
         gate_floor: Least factor by which the write gate may weaken a slot in the read.
@@ -93,6 +94,11 @@ class LongTermMemory(Memory):
 
     temperature_scale: Tensor
 
+    @property
+    def wants_surprise(self) -> bool:  # type: ignore[override]
+        """Only where it decides what is kept: ``importance`` may be changed at any time."""
+        return self.importance == "surprise"
+
     def __init__(
         self,
         d_model: int,
@@ -102,7 +108,7 @@ class LongTermMemory(Memory):
         top_k: int = 32,
         write_budget: int | None = 64,
         span: int = 5,
-        importance: Literal["span", "token", "fifo"] = "span",
+        importance: Literal["span", "token", "fifo", "surprise", "random"] = "span",
         temperature: float = 12.0,
         retrieval_threshold: float = -1.0,
         gate_floor: float = 0.02,
@@ -130,7 +136,7 @@ class LongTermMemory(Memory):
         if not temperature > 0:
             raise ValueError(f"temperature must be positive, got {temperature}")
         for name, choice, choices in (
-            ("importance", importance, ("span", "token", "fifo")),
+            ("importance", importance, ("span", "token", "fifo", "surprise", "random")),
             ("scope", scope, ("sequence", "shared")),
         ):
             if choice not in choices:
@@ -398,17 +404,23 @@ class LongTermMemory(Memory):
             return view.movedim(-1, 2) if part.dim() > 2 else view
 
         # In each window: the tokens of the segment's own context, and which of them have a successor in it.
-        before = torch.arange(window_len, device=valid.device) < self.lookback
+        place = torch.arange(window_len, device=valid.device)
+        before = place < self.lookback
         here = windows(valid) & (segment.continues[..., None] | ~before)  # (B, S, C + T)
         ids = windows(segment.ids).masked_fill(~here, -1)  # (B, S, C + T)
         has_next = F.pad(here[..., 1:], (0, 1))
         here = here & has_next
-        worth = _importance(windows(log_gate.detach()), here, span, self.importance)
+        position = segment.position[..., None] + place - self.lookback  # (B, S, C + T)
+        if self.importance == "surprise":
+            assert segment.surprise is not None
+            worth = windows(segment.surprise)
+        elif self.importance == "random":
+            worth = (ids * 40_503 + position * 30_011) % 65_521 / 65_521
+        else:
+            worth = _importance(windows(log_gate.detach()), here, span, self.importance)
         # Tokens whose spans are all complete are final; those at the end wait for the next segment.
-        place = torch.arange(window_len, device=valid.device)
         final = (place >= self.lookback - span) & ((place < window_len - span) | segment.closes[..., None])
         final = final & here & segment.complete[..., None]
-        position = segment.position[..., None] + place - self.lookback  # (B, S, C + T)
         worth = worth.masked_fill(~final, -torch.inf)
         budget = window_len if self.write_budget is None else self.write_budget
         best = worth.topk(min(budget, window_len), dim=2)  # (B, S, K)

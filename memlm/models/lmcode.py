@@ -574,9 +574,10 @@ class LMCode(LanguageModel):
     ) -> Segment:  # fmt: skip
         """What ``module`` may use of the grid. ``embeddings`` and ``hidden`` include the model's lookback."""
         skip = self.lookback - module.lookback
+        ids = torch.cat([local.ids[:, : self.lookback], grid.ids], dim=1)  # (B, C + N)
         before = grid.continues[:, :1].expand(-1, module.lookback)
         return Segment(
-            ids=torch.cat([local.ids[:, skip : self.lookback], grid.ids], dim=1),
+            ids=ids[:, skip:],
             embeddings=embeddings[:, skip:],
             hidden=hidden[:, skip:],
             valid=torch.cat([before, grid.valid.flatten(1)], dim=1),
@@ -588,7 +589,16 @@ class LMCode(LanguageModel):
             document=grid.document,
             signals=signals,
             lookback=module.lookback,
+            surprise=self._surprise(hidden, ids)[:, skip:] if module.wants_surprise else None,
         )
+
+    @torch.no_grad()
+    def _surprise(self, hidden: Tensor, ids: Tensor) -> Tensor:
+        """Nats of the token after each cell, predicted from ``hidden`` (B, L, D) as if by the last layer, (B, L)."""
+        following = ids.roll(-1, dims=1)[..., None]  # the last cell has none, and no slot
+        parts = zip(hidden.split(self.segment_len, dim=1), following.split(self.segment_len, dim=1), strict=True)
+        nats = [-self.head(self.norm(part)).log_softmax(dim=-1).gather(2, targets) for part, targets in parts]
+        return torch.cat(nats, dim=1)[..., 0]
 
     def _run(
         self,

@@ -139,6 +139,26 @@ def test_write_budget_keeps_the_best_of_a_segment(budget: int | None) -> None:
     assert float(trace["write_gate"]) == pytest.approx(sum(map(math.exp, gates[: T - 3])) / (T - 3))
 
 
+def test_surprise_keeps_what_is_predicted_worst() -> None:
+    memory = ByHand(D, write_budget=3, importance="surprise")
+    nats = [4.0, 9.0, 1.0, 7.0, 2.0, 8.0, 3.0, 0.5, 6.0, 99.0, 99.0, 99.0]  # the last ones wait for the next segment
+    segment = segment_of(memory, [[-1.0] * T])._replace(surprise=torch.tensor([[0.0] * memory.lookback + nats]))
+    state, _ = memory.write(segment, memory.init_state(1), [])
+    assert held(state) == {1: 9.0, 5: 8.0, 3: 7.0}
+
+
+def test_random_importance_depends_on_token_and_place_alone() -> None:
+    memory = ByHand(D, write_budget=None, importance="random", n_slot=64)
+    worth: dict[int, float] = {}
+    for seed, gate in ((0, -1.0), (1, -5.0)):
+        part = segment_of(memory, [[gate] * T], position=3 * T, seed=seed)
+        state, _ = memory.write(part, memory.init_state(1), [])
+        worth = worth or held(state)
+        assert held(state) == worth
+    assert len(set(worth.values())) == len(worth)
+    assert all(0 <= value < 1 for value in worth.values())
+
+
 def test_fifo_keeps_the_newest() -> None:
     memory = ByHand(D, importance="fifo", n_slot=8, write_budget=None)
     state = memory.init_state(1)

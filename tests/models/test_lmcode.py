@@ -316,6 +316,33 @@ def test_a_memory_of_all_layers_runs_segment_by_segment() -> None:
     torch.testing.assert_close(began.logits[2], out.logits[2], atol=1e-4, rtol=1e-4)
 
 
+class Spy(LongTermMemory):
+    """Keeps what it was given last."""
+
+    segment: Any = None
+
+    def write(self, segment: Any, state: Any, reads: Any) -> Any:
+        Spy.segment = segment
+        return super().write(segment, state, reads)
+
+
+@torch.no_grad()
+def test_surprise_is_the_loss_of_the_head_at_the_memory() -> None:
+    spy = partial(Spy, n_slot=12, d_key=8, top_k=4, write_budget=4, span=2, importance="surprise")
+    model = model_of({"spy": spy}, memory_layers=[1])
+    ids = text(2, T)
+    model(ids)
+    segment = Spy.segment
+    hidden, first = segment.hidden[:, segment.lookback :], segment.lookback
+    for row in range(2):
+        for t in range(T - 1):
+            chance = model.head(model.norm(hidden[row, t])).softmax(dim=-1)[ids[row, t + 1]]
+            assert float(segment.surprise[row, first + t]) == pytest.approx(-math.log(float(chance)), rel=1e-4)
+    model.memory["spy"][0].importance = "span"
+    model(ids)
+    assert Spy.segment.surprise is None
+
+
 # --- training --------------------------------------------------------------------------------------------------------
 
 
@@ -445,7 +472,7 @@ def test_shapes_that_do_not_fit_are_refused() -> None:
         model(ids[0])
     with pytest.raises(ValueError, match="at least one row"):
         model(ids[:0])
-    with pytest.raises(ValueError, match="reset must be bool, got torch.int64"):
+    with pytest.raises(ValueError, match=r"reset must be bool, got torch\.int64"):
         model(ids, reset=torch.ones(2, dtype=torch.long))
     with pytest.raises(ValueError, match="2 rows, but the state has 3"):
         model(ids, state=model.init_state(3))
