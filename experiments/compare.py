@@ -7,12 +7,10 @@ that says something: between groups trained on the same text for the same number
 from __future__ import annotations
 
 import csv
-import hashlib
 import io
 import json
 import math
 import re
-import statistics
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,84 +20,17 @@ from typing import Any, NamedTuple
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
+from matplotlib.transforms import ScaledTranslation
 
-from experiments.base import PALETTE, Result, mean_interval, style, table
+from experiments.base import PALETTE, mean_interval, style, table, wilson
 from experiments.headline import Number, headline, shown
-from memlm.analysis.figures import read_history
-from memlm.build import build_model
-from memlm.checkpoint import FOLDER, checkpoints, find, read
+from experiments.runs import Run, Trained
 from memlm.config import ConfigError
 from memlm.data.curriculum import Curriculum
-from memlm.data.tokenizer import Tokenizer
 from memlm.data.tokens import atomic_file
-from memlm.memory import state as states
-from memlm.training.resume import history_files
 
-EVALUATION = "evaluation.json"
-"""File of an evaluation's directory that says what was measured, see `Trained`."""
-
-# Settings that do not make two runs different, beside those of experiments, which a result tells itself.
-_ASIDE = ("seed", "paths", "logger", "name", "resume", "checkpoint", "watch")
 _ABSENT = object()
 _CONTROLS = [("vermillion", "s", 10), ("purple", "o", 8), ("orange", "^", 6), ("green", "x", 5), ("sky", "D", 7)]
-
-
-class Trained(NamedTuple):
-    """What a checkpoint says of its run; None where it says nothing.
-
-    Attributes:
-        checkpoint: Path of the file.
-        step: Optimizer steps made.
-        config: The whole configuration, plain.
-        n_parameter: Parameters of the model.
-        state_bytes: Bytes of all memories of one row, full or not.
-        text: Fingerprint of the text.
-        tokenizer: Fingerprint of the tokenizer.
-        tokens_per_second: Median over the run, as it was logged.
-    """
-
-    checkpoint: str
-    step: int | None
-    config: dict[str, Any]
-    n_parameter: int | None
-    state_bytes: int | None
-    text: str | None
-    tokenizer: str
-    tokens_per_second: float | None
-
-
-@dataclass(frozen=True)
-class Run:
-    """A trained model and what was measured of it.
-
-    Attributes:
-        path: Directory, as it was given.
-        trained: What it is.
-        results: By the name of the experiment.
-    """
-
-    path: Path
-    trained: Trained
-    results: dict[str, Result]
-
-    @property
-    def training(self) -> dict[str, Any]:
-        """The settings that make it what it is, but for the seed."""
-        config = {
-            name: node
-            for name, node in self.trained.config.items()
-            if name not in _ASIDE
-            and not (isinstance(node, Mapping) and str(node.get("_target_")).startswith("experiments."))
-        }
-        return config | {"step": self.trained.step}
-
-    @property
-    def measured(self) -> dict[str, dict[str, Any]]:
-        """Settings of the experiments, but for their seeds."""
-        return {
-            name: {key: value for key, value in result.metadata.get("settings", {}).items() if key != "seed"}
-            for name, result in self.results.items()
-        }
 
 
 @dataclass
@@ -126,7 +57,8 @@ class Cell(NamedTuple):
     Attributes:
         values: One per seed.
         mean: Their mean.
-        low: Lower end of the 95 % interval over seeds; of a single seed, of the one its experiment tells (NaN if none).
+        low: Lower end of the 95 % interval: over seeds by Student's t; of a single seed, the one its experiment tells
+            (NaN if none); of a rate that is the same in all seeds, Wilson's for all items.
         high: Upper end.
         n: Items behind the number of each seed, at least; None if that is not told.
     """
@@ -170,9 +102,9 @@ class Line:
         if not self.experiment:
             return f"{cell.mean:,.0f}"
         text = shown(cell.mean, self.percent)
-        if len(cell.values) > 1:
-            half = mean_interval(cell.values)[1]
-            text += f" ± {shown(half, self.percent).removesuffix(' %') if half else 0}"
+        half = mean_interval(cell.values)[1]
+        if half > 0:
+            text += f" ± {shown(half, self.percent).removesuffix(' %')}"
         elif not math.isnan(cell.low):
             ends = (shown(end, self.percent).removesuffix(" %") for end in (cell.low, cell.high))
             text += f" ({' to '.join(ends)})"
@@ -203,132 +135,6 @@ class Comparison:
     notes: list[str]
 
 
-# ------------------------------------------------------------------------------------------------------------- runs
-
-
-def describe(checkpoint: Path, model: Any | None = None) -> Trained:
-    """What a checkpoint says of its run.
-
-    Args:
-        checkpoint: The file.
-        model: The model in it, if it is at hand.
-    """
-    content = read(checkpoint, peek=True)
-    entry = content["memlm"]
-    if model is None:
-        try:
-            model = build_model(entry["config"], Tokenizer.from_json(entry["tokenizer"]))
-        except (ConfigError, KeyError, TypeError):  # such as a mechanism that is not at hand here
-            model = None
-    run = checkpoint.parent.parent if checkpoint.parent.name == FOLDER else checkpoint.parent
-    speeds = [row.get("train/tokens_per_second") for file in history_files(run) for row in read_history(file)]
-    found = [speed for speed in speeds if speed is not None]
-    return Trained(
-        checkpoint=str(checkpoint.resolve()),
-        step=content.get("global_step"),
-        config=entry["config"],
-        n_parameter=None if model is None else sum(parameter.numel() for parameter in model.parameters()),
-        state_bytes=None if model is None else states.n_byte(model.init_state(1).memory),
-        text=entry.get("text"),
-        tokenizer=hashlib.sha256(str(entry["tokenizer"]).encode()).hexdigest(),
-        tokens_per_second=statistics.median(found) if found else None,
-    )
-
-
-def write_evaluation(directory: Path, trained: Trained) -> Path:
-    """Write into the directory of an evaluation what is measured there."""
-    path = directory / EVALUATION
-    with atomic_file(path) as file:
-        file.write((json.dumps(trained._asdict(), indent=1) + "\n").encode())
-    return path
-
-
-def find_runs(paths: Sequence[str | Path]) -> tuple[list[Run], list[str]]:
-    """The runs in directories, and directories of a sweep that were left out because nothing was measured there.
-
-    Args:
-        paths: Directories of runs or of evaluations, or directories of these, such as that of a sweep. What was
-            measured of one checkpoint in several places is put together.
-
-    Raises:
-        ConfigError: If there is no such directory, nothing was measured there, or two of them tell different results
-            of one checkpoint.
-    """
-    runs: dict[str, Run] = {}
-    left_out: list[str] = []
-    for given in paths:
-        folders = _expand(Path(given))
-        for folder in folders:
-            results = _results(folder)
-            if not results and len(folders) > 1:
-                left_out.append(str(folder))
-                continue
-            if not results:
-                raise ConfigError(
-                    f"there is no result in {folder}: expected EXPERIMENT/result.json, as training writes at its end; "
-                    f"measure it with python scripts/evaluate.py checkpoint={folder}, which says where its results are"
-                )
-            run = Run(folder, _trained(folder), results)
-            key = run.trained.checkpoint
-            runs[key] = _joined(runs[key], run) if key in runs else run
-    return list(runs.values()), left_out
-
-
-def _expand(path: Path) -> list[Path]:
-    """The directory itself, or those in it that are runs."""
-    if not path.exists():
-        raise ConfigError(f"there is no run at {path}")
-    if not path.is_dir():
-        raise ConfigError(f"{path} is a file: give the directory of a run or of an evaluation")
-
-    def is_run(folder: Path) -> bool:
-        # The files of checkpoints may lie in a run directory or in a folder of their own.
-        return folder.is_dir() and bool((folder / EVALUATION).exists() or checkpoints(folder) or _result_files(folder))
-
-    def in_order(folder: Path) -> list[Any]:
-        return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", folder.name)]
-
-    jobs = [] if is_run(path) else [folder for folder in sorted(path.iterdir(), key=in_order) if is_run(folder)]
-    return jobs or [path]
-
-
-def _result_files(folder: Path) -> list[Path]:
-    return sorted(folder.glob("*/result.json"))
-
-
-def _results(folder: Path) -> dict[str, Result]:
-    results = {}
-    for path in _result_files(folder):
-        try:
-            result = Result.from_dict(json.loads(path.read_text(encoding="utf-8")))
-            headline(result)  # refuses a rate without controls
-        except ValueError as error:
-            raise ConfigError(f"{path}: {error}") from error
-        results[path.parent.name] = result
-    return results
-
-
-def _trained(folder: Path) -> Trained:
-    path = folder / EVALUATION
-    if not path.exists():
-        return describe(find(folder))
-    try:
-        return Trained(**json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
-        raise ConfigError(f"{path} is not what scripts/evaluate.py writes: {error}") from error
-
-
-def _joined(one: Run, other: Run) -> Run:
-    """Two runs with the same checkpoint as one."""
-    for name in one.results.keys() & other.results.keys():
-        if one.results[name] != other.results[name]:
-            raise ConfigError(
-                f"{one.path} and {other.path} hold different results of {name} for the same checkpoint "
-                f"{one.trained.checkpoint}: leave one out"
-            )
-    return Run(one.path, one.trained, one.results | other.results)
-
-
 # ---------------------------------------------------------------------------------------------------------- comparing
 
 
@@ -349,7 +155,7 @@ def compare(runs: Sequence[Run], left_out: Sequence[str] = ()) -> Comparison:
     notes = [f"Left out, as nothing was measured there: {folder}." for folder in left_out]
     reasons = _unlike(groups)
     if reasons:
-        notes.append(f"Not ranked: {'; '.join(reasons)}.")
+        notes += [f"Not ranked, as training was not the same: {reason}." for reason in reasons]
     for name in dict.fromkeys(line.experiment for line in lines if line.experiment):
         keys = [key for key, _ in differences if key.startswith(f"{name}.")]
         if keys:
@@ -500,9 +306,12 @@ def _over_seeds(numbers: Sequence[Number]) -> Cell | None:
     first = numbers[0]
     counts = [number.n for number in numbers if number.n is not None]
     cell = _mean([number.value for number in numbers], first.low, first.high, min(counts, default=None))
-    if cell is not None and first.percent and len(numbers) > 1:  # a rate is in 0..1, which Student's t does not know
-        cell = cell._replace(low=max(cell.low, 0.0), high=min(cell.high, 1.0))
-    return cell
+    if cell is None or not first.percent or len(numbers) == 1:
+        return cell
+    if cell.low == cell.high and len(counts) == len(numbers):  # no spread says nothing: rather that of all items
+        low, high = wilson(sum(number.value * (number.n or 0) for number in numbers), sum(counts))
+        return cell._replace(low=low, high=high)
+    return cell._replace(low=max(cell.low, 0.0), high=min(cell.high, 1.0))  # which Student's t does not know
 
 
 def _unlike(groups: Sequence[Group]) -> list[str]:
@@ -521,8 +330,8 @@ def _unlike(groups: Sequence[Group]) -> list[str]:
             reasons.append(f"the {what} of {groups[answers.index(None)].label} are not known")
         elif any(answer != answers[0] for answer in answers):
             told = [f"{answer:,}" if isinstance(answer, int) else answer for answer in answers]
-            each = "" if isinstance(told[0], dict) else f" ({_by_value(groups, told)})"
-            reasons.append(f"trained on different {what}{each}")
+            each = "" if isinstance(told[0], dict) else f": {_by_value(groups, told)}"
+            reasons.append(f"different {what}{each}")
     return reasons
 
 
@@ -552,35 +361,34 @@ def _by_value(groups: Sequence[Group], values: Sequence[str]) -> str:
     having: dict[str, list[str]] = {}
     for group, value in zip(groups, values, strict=True):
         having.setdefault(value, []).append(group.label)
-    return "; ".join(f"{value}: {', '.join(labels)}" for value, labels in having.items())
+    return "; ".join(f"{value} ({', '.join(labels)})" for value, labels in having.items())
 
 
 def _best(line: Line) -> set[int]:
-    """The best group, and those whose interval overlaps with its own."""
+    """The best group, and those whose interval overlaps with its own; none if that is all of them."""
     cells = {i: cell for i, cell in enumerate(line.cells) if cell is not None}
     if line.control or line.better is None or len(cells) < 2:
         return set()
     sign = 1 if line.better == "higher" else -1
     best = max(cells.values(), key=lambda cell: sign * cell.mean)
-    return {
-        i for i, cell in cells.items() if cell.mean == best.mean or (cell.low <= best.high and cell.high >= best.low)
-    }
+    found = {i for i, c in cells.items() if c.mean == best.mean or (c.low <= best.high and c.high >= best.low)}
+    return found if len(found) < len(cells) else set()
 
 
 # ---------------------------------------------------------------------------------------------------------- reporting
 
 _LEGEND = (
-    "Mean ± half the 95 % t interval over seeds; of a single seed the 95 % interval that its experiment tells, in "
-    "brackets. The interval over seeds says nothing of the n items behind each. Indented: controls."
+    "Mean ± half the 95 % t interval over seeds, which says nothing of the n items behind each.",
+    "In brackets the 95 % interval of a single seed, as its experiment tells it, or of a rate that is equal in all",
+    "seeds, of all items (Wilson). Indented: controls.",
 )
-_RANKED = "* best, or not told from the best by the 95 % intervals."
+_RANKED = "* best, or not told from the best by the 95 % intervals; no mark where that is all of them."
 
 
 def report(comparison: Comparison) -> str:
     """The comparison as text for a terminal."""
     heads, cells = _cells(comparison)
-    text = table(heads, cells, f"{len(comparison.groups)} setting(s) side by side")
-    parts = ["\n".join([text, *_remarks(comparison)])]
+    parts = ["\n".join([table(heads, cells), *_remarks(comparison)])]
     if comparison.differences:
         parts.append("\n".join(["What differs:", *(f"  {line}" for line in _different(comparison))]))
     return "\n\n".join(parts)
@@ -594,7 +402,7 @@ def markdown(comparison: Comparison) -> str:
         return "| " + " | ".join(_escaped(text) for text in texts) + " |"
 
     table_lines = [row(heads), "|" + "---|" * len(heads), *(row([text.strip() for text in line]) for line in cells)]
-    parts = ["# Comparison", "\n".join(table_lines), "\n\n".join(map(_escaped, _remarks(comparison)))]
+    parts = ["# Comparison", "\n".join(table_lines), "\n".join(map(_escaped, _remarks(comparison)))]
     parts.append("![Comparison](compare.png)")
     if comparison.differences:
         parts.append("\n".join(["## What differs", "", *(f"- {_escaped(line)}" for line in _different(comparison))]))
@@ -612,10 +420,7 @@ def _escaped(text: str) -> str:
 
 
 def _cells(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
-    heads = ["experiment", "number"]
-    for group in comparison.groups:
-        n = len(group.runs)
-        heads.append(f"{group.label} ({n} seed{'s' if n > 1 else ''})")
+    heads = ["experiment", "number", *(f"{group.label} ({_seeds(group)})" for group in comparison.groups)]
     rows, last = [], ""
     for line in comparison.lines:
         texts = []
@@ -628,9 +433,13 @@ def _cells(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
     return heads, rows
 
 
+def _seeds(group: Group) -> str:
+    return f"{len(group.runs)} seed{'s' if len(group.runs) > 1 else ''}"
+
+
 def _remarks(comparison: Comparison) -> list[str]:
     ranked = any(line.best for line in comparison.lines)
-    return [_LEGEND, *([_RANKED] if ranked else []), *comparison.notes]
+    return [*_LEGEND, *([_RANKED] if ranked else []), *comparison.notes]
 
 
 def _different(comparison: Comparison) -> list[str]:
@@ -695,7 +504,7 @@ def plot(comparison: Comparison) -> Figure:
             panels.append([])
         panels[-1].append(line)
     n_row, n_column = -(-len(panels) // 3), 3
-    labels = [textwrap.fill(f"{group.label} (n = {len(group.runs)})", 28) for group in comparison.groups]
+    labels = [textwrap.fill(f"{group.label} ({_seeds(group)})", 28) for group in comparison.groups]
     height = 0.55 * len(labels) + 1.1
     with style():
         legend = [max(0.22 * len(panel) for panel in panels[3 * i : 3 * i + 3]) for i in range(n_row)]
@@ -710,12 +519,8 @@ def plot(comparison: Comparison) -> Figure:
             axes.set_ylim(len(labels) - 0.5, -0.6)
             axes.grid(axis="x")
             axes.grid(visible=False, axis="y")
-        figure.suptitle(
-            "bars: 95 % interval over seeds, or of the experiment with one seed; n: seeds",
-            fontsize=10,
-            x=0.99,
-            ha="right",
-        )
+        note = "Bars: 95 % intervals as in the table, over seeds (ticks) or as a single seed tells it."
+        figure.suptitle(note, fontsize=10, x=0.99, ha="right")
     return figure
 
 
@@ -758,8 +563,10 @@ def _draw(axes: Axes, panel: Sequence[Line]) -> None:
         )  # fmt: skip
     axes.set_title(panel[0].experiment)
     if panel[0].percent:
-        axes.set_xlim(0, 1)
+        axes.set_xlim(-0.06, 1.06)
+        axes.set_xticks([0, 0.25, 0.5, 0.75, 1])
         axes.xaxis.set_major_formatter(PercentFormatter(xmax=1, symbol=" %"))
     else:
         axes.margins(x=0.15)
-    axes.legend(loc="upper left", bbox_to_anchor=(0, -0.12 - 0.12 / len(panel[0].cells)))
+    below = axes.transAxes + ScaledTranslation(0, -0.35, axes.figure.dpi_scale_trans)  # inches
+    axes.legend(loc="upper left", bbox_to_anchor=(0, 0), bbox_transform=below, borderaxespad=0, borderpad=0)

@@ -102,7 +102,7 @@ def run(model: Any, data: Any, cfg: Perplexity, progress: Callable[[float], None
         "segment_len": model.segment_len,
         "memories": list(model.memory.keys()),
         "headline": [
-            {"label": f"perplexity, {label}", "metric": f"perplexity/{name}", "n": "n_token", "control": name != "on"}
+            {"label": label, "metric": f"perplexity/{name}", "n": "n_token", "control": name != "on"}
             | {"low": None, "high": None, "percent": False, "better": "lower"}
             for name, label in CONDITIONS.items()
         ]

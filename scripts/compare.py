@@ -27,8 +27,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     chosen = parser.parse_args(arguments)
     from experiments import compare
+    from experiments.runs import find_runs
 
-    runs, left_out = compare.find_runs(chosen.runs)
+    runs, left_out = find_runs(chosen.runs)
     comparison = compare.compare(runs, left_out)
     print(compare.report(comparison))
     out = chosen.out or Path("outputs/compare") / f"{datetime.now():%Y-%m-%d_%H-%M-%S-%f}"

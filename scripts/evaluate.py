@@ -32,18 +32,18 @@ def place(model: Any, device: str) -> Any:
 def main(cfg: DictConfig) -> None:
     """Run the chosen experiments, write their results and print the summary."""
     from experiments import runner
-    from experiments.compare import describe, write_evaluation
     from experiments.report import not_measured, summary
+    from experiments.runs import describe, write_evaluation
     from memlm.checkpoint import find, load_run
 
     experiments = runner.chosen(to_dict(cfg))
     checkpoint, directory = find(cfg.checkpoint), Path(run_dir())
     model, data = load_run(checkpoint, paths={"cache_dir": cfg.paths.cache_dir})
     place(model, cfg.device)
-    print(f"{checkpoint}: measured by {', '.join(experiments)} into {directory}\n")
+    print(f"{checkpoint}: measured by {', '.join(experiments)} into {directory}")
     about = write_evaluation(directory, describe(checkpoint, model))
     results, written, skipped = runner.run_all(model, data, experiments, directory)
-    print(summary(results))
+    print("\n" + summary(results))
     print("\nWritten:", *(f"  {path}" for path in [about, *written]), sep="\n")
     if skipped and not cfg.skip_inapplicable:
         raise ConfigError("; ".join(f"{name} was not measured: {reason}" for name, reason in skipped.items()))
