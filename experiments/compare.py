@@ -253,7 +253,7 @@ def _name(groups: Sequence[Group], differences: Sequence[tuple[str, list[Any]]])
         for key, values in differences:
             if len({_brief(values[i]) for i in alike}) > 1:
                 for i in alike:
-                    groups[i].label += f", {key.rpartition('.')[2]}={_brief(values[i])}"
+                    groups[i].label += f" {key.rpartition('.')[2]}={_brief(values[i])}"
     for i, group in enumerate(groups):
         if group.label in {other.label for other in groups[:i]}:  # they differ in what is too long to be shown
             group.label += f" ({i + 1})"

@@ -102,7 +102,7 @@ def test_what_cannot_be_measured_during_training_is_told(node: Any, message: str
 
 def test_watched_settings_are_checked_by_their_full_name() -> None:
     more = "+watch.far={_target_: experiments.needle.Needle, distanze: 100}"
-    with pytest.raises(ConfigError, match="watch.far.distanze is not a setting of experiments.needle.Needle"):
+    with pytest.raises(ConfigError, match=r"watch\.far\.distanze is not a setting of experiments\.needle"):
         validate(compose([more]))
     config = to_dict(compose([]))
     assert set(config["watch"]) == {"needle"}

@@ -1,8 +1,6 @@
 """The same numbers three ways: during training, by evaluating a checkpoint, in a sweep over checkpoints."""
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -10,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+import memlm
 from experiments import perplexity
 from memlm.analysis.figures import read_history
 from memlm.config import ConfigError, compose
@@ -18,7 +17,6 @@ from scripts import evaluate
 from tests.training.small import FACTS, overrides
 from train import main
 
-ROOT = Path(__file__).resolve().parents[2]
 NEEDLE = {"n_document": 2, "n_fact": 3, "distance": 40}
 MEASURED = [*(f"needle.{name}={value}" for name, value in NEEDLE.items()), "perplexity.limit=300"]
 PHASES = f"curriculum.phases=[{json.dumps(FACTS)}]".replace('"', "")
@@ -99,17 +97,11 @@ def test_an_evaluation_says_what_it_measured_and_where(
     assert f"{run}/checkpoints/step=8.ckpt: measured by perplexity into {place}" in out
     told = json.loads((place / "evaluation.json").read_text())
     assert (told["checkpoint"], told["step"]) == (str(run / "checkpoints/step=8.ckpt"), 8)
-    model = evaluate_model(run)
+    model = memlm.load(run)
     assert told["n_parameter"] == sum(parameter.numel() for parameter in model.parameters())
     assert told["state_bytes"] == states.n_byte(model.init_state(1).memory)
     assert told["config"] == model.config
     assert f"{place}/evaluation.json" in out
-
-
-def evaluate_model(run: Path) -> Any:
-    import memlm
-
-    return memlm.load(run)
 
 
 def test_what_does_not_apply_is_an_error_by_name_and_listed_with_all(
@@ -135,15 +127,3 @@ def test_what_does_not_apply_is_an_error_by_name_and_listed_with_all(
     out, err = capsys.readouterr()
     assert "Not measured:\n  perplexity: nothing like that was trained" in out
     assert err == ""
-
-
-def test_help_answers_at_once(tmp_path: Path) -> None:
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "scripts/compare.py"), "--help"], cwd=tmp_path, env=environment, check=True,
-        capture_output=True, text=True,
-    )  # fmt: skip
-    assert "RUN" in done.stdout
-    # torch takes most of the time that a help could take
-    probe = "import sys, scripts.compare; sys.exit('torch' in sys.modules)"
-    subprocess.run([sys.executable, "-c", probe], cwd=tmp_path, env=environment, check=True)
