@@ -149,13 +149,13 @@ def compare(runs: Sequence[Run], left_out: Sequence[str] = ()) -> Comparison:
         ConfigError: If two runs have the same settings and the same seed.
     """
     groups = _groups(runs)
-    differences = [*_training_differences(groups), *_measuring_differences(groups)]
+    training = _differences([group.runs[0].training for group in groups])
+    differences = [*training, *_measuring_differences(groups)]
     _name(groups, differences)
     lines = [*_costs(groups), *_headlines(groups)]
     notes = [f"Left out, as nothing was measured there: {folder}." for folder in left_out]
     reasons = _unlike(groups)
-    if reasons:
-        notes += [f"Not ranked, as training was not the same: {reason}." for reason in reasons]
+    notes += [f"Not ranked, as training was not the same: {reason}." for reason in reasons]
     for name in dict.fromkeys(line.experiment for line in lines if line.experiment):
         keys = [key for key, _ in differences if key.startswith(f"{name}.")]
         if keys:
@@ -192,11 +192,8 @@ def _groups(runs: Sequence[Run]) -> list[Group]:
     return groups
 
 
-def _training_differences(groups: Sequence[Group]) -> Iterator[tuple[str, list[Any]]]:
-    return _differences([group.runs[0].training for group in groups])
-
-
 def _measuring_differences(groups: Sequence[Group]) -> Iterator[tuple[str, list[Any]]]:
+    """Settings of experiments that were measured in several groups."""
     measured = [group.measured for group in groups]
     for name in dict.fromkeys(name for settings in measured for name in settings):
         yield from _among_present([settings.get(name, _ABSENT) for settings in measured], name)
@@ -563,7 +560,7 @@ def _draw(axes: Axes, panel: Sequence[Line]) -> None:
         )  # fmt: skip
     axes.set_title(panel[0].experiment)
     if panel[0].percent:
-        axes.set_xlim(-0.06, 1.06)
+        axes.set_xlim(-0.1, 1.1)
         axes.set_xticks([0, 0.25, 0.5, 0.75, 1])
         axes.xaxis.set_major_formatter(PercentFormatter(xmax=1, symbol=" %"))
     else:
