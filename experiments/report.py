@@ -85,15 +85,17 @@ def _perplexity(result: Result) -> str:
 def _recall(result: Result) -> str:
     metrics = result.metrics
     distances: list[int] = list(result.metadata.get("distances", ()))
-    suffixes = {f"/{d}": d for d in distances} if len(distances) > 1 else {"": distances[0] if distances else None}
+    axes = _axes(result)
+    given = [name.removeprefix("exact_match/on") for name in metrics if name.startswith("exact_match/on/")]
     lines: list[dict[str, Any]] = []
-    for suffix, distance in suffixes.items():
+    for suffix in given if axes and given else [""]:
+        values = [int(part) if part.isdigit() else part for part in suffix.split("/")[1:]]
         names = {f"{kind}/on{suffix}": label for kind, label in _KINDS.items()}
         names |= {f"/{control}{suffix}": label for control, label in CONTROLS.items()}
         _require_controls(result, suffix)
         lines += [
-            {
-                "distance": distance,
+            dict(zip(axes, values, strict=False))
+            | {
                 "condition": label,
                 "recalled %": in_percent(metrics[f"exact_match{name}"]),
                 "95 % from": in_percent(metrics[f"low{name}"]),
@@ -104,17 +106,25 @@ def _recall(result: Result) -> str:
             for name, label in names.items()
             if f"exact_match{name}" in metrics
         ]
-    columns = ["condition", "recalled %", "95 % from", "to", "n", "nats per token"]
     title = f"Recall of facts told once ({result.name}"
-    if len(suffixes) > 1:
-        columns = ["distance", *columns]
+    if "distance" in axes:
         title += ", distance in tokens"
+    elif distances and result.metadata.get("settings", {}).get("spread"):
+        title += f", all over a text of {distances[0]:,} tokens"
     elif distances:
         title += f", {distances[0]:,} or more tokens before"
-    text = table(columns, [{column: line[column] for column in columns} for line in lines], f"{title})")
+    text = table(list(lines[0]), lines, f"{title})")
     if "chance" in metrics:
         text += f"\nA guess among the facts of the document would be right in {100 * metrics['chance']:.2g} %."
     return text
+
+
+def _axes(result: Result) -> list[str]:
+    """What varies within a result, in the order of the names of its metrics: see `experiments.needle.summarise`."""
+    settings = result.metadata.get("settings", {})
+    varying = {name: settings.get(key) for name, key in (("facts", "kind"), ("others", "n_other"))}
+    varying["distance"] = result.metadata.get("distances")
+    return [name for name, values in varying.items() if isinstance(values, list) and len(set(values)) > 1]
 
 
 def _require_controls(result: Result, suffix: str) -> None:
@@ -127,7 +137,7 @@ def _require_controls(result: Result, suffix: str) -> None:
         missing += [f"{c} (straddling)" for c in CONTROLS if c != "unseen"
                     if not result.metrics.get(f"n_straddling/{c}{suffix}")]  # fmt: skip
     if missing:
-        at = f" at {suffix[1:]} tokens" if suffix else ""
+        at = f" at {suffix[1:]} tokens" if suffix[1:].isdigit() else f" for {suffix[1:]}" if suffix else ""
         raise ValueError(
             f"{result.name!r} claims recall{at} without {', '.join(missing)}: a rate counts only beside all of its "
             f"controls ({', '.join(CONTROLS)}), so nothing is reported; run the experiment with every condition"

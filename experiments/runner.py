@@ -9,7 +9,8 @@ from typing import Any
 
 from experiments.base import Result, emit
 from experiments.headline import headline
-from experiments.needle import CONDITIONS, Needle
+from experiments.needle import Needle
+from experiments.recall import CONDITIONS
 from memlm.config import ConfigError
 
 

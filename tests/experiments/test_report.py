@@ -93,6 +93,28 @@ def test_summary_of_several_distances():
     ]
 
 
+def test_summary_of_several_kinds_and_numbers_of_other_facts():
+    rows = [
+        row | {"kind": kind, "n_other": n_other}
+        for kind in ("random", "native")
+        for n_other in (0, 50)
+        for row in needle_result(distances=(100, 200), correct={"on": 3 if kind == "native" else 7}).rows
+    ]
+    settings = {"kind": ["random", "native"], "n_other": [0, 50]}
+    result = Result("needle", needle.summarise(rows), (), {"distances": [100, 200], "settings": settings})
+    text = summary([result])
+    lines = [line.split() for line in text.splitlines() if "memory on" in line and "across" not in line]
+    assert [(*line[:3], line[-5]) for line in lines] == [
+        (kind, n_other, distance, rate)
+        for kind, rate in (("random", "87.5"), ("native", "37.5"))
+        for n_other in ("0", "50")
+        for distance in ("100", "200")
+    ]
+    rows = [row for row in rows if (row["kind"], row["condition"]) != ("native", "swapped")]
+    with pytest.raises(ValueError, match="claims recall for native/0/100 without swapped"):
+        summary([Result("needle", needle.summarise(rows), (), result.metadata)])
+
+
 @pytest.mark.parametrize("lost", needle.CONDITIONS[1:])
 def test_recall_without_a_control_is_refused(lost):
     conditions = [condition for condition in needle.CONDITIONS if condition != lost]
