@@ -24,7 +24,7 @@ def main(cfg: DictConfig) -> float | None:
 
     from experiments import runner
     from experiments.base import emit
-    from experiments.report import summary, watch
+    from experiments.report import not_measured, summary
     from experiments.training import training_result
     from memlm.build import build_corpus, build_data, build_model, build_tokenizer
     from memlm.training.resume import check_text, find_origin
@@ -32,7 +32,7 @@ def main(cfg: DictConfig) -> float | None:
 
     config = plan_steps(to_dict(cfg))
     run = Path(config["paths"]["run_dir"])
-    experiments = runner.chosen({name: node for name, node in config.items() if name != "watch"})
+    experiments = runner.chosen(config)
     origin = find_origin(config["resume"], config, places_of_runs(config))
 
     corpus = build_corpus(config)
@@ -50,7 +50,7 @@ def main(cfg: DictConfig) -> float | None:
     settings = {name: value for name, value in config["training"].items() if name != "_target_"}
     module = LanguageModeling(model, Training(**settings), seed=config["seed"])
 
-    with make_trainer(config, run, origin, watch(config["watch"], data)) as (trainer, history):
+    with make_trainer(config, run, origin, runner.watch(config["watch"], data)) as (trainer, history):
         if trainer.is_global_zero:
             n_parameter = sum(parameter.numel() for parameter in model.parameters())
             print(f"{run}: {n_parameter:,} parameters, {trainer.max_steps} steps"
@@ -60,10 +60,12 @@ def main(cfg: DictConfig) -> float | None:
         if not trainer.is_global_zero:  # one process measures and reports
             return None
         logger = wandb_logger(trainer.loggers)
-        results, files = runner.run_all(model, data, experiments, run, logger)
+        results, files, skipped = runner.run_all(model, data, experiments, run, logger)
         files += emit(*training_result(model, data, history()), run / "training", logger)
         hint = sync_hint(logger, origin)
     print("\n" + summary(results))
+    if skipped:
+        print("\n" + not_measured(skipped))
     print("\nWritten:", *(f"  {path}" for path in [*written, *files]), sep="\n")
     if hint:
         print(f"\nW&B ran offline. To upload: {hint}")

@@ -9,6 +9,7 @@ import io
 import json
 import math
 import os
+import re
 import shutil
 import sys
 import uuid
@@ -32,6 +33,9 @@ Row = dict[str, Any]
 
 # JSON has no NaN or infinity: they are stored under these words, which pandas and JavaScript read as numbers too.
 _NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+
+# A number that stands in a table as text, in percent or not.
+_WRITTEN_OUT = re.compile(r"[-+]?\d[\d,.]*(e[-+]?\d+)? ?%?")
 
 # Two-sided 95 % quantiles of Student's t for 1 to 30 degrees of freedom.
 _T95 = (
@@ -250,8 +254,9 @@ def table(
 ) -> str:
     """A tidy text table to print: no colour codes, nothing cut off.
 
-    Numbers stand right and are never broken; text folds where the terminal is narrow. Piped into a file the table is
-    as wide as it needs to be. A floating-point column has as many decimals as it needs, up to four.
+    Numbers, also those written out as "97.3 %", stand right and are never broken; text folds where the terminal is
+    narrow. Piped into a file the table is as wide as it needs to be. A floating-point column has as many decimals as
+    it needs, up to four.
 
     Args:
         columns: Column heads.
@@ -286,7 +291,7 @@ def table(
     texts = []
     for j, column in enumerate(columns):
         values = [line[j] for line in cells]
-        numeric = any(_is_number(value) for value in values)
+        numeric = any(_is_number(value) or _WRITTEN_OUT.fullmatch(str(value)) for value in values)
         texts.append(_texts(values))
         words = [column, *texts[-1]] if numeric else [word for text in (column, *texts[-1]) for word in text.split()]
         grid.add_column(

@@ -152,6 +152,19 @@ def run(model: Any, data: Any, cfg: Needle, progress: Callable[[float], None] | 
         "haystack_repetition": n_haystack / len(data.tokens(cfg.split).tokens),  # above 1 a document repeats its text
         "memories": list(model.memory.keys()),
         "shared": is_shared(model),
+        "headline": [
+            {
+                "label": CONTROLS.get(c, "memory on"),
+                "metric": f"exact_match/{c}",
+                "low": f"low/{c}",
+                "high": f"high/{c}",
+                "n": f"n/{c}",
+                "percent": True,
+                "better": "higher",
+                "control": c != "on",
+            }
+            for c in CONDITIONS
+        ],
     }
     return Result("needle", summarise(rows), tuple(rows), metadata)
 

@@ -101,6 +101,16 @@ def run(model: Any, data: Any, cfg: Perplexity, progress: Callable[[float], None
         "n_document": len(rows) // len(CONDITIONS),
         "segment_len": model.segment_len,
         "memories": list(model.memory.keys()),
+        "headline": [
+            {"label": label, "metric": f"perplexity/{name}", "n": "n_token", "control": name != "on"}
+            | {"low": None, "high": None, "percent": False, "better": "lower"}
+            for name, label in CONDITIONS.items()
+        ]
+        + [
+            {"label": "change by memory, nats per token", "metric": "difference/on-off", "n": "n_document"}
+            | {"low": "difference_low/on-off", "high": "difference_high/on-off"}
+            | {"percent": False, "better": "lower", "control": False}
+        ],
     }
     return Result("perplexity", summarise(rows), tuple(rows), metadata)
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from experiments.base import Result, table
-from experiments.needle import CONDITIONS, Needle, run
+from experiments.headline import Number, headline, in_percent, shown
 from memlm.analysis.figures import CONTROLS
 
 _PERPLEXITY = {"on": "memory on", "off": "reads off", "wiped": "memory wiped before every segment"}
@@ -17,8 +17,8 @@ _KINDS = {"": "memory on", "_straddling": "memory on, facts across a segment bou
 def summary(results: Iterable[Result]) -> str:
     """The tables printed at the end of training and of an evaluation.
 
-    Perplexity on, off and wiped; recall of planted facts beside every control, with n and 95 % intervals. Other
-    experiments speak through their own files.
+    Perplexity on, off and wiped; recall of planted facts beside every control, with n and 95 % intervals; and the
+    headline of every experiment.
 
     Args:
         results: What was found, in any order.
@@ -27,31 +27,31 @@ def summary(results: Iterable[Result]) -> str:
         The tables, without a final line break; empty if there is nothing to say.
 
     Raises:
-        ValueError: If a result claims recall without its controls.
+        ValueError: If a result claims recall, or any rate, without its controls.
     """
     results = list(results)
     blocks = [_perplexity(result) for result in results if "perplexity/on" in result.metrics]
     blocks += [_recall(result) for result in results if _claims_recall(result.metrics)]
+    headlines = [(result.name, numbers) for result in results if (numbers := headline(result))]
+    if headlines:
+        blocks.append(_headlines(headlines))
     return "\n\n".join(blocks)
 
 
-def watch(node: Mapping[str, Any] | None, data: Any) -> Callable[[Any], dict[str, float]] | None:
-    """What to measure during training: recall and its controls, by the names under which they are logged.
+def not_measured(skipped: Mapping[str, str]) -> str:
+    """What to print of experiments that do not apply: name and reason, see `experiments.runner.run_all`."""
+    return "\n".join(["Not measured:", *(f"  {name}: {reason}" for name, reason in skipped.items())])
 
-    Args:
-        node: Settings of the needle experiment as plain values; None for nothing.
-        data: The data of the run; without planted facts nothing is measured.
-    """
-    if node is None or not data.curriculum.has_task:
-        return None
-    settings = Needle(**{name: value for name, value in node.items() if name != "_target_"})
 
-    def measure(model: Any) -> dict[str, float]:
-        metrics = run(model, data, settings).metrics
-        rates = {f"recall/{name}": metrics[f"exact_match/{name}"] for name in CONDITIONS}
-        return rates | {"recall/n": metrics["n/on"], "recall/chance": metrics["chance"]}
-
-    return measure
+def _headlines(headlines: Sequence[tuple[str, Sequence[Number]]]) -> str:
+    lines = []
+    for name, numbers in headlines:
+        for i, number in enumerate(numbers):
+            label = f"  {number.label}" if number.control else number.label
+            interval = [shown(bound, number.percent) for bound in (number.low, number.high)]
+            lines.append((name if i == 0 else "", label, shown(number.value, number.percent), *interval, number.n))
+    columns = ("experiment", "number", "value", "95 % from", "to", "n")
+    return table(columns, lines, "Main numbers, and below them (indented) their controls")
 
 
 def _claims_recall(metrics: Mapping[str, float]) -> bool:
@@ -66,6 +66,9 @@ def _perplexity(result: Result) -> str:
         if f"perplexity/{name}" in metrics
     ]
     n_token, n_document = int(metrics["n_token"]), int(metrics["n_document"])
+    # As many decimals as leave the largest four significant digits.
+    decimals = 3 - math.floor(math.log10(max((value for _, value, _ in lines if math.isfinite(value)), default=1)))
+    lines = [(label, round(perplexity, decimals), nll) for label, perplexity, nll in lines]
     title = f"Perplexity of held-out text ({n_token:,} tokens, {n_document:,} documents)"
     text = table(("condition", "perplexity", "nats per token"), lines, title)
     if result.metadata.get("memories") == []:
@@ -82,36 +85,46 @@ def _perplexity(result: Result) -> str:
 def _recall(result: Result) -> str:
     metrics = result.metrics
     distances: list[int] = list(result.metadata.get("distances", ()))
-    suffixes = {f"/{d}": d for d in distances} if len(distances) > 1 else {"": distances[0] if distances else None}
+    axes = _axes(result)
+    given = [name.removeprefix("exact_match/on") for name in metrics if name.startswith("exact_match/on/")]
     lines: list[dict[str, Any]] = []
-    for suffix, distance in suffixes.items():
+    for suffix in given if axes and given else [""]:
+        values = [int(part) if part.isdigit() else part for part in suffix.split("/")[1:]]
         names = {f"{kind}/on{suffix}": label for kind, label in _KINDS.items()}
         names |= {f"/{control}{suffix}": label for control, label in CONTROLS.items()}
         _require_controls(result, suffix)
         lines += [
-            {
-                "distance": distance,
+            dict(zip(axes, values, strict=False))
+            | {
                 "condition": label,
-                "recalled %": _percent(metrics[f"exact_match{name}"]),
-                "95 % from": _percent(metrics[f"low{name}"]),
-                "to": _percent(metrics[f"high{name}"]),
+                "recalled %": in_percent(metrics[f"exact_match{name}"]),
+                "95 % from": in_percent(metrics[f"low{name}"]),
+                "to": in_percent(metrics[f"high{name}"]),
                 "n": int(metrics[f"n{name}"]),
                 "nats per token": metrics.get(f"nll{name}"),
             }
             for name, label in names.items()
             if f"exact_match{name}" in metrics
         ]
-    columns = ["condition", "recalled %", "95 % from", "to", "n", "nats per token"]
     title = f"Recall of facts told once ({result.name}"
-    if len(suffixes) > 1:
-        columns = ["distance", *columns]
+    if "distance" in axes:
         title += ", distance in tokens"
+    elif distances and result.metadata.get("settings", {}).get("spread"):
+        title += f", all over a text of {distances[0]:,} tokens"
     elif distances:
         title += f", {distances[0]:,} or more tokens before"
-    text = table(columns, [{column: line[column] for column in columns} for line in lines], f"{title})")
+    text = table(list(lines[0]), lines, f"{title})")
     if "chance" in metrics:
         text += f"\nA guess among the facts of the document would be right in {100 * metrics['chance']:.2g} %."
     return text
+
+
+def _axes(result: Result) -> list[str]:
+    """What varies within a result, in the order of the names of its metrics: see `experiments.needle.summarise`."""
+    settings = result.metadata.get("settings", {})
+    varying = {name: settings.get(key) for name, key in (("facts", "kind"), ("others", "n_other"))}
+    varying["distance"] = result.metadata.get("distances")
+    return [name for name, values in varying.items() if isinstance(values, list) and len(set(values)) > 1]
 
 
 def _require_controls(result: Result, suffix: str) -> None:
@@ -124,16 +137,8 @@ def _require_controls(result: Result, suffix: str) -> None:
         missing += [f"{c} (straddling)" for c in CONTROLS if c != "unseen"
                     if not result.metrics.get(f"n_straddling/{c}{suffix}")]  # fmt: skip
     if missing:
-        at = f" at {suffix[1:]} tokens" if suffix else ""
+        at = f" at {suffix[1:]} tokens" if suffix[1:].isdigit() else f" for {suffix[1:]}" if suffix else ""
         raise ValueError(
             f"{result.name!r} claims recall{at} without {', '.join(missing)}: a rate counts only beside all of its "
             f"controls ({', '.join(CONTROLS)}), so nothing is reported; run the experiment with every condition"
         )
-
-
-def _percent(rate: float) -> float:
-    """A rate in percent with one decimal, never rounded up to 100 or down to 0."""
-    percent = round(100 * rate, 1)
-    if percent == 100 and rate < 1:
-        return 99.9
-    return 0.1 if percent == 0 and rate > 0 else percent

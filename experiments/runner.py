@@ -1,13 +1,16 @@
-"""Run the chosen experiments on a model, write what they found, and say it."""
+"""Run the chosen experiments on a model: once, writing what they found, or again and again while it is trained."""
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from experiments.base import Result, emit
+from experiments.headline import headline
+from experiments.needle import Needle
+from experiments.recall import CONDITIONS
 from memlm.config import ConfigError
 
 
@@ -17,11 +20,7 @@ def chosen(config: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         ConfigError: If there are none, or a setting cannot work.
     """
-    found = {
-        name: _settings(node)
-        for name, node in config.items()
-        if isinstance(node, Mapping) and str(node.get("_target_")).startswith("experiments.")
-    }
+    found = {name: _settings(node) for name, node in config.items() if _is_experiment(node)}
     if not found:
         raise ConfigError("experiment selects nothing to measure: give a name, a list of names, or all.")
     return found
@@ -29,7 +28,7 @@ def chosen(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def run_all(
     model: Any, data: Any, experiments: Mapping[str, Any], directory: Path, logger: Any | None = None
-) -> tuple[list[Result], list[Path]]:
+) -> tuple[list[Result], list[Path], dict[str, str]]:
     """All experiments one after the other, with a progress bar.
 
     Args:
@@ -40,11 +39,14 @@ def run_all(
         logger: A W&B logger that gets tables and images too.
 
     Returns:
-        The results, and the paths of all that was written.
+        The results, the paths of all that was written, and by name why an experiment does not apply to this model or
+        its data.
     """
     from rich.progress import Progress
 
-    results, written = [], []
+    results: list[Result] = []
+    written: list[Path] = []
+    skipped: dict[str, str] = {}
     with Progress(transient=True) as bar:
         for name, settings in experiments.items():
             task = bar.add_task(name, total=1.0)
@@ -52,10 +54,73 @@ def run_all(
             def show(done: float, task: Any = task) -> None:
                 bar.update(task, completed=done)
 
-            result = _module(settings).run(model, data, settings, progress=show)
+            try:
+                result = _module(settings).run(model, data, settings, progress=show)
+            except ConfigError as error:
+                skipped[name] = str(error)
+                continue
             results.append(result)
             written += emit(result, _module(settings).plot(result), directory / name, logger=logger)
-    return results, written
+    return results, written, skipped
+
+
+def watch(nodes: Mapping[str, Any] | None, data: Any) -> Callable[[Any], dict[str, float]] | None:
+    """What to measure while a model is trained.
+
+    Args:
+        nodes: Settings of experiments by name, as plain values; None for nothing.
+        data: The data of the run; without planted facts the needle is left out.
+
+    Returns:
+        A function from the model to numbers by the names under which they are logged: ``recall/<condition>`` of
+        ``needle``; of any other name ``<name>/<metric>``, the headline and what stands behind it. An experiment that
+        does not apply to the model is left out from then on, with a printed sentence. None if there is nothing to
+        measure.
+
+    Raises:
+        ConfigError: If a node is not of an experiment, or a setting cannot work.
+    """
+    watched = {}
+    for name, node in (nodes or {}).items():
+        if node is None:
+            continue
+        if not _is_experiment(node):
+            raise ConfigError(
+                f"watch.{name} must be the settings of an experiment, with _target_: experiments.NAME.CLASS, or null; "
+                f"got {node!r}"
+            )
+        settings = _settings(node)
+        if data.curriculum.has_task or not isinstance(settings, Needle):
+            watched[name] = settings
+    if not watched:
+        return None
+
+    def measure(model: Any) -> dict[str, float]:
+        numbers: dict[str, float] = {}
+        for name, settings in list(watched.items()):
+            try:
+                numbers |= _logged(name, _module(settings).run(model, data, settings))
+            except ConfigError as error:
+                del watched[name]
+                print(f"watch.{name} is left out: {error}")
+        return numbers
+
+    return measure
+
+
+def _logged(name: str, result: Result) -> dict[str, float]:
+    """Numbers of a result by the names under which they are logged during training."""
+    metrics = result.metrics
+    if name == "needle":
+        rates = {f"recall/{condition}": metrics[f"exact_match/{condition}"] for condition in CONDITIONS}
+        return rates | {"recall/n": metrics["n/on"], "recall/chance": metrics["chance"]}
+    headline(result)  # refuses a rate without controls
+    names = [entry[key] for entry in result.metadata.get("headline", ()) for key in ("metric", "low", "high", "n")]
+    return {f"{name}/{metric}": metrics[metric] for metric in names if metric is not None}
+
+
+def _is_experiment(node: Any) -> bool:
+    return isinstance(node, Mapping) and str(node.get("_target_")).startswith("experiments.")
 
 
 def _settings(node: Mapping[str, Any]) -> Any:

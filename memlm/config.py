@@ -19,6 +19,7 @@ import importlib
 import inspect
 import os
 import re
+import shlex
 import sys
 import traceback
 import types
@@ -38,6 +39,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
 from hydra.core.utils import JobRuntime
 from hydra.errors import HydraException
+from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
@@ -241,6 +243,8 @@ def _check_key(config: DictConfig, override: Override, groups: list[str]) -> Non
             node = node[part]
         except OmegaConfBaseException:  # a missing value, or a reference to something that is still to be set
             return
+    if isinstance(node, DictConfig) and not node._is_none() and len(node) and override.value() == {}:
+        raise ConfigError(f"{key}={{}} would change nothing, as mappings are merged: use {key}=null for nothing.")
 
 
 def _unknown(config: DictConfig, parent: str, name: str, names: Sequence[str]) -> str:
@@ -739,10 +743,28 @@ def cli(config_name: str, *, directory: str | Path | None = None) -> Callable[[C
 
 
 def _quoted(argument: str) -> str:
-    """Put quotes around a path with an equals sign, such as that of a checkpoint, which Hydra could not read."""
+    """Put quotes around paths with = or a comma, such as those of checkpoints, which Hydra could not read."""
     key, _, value = argument.partition("=")
-    plain = key in ("resume", "checkpoint") and "=" in value and not set(value) & set("'\",[]{}()")
-    return f"{key}='{value}'" if plain else argument
+    if key not in ("resume", "checkpoint") or set(value) & set("'\"[]{}()"):
+        return argument
+    return f"{key}=" + ",".join(f"'{path}'" if set(path) & set("=,") else path for path in _paths(value))
+
+
+def _paths(value: str) -> Iterator[str]:
+    """Split at commas, but not at those of a path that exists."""
+    parts = value.split(",")
+    while parts:
+        n = next((n for n in range(len(parts), 1, -1) if Path(",".join(parts[:n])).exists()), 1)
+        yield ",".join(parts[:n])
+        parts = parts[n:]
+
+
+class CompareHint(Callback):
+    """Says at the end of a sweep how its jobs are put side by side."""
+
+    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
+        """Print the command."""
+        print(f"\nTo compare the jobs: python scripts/compare.py {shlex.quote(config.hydra.sweep.dir)}")
 
 
 @contextmanager

@@ -10,9 +10,10 @@ from memlm.config import ConfigError, cli, config_dir, run_dir, to_dict
 
 
 def name_all(arguments: list[str]) -> list[str]:
-    """Put the names of all experiments in place of `experiment=all`."""
+    """Put the names of all experiments, those that apply, in place of `experiment=all`."""
     names = ",".join(sorted(path.stem for path in (config_dir() / "experiment").glob("*.yaml")))
-    return [f"experiment=[{names}]" if argument == "experiment=all" else argument for argument in arguments]
+    every = [f"experiment=[{names}]", "skip_inapplicable=true"]
+    return [word for argument in arguments for word in (every if argument == "experiment=all" else [argument])]
 
 
 def place(model: Any, device: str) -> Any:
@@ -31,15 +32,23 @@ def place(model: Any, device: str) -> Any:
 def main(cfg: DictConfig) -> None:
     """Run the chosen experiments, write their results and print the summary."""
     from experiments import runner
-    from experiments.report import summary
-    from memlm.checkpoint import load_run
+    from experiments.report import not_measured, summary
+    from experiments.runs import describe, write_evaluation
+    from memlm.checkpoint import find, load_run
 
     experiments = runner.chosen(to_dict(cfg))
-    model, data = load_run(cfg.checkpoint, paths={"cache_dir": cfg.paths.cache_dir})
+    checkpoint, directory = find(cfg.checkpoint), Path(run_dir())
+    model, data = load_run(checkpoint, paths={"cache_dir": cfg.paths.cache_dir})
     place(model, cfg.device)
-    results, written = runner.run_all(model, data, experiments, Path(run_dir()))
-    print(summary(results))
-    print("\nWritten:", *(f"  {path}" for path in written), sep="\n")
+    print(f"{checkpoint}: measured by {', '.join(experiments)} into {directory}")
+    about = write_evaluation(directory, describe(checkpoint, model))
+    results, written, skipped = runner.run_all(model, data, experiments, directory)
+    print("\n" + summary(results))
+    print("\nWritten:", *(f"  {path}" for path in [about, *written]), sep="\n")
+    if skipped and not cfg.skip_inapplicable:
+        raise ConfigError("; ".join(f"{name} was not measured: {reason}" for name, reason in skipped.items()))
+    if skipped:
+        print("\n" + not_measured(skipped))
 
 
 if __name__ == "__main__":

@@ -507,3 +507,24 @@ def test_did_you_mean() -> None:
 )
 def test_paths_of_checkpoints_need_no_quotes(argument: str, quoted: str) -> None:
     assert config._quoted(argument) == quoted
+
+
+def test_several_paths_are_split_at_commas_outside_of_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a,b=1").mkdir()
+    assert config._quoted("checkpoint=a,b=1") == "checkpoint='a,b=1'"
+    assert config._quoted("checkpoint=x/step=3.ckpt,a,b=1,c") == "checkpoint='x/step=3.ckpt','a,b=1',c"
+    assert config._quoted("checkpoint=x,a") == "checkpoint=x,a"
+    assert config._quoted("checkpoint=['a,b=1']") == "checkpoint=['a,b=1']"
+
+
+def test_an_empty_mapping_is_no_way_to_switch_off() -> None:
+    with pytest.raises(ConfigError, match=r"watch=\{\} would change nothing.*use watch=null"):
+        compose(["watch={}"])
+    assert compose(["watch=null"]).watch is None
+    assert compose(["~watch.needle"]).watch == {}
+
+
+def test_a_sweep_ends_with_the_command_that_compares_its_jobs(capsys: pytest.CaptureFixture[str]) -> None:
+    config.CompareHint().on_multirun_end(OmegaConf.create({"hydra": {"sweep": {"dir": "multirun/a b"}}}))
+    assert capsys.readouterr().out.strip() == "To compare the jobs: python scripts/compare.py 'multirun/a b'"

@@ -107,12 +107,12 @@ class Throughput(Callback):
 
 
 class DuringTraining(Callback):
-    """Runs an experiment every so many batches and logs some of its numbers.
+    """Runs experiments every so many batches and logs some of their numbers.
 
     Args:
         run: Called with the model; returns numbers by the name under which they are logged.
         every: Batches between runs.
-        clock: Leaves the experiment out of its clock.
+        clock: Leaves the experiments out of its clock.
     """
 
     def __init__(
@@ -128,6 +128,8 @@ class DuringTraining(Callback):
             return
         with self.clock.paused() if self.clock is not None else contextlib.nullcontext():
             numbers = {name: float(value) for name, value in self.run(module.model).items()}  # type: ignore[operator, arg-type]
+        if not numbers:
+            return
         for name, value in numbers.items():
             module.log(name, value, logger=False, rank_zero_only=True)
         # Not by `module.log`, which would forget the numbers of a step that is not logged.

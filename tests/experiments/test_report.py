@@ -2,13 +2,15 @@
 
 import functools
 import json
+import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 import memlm.checkpoint
-from experiments import needle, perplexity
+from experiments import needle, perplexity, runs
 from experiments.base import Result
 from experiments.report import summary
 from memlm.config import ConfigError, check_command_line, compose, config_dir
@@ -18,6 +20,13 @@ from memlm.data.tokens import TokenizedCorpus
 from memlm.memory.ltm import LongTermMemory
 from memlm.models.lmcode import LMCode
 from scripts import evaluate, generate
+
+
+def entry(label, metric, n="n", percent=True, control=False, better="higher", **bounds):
+    return {
+        "label": label, "metric": metric, "low": bounds.get("low"), "high": bounds.get("high"), "n": n,
+        "percent": percent, "better": better, "control": control,
+    }  # fmt: skip
 
 
 def needle_result(conditions=needle.CONDITIONS, distances=(100,), correct=None, straddling=True):
@@ -84,6 +93,28 @@ def test_summary_of_several_distances():
     ]
 
 
+def test_summary_of_several_kinds_and_numbers_of_other_facts():
+    rows = [
+        row | {"kind": kind, "n_other": n_other}
+        for kind in ("random", "native")
+        for n_other in (0, 50)
+        for row in needle_result(distances=(100, 200), correct={"on": 3 if kind == "native" else 7}).rows
+    ]
+    settings = {"kind": ["random", "native"], "n_other": [0, 50]}
+    result = Result("needle", needle.summarise(rows), (), {"distances": [100, 200], "settings": settings})
+    text = summary([result])
+    lines = [line.split() for line in text.splitlines() if "memory on" in line and "across" not in line]
+    assert [(*line[:3], line[-5]) for line in lines] == [
+        (kind, n_other, distance, rate)
+        for kind, rate in (("random", "87.5"), ("native", "37.5"))
+        for n_other in ("0", "50")
+        for distance in ("100", "200")
+    ]
+    rows = [row for row in rows if (row["kind"], row["condition"]) != ("native", "swapped")]
+    with pytest.raises(ValueError, match="claims recall for native/0/100 without swapped"):
+        summary([Result("needle", needle.summarise(rows), (), result.metadata)])
+
+
 @pytest.mark.parametrize("lost", needle.CONDITIONS[1:])
 def test_recall_without_a_control_is_refused(lost):
     conditions = [condition for condition in needle.CONDITIONS if condition != lost]
@@ -121,6 +152,57 @@ def test_percentages_are_never_rounded_to_the_ends():
     assert lines_of(text, "memory on")[0][2] == "99.9"
 
 
+def test_perplexities_have_four_digits_at_most():
+    metrics = {"nll/on": 7.1066, "perplexity/on": 1220.1343, "perplexity/off": 97.4567, "nll/off": 4.5796}
+    text = summary([Result("perplexity", metrics | {"n_token": 10, "n_document": 1})])
+    assert [line[2] for line in lines_of(text, "memory on")] == ["1,220"]
+    assert [line[2] for line in lines_of(text, "reads off")] == ["97"]
+    metrics |= {"perplexity/on": 98765.4, "perplexity/off": math.inf}
+    text = summary([Result("perplexity", metrics | {"n_token": 10, "n_document": 1})])
+    assert [line[2] for line in lines_of(text, "memory on")] == ["98,770"]
+
+
+# ------------------------------------------------------------------------------------------------------ headlines
+
+
+def test_every_experiment_has_its_headline_in_the_summary():
+    metrics = {"hit": 0.9996, "low": 0.99, "high": 1.0, "chance": 0.0625, "n": 2500, "half": 12345.678}
+    lines = [
+        entry("found", "hit", low="low", high="high"),
+        entry("chance", "chance", n=None, control=True),
+        entry("half-life", "half", percent=False),
+    ]
+    text = summary([Result("retention", metrics, (), {"headline": lines})])
+    assert [line.split() for line in text.splitlines()[3:]] == [
+        ["retention", "found", "99.9", "%", "99.0", "%", "100.0", "%", "2,500"],
+        ["chance", "6.2", "%", "-", "-", "-"],
+        ["half-life", "12,350", "-", "-", "2,500"],
+    ]
+    starts = [line.index(word) for line, word in zip(text.splitlines()[3:], ("found", "chance", "half"), strict=True)]
+    assert starts[1] == starts[0] + 2 == starts[2] + 2  # controls are indented
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ([entry("found", "hit")], r"claims a rate \(found\) without any control"),
+        ([entry("found", "hit"), entry("off", "nothing", control=True)], "without any control"),
+        ([entry("found", "hit"), entry("off", "hit", n="none", control=True)], "without any control"),
+        ([entry("found", "hitt"), entry("off", "hit", control=True)], "names the metric 'hitt', which it lacks"),
+        ([entry("found", "hit", low="bottom")], "names the metric 'bottom', which it lacks"),
+        ([entry("found", "hit", better="more")], "calls 'more' better"),
+        ([{"label": "found", "metric": "hit"}], "expected keys label, metric"),
+    ],
+)
+def test_headlines_that_claim_too_much_or_are_malformed_are_refused(lines, message):
+    metrics = {"hit": 0.9, "n": 10, "none": 0, "nothing": math.nan}
+    with pytest.raises(ValueError, match=message):
+        summary([Result("capacity", metrics, (), {"headline": lines})])
+    plain = [line | {"percent": False} for line in lines]
+    if "claims" in message or "any control" in message:  # the rule is about rates
+        assert "capacity" in summary([Result("capacity", metrics, (), {"headline": plain})])
+
+
 # ------------------------------------------------------------------------------------------------------- scripts
 
 
@@ -141,10 +223,9 @@ def test_experiments_are_chosen_by_name():
 def test_all_means_every_yaml():
     names = sorted(path.stem for path in (config_dir() / "experiment").glob("*.yaml"))
     assert {"needle", "perplexity"} <= set(names)
-    (argument, other) = evaluate.name_all(["experiment=all", "checkpoint=x"])
-    assert other == "checkpoint=x"
-    assert argument == f"experiment=[{','.join(names)}]"
-    check_command_line([argument, "checkpoint=x"], "evaluate")
+    arguments = evaluate.name_all(["experiment=all", "checkpoint=x"])
+    assert arguments == [f"experiment=[{','.join(names)}]", "skip_inapplicable=true", "checkpoint=x"]
+    check_command_line(arguments, "evaluate")
 
 
 @pytest.mark.parametrize(
@@ -187,6 +268,9 @@ def run(monkeypatch, tmp_path):
     memories = {"ltm": functools.partial(LongTermMemory, n_slot=64, d_key=8, write_budget=8)}
     model = LMCode(data.tokenizer.vocab_size, memories, n_layer=1, n_head=2, d_model=16, segment_len=32).eval()
     model.tokenizer = data.tokenizer
+    monkeypatch.setattr(memlm.checkpoint, "find", Path)
+    trained = runs.Trained("x", 1, {}, None, None, None, "", None)
+    monkeypatch.setattr(runs, "describe", lambda path, model: trained)
     monkeypatch.setattr(memlm.checkpoint, "load_run", lambda path, **_: (model, data))
     monkeypatch.setattr(memlm.checkpoint, "load", lambda path, **_: model)
     monkeypatch.chdir(tmp_path)
@@ -201,13 +285,19 @@ def test_evaluate_measures_writes_and_prints(run, capsys, tmp_path):
     assert "another document's memory" in printed
     files = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
     assert files == {
+        "evaluation.json",
         *(f"needle/{name}" for name in ("recall.png", "rows.csv", "result.json")),
         *(f"perplexity/{name}" for name in ("perplexity.png", "rows.csv", "result.json")),
     }
     assert all(name in printed for name in files)
     stored = Result.from_dict(json.loads((tmp_path / "needle/result.json").read_text()))
     assert stored.metadata["distances"] == [40, 90]
-    assert summary([stored]) in printed
+    assert summary([stored]).partition("\n\nMain numbers")[0] in printed
+    main = printed[printed.index("Main numbers") :]
+    assert [line.split()[:3] for line in main.splitlines() if "memory on" in line] == [
+        ["perplexity", "memory", "on"],
+        ["needle", "memory", "on"],
+    ]
 
 
 def test_evaluate_refuses_a_device_that_is_not_there(run):

@@ -1,0 +1,55 @@
+"""The command line; what it compares is tested beside `experiments.compare`."""
+
+import csv
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from experiments.base import emit
+from experiments.runs import write_evaluation
+from scripts.compare import main
+from tests.experiments.test_compare import NONE, recall, run
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_table_and_files(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    made = {"a": run(0, recall(0.9)), "b": run(0, recall(0.1), changes=NONE), "c": run(1, recall(0.9))}
+    for name, one in made.items():
+        write_evaluation(tmp_path / "sweep" / name, one.trained)
+        emit(one.results["needle"], {}, tmp_path / "sweep" / name / "needle")
+    main(["sweep/a", "sweep/b", "sweep/c"])
+    out = capsys.readouterr().out
+    (place,) = (tmp_path / "outputs/compare").iterdir()
+    assert {path.name for path in place.iterdir()} == {"compare.csv", "compare.md", "compare.png"}
+    assert all(f"  outputs/compare/{place.name}/compare.{ending}" in out for ending in ("csv", "md", "png"))
+    assert "ltm (2 seeds)" in out
+    assert "90.0 % (85.1 to 93.4) *" in out
+    assert "memory.ltm: given (ltm); absent (none)" in out
+    with open(place / "compare.csv", newline="") as file:
+        found = [row for row in csv.DictReader(file) if row["metric"] == "exact_match/on"]
+    assert [(row["group"], row["mean"], row["n_seed"], row["best"]) for row in found] == [
+        ("ltm", "0.9", "2", "True"), ("none", "0.1", "1", "False")
+    ]  # fmt: skip
+    main(["sweep", "--out", "there"])
+    assert (tmp_path / "there/compare.csv").read_text() == (place / "compare.csv").read_text()
+
+
+def test_help_needs_nothing_slow_and_mistakes_are_a_sentence(tmp_path: Path) -> None:
+    def call(*arguments: str) -> "subprocess.CompletedProcess[str]":
+        return subprocess.run(
+            [sys.executable, *arguments], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)},
+            capture_output=True, text=True,
+        )  # fmt: skip
+
+    probe = (
+        "import sys\nfrom scripts.compare import main\ntry: main(['--help'])\nfinally: print('torch' in sys.modules)"
+    )
+    assert call("-c", probe).stdout.endswith("\nFalse\n")
+    done = call(str(ROOT / "scripts/compare.py"), "no/such")
+    assert (done.returncode, done.stderr) == (2, "error: there is no run at no/such\n")
+    assert not list(tmp_path.iterdir())
