@@ -70,9 +70,7 @@ class MQAR:
         self.keys, self.values = self.symbols[1:half], self.symbols[half:]
         self.power_a = power_a
 
-    def document(
-        self, rng: np.random.Generator, passage: np.ndarray, segment_len: int, n_pair: int = 64
-    ) -> Planted:
+    def document(self, rng: np.random.Generator, passage: np.ndarray, segment_len: int, n_pair: int = 64) -> Planted:
         """A training document.
 
         Args:

@@ -33,12 +33,12 @@ class Sequence(NamedTuple):
     Attributes:
         tokens: Token ids, (n_token,).
         order: Token ids of all symbols, most frequent first, (K,).
-        count: How often each of ``order`` occurred, (K,).
+        counts: How often each of ``order`` occurred, (K,).
     """
 
     tokens: np.ndarray
     order: np.ndarray
-    count: np.ndarray
+    counts: np.ndarray
 
 
 class Sorting:
