@@ -98,7 +98,7 @@ def run(model: Any, data: Any, cfg: AssociativeRecall, progress: Callable[[float
     Returns:
         One row per question, by number of pairs, condition, document and pair: ``gap`` is the number of tokens from the
         key to the question, ``across`` whether segments lie apart, ``correct`` the outcome, ``nll`` that of the value
-        in nats. In a ``swapped`` row ``document`` is where the pair was told, while the memory is that of the next
+        in nats, ``n_value`` the values that there are. In a ``swapped`` row ``document`` is where the pair was told, while the memory is that of the next
         document. For metrics see `summarise`.
 
     Raises:
@@ -124,11 +124,11 @@ def run(model: Any, data: Any, cfg: AssociativeRecall, progress: Callable[[float
             ]
             for first in range(0, cfg.n_document, n_row):
                 numbers = list(range(first, min(first + n_row, cfg.n_document)))
-                rows += _read(model, documents, never, numbers)
+                rows += [row | {"n_value": len(task.values)} for row in _read(model, documents, never, numbers)]
                 if progress is not None:
                     progress((i + (numbers[-1] + 1) / cfg.n_document) / len(cfg.n_pairs))
     rows.sort(key=lambda row: (row["n_pair"], list(LABELS).index(row["condition"]), row["document"], row["pair"]))
-    metrics = summarise(rows) | {"chance": 1 / len(task.values), "chance_told": 1 / cfg.n_pairs[-1]}
+    metrics = summarise(rows)
     metadata = {
         "settings": asdict(cfg),
         "seed": cfg.seed,
@@ -227,7 +227,8 @@ def summarise(rows: Sequence[Row]) -> dict[str, float]:
     Returns:
         For each condition ``accuracy/<condition>`` of questions whose pair lies in an earlier segment, with ``low`` and
         ``high`` (95 % Wilson interval), ``n`` and ``nll``; and the same of the others, ``accuracy_inside/...``. With
-        several numbers of pairs these are for the largest, and ``.../<n_pair>`` for each.
+        several numbers of pairs these are for the largest, and ``.../<n_pair>`` for each. ``chance`` is the rate of a
+        guess among all values, ``chance_told`` that of a guess among the values that a document told, for the largest.
     """
     n_pairs = sorted({row["n_pair"] for row in rows})
     metrics: dict[str, float] = {}
@@ -249,6 +250,8 @@ def summarise(rows: Sequence[Row]) -> dict[str, float]:
                         metrics[f"{name}{kind}/{condition}"] = value
                     if len(n_pairs) > 1:
                         metrics[f"{name}{kind}/{condition}/{n_pair}"] = value
+    if rows:
+        metrics |= {"chance": 1 / rows[0]["n_value"], "chance_told": 1 / n_pairs[-1]}
     return metrics
 
 
