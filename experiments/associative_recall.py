@@ -98,8 +98,8 @@ def run(model: Any, data: Any, cfg: AssociativeRecall, progress: Callable[[float
     Returns:
         One row per question, by number of pairs, condition, document and pair: ``gap`` is the number of tokens from the
         key to the question, ``across`` whether segments lie apart, ``correct`` the outcome, ``nll`` that of the value
-        in nats, ``n_value`` the values that there are. In a ``swapped`` row ``document`` is where the pair was told, while the memory is that of the next
-        document. For metrics see `summarise`.
+        in nats, ``n_value`` the values that there are. In a ``swapped`` row ``document`` is where the pair was told,
+        while the memory is that of the next document. For metrics see `summarise`.
 
     Raises:
         ConfigError: If the model was not built for the task.

@@ -141,10 +141,10 @@ def run(model: Any, data: Any, cfg: Sorting, progress: Callable[[float], None] |
 def _read(model: Any, texts: Sequence[np.ndarray]) -> Any:
     """The memory of sequences that were read side by side, with no local context."""
     device = next(model.parameters(), torch.empty(0)).device
-    ids = torch.from_numpy(np.stack(texts))
+    ids = torch.from_numpy(np.stack(texts)).to(device)
     state = None
     for part in ids.split(_WINDOW * model.segment_len, dim=1):
-        state = model(part.to(device), state=state, logits=False).state
+        state = model.absorb(part, state)
     return model.new_context(state)
 
 
