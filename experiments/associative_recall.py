@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter, StrMethodFormatter
+from matplotlib.ticker import PercentFormatter
 
 from experiments.base import PALETTE, Result, Row, evaluating, style, wilson
 from memlm.analysis.figures import CONTROLS
@@ -322,8 +322,9 @@ def plot(result: Result) -> dict[str, Figure]:
         axes.set(
             title=f"Associative recall by gap, {n_pairs[-1]} pairs", xlabel="tokens from key to question", xscale="log"
         )
-        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
-        axes.xaxis.set_minor_formatter(StrMethodFormatter("{x:,.0f}"))
+        ticks = 2 ** np.arange(np.log2(gaps.min()) // 1, np.log2(gaps.max()) // 1 + 2)
+        axes.set_xticks(ticks, [f"{tick:,.0f}" for tick in ticks])
+        axes.minorticks_off()
         for figure in (pairs, gap):
             figure.axes[0].set_ylabel("answered right, pair in an earlier segment")
             title = "bars: 95 % Wilson interval" + (f", n = {n:,}" if figure is gap or len(n_pairs) == 1 else "")
