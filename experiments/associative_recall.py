@@ -1,0 +1,349 @@
+"""Associative recall: key-value pairs told once at the beginning of a document, and asked for later (MQAR).
+
+The documents are those of `memlm.data.mqar`, where the definition and its source are. The text is read segment by
+segment, each in a context of its own, so a question whose pair was told in an earlier segment can be answered from
+memory alone: the accuracy of those is the headline. Questions in the same segment as their pair, which attention can
+answer, are counted apart (`inside`). A question is answered when the likeliest next token is the value.
+
+Each segment is also read under every control: with reads off, with a wiped memory, with the memory of another document
+at the same place, and with every key exchanged for one that was never told (`unseen`; the right answer stays that of
+the key it replaces, so whoever guesses among what was told is right as often as `chance_told`). Controls write nothing.
+
+Documents come from another stream of random numbers than those of training. Pairings are drawn anew in every document
+(with 8,192 symbols there are 16 million pairs), so that having seen a pair in training does not help; what could be
+known without the document shows in the controls.
+
+Shapes: B rows, T tokens per segment, N tokens of a document, P pairs, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
+
+from experiments.base import PALETTE, Result, Row, evaluating, style, wilson
+from memlm.analysis.figures import CONTROLS
+from memlm.config import ConfigError
+from memlm.data.mqar import MQAR, Recall
+
+LABELS = {"on": "memory on", **CONTROLS, "unseen": "key never told"}
+"""The memory as it is, then its controls, and what a figure calls them."""
+
+_STREAM = 2**31  # keeps evaluation documents apart from training documents, whose second number is a phase
+_N_BIN = 8  # bins of gaps in the figure
+_COLORS = {"on": "blue", "off": "vermillion", "wiped": "purple", "swapped": "orange", "unseen": "green"}
+_MARKERS = {"on": "o", "off": "s", "wiped": "o", "swapped": "^", "unseen": "x"}
+_SIZES = {"on": 6, "off": 10, "wiped": 7, "swapped": 5, "unseen": 4}  # nested, so that equal rates stay visible
+Points = list[tuple[float, float, float, float]]  # x, rate, and its interval
+
+
+@dataclass(frozen=True)
+class AssociativeRecall:
+    """Settings.
+
+    Attributes:
+        n_pair: Pairs told in a document. With a list, one measurement each; the largest is the headline.
+        n_token: Tokens of a document, rounded up to whole segments; at least 4 per pair.
+        n_document: Documents of each number of pairs; at least 2, as one is the other's control.
+        seed: Of the documents.
+        n_row: Documents read at once; the result does not depend on it. One at a time with a shared memory.
+
+    Raises:
+        ConfigError: If a setting cannot work.
+    """
+
+    n_pair: int | list[int] = field(default_factory=lambda: [16, 32, 64])
+    n_token: int = 512
+    n_document: int = 32
+    seed: int = 0
+    n_row: int = 16
+
+    def __post_init__(self) -> None:
+        for name, least in {"n_document": 2, "seed": 0, "n_row": 1}.items():
+            if getattr(self, name) < least:
+                raise ConfigError(f"associative_recall.{name} must be at least {least}, got {getattr(self, name)}")
+        if not self.n_pairs or self.n_pairs[0] < 1:
+            raise ConfigError(
+                f"associative_recall.n_pair must be a number of pairs or a list of them, not {self.n_pair}"
+            )
+        if self.n_token < 4 * self.n_pairs[-1]:
+            raise ConfigError(
+                f"associative_recall.n_token must be at least 4 times n_pair ({self.n_pairs[-1]}), got {self.n_token}"
+            )
+
+    @property
+    def n_pairs(self) -> list[int]:
+        """All numbers of pairs, ascending."""
+        return [self.n_pair] if isinstance(self.n_pair, int) else sorted(set(self.n_pair))
+
+
+def run(model: Any, data: Any, cfg: AssociativeRecall, progress: Callable[[float], None] | None = None) -> Result:
+    """Measure recall and its controls.
+
+    Args:
+        model: A language model; it is left as it was.
+        data: What gives the ``task``, which must be an `MQAR`, such as `memlm.data.datamodule.TextData`.
+        cfg: Settings.
+        progress: Called now and then with the share of the text that is read, in 0..1.
+
+    Returns:
+        One row per question, by number of pairs, condition, document and pair: ``gap`` is the number of tokens from the
+        key to the question, ``across`` whether segments lie apart, ``correct`` the outcome, ``nll`` that of the value
+        in nats, ``n_value`` the values that there are. In a ``swapped`` row ``document`` is where the pair was told,
+        while the memory is that of the next document. For metrics see `summarise`.
+
+    Raises:
+        ConfigError: If the model was not built for the task.
+    """
+    task = getattr(data, "task", None)
+    if not isinstance(task, MQAR):
+        raise ConfigError(
+            "associative_recall needs a model that knows the symbols of multi-query associative recall, and this one "
+            "was trained on other data: train one with recipe=mqar"
+        )
+    n_token = -(-cfg.n_token // model.segment_len) * model.segment_len
+    n_row = 1 if any(modules[0].scope == "shared" for modules in model.memory.values()) else cfg.n_row
+    rows: list[Row] = []
+    with evaluating(model):
+        for i, n_pair in enumerate(cfg.n_pairs):
+            documents = [
+                task.draw(np.random.default_rng([cfg.seed, _STREAM, n_pair, d]), n_token, model.segment_len, n_pair)
+                for d in range(cfg.n_document)
+            ]
+            never = [
+                _exchange(task, document, [cfg.seed, _STREAM + 1, n_pair, d]) for d, document in enumerate(documents)
+            ]
+            for first in range(0, cfg.n_document, n_row):
+                numbers = list(range(first, min(first + n_row, cfg.n_document)))
+                rows += [row | {"n_value": len(task.values)} for row in _read(model, documents, never, numbers)]
+                if progress is not None:
+                    progress((i + (numbers[-1] + 1) / cfg.n_document) / len(cfg.n_pairs))
+    rows.sort(key=lambda row: (row["n_pair"], list(LABELS).index(row["condition"]), row["document"], row["pair"]))
+    metrics = summarise(rows)
+    metadata = {
+        "settings": asdict(cfg),
+        "seed": cfg.seed,
+        "n_pairs": cfg.n_pairs,
+        "n_token": n_token,
+        "n_symbol": len(task.symbols),
+        "power_a": task.power_a,
+        "segment_len": model.segment_len,
+        "memories": list(model.memory.keys()),
+        "headline": _headline(metrics, cfg.n_pairs),
+    }
+    return Result("associative_recall", metrics, tuple(rows), metadata)
+
+
+def _exchange(task: MQAR, document: Recall, seed: Sequence[int]) -> np.ndarray:
+    """Tokens of a document whose questions are about keys that it never told, (N,)."""
+    others = np.setdiff1d(task.keys, document.key)
+    if len(others) < len(document.key):
+        raise ConfigError(
+            f"{len(document.key)} pairs leave {len(others)} of {len(task.keys)} keys that are never told, too few for "
+            "a control: use fewer pairs (associative_recall.n_pair), or a larger data.corpus.n_symbol"
+        )
+    tokens = document.tokens.copy()
+    tokens[document.place] = np.random.default_rng(seed).choice(others, size=len(document.key), replace=False)
+    return tokens
+
+
+def _read(model: Any, documents: Sequence[Recall], never: Sequence[np.ndarray], numbers: list[int]) -> list[Row]:
+    """Read the documents ``numbers`` side by side, and answer their questions under every condition."""
+    segment_len, device = model.segment_len, next(model.parameters(), torch.empty(0)).device
+    own = [documents[i].tokens for i in numbers]
+    # The memory of a document is asked for what the document before it told: no other memory need be at hand.
+    before = [(i - 1) % len(documents) for i in numbers]
+    texts = {
+        "off": own,
+        "wiped": own,
+        "swapped": [documents[i].tokens for i in before],
+        "unseen": [never[i] for i in numbers],
+    }
+    state = model.init_state(len(numbers))
+    rows: list[Row] = []
+    for start in range(0, len(own[0]), segment_len):
+        if start:
+            state = model.new_context(state)
+        asked = any(((d.place >= start) & (d.place < start + segment_len)).any() for d in documents)
+        ids = _ids(own, start, segment_len, device)
+        for condition in texts if asked else ():
+            memory = model.wipe(state) if condition == "wiped" else state
+            shown = _ids(texts[condition], start, segment_len, device)
+            out = model(shown, state=memory, read=condition != "off", write=False)
+            told = before if condition == "swapped" else numbers
+            rows += _answers(condition, out.logits, [(i, documents[i]) for i in told], start, segment_len)
+        out = model(ids, state=state, logits=asked)
+        state = out.state
+        if asked:
+            rows += _answers("on", out.logits, [(i, documents[i]) for i in numbers], start, segment_len)
+    return rows
+
+
+def _ids(texts: Sequence[np.ndarray], start: int, segment_len: int, device: torch.device) -> torch.Tensor:
+    """A segment of each text, (B, T)."""
+    return torch.from_numpy(np.stack([tokens[start : start + segment_len] for tokens in texts])).to(device)
+
+
+def _answers(
+    condition: str, logits: torch.Tensor, asked: Sequence[tuple[int, Recall]], start: int, segment_len: int
+) -> list[Row]:
+    """Rows of the questions in one segment; ``logits`` (B, T, V) begin at token ``start``."""
+    rows: list[Row] = []
+    for (number, document), row in zip(asked, logits, strict=True):
+        pairs = np.flatnonzero((document.place >= start) & (document.place < start + segment_len))
+        place = document.place[pairs]
+        found = row[torch.from_numpy(place - start)].float()  # (questions, V)
+        value = torch.from_numpy(document.value[pairs]).to(found.device)
+        correct = (found.argmax(dim=1) == value).tolist()
+        nll = -found.log_softmax(dim=1).gather(1, value[:, None])[:, 0]
+        rows += [
+            {
+                "condition": condition,
+                "n_pair": len(document.key),
+                "document": number,
+                "pair": int(pair),
+                "gap": int(at - 2 * pair),
+                "across": bool(2 * pair // segment_len < at // segment_len),
+                "correct": right,
+                "nll": loss,
+            }
+            for pair, at, right, loss in zip(pairs, place, correct, nll.tolist(), strict=True)
+        ]
+    return rows
+
+
+def summarise(rows: Sequence[Row]) -> dict[str, float]:
+    """Metrics of the rows.
+
+    Returns:
+        For each condition ``accuracy/<condition>`` of questions whose pair lies in an earlier segment, with ``low`` and
+        ``high`` (95 % Wilson interval), ``n`` and ``nll``; and the same of the others, ``accuracy_inside/...``. With
+        several numbers of pairs these are for the largest, and ``.../<n_pair>`` for each. ``chance`` is the rate of a
+        guess among all values, ``chance_told`` that of a guess among the values that a document told, for the largest.
+    """
+    n_pairs = sorted({row["n_pair"] for row in rows})
+    metrics: dict[str, float] = {}
+    for n_pair in n_pairs:
+        for kind, across in (("", True), ("_inside", False)):
+            for condition in LABELS:
+                part = [
+                    row
+                    for row in rows
+                    if (row["n_pair"], row["across"], row["condition"]) == (n_pair, across, condition)
+                ]
+                if not part:
+                    continue
+                rate, low, high = _rate(part)
+                numbers = {"accuracy": rate, "low": low, "high": high, "n": len(part)}
+                numbers["nll"] = math.fsum(row["nll"] for row in part) / len(part)
+                for name, value in numbers.items():
+                    if n_pair == n_pairs[-1]:
+                        metrics[f"{name}{kind}/{condition}"] = value
+                    if len(n_pairs) > 1:
+                        metrics[f"{name}{kind}/{condition}/{n_pair}"] = value
+    if rows:
+        metrics |= {"chance": 1 / rows[0]["n_value"], "chance_told": 1 / n_pairs[-1]}
+    return metrics
+
+
+def _rate(rows: Sequence[Row]) -> tuple[float, float, float]:
+    """Share of right answers and its interval."""
+    k = sum(row["correct"] for row in rows)
+    return (k / len(rows), *wilson(k, len(rows)))
+
+
+def _headline(metrics: Mapping[str, float], n_pairs: Sequence[int]) -> list[dict[str, Any]]:
+    """The largest number of pairs with its controls, then the others."""
+    last = n_pairs[-1]
+    lines = [(f"{last} pairs, {label}", f"/{name}", name != "on") for name, label in LABELS.items()]
+    lines.insert(1, (f"{last} pairs, pair in the same segment", "_inside/on", False))
+    lines += [(f"{n} pairs, memory on", f"/on/{n}", False) for n in n_pairs[:-1]]
+    entries = [
+        {"label": label, "metric": f"accuracy{name}", "low": f"low{name}", "high": f"high{name}", "n": f"n{name}",
+         "percent": True, "better": "higher", "control": control}
+        for label, name, control in lines
+        if f"accuracy{name}" in metrics
+    ]  # fmt: skip
+    for name, label in {"chance": "a guess among all values", "chance_told": "a guess among the values told"}.items():
+        entries.append(
+            {"label": label, "metric": name, "low": None, "high": None, "n": None, "percent": True, "better": "higher",
+             "control": True}
+        )  # fmt: skip
+    return entries
+
+
+def plot(result: Result) -> dict[str, Figure]:
+    """Accuracy by number of pairs, and by the gap between pair and question, across segments."""
+    across = [row for row in result.rows if row["across"]]
+    if not across:
+        return {}
+    n_pairs = sorted({row["n_pair"] for row in across})
+    by_pairs = {
+        name: [
+            (n, *_rate(part))
+            for n in n_pairs
+            if (part := [r for r in across if (r["condition"], r["n_pair"]) == (name, n)])
+        ]
+        for name in LABELS
+    }
+    most = [row for row in across if row["n_pair"] == n_pairs[-1]]
+    gaps = np.array([row["gap"] for row in most])
+    edges = np.unique(np.geomspace(gaps.min(), gaps.max() + 1, _N_BIN + 1).round())
+    by_gap: dict[str, Points] = {name: [] for name in LABELS}
+    for low, high in pairwise(edges):
+        for name, points in by_gap.items():
+            part = [row for row in most if row["condition"] == name and low <= row["gap"] < high]
+            if part:
+                points.append((float((low * high) ** 0.5), *_rate(part)))
+    chance, n = result.metrics["chance"], int(result.metrics["n/on"])
+    with style():
+        pairs, gap = Figure(figsize=(7.0, 4.6)), Figure(figsize=(7.0, 4.6))
+        axes = pairs.subplots()
+        curves(axes, by_pairs, LABELS)
+        axes.axhline(chance, color=PALETTE["black"], linewidth=1.2, linestyle=":", label="a guess among all values")
+        axes.plot(
+            n_pairs, [1 / n for n in n_pairs], color=PALETTE["black"], linewidth=1.2, linestyle="--",
+            label="a guess among the values told",
+        )  # fmt: skip
+        axes.set(title="Associative recall by number of pairs", xlabel="key-value pairs told in a document")
+        axes.set_xticks(n_pairs)
+        axes = gap.subplots()
+        curves(axes, by_gap, LABELS)
+        axes.axhline(chance, color=PALETTE["black"], linewidth=1.2, linestyle=":", label="a guess among all values")
+        axes.set(
+            title=f"Associative recall by gap, {n_pairs[-1]} pairs", xlabel="tokens from key to question", xscale="log"
+        )
+        ticks = 2 ** np.arange(np.log2(gaps.min()) // 1, np.log2(gaps.max()) // 1 + 2)
+        axes.set_xticks(ticks, [f"{tick:,.0f}" for tick in ticks])
+        axes.minorticks_off()
+        for figure in (pairs, gap):
+            figure.axes[0].set_ylabel("answered right, pair in an earlier segment")
+            title = "bars: 95 % Wilson interval" + (f", n = {n:,}" if figure is gap or len(n_pairs) == 1 else "")
+            figure.legend(loc="outside lower center", ncols=2, title=title)
+    return {"accuracy_by_pairs": pairs, "accuracy_by_gap": gap}
+
+
+def curves(axes: Axes, points: Mapping[str, Points], labels: Mapping[str, str]) -> None:
+    """Rates of conditions with their intervals, in percent; the memory as it is stands out, its controls are nested."""
+    for name, found in points.items():
+        if not found:
+            continue
+        x, rate, low, high = (np.array(part) for part in zip(*found, strict=True))
+        color, on = PALETTE[_COLORS[name]], name == "on"
+        axes.errorbar(
+            x, rate, yerr=[(rate - low).clip(min=0), (high - rate).clip(min=0)], color=color, capsize=3,
+            linestyle="-" if on else "--", linewidth=2.5 if on else 1.2, elinewidth=1.2, marker=_MARKERS[name],
+            markersize=_SIZES[name], markerfacecolor=color if on else "none", clip_on=False, zorder=5 if on else 3,
+            label=labels[name],
+        )  # fmt: skip
+    axes.set_ylim(0, 1)
+    axes.yaxis.set_major_formatter(PercentFormatter(xmax=1, symbol=" %"))
