@@ -19,7 +19,7 @@ _WINDOW = 4  # segments read per call
 
 
 def absorb(model: Any, texts: np.ndarray, progress: Callable[[int], None]) -> Any:
-    """The state after reading documents, closed so that memory is all that remains of them.
+    """The memory of documents, with no local context.
 
     Args:
         model: A language model.
@@ -30,7 +30,7 @@ def absorb(model: Any, texts: np.ndarray, progress: Callable[[int], None]) -> An
     state = None
     for place in range(0, texts.shape[1], _WINDOW * model.segment_len):
         ids = texts[:, place : place + _WINDOW * model.segment_len]
-        state = model(torch.from_numpy(ids).long().to(device), state=state, logits=False).state
+        state = model.absorb(torch.from_numpy(ids).long().to(device), state)
         progress(len(ids) * (place + ids.shape[1]))
     return model.new_context(state)
 
