@@ -325,7 +325,7 @@ def plot(result: Result) -> dict[str, Figure]:
         count = int(result.metrics[f"n/on/{'/'.join(suffixes[0])}"])
         title = f"band: 95 % Wilson interval, n = {count:,} per point"
         figure.legend(handles, labels, loc="outside lower center", ncols=4, title=title)
-        figure.supxlabel("tokens of noise", fontsize=11)
+        panels[len(panels) // 2].set_xlabel("tokens of noise")
     return {"babi": figure}
 
 
