@@ -134,8 +134,13 @@ def run(model: Any, data: Any, cfg: Babi, progress: Callable[[float], None] | No
                 told = [document.asked for document in documents]
                 for first in range(0, cfg.n_document, n_row):
                     numbers = range(first, min(first + n_row, cfg.n_document))
-                    read = _share(progress, done, total)
-                    state = absorb(model, np.stack([documents[i].tokens for i in numbers]), read)
+                    texts = np.stack([documents[i].tokens for i in numbers])
+
+                    def read(n_token: int, done: float = done, share: float = noise / texts.shape[1]) -> None:
+                        if progress is not None:
+                            progress(min((done + share * n_token) / total, 1.0))
+
+                    state = absorb(model, texts, read)
                     done += len(numbers) * noise
                     found = ask(model, state, numbers, told, [document.asked for document in never])
                     for row in found:
@@ -157,11 +162,6 @@ def run(model: Any, data: Any, cfg: Babi, progress: Callable[[float], None] | No
         "headline": _headline(cfg),
     }
     return Result("babi", summarise(rows), tuple(rows), metadata)
-
-
-def _share(progress: Callable[[float], None] | None, done: float, total: int) -> Callable[[int], None]:
-    """What `absorb` may call: reports the share of all text that is read, ``done`` tokens before."""
-    return lambda n_token: None if progress is None else progress(min((done + n_token) / total, 1.0))
 
 
 def draw(
@@ -348,7 +348,9 @@ def _panel(axes: Any, metrics: Mapping[str, float], task: int, vocabularies: lis
             markerfacecolor=tint if on else "none", clip_on=False, zorder=5 if on else 3,
         )  # fmt: skip
     chance = [metrics[f"chance/qa{task}/{own}/{n}"] for n in noise]
-    axes.plot(noise, chance, color=PALETTE["black"], linestyle=":", linewidth=1.2, label="guess among the story's words")
+    axes.plot(
+        noise, chance, color=PALETTE["black"], linestyle=":", linewidth=1.2, label="guess among the story's words"
+    )
     axes.set(title=f"qa{task}: {TASKS[task].replace(' ', chr(10), 1)}", ylim=(0, 1))
     if len(noise) > 1:
         axes.set_xscale("log")

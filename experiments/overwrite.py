@@ -280,7 +280,9 @@ def plot(result: Result) -> dict[str, Figure]:
                 markerfacecolor=color if measured else "none", zorder=5 if measured else 3,
             )  # fmt: skip
         chance = [metrics[f"chance/{n}"] for n in updates]
-        axes.plot(x, chance, color=PALETTE["black"], linestyle=":", linewidth=1.2, label="guess among the fact's values")
+        axes.plot(
+            x, chance, color=PALETTE["black"], linestyle=":", linewidth=1.2, label="guess among the fact's values"
+        )
         axes.set_xticks(x, [str(n) for n in updates])
         axes.set(title="Facts whose value changes", ylim=(0, 1), ylabel="given exactly")
         axes.set_xlabel("updates after the fact was first told")

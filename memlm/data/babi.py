@@ -117,15 +117,15 @@ class Story:
             self._holder[what] = (who, self.n_statement)
             known = self._trail.setdefault(what, [])
             if known:  # it stays where it lay
-                known[-1] = (where, (self.n_statement, moved))
+                known[-1] = (where, (moved, self.n_statement))
             else:
-                known.append((where, (self.n_statement, moved)))
+                known.append((where, (moved, self.n_statement)))
             return f"{who} {self._any(_TAKES)} the {what}"
         if dropping and draw > 0.85:
             who, what = dropping[int(self.rng.integers(len(dropping)))]
             del self._holder[what]
             where, moved = self._place[who]
-            self._trail[what][-1] = (where, (self.n_statement, moved))
+            self._trail[what][-1] = (where, (moved, self.n_statement))
             return f"{who} {self._any(_DROPS)} the {what}"
         return self._move()
 
@@ -221,7 +221,9 @@ class Babi:
     """
 
     def __init__(self, tokenizer: Tokenizer, train: TokenizedCorpus) -> None:
-        own = " ".join([*_MOVES, *_TAKES, *_DROPS, *_DIRECTIONS, "the to is of where was before what who did give gave"])
+        own = " ".join(
+            [*_MOVES, *_TAKES, *_DROPS, *_DIRECTIONS, "the to is of where was before what who did give gave"]
+        )
         used = {*own.split(), "received"}
         words = [word for word in frequent_words(tokenizer, train, 3000) if word not in used]
         kept = [zlib.crc32(word.encode()) % _EVALUATION_SHARE == 0 for word in words]
