@@ -23,7 +23,7 @@ from matplotlib.ticker import PercentFormatter, StrMethodFormatter
 
 from experiments.base import PALETTE, Result, Row, evaluating, style
 from experiments.needle import CONDITIONS
-from experiments.questions import absorb, ask, is_shared, rates
+from experiments.questions import absorb, ask, chance_line, headline, is_shared, rates
 from memlm.analysis.figures import CONTROLS
 from memlm.config import ConfigError
 from memlm.data.babi import N_WORD, TASKS, Asked, Question, Story
@@ -221,7 +221,8 @@ def _document(
 
 def _tell(rng: np.random.Generator, kind: int, words: Sequence[str], cfg: Babi) -> tuple[list[str], Story]:
     """A story that is long enough to be asked about."""
-    story, sentences = Story(kind, words, rng), []
+    story = Story(kind, words, rng)
+    sentences: list[str] = []
     while len(sentences) < cfg.n_statement or len(story.questions()) < cfg.n_question:
         sentence = story.tell()
         if sentence is None:
@@ -283,22 +284,15 @@ def _chance(rows: Sequence[Row]) -> float:
 
 def _headline(cfg: Babi) -> list[dict[str, Any]]:
     """What the terminal's table and comparisons of runs show: the first task, its controls, the other tasks."""
-
-    def line(label: str, name: str, suffix: str = "", control: bool = False) -> dict[str, Any]:
-        keys = {key: f"{key}/{name}{suffix}" for key in ("low", "high", "n")}
-        metric = f"exact_match/{name}{suffix}"
-        return {"label": label, "metric": metric, **keys, "percent": True, "better": "higher", "control": control}
-
     main = "open" if "open" in cfg.vocabularies else "closed"
     longest, first = cfg.noise[-1], min(cfg.tasks)
     at = f"{longest:,} tokens of noise"
-    lines = [line(f"qa{first}, {main} vocabulary, {at}", "on")]
-    lines += [line(f"qa{first}, {label}", name, control=True) for name, label in CONTROLS.items()]
-    chance = {"label": f"qa{first}, guess among the story's words", "metric": "chance", "percent": True}
-    lines.append(chance | {"low": None, "high": None, "n": None, "better": "higher", "control": True})
+    lines = [headline(f"qa{first}, {main} vocabulary, {at}", "on")]
+    lines += [headline(f"qa{first}, {label}", name, control=True) for name, label in CONTROLS.items()]
+    lines.append(chance_line(f"qa{first}, guess among the story's words"))
     for vocabulary in cfg.vocabularies:
         lines += [
-            line(f"qa{task}, {vocabulary} vocabulary, {at}", "on", f"/qa{task}/{vocabulary}/{longest}")
+            headline(f"qa{task}, {vocabulary} vocabulary, {at}", "on", f"/qa{task}/{vocabulary}/{longest}")
             for task in sorted(cfg.tasks)
             if (task, vocabulary) != (first, main)
         ]

@@ -12,7 +12,7 @@ is 1 / (updates + 1), the rate of one who knows all values that a fact ever had 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -22,7 +22,7 @@ from matplotlib.ticker import PercentFormatter
 
 from experiments.base import PALETTE, Result, Row, evaluating, style, wilson
 from experiments.needle import CONDITIONS, answer
-from experiments.questions import absorb, ask, is_shared, rates
+from experiments.questions import absorb, ask, chance_line, headline, is_shared, rates
 from memlm.analysis.figures import CONTROLS
 from memlm.config import ConfigError
 from memlm.data.facts import Fact
@@ -229,25 +229,11 @@ def summarise(rows: Sequence[Row]) -> dict[str, float]:
 
 def _headline(most: int) -> list[dict[str, Any]]:
     """What the terminal's table and comparisons of runs show."""
-    labels = {"on": f"latest value after {most} updates, memory on", **CONTROLS}
-    lines = [
-        {
-            "label": label,
-            "metric": f"exact_match/{condition}",
-            "low": f"low/{condition}",
-            "high": f"high/{condition}",
-            "n": f"n/{condition}",
-            "percent": True,
-            "better": "higher",
-            "control": condition != "on",
-        }
-        for condition, label in labels.items()
-    ]
-    stale = {"label": f"an older value after {most} updates, memory on", "metric": "stale/on", "low": "stale_low/on"}
-    stale |= {"high": "stale_high/on", "n": "n/on", "percent": True, "better": "lower", "control": False}
-    chance = {"label": "guess among the values of the fact", "metric": "chance", "low": None, "high": None, "n": None}
-    chance |= {"percent": True, "better": "higher", "control": True}
-    return [lines[0], stale, *lines[1:], chance]
+    stale = headline(f"an older value after {most} updates, memory on", "on")
+    stale |= {"metric": "stale/on", "low": "stale_low/on", "high": "stale_high/on", "better": "lower"}
+    lines = [headline(f"latest value after {most} updates, memory on", "on"), stale]
+    lines += [headline(label, condition, control=True) for condition, label in CONTROLS.items()]
+    return [*lines, chance_line("guess among the values of the fact")]
 
 
 def plot(result: Result) -> dict[str, Figure]:

@@ -84,3 +84,16 @@ def rates(rows: Sequence[Row], suffix: str = "") -> dict[str, float]:
             numbers["nll"] = math.fsum(row["nll"] for row in part) / n
             metrics |= {f"{name}/{condition}{suffix}": value for name, value in numbers.items()}
     return metrics
+
+
+def headline(label: str, condition: str, suffix: str = "", control: bool = False) -> dict[str, Any]:
+    """A line of the terminal's table and of comparisons: a rate of `rates` with its interval."""
+    keys = {key: f"{key}/{condition}{suffix}" for key in ("low", "high", "n")}
+    metric = f"exact_match/{condition}{suffix}"
+    return {"label": label, "metric": metric, **keys, "percent": True, "better": "higher", "control": control}
+
+
+def chance_line(label: str) -> dict[str, Any]:
+    """The same for ``chance``, which is known and has no interval."""
+    nothing = {"low": None, "high": None, "n": None}
+    return {"label": label, "metric": "chance", **nothing, "percent": True, "better": "higher", "control": True}

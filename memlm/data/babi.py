@@ -15,6 +15,7 @@ part in training or is kept for evaluation: with those the vocabulary is open, a
 
 from __future__ import annotations
 
+import itertools
 import zlib
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
@@ -167,7 +168,7 @@ class Story:
         elif self.task == 3:
             for what, trail in self._trail.items():
                 asked: set[str] = set()
-                for before, here in list(zip(trail, trail[1:], strict=False))[:-3:-1]:  # the last two moves
+                for before, here in list(itertools.pairwise(trail))[:-3:-1]:  # the last two moves
                     if here[0] not in asked:  # "before the kitchen" is before the latest time there
                         support = tuple(sorted({*before[1], *here[1]}))
                         found.append(Question(f"where was the {what} before the {here[0]}", before[0], support, places))
@@ -248,8 +249,8 @@ class Babi:
         own = self._words[split]
         if n > len(own):
             raise ConfigError(
-                f"{n} different words are asked for, but the training text has {len(own)} for {split}: use fewer stories "
-                "per document (n_story), or more text"
+                f"{n} different words are asked for, but the training text has {len(own)} for {split}: use fewer "
+                "stories per document (n_story), or more text"
             )
         return [own[i] for i in rng.permutation(len(own))[:n]]
 

@@ -11,7 +11,8 @@ from memlm.data.tokenizer import train_tokenizer
 from memlm.data.tokens import TokenizedCorpus
 
 T = 128
-WORDS = "mary john daniel sandra kitchen garden office hallway bedroom bathroom apple milk football".split()
+PEOPLE, OBJECTS = ["mary", "john", "daniel", "sandra"], ["apple", "milk", "football"]
+WORDS = [*PEOPLE, "kitchen", "garden", "office", "hallway", "bedroom", "bathroom", *OBJECTS]
 TEMPLATES = (
     " went moved journeyed travelled to the took got grabbed picked up dropped left discarded put down is north south "
     "east west of where was before what who did give gave received. gave?"
