@@ -1,17 +1,16 @@
 """bAbI: stories in order inside long noise text, with questions asked in fresh contexts.
 
-A document tells the sentences of several stories in their order, at random places of held-out text of a given length.
-Then the local context is dropped and each story is asked about, in a fresh context per question, with nothing written.
-An answer counts when greedy decoding gives it whole. People, places and objects of a story are its own within a
-document. In the `closed` vocabulary they are words that played such parts in training, in the `open` one words that
-never did.
+A document tells the sentences of several stories in their order, after random gaps in held-out text of a given length.
+At its end each story is asked about. People, places and objects of a story are its own within a document. In the
+`closed` vocabulary they are words that played such parts in training, in the `open` one words that never did.
 
-The controls: reads off, memory wiped, another document's memory, and stories that were told to nobody. Chance
-is the rate of one who knows which words are answers of this kind in the story (its six places, say) and guesses.
+For how questions are asked, and the controls, see `experiments.recall`. Chance is the rate of one who knows which words
+are answers of this kind in the story (its six places, say) and guesses.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -22,15 +21,16 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter, StrMethodFormatter
 
 from experiments.base import PALETTE, Result, Row, evaluating, style
-from experiments.needle import CONDITIONS
-from experiments.questions import absorb, ask, chance_line, headline, is_shared, rates
+from experiments.recall import CONDITIONS, Document, Haystack, ask, n_row_of, rates, read, tell
 from memlm.analysis.figures import CONTROLS
 from memlm.config import ConfigError
-from memlm.data.babi import N_WORD, TASKS, Asked, Question, Story
+from memlm.data.babi import N_WORD, TASKS, Question, Story
 from memlm.data.babi import Babi as Task
 
-VOCABULARIES = {"open": "evaluation", "closed": "train"}
+VOCABULARIES: dict[str, Literal["train", "evaluation"]] = {"open": "evaluation", "closed": "train"}
 """Vocabularies of stories, and which words they have."""
+
+_KEYS = ("vocabulary", "noise", "task", "condition")
 
 
 @dataclass(frozen=True)
@@ -81,24 +81,39 @@ class Babi:
             raise ConfigError(f"babi.split must be 'val' or 'test', text the model never saw, got {self.split!r}")
 
 
-class Document(NamedTuple):
-    """Stories inside text.
+class Asked(NamedTuple):
+    """A question, as `experiments.recall.ask` takes it.
 
     Attributes:
-        tokens: Token ids.
-        taken: Place in the text of the noise where it would go on.
-        questions: Questions about the stories, by task and story.
-        asked: The same in tokens.
-        tasks: Task of each question.
-        ends: Place of the token after the last statement that each question's answer follows from.
+        task: Number of the task.
+        question: The question in words.
+        cue: Token ids up to the answer.
+        answer: Token ids of the answer.
+        said: Tokens of the statement that says the answer, up to the end of that word.
     """
 
-    tokens: np.ndarray
-    taken: int
-    questions: list[Question]
-    asked: list[Asked]
-    tasks: list[int]
-    ends: list[int]
+    task: int
+    question: Question
+    cue: tuple[int, ...]
+    answer: tuple[int, ...]
+    said: int
+
+    @property
+    def text(self) -> str:
+        """Question and answer."""
+        return f"{self.question.text}? {self.question.answer}"
+
+
+class Stories(Document):
+    """A document whose ``facts`` are questions (`Asked`); ``begins`` are the places of the statements that answer."""
+
+    def end(self, fact: int) -> int:
+        """Place of the token after the answer, as it was told."""
+        return self.begins[fact] + self.facts[fact].said  # type: ignore[attr-defined]
+
+    def straddles(self, fact: int, segment_len: int) -> bool:
+        """Whether the statement that says the answer begins in one segment and goes on in another."""
+        return self.begins[fact] // segment_len != (self.end(fact) - 1) // segment_len
 
 
 def run(model: Any, data: Any, cfg: Babi, progress: Callable[[float], None] | None = None) -> Result:
@@ -111,9 +126,9 @@ def run(model: Any, data: Any, cfg: Babi, progress: Callable[[float], None] | No
         progress: Called now and then with the share of the text that is read, in 0..1.
 
     Returns:
-        One row per vocabulary, noise length, condition, document and question: ``task``, ``text``, ``answer``,
-        ``n_support`` statements that it follows from, ``since`` the tokens from the last of them to the question,
-        ``candidates``, ``correct``, and ``nll`` of the answer. For metrics see `summarise`.
+        One row per vocabulary, noise length, condition, document and question: ``task``, ``n_support`` statements that
+        the answer follows from, ``candidates`` (words of the story that are answers of this kind); for the rest see
+        `experiments.recall.ask`, where the fact is the statement that says the answer. For metrics see `summarise`.
 
     Raises:
         ConfigError: If the model was not trained on stories.
@@ -124,32 +139,32 @@ def run(model: Any, data: Any, cfg: Babi, progress: Callable[[float], None] | No
             "experiment=babi asks about stories, which this model was not trained on: expected a run whose curriculum "
             "has the task memlm.data.babi.Babi; train one with recipe=babi"
         )
-    n_row = 1 if is_shared(model) else cfg.n_row
+    text = data.tokens(cfg.split).tokens
     rows: list[Row] = []
     total, done = cfg.n_document * len(cfg.vocabularies) * sum(cfg.noise), 0.0
     with evaluating(model):
-        for vocabulary in cfg.vocabularies:
-            for noise in cfg.noise:
-                documents, never = draw(task, data.tokens(cfg.split).tokens, cfg, vocabulary, noise)
-                told = [document.asked for document in documents]
-                for first in range(0, cfg.n_document, n_row):
-                    numbers = range(first, min(first + n_row, cfg.n_document))
-                    texts = np.stack([documents[i].tokens for i in numbers])
+        n_row = n_row_of(model, cfg.n_row)
+        for vocabulary, noise in itertools.product(cfg.vocabularies, cfg.noise):
+            documents, unseen, length = draw(task, text, cfg, vocabulary, noise, model.segment_len)
+            for first in range(0, cfg.n_document, n_row):
+                numbers = range(first, min(first + n_row, cfg.n_document))
 
-                    def read(n_token: int, done: float = done, share: float = noise / texts.shape[1]) -> None:
-                        if progress is not None:
-                            progress(min((done + share * n_token) / total, 1.0))
+                def show(place: int, done: float = done, share: float = len(numbers) * noise / length) -> None:
+                    if progress is not None:
+                        progress(min((done + share * place) / total, 1.0))
 
-                    state = absorb(model, texts, read)
-                    done += len(numbers) * noise
-                    found = ask(model, state, numbers, told, [document.asked for document in never])
-                    for row in found:
-                        source = never if row["condition"] == "unseen" else documents
-                        rows.append(_describe(row, source[row["document"]], vocabulary, noise))
+                state = next(read(model, [documents[i] for i in numbers], [length], show))
+                done += len(numbers) * noise
+                for row in ask(model, state, documents, unseen, numbers, length):
+                    i, k = row["document"], row["fact"]
+                    asked: Any = unseen[i][k] if row["condition"] == "unseen" else documents[i].facts[k]
+                    about = {"vocabulary": vocabulary, "noise": noise, "task": asked.task}
+                    known = {"n_support": len(asked.question.support), "candidates": asked.question.candidates}
+                    rows.append(about | row | known)
+    order = (cfg.vocabularies.index, cfg.noise.index, cfg.tasks.index, CONDITIONS.index)
     rows.sort(
         key=lambda row: (
-            cfg.vocabularies.index(row["vocabulary"]), row["noise"], row["task"], CONDITIONS.index(row["condition"]),
-            row["document"], row["question"],
+            *(place(row[key]) for place, key in zip(order, _KEYS, strict=True)), row["document"], row["fact"]
         )
     )  # fmt: skip
     metadata = {
@@ -157,7 +172,7 @@ def run(model: Any, data: Any, cfg: Babi, progress: Callable[[float], None] | No
         "seed": cfg.seed,
         "n": cfg.n_document * cfg.n_story * cfg.n_question,  # questions per task, length and vocabulary
         "segment_len": model.segment_len,
-        "noise_repetition": max(cfg.noise) / data.tokens(cfg.split).n_token,  # above 1 a document repeats its own text
+        "haystack_repetition": max(cfg.noise) / len(text),  # above 1 a document repeats its own text
         "memories": list(model.memory.keys()),
         "headline": _headline(cfg),
     }
@@ -165,87 +180,80 @@ def run(model: Any, data: Any, cfg: Babi, progress: Callable[[float], None] | No
 
 
 def draw(
-    task: Task, passage: np.ndarray, cfg: Babi, vocabulary: str, noise: int
-) -> tuple[list[Document], list[Document]]:
-    """The documents, equally long; and for each one that nobody is told, of other people, places and objects."""
-    split = VOCABULARIES[vocabulary]
-    documents, never = [], []
-    n = len(cfg.tasks) * cfg.n_story  # stories of a document
+    task: Task, text: np.ndarray, cfg: Babi, vocabulary: str, noise: int, segment_len: int
+) -> tuple[list[Stories], list[list[Any]], int]:
+    """The documents; questions about as many stories that nobody is told; tokens of a document, whole segments.
+
+    People, places and objects of all stories that a document is asked about differ.
+    """
+    documents, unseen = [], []
+    n_word = len(cfg.tasks) * cfg.n_story * N_WORD
     for i in range(cfg.n_document):
-        rng = np.random.default_rng([cfg.seed, list(VOCABULARIES).index(vocabulary), noise, i])
-        words = task.words(rng, 2 * n * N_WORD, split)  # type: ignore[arg-type]
-        documents.append(_document(rng, task, words[: n * N_WORD], passage, cfg, noise))
-        never.append(_document(rng, task, words[n * N_WORD :], passage, cfg, 1))
-    length = max(len(document.tokens) for document in documents)
-    longer = []
-    for document in documents:  # noise at the end, until all are of one length
-        rest = (document.taken + np.arange(length - len(document.tokens))) % len(passage)
-        longer.append(document._replace(tokens=np.concatenate([document.tokens, passage[rest]])))
-    return longer, never
+        seed = [cfg.seed, list(VOCABULARIES).index(vocabulary), noise, i]
+        rng = np.random.default_rng(seed)
+        words = task.words(rng, 2 * n_word, VOCABULARIES[vocabulary])
+        told, never = _stories(rng, task, words[:n_word], cfg), _stories(rng, task, words[n_word:], cfg)
+        documents.append(_document(rng, task, told, Haystack(text, seed), segment_len, noise))
+        unseen.append([asked for _, asked in _questions(task, never)])
+    longest = max(max(len(document.head), noise + len(document.head) - document.taken) for document in documents)
+    return documents, unseen, -(-longest // segment_len) * segment_len
+
+
+class _Told(NamedTuple):
+    """A story: its task, its sentences, and what is asked at its end."""
+
+    task: int
+    sentences: list[str]
+    questions: list[Question]
+
+
+def _stories(rng: np.random.Generator, task: Task, words: Sequence[str], cfg: Babi) -> list[_Told]:
+    """Stories of all tasks, each long enough to be asked about."""
+    stories = []
+    for i, kind in enumerate(kind for kind in cfg.tasks for _ in range(cfg.n_story)):
+        story = Story(kind, words[i * N_WORD : (i + 1) * N_WORD], rng)
+        sentences: list[str] = []
+        while len(sentences) < cfg.n_statement or len(story.questions()) < cfg.n_question:
+            sentence = story.tell()
+            if sentence is None:
+                break
+            sentences.append(sentence)
+        known = story.questions()
+        chosen = [known[k] for k in rng.permutation(len(known))[: cfg.n_question]]
+        stories.append(_Told(kind, sentences, chosen))
+    return stories
+
+
+def _questions(task: Task, stories: Sequence[_Told]) -> list[tuple[tuple[int, int], Any]]:
+    """For each question: story and sentence that say the answer, and the question in tokens."""
+    found = []
+    for i, story in enumerate(stories):
+        for question in story.questions:
+            answers = [s for s in question.support if question.answer in story.sentences[s].split()]
+            words = story.sentences[answers[-1]].split()
+            upto = words[: len(words) - words[::-1].index(question.answer)]
+            cue, answer = task.question(question)
+            said = len(task.statement(" ".join(upto)).tokens) - len(task.statement("").tokens)
+            found.append(((i, answers[-1]), Asked(story.task, question, cue, answer, said)))
+    return found
 
 
 def _document(
-    rng: np.random.Generator, task: Task, words: Sequence[str], passage: np.ndarray, cfg: Babi, noise: int
-) -> Document:
-    """Stories told side by side, each in its order, at random places of the text."""
-    kinds = [kind for kind in cfg.tasks for _ in range(cfg.n_story)]
-    told: list[list[str]] = []
-    questions: list[list[Question]] = []
-    for i, kind in enumerate(kinds):
-        sentences, story = _tell(rng, kind, words[i * N_WORD : (i + 1) * N_WORD], cfg)
-        told.append(sentences)
-        known = story.questions()
-        questions.append([known[k] for k in rng.permutation(len(known))[: cfg.n_question]])
-    order = rng.permutation([i for i, sentences in enumerate(told) for _ in sentences])
-    cuts = np.sort(rng.integers(noise + 1, size=len(order)))  # tokens of noise before each sentence
-    start = int(rng.integers(len(passage)))
-    text = passage[(start + np.arange(noise)) % len(passage)]
-    parts: list[np.ndarray] = []
-    ends: list[list[int]] = [[] for _ in told]  # place after each sentence
-    place = taken = 0
-    for i, cut in zip(order.tolist(), cuts.tolist(), strict=True):
-        sentence = task.statement(told[i][len(ends[i])]).tokens
-        parts += [text[taken:cut], np.asarray(sentence)]
-        place, taken = place + cut - taken + len(sentence), cut
-        ends[i].append(place)
-    flat = [(i, question) for i, own in enumerate(questions) for question in own]
-    return Document(
-        np.concatenate([*parts, text[taken:]]),
-        start + noise,
-        [question for _, question in flat],
-        [task.question(question) for _, question in flat],
-        [kinds[i] for i, _ in flat],
-        [max(ends[i][s] for s in question.support) for i, question in flat],
-    )
-
-
-def _tell(rng: np.random.Generator, kind: int, words: Sequence[str], cfg: Babi) -> tuple[list[str], Story]:
-    """A story that is long enough to be asked about."""
-    story = Story(kind, words, rng)
-    sentences: list[str] = []
-    while len(sentences) < cfg.n_statement or len(story.questions()) < cfg.n_question:
-        sentence = story.tell()
-        if sentence is None:
-            break
-        sentences.append(sentence)
-    return sentences, story
-
-
-def _describe(row: Row, document: Document, vocabulary: str, noise: int) -> Row:
-    """``row`` with what it is about."""
-    k, unseen = row["question"], row["condition"] == "unseen"
-    question = document.questions[k]
-    return {
-        "vocabulary": vocabulary,
-        "noise": noise,
-        "task": document.tasks[k],
-        **row,
-        "text": f"{question.text}?",
-        "answer": question.answer,
-        "n_support": len(question.support),
-        "since": None if unseen else len(document.tokens) - document.ends[k],
-        "candidates": question.candidates,
-    }
+    rng: np.random.Generator, task: Task, stories: Sequence[_Told], haystack: Haystack, segment_len: int, noise: int
+) -> Stories:
+    """Stories told side by side, each in its order, after random gaps in the text."""
+    order = rng.permutation([i for i, story in enumerate(stories) for _ in story.sentences]).tolist()
+    left = [iter(enumerate(story.sentences)) for story in stories]
+    place: dict[tuple[int, int], int] = {}  # of the sentence of a story, among all
+    statements: list[Any] = []
+    for i in order:
+        s, sentence = next(left[i])
+        place[i, s] = len(statements)
+        statements.append(task.statement(sentence))
+    told = tell(rng, statements, (), haystack, segment_len, noise / len(statements), crossing=False)
+    questions = _questions(task, stories)
+    begins = [told.begins[place[key]] for key, _ in questions]
+    return Stories([asked for _, asked in questions], begins, told.head, haystack, told.taken)
 
 
 def _parts(rows: Sequence[Row]) -> Iterator[tuple[str, list[Row]]]:
@@ -260,13 +268,13 @@ def summarise(rows: Sequence[Row]) -> dict[str, float]:
     """Metrics of the rows.
 
     Returns:
-        For each condition, task, vocabulary and noise length ``exact_match/<condition>/qa<task>/<vocabulary>/<noise>``
-        with ``low`` and ``high`` (95 % Wilson interval), ``n`` and ``nll``, and ``chance/qa<task>/...``. Without an
-        ending: those of the first task at the longest noise, in the open vocabulary if it was asked.
+        For each task, vocabulary and noise length those of `experiments.recall.rates`,
+        ``.../qa<task>/<vocabulary>/<noise>``, with ``chance`` as this experiment has it. Without an ending: those of
+        the first task at the longest noise, in the open vocabulary if it was asked.
     """
     metrics: dict[str, float] = {}
     for suffix, part in _parts(rows):
-        metrics |= rates(part, suffix)
+        metrics |= {f"{name}{suffix}": value for name, value in rates(part).items()}
         metrics[f"chance{suffix}"] = _chance(part)
     if rows:
         vocabulary = "open" if any(row["vocabulary"] == "open" for row in rows) else "closed"
@@ -287,15 +295,21 @@ def _headline(cfg: Babi) -> list[dict[str, Any]]:
     main = "open" if "open" in cfg.vocabularies else "closed"
     longest, first = cfg.noise[-1], min(cfg.tasks)
     at = f"{longest:,} tokens of noise"
-    lines = [headline(f"qa{first}, {main} vocabulary, {at}", "on")]
-    lines += [headline(f"qa{first}, {label}", name, control=True) for name, label in CONTROLS.items()]
-    lines.append(chance_line(f"qa{first}, guess among the story's words"))
-    for vocabulary in cfg.vocabularies:
-        lines += [
-            headline(f"qa{task}, {vocabulary} vocabulary, {at}", "on", f"/qa{task}/{vocabulary}/{longest}")
-            for task in sorted(cfg.tasks)
-            if (task, vocabulary) != (first, main)
-        ]
+    labels = {"on": f"qa{first}, {main} vocabulary, {at}"} | {c: f"qa{first}, {label}" for c, label in CONTROLS.items()}
+    parts = [(name, "", label) for name, label in labels.items()]
+    parts += [
+        ("on", f"/qa{task}/{vocabulary}/{longest}", f"qa{task}, {vocabulary} vocabulary, {at}")
+        for vocabulary, task in itertools.product(cfg.vocabularies, sorted(cfg.tasks))
+        if (task, vocabulary) != (first, main)
+    ]
+    lines = [
+        {"label": label, "metric": f"exact_match/{name}{suffix}", "low": f"low/{name}{suffix}",
+         "high": f"high/{name}{suffix}", "n": f"n/{name}{suffix}", "percent": True, "better": "higher",
+         "control": name != "on"}
+        for name, suffix, label in parts
+    ]  # fmt: skip
+    chance = {"label": f"qa{first}, guess among the story's words", "metric": "chance", "low": None, "high": None}
+    lines.insert(len(labels), lines[len(labels) - 1] | chance | {"n": None})
     return lines
 
 

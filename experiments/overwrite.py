@@ -6,23 +6,22 @@ local context is dropped, and each fact is asked for by its name in a fresh cont
 counts when greedy decoding gives the whole value that was told last. Where it does not, it is compared with every older
 value of the fact: `stale` is the rate at which one of these is given whole.
 
-The controls are those of the needle: reads off, memory wiped, another document's memory, facts never told. Chance
-is 1 / (updates + 1), the rate of one who knows all values that a fact ever had and guesses which is the latest.
+For how facts are asked for, and the controls, see `experiments.recall`. Chance is 1 / (updates + 1), the rate of one
+who knows all values that a fact ever had and guesses which is the latest.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
 from experiments.base import PALETTE, Result, Row, evaluating, style, wilson
-from experiments.needle import CONDITIONS, answer
-from experiments.questions import absorb, ask, chance_line, headline, is_shared, rates
+from experiments.recall import CONDITIONS, Document, Haystack, answer, ask, n_row_of, rates, read, tell
 from memlm.analysis.figures import CONTROLS
 from memlm.config import ConfigError
 from memlm.data.facts import Fact
@@ -68,24 +67,6 @@ class Overwrite:
             raise ConfigError(f"overwrite.split must be 'val' or 'test', text the model never saw, got {self.split!r}")
 
 
-class Document(NamedTuple):
-    """Text with facts that change.
-
-    Attributes:
-        versions: For each fact everything it ever was, the latest last.
-        ends: Place of the token after the last telling of each fact.
-        tokens: Token ids up to the end of the last telling of all.
-        passage: Token ids of the split that the text is taken from, round and round.
-        taken: Place in ``passage`` where the text goes on.
-    """
-
-    versions: list[list[Fact]]
-    ends: list[int]
-    tokens: np.ndarray
-    passage: np.ndarray
-    taken: int
-
-
 def run(model: Any, data: Any, cfg: Overwrite, progress: Callable[[float], None] | None = None) -> Result:
     """Measure how often the latest value is recalled, against the number of updates.
 
@@ -96,36 +77,31 @@ def run(model: Any, data: Any, cfg: Overwrite, progress: Callable[[float], None]
         progress: Called now and then with the share of the text that is read, in 0..1.
 
     Returns:
-        One row per condition, document and fact: ``n_update``, ``since`` the tokens between the last telling and the
-        question, ``correct`` and ``nll`` of the latest value, and with the memory on ``stale``, how many updates ago
-        the value was told that was given instead (None if none of the fact's). For metrics see `summarise`.
+        One row per condition, document and fact: ``n_update``; ``stale``, with the memory on, how many updates ago the
+        value was told that was given instead of the latest (None if none of the fact's); for the rest see
+        `experiments.recall.ask`, where a fact is its latest telling. For metrics see `summarise`.
     """
-    documents, unseen = draw(data, cfg, model.segment_len)
-    length = max(len(document.tokens) for document in documents) + cfg.distance
+    documents, older, unseen = draw(data, cfg, model.segment_len)
+    length = max(len(document.head) for document in documents) + cfg.distance
     length += -length % model.segment_len
-    latest = [[versions[-1] for versions in document.versions] for document in documents]
-    n_row = 1 if is_shared(model) else cfg.n_row
     rows: list[Row] = []
     with evaluating(model):
+        n_row = n_row_of(model, cfg.n_row)
         for first in range(0, cfg.n_document, n_row):
             numbers = range(first, min(first + n_row, cfg.n_document))
 
-            def read(n_token: int, first: int = first) -> None:
+            def show(place: int, first: int = first, n: int = len(numbers)) -> None:
                 if progress is not None:
-                    progress((first * length + n_token) / (cfg.n_document * length))
+                    progress((first * length + n * place) / (cfg.n_document * length))
 
-            state = absorb(model, np.stack([_until(documents[i], length) for i in numbers]), read)
-            found = ask(model, state, numbers, latest, unseen)
-            stale = _stale(model, state, numbers, documents, found)
-            for row in found:
-                i, k = row["document"], row.pop("question")
-                fact = (unseen if row["condition"] == "unseen" else latest)[i][k]
-                row |= {"fact": k, "n_update": cfg.updates[k // cfg.n_fact], "text": fact.text}
-                row["since"] = None if row["condition"] == "unseen" else length - documents[i].ends[k]
-                row["stale"] = stale.get((i, k)) if row["condition"] == "on" else None
-                rows.append(row)
+            state = next(read(model, [documents[i] for i in numbers], [length], show))
+            asked = ask(model, state, documents, unseen, numbers, length)
+            stale = _stale(model, state, numbers, older, asked)
+            for row in asked:
+                key = (row["document"], row["fact"])
+                known = {"stale": stale.get(key) if row["condition"] == "on" else None}
+                rows.append({"n_update": cfg.updates[row["fact"] // cfg.n_fact]} | row | known)
     rows.sort(key=lambda row: (CONDITIONS.index(row["condition"]), row["document"], row["fact"]))
-    metrics = summarise(rows)
     metadata = {
         "settings": asdict(cfg),
         "seed": cfg.seed,
@@ -136,68 +112,53 @@ def run(model: Any, data: Any, cfg: Overwrite, progress: Callable[[float], None]
         "memories": list(model.memory.keys()),
         "headline": _headline(cfg.updates[-1]),
     }
-    return Result("overwrite", metrics, tuple(rows), metadata)
+    return Result("overwrite", summarise(rows), tuple(rows), metadata)
 
 
-def draw(data: Any, cfg: Overwrite, segment_len: int) -> tuple[list[Document], list[list[Fact]]]:
-    """The documents, and for each as many facts that are told in none; all names differ."""
+def draw(
+    data: Any, cfg: Overwrite, segment_len: int
+) -> tuple[list[Document], list[list[list[Fact]]], list[list[Fact]]]:
+    """The documents, whose facts are the latest; for each fact what it was before; and facts that are told in none.
+
+    All names differ. Versions of a fact are told in their order, between those of others.
+    """
     n = cfg.n_fact * len(cfg.updates)  # facts of a document
     facts = data.maker.draw(np.random.default_rng([cfg.seed, 0]), 2 * n * cfg.n_document, "evaluation")
     shares = [facts[i : i + n] for i in range(0, len(facts), n)]
-    passage = data.tokens(cfg.split).tokens
+    text = data.tokens(cfg.split).tokens
     gap = max(segment_len / cfg.facts_per_segment - len(facts[0].tokens), 0)
-    documents = []
+    documents, older = [], []
     for i, own in enumerate(shares[: cfg.n_document]):
         rng = np.random.default_rng([cfg.seed, 1 + i])
-        versions = []
-        for k, fact in enumerate(own):
-            versions.append([fact])
-            for _ in range(cfg.updates[k // cfg.n_fact]):
-                versions[-1].append(_new(rng, data.maker, versions[-1]))
-        documents.append(_tell(rng, versions, passage, gap))
-    return documents, shares[cfg.n_document :]
+        versions = [_versions(rng, data.maker, fact, cfg.updates[k // cfg.n_fact]) for k, fact in enumerate(own)]
+        order = rng.permutation([k for k, each in enumerate(versions) for _ in each]).tolist()
+        left = [iter(each) for each in versions]
+        document = tell(rng, [next(left[k]) for k in order], (), Haystack(text, [cfg.seed, i]), segment_len, gap)
+        last = [len(order) - 1 - order[::-1].index(k) for k in range(n)]  # telling of the latest
+        begins = [document.begins[number] for number in last]
+        documents.append(document._replace(facts=[each[-1] for each in versions], begins=begins))
+        older.append([each[:-1] for each in versions])
+    return documents, older, shares[cfg.n_document :]
 
 
-def _new(rng: np.random.Generator, maker: Any, versions: Sequence[Fact]) -> Fact:
-    """The fact with a value that it never had."""
-    while True:
-        fact = retell(rng, maker, versions[-1], "evaluation")
-        if all(fact.value != old.value for old in versions):
-            return fact
-
-
-def _tell(rng: np.random.Generator, versions: list[list[Fact]], passage: np.ndarray, gap: float) -> Document:
-    """A document that tells all versions of all facts: those of each in their order, facts in any."""
-    order = rng.permutation([k for k, own in enumerate(versions) for _ in own])
-    left = [iter(own) for own in versions]
-    parts: list[np.ndarray] = []
-    ends = [0] * len(versions)
-    place, taken = 0, int(rng.integers(len(passage)))
-    for k in order.tolist():
-        space = int(rng.integers(2 * round(gap) + 1))
-        fact = next(left[k])
-        parts += [passage[(taken + np.arange(space)) % len(passage)], np.asarray(fact.tokens)]
-        place, taken = place + space + len(fact.tokens), taken + space
-        ends[k] = place
-    return Document(versions, ends, np.concatenate(parts), passage, taken)
-
-
-def _until(document: Document, length: int) -> np.ndarray:
-    """The text of a document up to a length."""
-    rest = document.taken + np.arange(length - len(document.tokens))
-    return np.concatenate([document.tokens, document.passage[rest % len(document.passage)]])
+def _versions(rng: np.random.Generator, maker: Any, fact: Fact, n_update: int) -> list[Fact]:
+    """A fact and its updates; all values differ."""
+    versions = {fact.value: fact}
+    while len(versions) <= n_update:
+        update = retell(rng, maker, fact, "evaluation")
+        versions.setdefault(update.value, update)
+    return list(versions.values())
 
 
 def _stale(
-    model: Any, state: Any, numbers: Sequence[int], documents: Sequence[Document], rows: Sequence[Row]
+    model: Any, state: Any, numbers: Sequence[int], older: Sequence[Sequence[Sequence[Fact]]], rows: Sequence[Row]
 ) -> dict[tuple[int, int], int]:
     """By document and fact, how many updates ago the value was told that a memory gave instead of the latest."""
-    wrong = {(row["document"], row["question"]) for row in rows if row["condition"] == "on" and not row["correct"]}
+    wrong = {(row["document"], row["fact"]) for row in rows if row["condition"] == "on" and not row["correct"]}
     found: dict[tuple[int, int], int] = {}
     for k in sorted({k for _, k in wrong}):
-        versions = [documents[i].versions[k] for i in numbers]
-        for ago in range(1, len(versions[0])):
-            answers = answer(model, state, [own[-1 - ago] for own in versions])
+        for ago in range(1, len(older[0][k]) + 1):
+            answers = answer(model, state, [older[i][k][-ago] for i in numbers])
             found |= {(i, k): ago for i, (given, _) in zip(numbers, answers, strict=True) if given}
     return {key: ago for key, ago in found.items() if key in wrong}
 
@@ -206,9 +167,9 @@ def summarise(rows: Sequence[Row]) -> dict[str, float]:
     """Metrics of the rows.
 
     Returns:
-        For each condition and number of updates ``exact_match/<condition>/<updates>`` of the latest value with ``low``
-        and ``high`` (95 % Wilson interval), ``n`` and ``nll``; ``stale/on/<updates>`` with ``stale_low`` and
-        ``stale_high``, the rate of an older value; ``chance/<updates>``. Without a number: those of the most updates.
+        For each number of updates those of `experiments.recall.rates` for the latest value, ``.../<updates>``;
+        ``stale/on/<updates>`` with ``stale_low`` and ``stale_high``, the rate of an older value; and
+        ``chance/<updates>``. Without a number: those of the most updates.
     """
     updates = sorted({row["n_update"] for row in rows})
     metrics: dict[str, float] = {}
@@ -229,11 +190,16 @@ def summarise(rows: Sequence[Row]) -> dict[str, float]:
 
 def _headline(most: int) -> list[dict[str, Any]]:
     """What the terminal's table and comparisons of runs show."""
-    stale = headline(f"an older value after {most} updates, memory on", "on")
-    stale |= {"metric": "stale/on", "low": "stale_low/on", "high": "stale_high/on", "better": "lower"}
-    lines = [headline(f"latest value after {most} updates, memory on", "on"), stale]
-    lines += [headline(label, condition, control=True) for condition, label in CONTROLS.items()]
-    return [*lines, chance_line("guess among the values of the fact")]
+    labels = {"on": f"latest value after {most} updates, memory on", **CONTROLS}
+    lines = [
+        {"label": label, "metric": f"exact_match/{name}", "low": f"low/{name}", "high": f"high/{name}",
+         "n": f"n/{name}", "percent": True, "better": "higher", "control": name != "on"}
+        for name, label in labels.items()
+    ]  # fmt: skip
+    stale = {"label": f"an older value after {most} updates, memory on", "metric": "stale/on", "better": "lower"}
+    chance = {"label": "guess among the values of the fact", "metric": "chance", "low": None, "high": None, "n": None}
+    lines.insert(1, lines[0] | stale | {"low": "stale_low/on", "high": "stale_high/on"})
+    return [*lines, lines[-1] | chance]
 
 
 def plot(result: Result) -> dict[str, Figure]:

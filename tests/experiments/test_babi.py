@@ -10,7 +10,7 @@ import torch
 
 from experiments.babi import Babi, plot, run, summarise
 from experiments.base import Result
-from experiments.needle import CONDITIONS
+from experiments.recall import CONDITIONS
 from memlm.config import ConfigError
 from memlm.data.babi import Babi as Task
 from memlm.data.tokenizer import train_tokenizer
@@ -18,7 +18,7 @@ from memlm.data.tokens import TokenizedCorpus
 from memlm.memory.ltm import LongTermMemory
 from memlm.models.lmcode import LMCode
 from tests.data.test_babi import TEMPLATES, answer
-from tests.experiments.test_questions import Fake
+from tests.experiments.test_needle import Fake
 
 SMALL = Babi(noise=[200, 900], n_document=3, n_story=1, n_row=2)
 SENTENCE = re.compile(
@@ -89,12 +89,22 @@ def test_a_reader_answers_every_question_and_its_controls_none(data):
     assert [row["n_support"] for row in result.rows if row["task"] == 2] == [2] * 180
 
 
+def test_rows_say_where_the_answer_was_told(data):
+    model = Reader(data.tokenizer)
+    result = run(model, data, replace(SMALL, n_row=3, vocabularies=["open"], noise=[900]))
+    text = torch.cat([ids for _, ids in model.told], dim=1).tolist()
+    for row in result.rows:
+        if row["condition"] == "on":
+            document, (word,) = text[row["document"]], data.tokenizer.encode(" " + row["text"].split("? ")[1])
+            assert document[len(document) - row["since"] - 1] == word
+
+
 def test_documents_hold_the_noise_asked_for_and_stories_of_their_own_words(data):
     model = Reader(data.tokenizer)
     result = run(model, data, replace(SMALL, n_row=3, vocabularies=["open"], noise=[900]))
-    text = torch.cat(model.told, dim=1).tolist()
+    text = torch.cat([ids for _, ids in model.told], dim=1).tolist()
     for document in text:
-        assert 900 <= sum(token in data.noise for token in document) < 1200
+        assert 900 <= sum(token in data.noise for token in document) < 1300
     kept = set(data.task.words(np.random.default_rng(0), 200, "evaluation"))
     trained = set(data.task.words(np.random.default_rng(0), 400, "train"))
     told = set(data.tokenizer.decode([t for t in text[0] if t not in data.noise]).replace(".", " ").split())
@@ -107,7 +117,7 @@ def test_documents_hold_the_noise_asked_for_and_stories_of_their_own_words(data)
 def test_closed_vocabulary_is_that_of_training(data):
     model = Reader(data.tokenizer)
     run(model, data, replace(SMALL, vocabularies=["closed"]))
-    words = set(data.tokenizer.decode([t for t in model.told[0][0].tolist() if t not in data.noise]).split())
+    words = set(data.tokenizer.decode([t for t in model.told[0][1][0].tolist() if t not in data.noise]).split())
     assert not words & set(data.task.words(np.random.default_rng(0), 200, "evaluation"))
 
 

@@ -9,13 +9,12 @@ import torch
 
 from experiments import overwrite
 from experiments.base import Result
-from experiments.needle import CONDITIONS
 from experiments.overwrite import Overwrite, draw, plot, run, summarise
+from experiments.recall import CONDITIONS
 from memlm.config import ConfigError
 from memlm.memory.ltm import LongTermMemory
 from memlm.models.lmcode import LMCode
-from tests.experiments.test_needle import Data
-from tests.experiments.test_questions import First, Latest
+from tests.experiments.test_needle import Data, Fake
 
 SMALL = Overwrite(n_document=3, n_fact=3, updates=[0, 2, 4], distance=50, n_row=2)
 
@@ -23,6 +22,23 @@ SMALL = Overwrite(n_document=3, n_fact=3, updates=[0, 2, 4], distance=50, n_row=
 @pytest.fixture(scope="module")
 def data():
     return Data()
+
+
+class Latest(Fake):
+    """Goes on as the text did when it was last met."""
+
+    def tried(self, text, memory):
+        return range(len(memory) - len(text) - 1, -1, -1)
+
+    def next_token(self, text, memory):
+        return next((memory[p + len(text)] for p in self.tried(text, memory) if memory[p : p + len(text)] == text), 0)
+
+
+class First(Latest):
+    """Goes on as the text did when it was first met."""
+
+    def tried(self, text, memory):
+        return range(len(memory) - len(text))
 
 
 def test_a_memory_of_the_latest_is_always_right_and_its_controls_never(data):
@@ -54,7 +70,7 @@ def test_what_is_told_read_back_from_the_tokens_fed(data):
     settings = replace(SMALL, seed=3)
     model = Latest(data.tokenizer.vocab_size)
     result = run(model, data, settings)
-    fed = [torch.cat([ids for ids in model.told if len(ids) == n], dim=1) for n in (2, 1)]  # two documents, then one
+    fed = [torch.cat([ids for _, ids in model.told if len(ids) == n], dim=1) for n in (2, 1)]  # two documents, then one
     rows = [row for row in result.rows if row["condition"] == "on"]
     texts = [text for part in fed for text in part.tolist()]
     assert len({len(text) for text in texts}) == 1
@@ -102,19 +118,19 @@ def test_runs_with_real_models_and_leaves_them_as_they_were(data, scope):
 
 
 def test_older_values_are_found_out_only_where_the_latest_is_not_given(monkeypatch, data):
-    documents, unseen = draw(data, SMALL, 16)
+    _, older, unseen = draw(data, SMALL, 32)
     rows = [
-        {"condition": "on", "document": 1, "question": 4, "correct": False},
-        {"condition": "on", "document": 1, "question": 5, "correct": True},
-        {"condition": "off", "document": 0, "question": 8, "correct": False},
+        {"condition": "on", "document": 1, "fact": 4, "correct": False},
+        {"condition": "on", "document": 1, "fact": 5, "correct": True},
+        {"condition": "off", "document": 0, "fact": 8, "correct": False},
     ]
-    given = documents[1].versions[4][0]  # first told, two updates ago
+    given = older[1][4][0]  # first told, two updates ago
 
     def answer(model, state, facts):
-        return [(fact == given or fact in documents[0].versions[4], 0.0) for fact in facts]
+        return [(fact == given or fact in older[0][4], 0.0) for fact in facts]
 
     monkeypatch.setattr(overwrite, "answer", answer)
-    assert overwrite._stale(None, None, [0, 1], documents, rows) == {(1, 4): 2}
+    assert overwrite._stale(None, None, [0, 1], older, rows) == {(1, 4): 2}
     assert len({fact.name for own in unseen for fact in own}) == 27
 
 
