@@ -109,7 +109,7 @@ class FactMaker:
         native: TokenizedCorpus | None = None,
     ) -> None:
         if native is None:
-            self.words, count, texts = _frequent_words(tokenizer, train, n_word), None, [train]
+            self.words, count, texts = frequent_words(tokenizer, train, n_word), None, [train]
         else:
             counts = Counter(word for word in tokenizer.decode(native.tokens.tolist()).split() if _is_plain(word))
             self.words, texts = sorted(counts), [train] if native is train else [train, native]
@@ -346,7 +346,7 @@ def _neighbours(
     return found
 
 
-def _frequent_words(tokenizer: Tokenizer, train: TokenizedCorpus, n_word: int) -> list[str]:
+def frequent_words(tokenizer: Tokenizer, train: TokenizedCorpus, n_word: int) -> list[str]:
     """Frequent plain words of the text, those of the fewest tokens first, then alphabetically."""
     sample = tokenizer.decode(train.tokens[:2_000_000].tolist())
     counts: dict[str, int] = {}

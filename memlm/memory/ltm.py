@@ -84,6 +84,8 @@ class LongTermMemory(Memory):
             its value from the hidden state at the memory) or ``random`` (a hash of its token and place).
         temperature: Initial inverse temperature of the read; learned.
         retrieval_threshold: Cosine similarity under which a slot is not read at all.
+        recency: Initial discount, in units of the score, that a newer slot which matches the query perfectly puts on
+            the older ones read with it, so that of equal keys the latest wins; learned. None for no discount.
         gate_floor: Least factor by which the write gate may weaken a slot in the read.
         gate_penalty: Weight of the mean write gate in the loss: what makes writing selective.
         scope: ``sequence`` (one bank per row) or ``shared`` (one bank for all).
@@ -111,6 +113,7 @@ class LongTermMemory(Memory):
         importance: Literal["span", "token", "fifo", "surprise", "random"] = "span",
         temperature: float = 12.0,
         retrieval_threshold: float = -1.0,
+        recency: float | None = None,
         gate_floor: float = 0.02,
         gate_penalty: float = 0.03,
         scope: Scope = "sequence",
@@ -135,6 +138,8 @@ class LongTermMemory(Memory):
             raise ValueError(f"gate_floor must be in (0, 1], got {gate_floor}")
         if not temperature > 0:
             raise ValueError(f"temperature must be positive, got {temperature}")
+        if recency is not None and not recency > 0:
+            raise ValueError(f"recency must be positive, or null for no discount, got {recency}")
         for name, choice, choices in (
             ("importance", importance, ("span", "token", "fifo", "surprise", "random")),
             ("scope", scope, ("sequence", "shared")),
@@ -156,6 +161,7 @@ class LongTermMemory(Memory):
         self.write_gate = nn.Sequential(nn.Linear(3 * d_model, d_value), nn.GELU(), nn.Linear(d_value, 1))
         self.log_temperature = nn.Parameter(torch.tensor(float(temperature)).log())
         self.null_similarity = nn.Parameter(torch.tensor(0.5))
+        self.log_recency = None if recency is None else nn.Parameter(torch.tensor(float(recency)).log())
         self.register_buffer("temperature_scale", torch.tensor(1.0))
         self._initialise()
 
@@ -244,7 +250,8 @@ class LongTermMemory(Memory):
         flat = _Candidates(*(part.flatten(1, 2) for part in candidates))
         reads = None
         if read:
-            window = Pool(flat.key, flat.value, self._bias(flat.log_gate), plan.window_visible)
+            time = self._time(state.n_record[:, None] + plan.record, flat.position)
+            window = Pool(flat.key, flat.value, self._bias(flat.log_gate), plan.window_visible, time)
             reads = self._attend(x, self._bank(state, plan.bank_visible), window)
             n_bank = int(state.host_used.max())
             slot = torch.cat([torch.arange(n_bank, device=x.device).expand(len(x), -1), plan.window_slot], dim=1)
@@ -355,6 +362,10 @@ class LongTermMemory(Memory):
         """Read bias of a slot: its log gate, with a floor that keeps every slot within reach."""
         return (self.gate_floor + (1 - self.gate_floor) * log_gate.exp()).log()
 
+    def _time(self, record: Tensor, position: Tensor) -> Tensor | None:
+        """When slots were written: by record, then by place in the document. None if reads need not know."""
+        return None if self.log_recency is None else record * 2**32 + position
+
     def _bank(self, state: LongTermState, visible: Tensor | None = None) -> Pool | None:
         """The part of the bank that may hold something; None if there is none."""
         n_used = int(state.host_used.max())
@@ -367,6 +378,7 @@ class LongTermMemory(Memory):
             state.value[:, :n_used],
             self._bias(state.log_gate[:, :n_used]),
             visible[..., :n_used],
+            self._time(state.record[:, :n_used], state.position[:, :n_used]),
         )
 
     def _attend(self, x: Tensor, bank: Pool | None, window: Pool | None) -> Residual:
@@ -379,7 +391,10 @@ class LongTermMemory(Memory):
             query = F.normalize(self.to_key(self.norm(x.float())), dim=-1)  # (B, N, d_key)
             temperature = self.log_temperature.exp() * self.temperature_scale
             null = temperature * self.null_similarity
-            read, slots, weights = attend(query, temperature, null, self.retrieval_threshold, self.top_k, bank, window)
+            recency = None if self.log_recency is None else self.log_recency.exp()
+            read, slots, weights = attend(
+                query, temperature, null, self.retrieval_threshold, self.top_k, bank, window, recency
+            )
         return Residual(gate * self.to_output(read.to(x.dtype)), slots, weights, gate[..., 0])
 
     def _candidates(self, segment: Segment) -> tuple[_Candidates, Trace]:

@@ -25,12 +25,14 @@ class Pool(NamedTuple):
         value: Values, (B, M, d_value) or (1, M, d_value).
         bias: Added to the score, (B, M) or (1, M).
         visible: Which slots segment s may read, (B, S, M), or (1, S, M).
+        time: When each was written, larger is later, (B, M) or (1, M); None if nobody asks.
     """
 
     key: Tensor
     value: Tensor
     bias: Tensor
     visible: Tensor
+    time: Tensor | None = None
 
 
 def attend(
@@ -41,6 +43,7 @@ def attend(
     top_k: int,
     bank: Pool | None,
     window: Pool | None,
+    recency: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Soft attention over the ``top_k`` best slots and a null slot that holds nothing.
 
@@ -54,6 +57,8 @@ def attend(
         top_k: Slots that each query reads, at most.
         bank: Slots from before the window.
         window: Slots of this window.
+        recency: What a newer slot that matches perfectly takes off the score of each older one, a scalar; None for
+            nothing. Slots compete only with those that the same query reads.
 
     Returns:
         What was read (B, N, d_value); the slots read, numbered through the bank and then the window, (B, N, k); their
@@ -75,6 +80,11 @@ def attend(
     score = torch.cat(scores, dim=2)
     best = score.detach().topk(min(top_k, score.shape[2]), dim=2)
     score = score.masked_fill(score < best.values[..., -1:], -torch.inf)
+    if recency is not None:
+        times = [pool.time.expand(len(query), -1) for pool in (bank, window) if pool is not None]  # type: ignore[union-attr]
+        slots = torch.cat(found, dim=2).gather(2, best.indices)
+        time = torch.cat(times, dim=1).gather(1, slots.flatten(1)).view_as(slots)
+        score = _discount(score, best.indices, time, temperature, recency)
     null = null_score.to(score.dtype).expand(*score.shape[:2], 1)
     weight = torch.cat([null, score], dim=2).softmax(dim=2)[..., 1:]
     n_bank = scores[0].shape[2] if bank is not None else 0
@@ -86,6 +96,14 @@ def attend(
     slots = torch.cat(found, dim=2).gather(2, best.indices).masked_fill(best.values == -torch.inf, -1)
     missing = (0, top_k - slots.shape[2])  # so that reads of few slots and of many can be joined
     return read, F.pad(slots, missing, value=-1), F.pad(weight.gather(2, best.indices), missing)
+
+
+def _discount(score: Tensor, best: Tensor, time: Tensor, temperature: Tensor, recency: Tensor) -> Tensor:
+    """``score`` (B, N, M) less what newer slots take off those at ``best`` (B, N, k), written at ``time`` (B, N, k)."""
+    match = (score.gather(2, best) - temperature).exp()  # (B, N, k), in 0..1
+    newer = time[..., None, :] > time[..., None]  # (B, N, k, k): whether the last index is newer than the one before
+    shadow = (newer * match[..., None, :]).sum(dim=3)
+    return score.scatter_add(2, best, -recency * shadow)
 
 
 def _readable(cosine: Tensor, visible: Tensor, threshold: float) -> Tensor:
@@ -137,7 +155,7 @@ class _SearchBest(torch.autograd.Function):
 
 def _search_best(query: Tensor, temperature: Tensor, threshold: float, k: int, bank: Pool) -> tuple[Tensor, Tensor]:
     """Scores (B, N, k), with gradients for query and temperature, and indices of the best slots of a bank."""
-    return _SearchBest.apply(query, temperature, threshold, k, *bank)
+    return _SearchBest.apply(query, temperature, threshold, k, *bank[:4])
 
 
 def _gather_best(query: Tensor, temperature: Tensor, threshold: float, k: int, bank: Pool) -> tuple[Tensor, Tensor]:

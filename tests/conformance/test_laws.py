@@ -1,5 +1,7 @@
 """Every memory that is shipped, against every law."""
 
+from collections.abc import Callable
+
 import pytest
 
 from tests.conformance import laws
@@ -132,3 +134,22 @@ def test_9_useful(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_10_described(name: str) -> None:
     laws.described(laws.nodes_of(name))
+
+
+LAWS = [
+    laws.alive, laws.causal, laws.isolated, laws.chunk_invariant, laws.ragged, laws.generates_as_parallel,
+    laws.schedules_agree, laws.contexts, laws.resets, laws.pure, laws.reach, laws.every_parameter_learns,
+    laws.round_trip,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("law", LAWS)
+def test_laws_hold_where_newer_slots_discount_older_ones(law: Callable[[laws.Make], None]) -> None:
+    make = make_of("ltm")
+    law(lambda memory=None, **settings: make(memory={"recency": 4.0} | (memory or {}), **settings))
+
+
+@pytest.mark.parametrize("law", [laws.causal, laws.chunk_invariant, laws.round_trip])
+def test_laws_hold_where_newer_slots_of_a_shared_bank_discount_older_ones(law: Callable[..., None]) -> None:
+    make = make_of("ltm")
+    law(lambda memory=None, **settings: make(memory={"recency": 4.0} | (memory or {}), **settings), scope="shared")

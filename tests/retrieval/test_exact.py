@@ -7,7 +7,7 @@ from torch.nn import functional as F
 from memlm.retrieval.exact import Pool, attend
 
 
-def naive(query, temperature, null, threshold, top_k, bank, window):
+def naive(query, temperature, null, threshold, top_k, bank, window, recency=0.0):
     """One query at a time, one slot at a time."""
     n_row, n_query, _ = query.shape
     reads = []
@@ -22,8 +22,13 @@ def naive(query, temperature, null, threshold, top_k, bank, window):
                 for m in range(pool.key.shape[1]):
                     cosine = sum(float(x) * float(y) for x, y in zip(query[b, n], pool.key[row, m], strict=True))
                     if bool(pool.visible[row, segment, m]) and cosine >= threshold:
-                        slots.append((temperature * cosine + float(pool.bias[row, m]), pool.value[row, m]))
-            best = sorted(slots, key=lambda slot: -slot[0])[:top_k]
+                        score = temperature * cosine + float(pool.bias[row, m])
+                        slots.append((score, pool.value[row, m], int(pool.time[row, m])))
+            found = sorted(slots, key=lambda slot: -slot[0])[:top_k]
+            best = [
+                (score - recency * sum(math.exp(other - temperature) for other, _, t in found if t > time), value)
+                for score, value, time in found
+            ]
             total = math.exp(null) + sum(math.exp(score) for score, _ in best)
             reads.append(sum((math.exp(score) / total * value for score, value in best), torch.zeros(3)))
     return torch.stack(reads).view(n_row, n_query, 3)
@@ -36,36 +41,55 @@ def pool(n_row, n_slot, n_segment, seed):
         torch.randn(n_row, n_slot, 3, generator=g),
         -torch.rand(n_row, n_slot, generator=g),
         torch.rand(n_row, n_segment, n_slot, generator=g) < 0.7,
+        torch.rand(n_row, n_slot, generator=g).argsort(dim=1) + 100 * seed,
     )
 
 
+@pytest.mark.parametrize("recency", [None, 6.0])
 @pytest.mark.parametrize("threshold", [-1.0, 0.2])
 @pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("pools", ["bank", "window", "both"])
-def test_equals_a_loop_over_slots(pools, shared, threshold):
+def test_equals_a_loop_over_slots(pools, shared, threshold, recency):
     query = F.normalize(torch.randn(2, 6, 4, generator=torch.Generator().manual_seed(3)), dim=-1)
     bank = pool(1 if shared else 2, 9, 2, seed=1) if pools != "window" else None
     window = pool(2, 5, 2, seed=2) if pools != "bank" else None
     args = (query, torch.tensor(3.0), torch.tensor(0.5), threshold, 4, bank, window)
-    read, slots, weights = attend(*args)
-    torch.testing.assert_close(read, naive(query, 3.0, 0.5, threshold, 4, bank, window), rtol=1e-4, atol=1e-5)
+    read, slots, weights = attend(*args, recency=None if recency is None else torch.tensor(recency))
+    expected = naive(query, 3.0, 0.5, threshold, 4, bank, window, recency or 0.0)
+    torch.testing.assert_close(read, expected, rtol=1e-4, atol=1e-5)
     values = [torch.cat([p.value.expand(2, -1, -1) for p in (bank, window) if p is not None], dim=1)][0]
     picked = values.gather(1, slots.clamp(min=0).flatten(1)[..., None].expand(-1, -1, 3)).unflatten(1, slots.shape[1:])
     torch.testing.assert_close((weights[..., None] * picked).sum(2), read, rtol=1e-4, atol=1e-5)
 
 
-def test_gradients_reach_keys_and_values_of_what_is_read():
+@pytest.mark.parametrize("recency", [None, 6.0])
+def test_gradients_reach_keys_and_values_of_what_is_read(recency):
     bank, query = pool(2, 9, 1, seed=4), F.normalize(torch.randn(2, 3, 4), dim=-1).requires_grad_()
     key, value = bank.key.clone().requires_grad_(), bank.value.clone().requires_grad_()
+    discount = None if recency is None else torch.tensor(recency, requires_grad=True)
     args = (torch.tensor(3.0), torch.tensor(0.5), -1.0, 4)
-    read, _slots, _weights = attend(query, *args, bank._replace(key=key, value=value), None)
-    read.square().sum().backward()
-    fast = (query.grad.clone(), key.grad.clone(), value.grad.clone())
-    query.grad = key.grad = value.grad = None
-    attend(query, *args, None, bank._replace(key=key, value=value))[0].square().sum().backward()
-    for a, b in zip(fast, (query.grad, key.grad, value.grad), strict=True):
+    learned = [part for part in (query, key, value, discount) if part is not None]
+    gradients = []
+    for pools in ((bank._replace(key=key, value=value), None), (None, bank._replace(key=key, value=value))):
+        read, _slots, _weights = attend(query, *args, *pools, recency=discount)
+        gradients.append(torch.autograd.grad(read.square().sum(), learned))
+    for a, b in zip(*gradients, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
-    assert value.grad.abs().sum() > 0
+        assert a.abs().sum() > 0
+
+
+def test_of_equal_keys_the_latest_has_the_weight():
+    key = F.normalize(torch.ones(1, 10, 4), dim=-1)
+    time = torch.tensor([[3, 7, 1, 9, 0, 4, 8, 2, 6, 5]])
+    bank = Pool(key, torch.randn(1, 10, 3), torch.zeros(1, 10), torch.ones(1, 1, 10, dtype=torch.bool), time)
+    args = (key[:, :1], torch.tensor(12.0), torch.tensor(0.0), -1.0, 32, bank, None)
+    _, slots, alike = attend(*args)
+    torch.testing.assert_close(alike[alike > 0], torch.full((10,), 0.1), rtol=1e-3, atol=0)
+    _, slots, weights = attend(*args, recency=torch.tensor(5.0))
+    by_slot = torch.zeros(10).scatter(0, slots[0, 0, :10], weights[0, 0, :10])
+    expected = torch.tensor([-5.0 * (9 - t) for t in time[0].tolist()]).softmax(dim=0)  # each newer one takes off 5
+    torch.testing.assert_close(by_slot, expected, rtol=1e-3, atol=1e-5)
+    assert by_slot[3] > 0.99
 
 
 def test_nothing_visible_reads_nothing():
