@@ -9,6 +9,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from experiments.base import Result
@@ -41,6 +42,7 @@ class Trained(NamedTuple):
         text: Fingerprint of the text.
         tokenizer: Fingerprint of the tokenizer.
         tokens_per_second: Median over the run, as it was logged.
+        memory: Settings of memories, by ``name.attribute``, that were changed for an evaluation.
     """
 
     checkpoint: str
@@ -51,6 +53,7 @@ class Trained(NamedTuple):
     text: str | None
     tokenizer: str
     tokens_per_second: float | None
+    memory: Mapping[str, Any] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -76,7 +79,7 @@ class Run:
             if name not in _ASIDE
             and not (isinstance(node, Mapping) and str(node.get("_target_")).startswith("experiments."))
         }
-        return config | {"step": self.trained.step}
+        return config | {"step": self.trained.step, "changed": dict(self.trained.memory)}
 
     @property
     def measured(self) -> dict[str, dict[str, Any]]:
@@ -120,7 +123,7 @@ def write_evaluation(directory: Path, trained: Trained) -> Path:
     """Write into the directory of an evaluation what is measured there."""
     path = directory / EVALUATION
     with atomic_file(path) as file:
-        file.write((json.dumps(trained._asdict(), indent=1) + "\n").encode())
+        file.write((json.dumps(trained._asdict() | {"memory": dict(trained.memory)}, indent=1) + "\n").encode())
     return path
 
 
@@ -151,9 +154,8 @@ def find_runs(paths: Sequence[str | Path]) -> tuple[list[Run], list[str]]:
             run = Run(folder, _trained(folder), results)
             for i, known in enumerate(runs):
                 both = known.results.keys() & results.keys()
-                if known.trained.checkpoint == run.trained.checkpoint and all(
-                    known.results[name] == results[name] for name in both
-                ):
+                same = (known.trained.checkpoint, known.trained.memory) == (run.trained.checkpoint, run.trained.memory)
+                if same and all(known.results[name] == results[name] for name in both):
                     runs[i] = Run(known.path, known.trained, known.results | results)
                     break
             else:

@@ -58,6 +58,20 @@ def load_run(path: str | os.PathLike[str], *, paths: dict[str, Any] | None = Non
     return model, build_data(config | {"paths": config.get("paths", {}) | (paths or {})}, model.tokenizer)
 
 
+def place(model: LanguageModel, device: str) -> LanguageModel:
+    """Move a model to a device; ``auto`` is the GPU if there is one.
+
+    Raises:
+        ConfigError: If the device is not there.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        return model.to(device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"device={device} cannot be used here: {str(error).splitlines()[0]}") from error
+
+
 def find(path: str | os.PathLike[str]) -> Path:
     """The checkpoint file that ``path`` names: itself, or the newest of a run directory.
 

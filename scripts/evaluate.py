@@ -2,7 +2,6 @@
 
 import sys
 from pathlib import Path
-from typing import Any
 
 from omegaconf import DictConfig
 
@@ -16,33 +15,24 @@ def name_all(arguments: list[str]) -> list[str]:
     return [word for argument in arguments for word in (every if argument == "experiment=all" else [argument])]
 
 
-def place(model: Any, device: str) -> Any:
-    """Move a model to a device; `auto` is the GPU if there is one."""
-    import torch
-
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        return model.to(device)
-    except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"device={device} cannot be used here: {str(error).splitlines()[0]}") from error
-
-
 @cli("evaluate")
 def main(cfg: DictConfig) -> None:
     """Run the chosen experiments, write their results and print the summary."""
     from experiments import runner
     from experiments.report import not_measured, summary
     from experiments.runs import describe, write_evaluation
-    from memlm.checkpoint import find, load_run
+    from memlm.checkpoint import find, load_run, place
+    from memlm.training.module import memory_settings
 
     experiments = runner.chosen(to_dict(cfg))
     checkpoint, directory = find(cfg.checkpoint), Path(run_dir())
     model, data = load_run(checkpoint, paths={"cache_dir": cfg.paths.cache_dir})
     place(model, cfg.device)
     print(f"{checkpoint}: measured by {', '.join(experiments)} into {directory}")
-    about = write_evaluation(directory, describe(checkpoint, model))
-    results, written, skipped = runner.run_all(model, data, experiments, directory)
+    changed = to_dict(cfg.change) or {}
+    about = write_evaluation(directory, describe(checkpoint, model)._replace(memory=changed))
+    with memory_settings(model, changed):
+        results, written, skipped = runner.run_all(model, data, experiments, directory)
     print("\n" + summary(results))
     print("\nWritten:", *(f"  {path}" for path in [about, *written]), sep="\n")
     if skipped and not cfg.skip_inapplicable:

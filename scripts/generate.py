@@ -15,20 +15,16 @@ def main(cfg: DictConfig) -> str:
         raise ConfigError("prompt is empty: give the beginning of a text, such as prompt='Once upon a time'.")
     import torch
 
-    from memlm.checkpoint import load
+    from memlm.checkpoint import load, place
 
     model: Any = load(cfg.checkpoint)
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if cfg.device == "auto" else cfg.device
-    try:
-        model.to(device)
-    except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"device={device} cannot be used here: {str(error).splitlines()[0]}") from error
+    place(model, cfg.device)
     ids = model.tokenizer.encode(prompt)
     if not ids:
         raise ConfigError(f"the tokenizer of the model makes nothing of prompt={prompt!r}: give other text.")
     torch.manual_seed(cfg.seed)
     tokens = model.generate(
-        torch.tensor([ids], device=device),
+        torch.tensor([ids], device=next(model.parameters()).device),
         cfg.max_new_tokens,
         temperature=cfg.temperature,
         top_k=cfg.top_k,

@@ -127,3 +127,22 @@ def test_what_does_not_apply_is_an_error_by_name_and_listed_with_all(
     out, err = capsys.readouterr()
     assert "Not measured:\n  perplexity: nothing like that was trained" in out
     assert err == ""
+
+
+def test_settings_of_memories_can_be_changed_for_an_evaluation(
+    folder: Path, at: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = f"checkpoint='{folder / 'a=1,b'}'"
+    losses = []
+    for change in ([], ["change={ltm.temperature_scale: 0.01, ltm.top_k: 1}"]):
+        command(
+            monkeypatch, run, "experiment=perplexity", "perplexity.limit=300", f"hydra.run.dir={len(change)}", *change
+        )
+        losses.append(metrics(at / str(len(change)), "perplexity"))
+    assert losses[0]["nll/on"] != losses[1]["nll/on"]
+    assert losses[0]["nll/off"] == losses[1]["nll/off"]
+    about = [json.loads((at / place / "evaluation.json").read_text())["memory"] for place in "01"]
+    assert about == [{}, {"ltm.temperature_scale": 0.01, "ltm.top_k": 1}]
+    with pytest.raises(SystemExit):
+        command(monkeypatch, run, "change={ltm.topk: 1}", "hydra.run.dir=2")
+    assert "Did you mean 'top_k'" in capsys.readouterr().err
