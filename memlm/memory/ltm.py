@@ -14,7 +14,7 @@ writes, N = S * T, k slots read per token.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -397,20 +397,27 @@ class LongTermMemory(Memory):
             )
         return Residual(gate * self.to_output(read.to(x.dtype)), slots, weights, gate[..., 0])
 
+    def _gate_logit(self, normed: Tensor, embedding: Tensor) -> Tensor:
+        """The write gate's MLP of a hidden state, the one after it and the embedding of the token after it, (B, L).
+
+        The first layer is applied to each of the three by itself, which saves to put them side by side.
+        """
+        layers: Any = self.write_gate
+        first, *rest = layers
+        here, after, token = first.weight.chunk(3, dim=1)
+        following = F.linear(normed, after) + F.linear(embedding, token)
+        x = F.linear(normed, here, first.bias) + torch.cat([following[:, 1:], following[:, -1:]], dim=1)
+        for layer in rest:
+            x = layer(x)
+        return x[..., 0]
+
     def _candidates(self, segment: Segment) -> tuple[_Candidates, Trace]:
         """The slots that each segment of a window would write, and the mean write gate."""
         span, n_segment, n_token = self.span, segment.n_segment, segment.segment_len
         hidden, valid = segment.hidden.float(), segment.valid
         with torch.autocast(hidden.device.type, enabled=False):
-            following = torch.cat([hidden[:, 1:], hidden[:, -1:]], dim=1)
-            embedding = self.embedding_norm(segment.embeddings.float())
-            embedding = torch.cat([embedding[:, 1:], embedding[:, -1:]], dim=1)  # of the token that follows
-            gate_logit = self.write_gate(torch.cat([self.norm(hidden), self.norm(following), embedding], dim=-1))[
-                ..., 0
-            ]
-            log_gate = F.logsigmoid(gate_logit)  # (B, C + N)
-            key = F.normalize(self.to_key(self.norm(hidden)), dim=-1)
-            value = self.to_value(embedding)
+            normed, embedding = self.norm(hidden), self.embedding_norm(segment.embeddings.float())  # (B, C + N, D)
+            log_gate = F.logsigmoid(self._gate_logit(normed, embedding))  # (B, C + N)
 
         window_len = n_token + self.lookback
 
@@ -440,14 +447,19 @@ class LongTermMemory(Memory):
         budget = window_len if self.write_budget is None else self.write_budget
         best = worth.topk(min(budget, window_len), dim=2)  # (B, S, K)
 
-        def pick(part: Tensor) -> Tensor:  # (B, C + N, ...) -> (B, S, K, ...)
+        def pick(part: Tensor, shift: int = 0) -> Tensor:  # (B, C + N, ...) -> (B, S, K, ...)
             start = torch.arange(n_segment, device=part.device)[:, None] * n_token
-            return _take(part, (best.indices + start).flatten(1)).unflatten(1, best.indices.shape[1:])
+            cell = (best.indices + start + shift).clamp(max=part.shape[1] - 1)
+            return _take(part, cell.flatten(1)).unflatten(1, cell.shape[1:])
+
+        with torch.autocast(hidden.device.type, enabled=False):  # of the chosen tokens alone
+            key = F.normalize(self.to_key(pick(normed)), dim=-1)
+            value = self.to_value(pick(embedding, shift=1))
 
         snippet = F.pad(ids, (span - 1, 1), value=-1).unfold(2, span + 1, 1)  # (B, S, C + T, span + 1)
         candidates = _Candidates(
-            key=pick(key),
-            value=pick(value),
+            key=key,
+            value=value,
             log_gate=pick(log_gate),
             priority=best.values,
             position=position.gather(2, best.indices),

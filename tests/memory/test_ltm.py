@@ -21,16 +21,10 @@ class ByHand(LongTermMemory):
 
     def __init__(self, d_model: int, **settings: Any) -> None:
         super().__init__(d_model, **(SETTINGS | settings))
-        self.write_gate = Given()
+        self.logit = torch.empty(0)  # (B, C + T), set by `segment_of`
 
-
-class Given(torch.nn.Module):
-    """Gate logits (B, C + T) that `segment_of` sets."""
-
-    logit = torch.empty(0)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.logit[..., None]
+    def _gate_logit(self, normed: Tensor, embedding: Tensor) -> Tensor:
+        return self.logit
 
 
 def segment_of(
@@ -46,7 +40,7 @@ def segment_of(
     """One segment per row with given log-gates of its tokens, and of the ``lookback`` tokens before."""
     rows, n_token, n_before = len(log_gate), len(log_gate[0]), memory.lookback
     gates = torch.tensor([b + g for b, g in zip(before or [[-1.0] * n_before] * rows, log_gate, strict=True)])
-    memory.write_gate.logit = gates - torch.log1p(-gates.exp())  # logsigmoid(logit) = log-gate
+    memory.logit = gates - torch.log1p(-gates.exp())  # logsigmoid(logit) = log-gate
     draw = torch.Generator().manual_seed(seed)
     n_cell = n_before + n_token
     here = torch.arange(n_token) < torch.tensor(valid or [n_token] * rows)[:, None]
@@ -137,6 +131,13 @@ def test_write_budget_keeps_the_best_of_a_segment(budget: int | None) -> None:
     assert sorted(held(state).values(), reverse=True) == pytest.approx(final)
     assert all(gates[position] == pytest.approx(worth) for position, worth in held(state).items())
     assert float(trace["write_gate"]) == pytest.approx(sum(map(math.exp, gates[: T - 3])) / (T - 3))
+
+
+def test_the_write_gate_sees_a_state_the_next_one_and_the_next_token() -> None:
+    memory = LongTermMemory(D, **SETTINGS)
+    normed, embedding = torch.randn(2, 2, 5, D).unbind()
+    side_by_side = torch.cat([normed[:, :-1], normed[:, 1:], embedding[:, 1:]], dim=-1)
+    torch.testing.assert_close(memory._gate_logit(normed, embedding)[:, :-1], memory.write_gate(side_by_side)[..., 0])
 
 
 def test_surprise_keeps_what_is_predicted_worst() -> None:
