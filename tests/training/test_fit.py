@@ -1,6 +1,7 @@
 import errno
 import io
 import struct
+import time
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,8 +23,18 @@ from memlm.training.settings import plan_steps
 from tests.training.small import FACTS, SHORT, config, curve, fit
 
 
-def records(run: Path) -> Iterator[Any]:
-    """What W&B has written into its file: a header of 7 bytes, then blocks of 32 KiB with parts of records."""
+def records(run: Path) -> list[Any]:
+    """What W&B has written into its file, once it is whole: its own process may still be at it after `finish`."""
+    for _ in range(100):
+        found = list(parse(run))
+        if any(record.HasField("exit") for record in found):
+            break
+        time.sleep(0.2)
+    return found
+
+
+def parse(run: Path) -> Iterator[Any]:
+    """The records of a file: a header of 7 bytes, then blocks of 32 KiB with parts of records."""
     from wandb.proto.wandb_internal_pb2 import Record
 
     (file,) = run.glob("wandb/offline-run-*/*.wandb")
