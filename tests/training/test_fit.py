@@ -1,8 +1,8 @@
 import errno
 import io
 import struct
-import time
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
