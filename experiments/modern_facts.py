@@ -22,7 +22,7 @@ from __future__ import annotations
 import csv
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -32,8 +32,8 @@ import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter, StrMethodFormatter
 
-from experiments.base import PALETTE, Result, Row, evaluating, style, wilson
-from experiments.needle import Document, answer
+from experiments.base import PALETTE, Result, Row, evaluating, style
+from experiments.recall import Document, Haystack, answer, device_of, is_shared, n_row_of, rate, read, tell
 from memlm.analysis.figures import CONTROLS
 from memlm.build import untrained
 from memlm.config import ConfigError
@@ -56,7 +56,7 @@ TWINS = {
 CONDITIONS = {"on": "memory on", **CONTROLS, **TWINS}
 """All conditions, and how they are called."""
 
-_WINDOW = 4  # segments read per call
+_WINDOW = 4  # segments between two looks
 _NEAR = 200  # characters between a value and a word of its cue that make a fact known from the training text
 _WORDS = re.compile(r"\w{4,}")  # words of a cue that say what it is about
 
@@ -140,37 +140,36 @@ def run(model: Any, data: Any, cfg: ModernFacts, progress: Callable[[float], Non
     in_text, near = check(items, data)
     order = np.random.default_rng([cfg.seed, 0]).permutation(len(items))
     shares = [[items[j] for j in order[i :: cfg.n_document]] for i in range(cfg.n_document)]
-    passage = data.tokens(cfg.split).tokens
+    text = data.tokens(cfg.split).tokens
     documents = [
-        lay_out(np.random.default_rng([cfg.seed, 1 + i]), share, passage, model.segment_len, cfg.facts_per_segment)
+        lay_out([cfg.seed, 1 + i], share, Haystack(text, [cfg.seed, i]), model.segment_len, cfg.facts_per_segment)
         for i, share in enumerate(shares)
     ]
     longest = max(len(twin.head) for twins in documents for twin in twins)
     length = -(-(longest + cfg.distance) // model.segment_len) * model.segment_len
-    shared = any(modules[0].scope == "shared" for modules in model.memory.values())
-    n_row = 1 if shared else cfg.n_row
     blank = untrained(model) if hasattr(model, "config") and model.memory else None
-    n_pass = len(Twins._fields) + (blank is not None)
-    report = _Progress(progress, n_pass * cfg.n_document * length)
+    show = _shares(progress, cfg.n_document * (len(Twins._fields) + (blank is not None)))
     rows: list[Row] = []
     curves: list[dict[str, Any]] = []
     with evaluating(model):
+        n_row = n_row_of(model, cfg.n_row)
         for first in range(0, cfg.n_document, n_row):
             numbers = list(range(first, min(first + n_row, cfg.n_document)))
             told = [shares[i] for i in numbers]
             others = [shares[i - 1] for i in numbers]  # what the document before told: no other memory need be at hand
             for twin in Twins._fields:
                 texts = [getattr(documents[i], twin) for i in numbers]
-                states = _read(model, texts, length, report)
                 if twin == "true" and model.memory:
-                    states = _look(model, states, texts, told, "trained", curves)
-                state = model.new_context(_last(states))
-                for condition, memory, read, asked, value in _questions(model, state, twin, told, others):
+                    state = _watch(model, texts, told, length, "trained", curves)
+                else:
+                    (state,) = read(model, texts, [length])
+                for condition, memory, reads, asked, value in _questions(model, state, twin, told, others):
                     where = numbers if asked is told else [(i - 1) % cfg.n_document for i in numbers]
-                    rows += _ask(model, memory, read, asked, value, condition, where)
+                    rows += _ask(model, memory, reads, asked, value, condition, where)
+                show(len(numbers))
             if blank is not None:
-                texts = [documents[i].true for i in numbers]
-                _last(_look(blank, _read(blank, texts, length, report), texts, told, "untrained", curves))
+                _watch(blank, [documents[i].true for i in numbers], told, length, "untrained", curves)
+                show(len(numbers))
     known = {row["fact"] for row in rows if row["condition"] == "off" and row["correct"]}
     for row in rows:
         row["flag"] = "text" if row["fact"] in near else "known" if row["fact"] in known else ""
@@ -184,9 +183,9 @@ def run(model: Any, data: Any, cfg: ModernFacts, progress: Callable[[float], Non
         "distances": [cfg.distance],
         "length": length,
         "segment_len": model.segment_len,
-        "haystack_repetition": length / len(passage),  # above 1 a document repeats its own text
+        "haystack_repetition": length / len(text),  # above 1 a document repeats its own text
         "memories": list(model.memory.keys()),
-        "shared": shared,
+        "shared": is_shared(model),
         "similarity": _means(curves),
         "told_until": longest,
         "headline": HEADLINE,
@@ -290,89 +289,64 @@ class Twins(NamedTuple):
 
 
 def lay_out(
-    rng: np.random.Generator, items: Sequence[Item], passage: np.ndarray, segment_len: int, facts_per_segment: float
+    seed: Sequence[int], items: Sequence[Item], haystack: Haystack, segment_len: int, facts_per_segment: float
 ) -> Twins:
     """Documents that tell ``items`` in order, after the same random stretches of text.
 
     Args:
-        rng: Source of randomness.
+        seed: Of the stretches.
         items: What is told.
-        passage: Token ids of the text.
+        haystack: Text around them.
         segment_len: Tokens per segment.
         facts_per_segment: How densely facts are told, on average.
     """
-    mean = sum(len(item.true[""].tokens) for item in items) / len(items)
-    widest = 2 * max(round(segment_len / facts_per_segment - mean), 0)
-    gaps = rng.integers(widest + 1, size=len(items))
-    start = int(rng.integers(len(passage)))
-    twins = []
-    for facts in ([item.true[""] for item in items], [item.false[""] for item in items], None):
-        parts: list[np.ndarray] = []
-        begins: list[int] = []
-        place, taken = 0, start
-        for i, gap in enumerate(gaps.tolist()):
-            parts.append(passage[(taken + np.arange(gap)) % len(passage)])
-            place, taken = place + gap, taken + gap
-            if facts is not None:
-                begins.append(place)
-                parts.append(np.asarray(facts[i].tokens))
-                place += len(facts[i].tokens)
-        twins.append(Document(facts or [], begins, np.concatenate(parts), passage, taken))
-    return Twins(*twins)
+    gap = segment_len / facts_per_segment - sum(len(item.true[""].tokens) for item in items) / len(items)
+    nothing = Fact((), (), (), ())
+    values = [[item.true[""] for item in items], [item.false[""] for item in items], [nothing] * len(items)]
+    return Twins(
+        *(tell(np.random.default_rng(seed), facts, [], haystack, segment_len, gap, crossing=False) for facts in values)
+    )
 
 
-# --- reading and asking ----------------------------------------------------------------------------------------------
+# --- reading and asking -----------------------------------------------------------------------------------------------
 
 
-class _Progress:
-    """Tells how many tokens of all are read."""
+def _shares(progress: Callable[[float], None] | None, n: int) -> Callable[[int], None]:
+    """Reports that so many more of ``n`` parts of the work are done."""
+    done = 0
 
-    def __init__(self, progress: Callable[[float], None] | None, n_token: int) -> None:
-        self.progress, self.n_token, self.done = progress, n_token, 0
+    def show(more: int) -> None:
+        nonlocal done
+        done += more
+        if progress is not None:
+            progress(done / n)
 
-    def add(self, n_token: int) -> None:
-        self.done += n_token
-        if self.progress is not None:
-            self.progress(self.done / self.n_token)
-
-
-def _read(model: Any, texts: Sequence[Document], length: int, report: _Progress) -> Iterator[tuple[int, Any]]:
-    """Read documents side by side; after each window the place and the state."""
-    device = next(model.parameters(), torch.empty(0)).device
-    state = None
-    for place in range(0, length, _WINDOW * model.segment_len):
-        end = min(place + _WINDOW * model.segment_len, length)
-        ids = torch.from_numpy(np.stack([text.tokens(place, end) for text in texts])).long().to(device)
-        state = model.absorb(ids, state)
-        report.add(ids.numel())
-        yield end, state
+    return show
 
 
-def _last(states: Iterator[tuple[int, Any]]) -> Any:
-    """The state at the end."""
-    for _, state in states:
-        last = state
-    return last
-
-
-def _look(
+def _watch(
     model: Any,
-    states: Iterator[tuple[int, Any]],
     texts: Sequence[Document],
     told: Sequence[Sequence[Item]],
+    length: int,
     name: str,
     curves: list[dict[str, Any]],
-) -> Iterator[tuple[int, Any]]:
-    """``states`` as they are; at each of them every fact is looked for, and ``curves`` gets what was found."""
-    for place, state in states:
-        memory = model.new_context(state)
+) -> Any:
+    """Read documents, and after each window look for every fact; ``curves`` gets what was found.
+
+    Returns:
+        The memories at the end.
+    """
+    window = _WINDOW * model.segment_len
+    places = [*range(window, length, window), length]
+    for place, memory in zip(places, read(model, texts, places), strict=True):
         for i in range(max(map(len, told))):
             facts = [items[min(i, len(items) - 1)].true[""] for items in told]  # shares may differ by one fact
             for row, (top, mass) in enumerate(look(model, memory, facts)):
                 if i < len(told[row]) and not texts[row].begins[i] < place < texts[row].end(i):  # not in its midst
                     seen = texts[row].end(i) <= place
                     curves.append({"model": name, "place": place, "told": seen, "top": top, "mass": mass})
-        yield place, state
+    return memory
 
 
 def look(model: Any, state: Any, facts: Sequence[Fact]) -> list[tuple[float, float]]:
@@ -387,8 +361,7 @@ def look(model: Any, state: Any, facts: Sequence[Fact]) -> list[tuple[float, flo
         For each fact the largest read weight and the sum of the read weights, at the end of its cue; means over
         memories and layers.
     """
-    device = next(model.parameters(), torch.empty(0)).device
-    longest = max(len(fact.cue) for fact in facts)
+    longest, device = max(len(fact.cue) for fact in facts), device_of(model)
     ids = torch.tensor([fact.cue + (0,) * (longest - len(fact.cue)) for fact in facts], device=device)  # (B, L)
     last = torch.tensor([len(fact.cue) - 1 for fact in facts], device=device)
     reads = model(ids, state=state, write=False, logits=False).reads.values()
@@ -479,7 +452,7 @@ def summarise(rows: Sequence[Row]) -> dict[str, float]:
         for condition in CONDITIONS:
             part = [row for row in group if row["condition"] == condition]
             if part:
-                metrics |= _rate(f"{kind}/{condition}", part)
+                metrics |= rate(f"{kind}/{condition}", part)
         found = [name for name in CONTROLS if f"n{kind}/{name}" in metrics]
         if found:
             best = max(found, key=lambda name: metrics[f"exact_match{kind}/{name}"])
@@ -493,20 +466,6 @@ def summarise(rows: Sequence[Row]) -> dict[str, float]:
     if told:
         metrics["chance"] = sum(1 / told.count(document) for document in told) / len(told)
     return metrics
-
-
-def _rate(name: str, rows: Sequence[Row]) -> dict[str, float]:
-    """Metrics of one condition and cue."""
-    n, right = len(rows), sum(row["correct"] for row in rows)
-    low, high = wilson(right, n)
-    kind, condition = name.split("/")
-    return {
-        f"exact_match{kind}/{condition}": right / n,
-        f"low{kind}/{condition}": low,
-        f"high{kind}/{condition}": high,
-        f"n{kind}/{condition}": n,
-        f"nll{kind}/{condition}": math.fsum(row["nll"] for row in rows) / n,
-    }
 
 
 # --- figures ---------------------------------------------------------------------------------------------------------
@@ -549,7 +508,7 @@ def _bars(result: Result) -> Figure:
         axes.set_yticks(range(len(CONDITIONS)), [text.replace(", ", ",\n") for text in CONDITIONS.values()])
         axes.invert_yaxis()
         axes.set(xlim=(0, 1), title=f"Modern facts told {result.metadata['distances'][0]:,} or more tokens before")
-        axes.set_xlabel(f"answered exactly, with 95 % Wilson interval; n = {n} facts that were not known before")
+        axes.set_xlabel(f"answered exactly, with 95 % Wilson interval, n = {n} facts")
         axes.grid(axis="x")
         axes.grid(visible=False, axis="y")
         axes.xaxis.set_major_formatter(PercentFormatter(xmax=1, symbol=" %"))
@@ -579,6 +538,6 @@ def _similarity(result: Result) -> Figure:
                          label="facts are told" if name == "top" else None)  # fmt: skip
             axes.set(title=title.capitalize(), ylim=(0, 1.02), xlim=(0, None), xlabel="tokens read before the question")
             axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
-        figure.axes[0].set_ylabel("at the end of the question, mean over facts")
+        figure.axes[0].set_ylabel("at the end of the cue, mean over facts")
         figure.legend(loc="outside lower center", ncols=3)
     return figure

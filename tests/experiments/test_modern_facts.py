@@ -25,6 +25,7 @@ from experiments.modern_facts import (
     run,
     summarise,
 )
+from experiments.recall import Haystack
 from memlm.config import ConfigError, compose
 from memlm.data.tokenizer import train_tokenizer
 from memlm.data.tokens import TokenizedCorpus
@@ -201,10 +202,10 @@ def test_part_of_a_word_is_no_value():
 def test_twins_differ_in_the_values_alone(data):
     items = load(data.tokenizer)[:9]
     passage = data.tokens("val").tokens
-    twins = lay_out(np.random.default_rng(0), items, passage, SEGMENT_LEN, 2.0)
+    twins = lay_out([0], items, Haystack(passage, [0]), SEGMENT_LEN, 1.0)
     gaps = []
     for document, facts in ((twins.true, [i.true[""] for i in items]), (twins.false, [i.false[""] for i in items])):
-        text = document.tokens(0, 700).tolist()
+        text = document.tokens(0, 500).tolist()
         rest, gap, at = [], [], 0
         for i, fact in enumerate(facts):
             begin = document.begins[i]
@@ -214,7 +215,7 @@ def test_twins_differ_in_the_values_alone(data):
             at = document.end(i)
         gaps.append(gap)
         haystack = [*rest, *text[at:]]
-        assert haystack == twins.none.tokens(0, 700).tolist()[: len(haystack)]
+        assert haystack == twins.none.tokens(0, 500).tolist()[: len(haystack)]
         start = next(i for i in range(len(passage)) if passage[i : i + 20].tolist() == haystack[:20])
         assert haystack == passage[(start + np.arange(len(haystack))) % len(passage)].tolist()
     assert gaps[0] == gaps[1]
@@ -270,7 +271,7 @@ def test_a_memory_without_paraphrases_fails_them_alone(few, data):
 
 
 def test_questions_find_something_from_the_moment_the_fact_is_told(few, data):
-    result = run(Fake(data), data, ModernFacts(n_document=3, distance=60, facts_per_segment=20.0))
+    result = run(Fake(data), data, ModernFacts(n_document=3, distance=60, facts_per_segment=1.0))
     points = result.metadata["similarity"]
     assert {point["model"] for point in points} == {"trained"}  # this one cannot be built anew
     for point in points:
