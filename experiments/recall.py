@@ -304,11 +304,7 @@ def rates(rows: Sequence[Row]) -> dict[str, float]:
             part = [row for row in rows if row["condition"] == condition and belongs(row)]
             if not part:
                 continue
-            k, n = sum(row["correct"] for row in part), len(part)
-            low, high = wilson(k, n)
-            numbers = {"exact_match": k / n, "low": low, "high": high, "n": n}
-            numbers["nll"] = math.fsum(row["nll"] for row in part) / n
-            metrics |= {f"{name}{kind}/{condition}": value for name, value in numbers.items()}
+            metrics |= rate(f"{kind}/{condition}", part)
     told = [row for row in rows if row["condition"] == "on"]
     stored = [row["stored"] for row in told if row.get("stored") is not None]
     if stored:
@@ -316,6 +312,18 @@ def rates(rows: Sequence[Row]) -> dict[str, float]:
     if told:
         metrics["chance"] = len({row["document"] for row in told}) / len(told)
     return metrics
+
+
+def rate(name: str, rows: Sequence[Row]) -> dict[str, float]:
+    """Metrics of at least one answer under one condition.
+
+    Returns:
+        ``exact_match<name>`` with ``low`` and ``high`` (95 % Wilson interval), ``n`` and ``nll``.
+    """
+    k, n = sum(row["correct"] for row in rows), len(rows)
+    low, high = wilson(k, n)
+    nll = math.fsum(row["nll"] for row in rows) / n
+    return {f"exact_match{name}": k / n, f"low{name}": low, f"high{name}": high, f"n{name}": n, f"nll{name}": nll}
 
 
 def n_row_of(model: Any, wanted: int) -> int:

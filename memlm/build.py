@@ -85,6 +85,12 @@ def build_model(config: dict[str, Any], tokenizer: Tokenizer) -> LanguageModel:
     return model
 
 
+def untrained(model: LanguageModel) -> LanguageModel:
+    """A model of the same configuration with initial values of another seed, in eval mode on the same device."""
+    other = build_model(model.config | {"seed": model.config["seed"] + 1}, model.tokenizer)
+    return other.to(model.head_weight.device).eval()
+
+
 def _memory(name: str, node: dict[str, Any]) -> Callable[..., Any]:
     """A constructor of one memory module."""
     return functools.partial(instantiate, node, f"memory.{name}")

@@ -216,7 +216,7 @@ class SentenceMaker(FactMaker):
         self.words = sorted(shortest[: max(len(length) // 2, _MIN_WORDS)])
         self._tokens = [tuple(tokenizer.encode(" " + word)) for word in self.words]
         self._neighbours |= _neighbours(tokenizer, train, set(self.words), lower=True)
-        self._known = {word for text in _texts(tokenizer, train) for word in _WORD.findall(text.lower())}
+        self._known = {word for text in decoded(tokenizer, train) for word in _WORD.findall(text.lower())}
         numbers = [str(number) for number in range(1000, 3000) if str(number) not in self._known]
         self._numbers = [number for number in numbers if self._encode(" " + number) is not None]
         sentences = [_Sentences.of(relation, self._encode) for relation in RELATIONS]
@@ -329,10 +329,10 @@ def _held_out(words: tuple[str, ...]) -> bool:
     return zlib.crc32(" ".join(words).encode()) % _EVALUATION_SHARE == 0
 
 
-def _texts(tokenizer: Tokenizer, train: TokenizedCorpus) -> Iterator[str]:
-    """The training text in chunks, which overlap so that no pair of words is cut."""
-    for start in range(0, train.n_token, _CHUNK):
-        yield tokenizer.decode(train.tokens[start : start + _CHUNK + 64].tolist())
+def decoded(tokenizer: Tokenizer, corpus: TokenizedCorpus) -> Iterator[str]:
+    """The text of a corpus in chunks, which overlap a little so that no pair of words is cut."""
+    for start in range(0, corpus.n_token, _CHUNK):
+        yield tokenizer.decode(corpus.tokens[start : start + _CHUNK + 64].tolist())
 
 
 def _neighbours(
@@ -340,7 +340,7 @@ def _neighbours(
 ) -> set[tuple[str, str]]:
     """Pairs of ``words`` that follow each other anywhere in the training text, or in its small letters."""
     found: set[tuple[str, str]] = set()
-    for text in _texts(tokenizer, train):
+    for text in decoded(tokenizer, train):
         pairs = itertools.pairwise((text.lower() if lower else text).split())
         found.update(pair for pair in pairs if pair[0] in words and pair[1] in words)
     return found

@@ -1,0 +1,543 @@
+"""Modern facts: true sentences told once at inference, asked for in the same words and in others.
+
+The facts of `modern_facts.csv` are dealt out to documents of held-out text, in which each is told once. After at
+least `distance` more tokens the local context is dropped, and each fact is asked for in a fresh context, with nothing
+written: with the sentence up to its value (verbatim), with another statement (paraphrase) and with a question. An
+answer counts when greedy decoding gives the whole value and the full stop.
+
+A model may know a fact without being told. So each question is also asked with reads off, of a wiped memory, of
+another document's memory, and of the memory of the same text without the facts (never shown). Each document has a twin
+that tells the false value of every fact: what counts then is the false one, and the answer must follow what was told.
+Facts whose value stands near a word of their cue in the training text, or that the model answers with reads off, are
+flagged and left out of all metrics but those named ``_all``.
+
+Beside it: how sharply a question finds something in memory, while facts are told and afterwards, for facts that were
+told already and for those that were not yet, and the same for an untrained model.
+
+Shapes: B rows, L tokens of a question, k slots read.
+"""
+
+from __future__ import annotations
+
+import csv
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter, StrMethodFormatter
+
+from experiments.base import PALETTE, Result, Row, evaluating, style
+from experiments.recall import Document, Haystack, answer, device_of, is_shared, n_row_of, rate, read, tell
+from memlm.analysis.figures import CONTROLS
+from memlm.build import untrained
+from memlm.config import ConfigError
+from memlm.data.facts import Fact, decoded
+from memlm.data.tokenizer import Tokenizer
+
+FACTS = Path(__file__).with_suffix(".csv")
+"""One fact per row: cue, value, false value, and two other ways to ask."""
+
+CUES = {"": "same words", "_paraphrase": "another statement", "_question": "a question"}
+"""How a fact is asked for: suffix of the metrics, and how it is called."""
+
+TWINS = {
+    "counterfactual": "told the false value, answers it",
+    "true_after_false": "told the false value, answers the true one",
+    "false_after_true": "told the true value, answers the false one",
+}
+"""Conditions about the false values, and how they are called. Only the first is what a memory should do."""
+
+CONDITIONS = {"on": "memory on", **CONTROLS, **TWINS}
+"""All conditions, and how they are called."""
+
+_WINDOW = 4  # segments between two looks
+_NEAR = 200  # characters between a value and a word of its cue that make a fact known from the training text
+_WORDS = re.compile(r"\w{4,}")  # words of a cue that say what it is about
+
+
+@dataclass(frozen=True)
+class ModernFacts:
+    """Settings.
+
+    Attributes:
+        n_document: Documents that the facts are dealt out to; at least 2, as one is the other's control.
+        distance: Fewest tokens between the end of any fact and the questions.
+        facts_per_segment: How densely facts are told, on average.
+        split: Where the text around the facts is from: ``val``, or ``test`` for final numbers.
+        seed: Of the order of the facts, gaps and passages.
+        n_row: Documents read at once; the result does not depend on it. One at a time with a shared memory.
+
+    Raises:
+        ConfigError: If a setting cannot work.
+    """
+
+    n_document: int = 4
+    distance: int = 4096
+    facts_per_segment: float = 2.0
+    split: Literal["val", "test"] = "val"
+    seed: int = 0
+    n_row: int = 4
+
+    def __post_init__(self) -> None:
+        least = {"n_document": 2, "distance": 0, "seed": 0, "n_row": 1}
+        for name, number in least.items():
+            if getattr(self, name) < number:
+                raise ConfigError(f"modern_facts.{name} must be at least {number}, got {getattr(self, name)}")
+        if not self.facts_per_segment > 0:
+            raise ConfigError(f"modern_facts.facts_per_segment must be positive, got {self.facts_per_segment}")
+        if self.split not in ("val", "test"):
+            raise ConfigError(
+                f"modern_facts.split must be 'val' or 'test', text the model never saw, got {self.split!r}"
+            )
+
+
+class Item(NamedTuple):
+    """A fact as a row of `FACTS` has it, in tokens.
+
+    Attributes:
+        number: Row in the file, from 0.
+        words: The row.
+        true: By cue (see `CUES`), the fact with that cue and the true value.
+        false: The same with the false value.
+    """
+
+    number: int
+    words: dict[str, str]
+    true: dict[str, Fact]
+    false: dict[str, Fact]
+
+
+def run(model: Any, data: Any, cfg: ModernFacts, progress: Callable[[float], None] | None = None) -> Result:
+    """Measure recall of true facts and its controls.
+
+    Args:
+        model: A language model; it is left as it was.
+        data: What gives ``tokens(split)`` and a ``tokenizer``, such as `memlm.data.datamodule.TextData`.
+        cfg: Settings.
+        progress: Called now and then with the share of the work that is done, in 0..1.
+
+    Returns:
+        One row per fact, condition and cue: ``document`` is where the fact was told, ``expected`` the value that
+        counts, ``flag`` why it is left out (``text``, ``known``, or empty), ``value_in_text`` whether the training text
+        has the value at all, ``correct`` the outcome, ``nll`` that of the expected value in nats per token. For metrics
+        see `summarise`. ``metadata["similarity"]`` holds the curves of `plot`.
+
+    Raises:
+        ConfigError: If the tokenizer can write fewer facts than there are documents.
+    """
+    items = load(data.tokenizer)
+    if len(items) < cfg.n_document:
+        raise ConfigError(
+            f"the tokenizer can write {len(items)} of the modern facts, fewer than modern_facts.n_document "
+            f"({cfg.n_document}): use data.tokenizer.kind=bpe"
+        )
+    in_text, near = check(items, data)
+    order = np.random.default_rng([cfg.seed, 0]).permutation(len(items))
+    shares = [[items[j] for j in order[i :: cfg.n_document]] for i in range(cfg.n_document)]
+    text = data.tokens(cfg.split).tokens
+    documents = [
+        lay_out([cfg.seed, 1 + i], share, Haystack(text, [cfg.seed, i]), model.segment_len, cfg.facts_per_segment)
+        for i, share in enumerate(shares)
+    ]
+    longest = max(len(twin.head) for twins in documents for twin in twins)
+    length = -(-(longest + cfg.distance) // model.segment_len) * model.segment_len
+    blank = untrained(model) if hasattr(model, "config") and model.memory else None
+    show = _shares(progress, cfg.n_document * (len(Twins._fields) + (blank is not None)))
+    rows: list[Row] = []
+    curves: list[dict[str, Any]] = []
+    with evaluating(model):
+        n_row = n_row_of(model, cfg.n_row)
+        for first in range(0, cfg.n_document, n_row):
+            numbers = list(range(first, min(first + n_row, cfg.n_document)))
+            told = [shares[i] for i in numbers]
+            others = [shares[i - 1] for i in numbers]  # what the document before told: no other memory need be at hand
+            for twin in Twins._fields:
+                texts = [getattr(documents[i], twin) for i in numbers]
+                if twin == "true" and model.memory:
+                    state = _watch(model, texts, told, length, "trained", curves)
+                else:
+                    (state,) = read(model, texts, [length])
+                for condition, memory, reads, asked, value in _questions(model, state, twin, told, others):
+                    where = numbers if asked is told else [(i - 1) % cfg.n_document for i in numbers]
+                    rows += _ask(model, memory, reads, asked, value, condition, where)
+                show(len(numbers))
+            if blank is not None:
+                _watch(blank, [documents[i].true for i in numbers], told, length, "untrained", curves)
+                show(len(numbers))
+    known = {row["fact"] for row in rows if row["condition"] == "off" and row["correct"]}
+    for row in rows:
+        row["flag"] = "text" if row["fact"] in near else "known" if row["fact"] in known else ""
+        row["value_in_text"] = row["fact"] in in_text
+    rows.sort(key=lambda row: (list(CONDITIONS).index(row["condition"]), list(CUES).index(row["cue"]), row["fact"]))
+    metadata = {
+        "settings": asdict(cfg),
+        "seed": cfg.seed,
+        "n": len(items),
+        "n_file": len(rows_of_file()),
+        "distances": [cfg.distance],
+        "length": length,
+        "segment_len": model.segment_len,
+        "haystack_repetition": length / len(text),  # above 1 a document repeats its own text
+        "memories": list(model.memory.keys()),
+        "shared": is_shared(model),
+        "similarity": _means(curves),
+        "told_until": longest,
+        "headline": HEADLINE,
+    }
+    return Result("modern_facts", summarise(rows), tuple(rows), metadata)
+
+
+def _line(label: str, name: str, control: bool, better: str | None) -> dict[str, Any]:
+    """A line of the headline about an exact-match rate."""
+    kind, condition = name.split("/")
+    return {
+        "label": label,
+        "metric": f"exact_match{kind}/{condition}",
+        "low": f"low{kind}/{condition}",
+        "high": f"high{kind}/{condition}",
+        "n": f"n{kind}/{condition}",
+        "percent": True,
+        "better": better,
+        "control": control,
+    }
+
+
+HEADLINE = [
+    *(_line(f"{words}, memory on", f"{kind}/on", False, "higher") for kind, words in CUES.items()),
+    *(_line(words, f"/{name}", True, "lower") for name, words in CONTROLS.items()),
+    *(_line(f"{words}, best control", f"{kind}/control", True, "lower") for kind, words in list(CUES.items())[1:]),
+    _line(TWINS["counterfactual"], "/counterfactual", False, "higher"),
+    _line(TWINS["true_after_false"], "/true_after_false", True, "lower"),
+    _line(TWINS["false_after_true"], "/false_after_true", True, "lower"),
+]
+"""What is said of a result in one table."""
+
+
+# --- facts and documents ---------------------------------------------------------------------------------------------
+
+
+def rows_of_file() -> list[dict[str, str]]:
+    """The rows of `FACTS`."""
+    with open(FACTS, encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def load(tokenizer: Tokenizer) -> list[Item]:
+    """The facts that a tokenizer can write, with both values and all cues."""
+    items = []
+    for number, words in enumerate(rows_of_file()):
+        cues = dict(zip(CUES, (words["cue"], words["paraphrase"], words["question"]), strict=True))
+        texts = [*cues.values(), words["value"], words["counterfactual"]]
+        tokens = tokenizer.encode_batch([f" {text}" for text in texts])
+        if any(tokenizer.decode(ids) != f" {text}" for ids, text in zip(tokens, texts, strict=True)):
+            continue
+        end = tokenizer.encode(".")
+        both = []
+        for name, value in (("value", tokens[-2]), ("counterfactual", tokens[-1])):
+            told = f"{words['cue']} {words[name]}."
+            both.append(
+                {
+                    kind: Fact((), (words[name],), tuple(cue), tuple(value + end), told)
+                    for kind, cue in zip(CUES, tokens, strict=False)
+                }
+            )
+        items.append(Item(number, words, *both))
+    return items
+
+
+def check(items: Sequence[Item], data: Any) -> tuple[set[int], set[int]]:
+    """Facts whose value the training text has, and those whose value it has near a word of their cue.
+
+    Values count as whole words, cues by their words of four or more letters, within 200 characters on either side.
+
+    Args:
+        items: The facts.
+        data: What gives ``tokens("train")`` and a ``tokenizer``.
+
+    Returns:
+        Numbers of both.
+    """
+    by_value: dict[str, list[Item]] = {}
+    for item in items:
+        by_value.setdefault(item.words["value"], []).append(item)
+    longest_first = sorted(by_value, key=len, reverse=True)
+    pattern = re.compile(rf"(?<!\w)(?:{'|'.join(map(re.escape, longest_first))})(?!\w)")
+    in_text, near = set(), set()
+    for text in decoded(data.tokenizer, data.tokens("train")):
+        for found in pattern.finditer(text):
+            around = text[max(found.start() - _NEAR, 0) : found.start()] + " " + text[found.end() : found.end() + _NEAR]
+            words = {word.lower() for word in _WORDS.findall(around)}
+            for item in by_value[found.group()]:
+                in_text.add(item.number)
+                if words & {word.lower() for word in _WORDS.findall(item.words["cue"])}:
+                    near.add(item.number)
+    return in_text, near
+
+
+class Twins(NamedTuple):
+    """The same document with true facts, with false ones, and without facts."""
+
+    true: Document
+    false: Document
+    none: Document
+
+
+def lay_out(
+    seed: Sequence[int], items: Sequence[Item], haystack: Haystack, segment_len: int, facts_per_segment: float
+) -> Twins:
+    """Documents that tell ``items`` in order, after the same random stretches of text.
+
+    Args:
+        seed: Of the stretches.
+        items: What is told.
+        haystack: Text around them.
+        segment_len: Tokens per segment.
+        facts_per_segment: How densely facts are told, on average.
+    """
+    gap = segment_len / facts_per_segment - sum(len(item.true[""].tokens) for item in items) / len(items)
+    nothing = Fact((), (), (), ())
+    values = [[item.true[""] for item in items], [item.false[""] for item in items], [nothing] * len(items)]
+    return Twins(
+        *(tell(np.random.default_rng(seed), facts, [], haystack, segment_len, gap, crossing=False) for facts in values)
+    )
+
+
+# --- reading and asking -----------------------------------------------------------------------------------------------
+
+
+def _shares(progress: Callable[[float], None] | None, n: int) -> Callable[[int], None]:
+    """Reports that so many more of ``n`` parts of the work are done."""
+    done = 0
+
+    def show(more: int) -> None:
+        nonlocal done
+        done += more
+        if progress is not None:
+            progress(done / n)
+
+    return show
+
+
+def _watch(
+    model: Any,
+    texts: Sequence[Document],
+    told: Sequence[Sequence[Item]],
+    length: int,
+    name: str,
+    curves: list[dict[str, Any]],
+) -> Any:
+    """Read documents, and after each window look for every fact; ``curves`` gets what was found.
+
+    Returns:
+        The memories at the end.
+    """
+    window = _WINDOW * model.segment_len
+    places = [*range(window, length, window), length]
+    for place, memory in zip(places, read(model, texts, places), strict=True):
+        for i in range(max(map(len, told))):
+            facts = [items[min(i, len(items) - 1)].true[""] for items in told]  # shares may differ by one fact
+            for row, (top, mass) in enumerate(look(model, memory, facts)):
+                if i < len(told[row]) and not texts[row].begins[i] < place < texts[row].end(i):  # not in its midst
+                    seen = texts[row].end(i) <= place
+                    curves.append({"model": name, "place": place, "told": seen, "top": top, "mass": mass})
+    return memory
+
+
+def look(model: Any, state: Any, facts: Sequence[Fact]) -> list[tuple[float, float]]:
+    """How sharply each row of ``state`` is read where the answer to a fact would begin; nothing is written.
+
+    Args:
+        model: A language model with memory.
+        state: Memories, with no local context.
+        facts: One per row.
+
+    Returns:
+        For each fact the largest read weight and the sum of the read weights, at the end of its cue; means over
+        memories and layers.
+    """
+    longest, device = max(len(fact.cue) for fact in facts), device_of(model)
+    ids = torch.tensor([fact.cue + (0,) * (longest - len(fact.cue)) for fact in facts], device=device)  # (B, L)
+    last = torch.tensor([len(fact.cue) - 1 for fact in facts], device=device)
+    reads = model(ids, state=state, write=False, logits=False).reads.values()
+    weights = [read.weights[torch.arange(len(facts), device=device), last].float() for read in reads]  # (B, k) each
+    top = torch.stack([weight.amax(dim=1) for weight in weights]).mean(dim=0)
+    mass = torch.stack([weight.sum(dim=1) for weight in weights]).mean(dim=0)
+    return list(zip(top.tolist(), mass.tolist(), strict=True))
+
+
+def _means(curves: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Mean over facts of what was found, by model, whether they were told already, and place."""
+    groups: dict[tuple[str, bool, int], list[Mapping[str, Any]]] = {}
+    for point in curves:
+        groups.setdefault((point["model"], point["told"], point["place"]), []).append(point)
+    return [
+        {
+            "model": model, "told": told, "place": place, "n": len(points),
+            "top": math.fsum(point["top"] for point in points) / len(points),
+            "mass": math.fsum(point["mass"] for point in points) / len(points),
+        }
+        for (model, told, place), points in sorted(groups.items())
+    ]  # fmt: skip
+
+
+_Question = tuple[str, Any, bool, Sequence[Sequence[Item]], str]
+
+
+def _questions(
+    model: Any, state: Any, twin: str, told: Sequence[Sequence[Item]], others: Sequence[Sequence[Item]]
+) -> list[_Question]:
+    """Conditions that the memory of one twin answers: name, memory, whether it is read, what is asked, which value."""
+    if twin == "true":
+        return [
+            ("on", state, True, told, "true"),
+            ("off", state, False, told, "true"),
+            ("wiped", model.wipe(state), True, told, "true"),
+            ("swapped", state, True, others, "true"),
+            ("false_after_true", state, True, told, "false"),
+        ]
+    if twin == "false":
+        return [("counterfactual", state, True, told, "false"), ("true_after_false", state, True, told, "true")]
+    return [("unseen", state, True, told, "true")]
+
+
+def _ask(
+    model: Any,
+    memory: Any,
+    read: bool,
+    asked: Sequence[Sequence[Item]],
+    value: str,
+    condition: str,
+    documents: Sequence[int],
+) -> list[Row]:
+    """Ask each row of ``memory`` for its facts, with every cue."""
+    rows: list[Row] = []
+    for cue in CUES:
+        for i in range(max(map(len, asked))):  # one question per row at a time, so that no bank has to be copied
+            items = [share[min(i, len(share) - 1)] for share in asked]  # shares may differ by one fact
+            facts = [getattr(item, value)[cue] for item in items]
+            answers = answer(model, memory, facts, read)
+            for row, (item, fact, (correct, nll)) in enumerate(zip(items, facts, answers, strict=True)):
+                if i < len(asked[row]):
+                    rows.append(
+                        {
+                            "condition": condition, "cue": cue, "fact": item.number, "document": documents[row],
+                            "text": item.words["cue"], "expected": fact.value[0], "correct": correct, "nll": nll,
+                        }
+                    )  # fmt: skip
+    return rows
+
+
+def summarise(rows: Sequence[Row]) -> dict[str, float]:
+    """Metrics of the rows.
+
+    Returns:
+        For each condition ``exact_match/<condition>`` with ``low`` and ``high`` (95 % Wilson interval), ``n`` and
+        ``nll``, of facts that are not flagged, asked in the same words; ``exact_match_paraphrase/...`` and
+        ``exact_match_question/...`` of the other cues; ``.../control`` is the most successful of the four controls;
+        ``exact_match_all/...`` of all facts, asked in the same words. ``n_flagged_text`` and ``n_flagged_known`` say
+        why facts are left out, ``n_value_in_text`` how many values the training text has. ``chance`` is the rate of one
+        who knows what a document told and guesses which fact is meant.
+    """
+    metrics: dict[str, float] = {}
+    kept = [row for row in rows if not row["flag"]]
+    groups = {cue: [row for row in kept if row["cue"] == cue] for cue in CUES}
+    groups["_all"] = [row for row in rows if row["cue"] == ""]
+    for kind, group in groups.items():
+        for condition in CONDITIONS:
+            part = [row for row in group if row["condition"] == condition]
+            if part:
+                metrics |= rate(f"{kind}/{condition}", part)
+        found = [name for name in CONTROLS if f"n{kind}/{name}" in metrics]
+        if found:
+            best = max(found, key=lambda name: metrics[f"exact_match{kind}/{name}"])
+            for name in ("exact_match", "low", "high", "n", "nll"):
+                metrics[f"{name}{kind}/control"] = metrics[f"{name}{kind}/{best}"]
+    facts = {row["fact"]: row for row in rows}
+    for reason in ("text", "known"):
+        metrics[f"n_flagged_{reason}"] = sum(row["flag"] == reason for row in facts.values())
+    metrics["n_value_in_text"] = sum(row["value_in_text"] for row in facts.values())
+    told = [row["document"] for row in rows if row["condition"] == "on" and row["cue"] == ""]
+    if told:
+        metrics["chance"] = sum(1 / told.count(document) for document in told) / len(told)
+    return metrics
+
+
+# --- figures ---------------------------------------------------------------------------------------------------------
+
+
+def plot(result: Result) -> dict[str, Figure]:
+    """Figures by file name.
+
+    Returns:
+        ``recall``: exact match of every condition for each cue; ``similarity``: how sharply a question finds something
+        in memory over time. Those without data are left out.
+    """
+    figures: dict[str, Figure] = {}
+    if "exact_match/on" in result.metrics:
+        figures["recall"] = _bars(result)
+    if result.metadata.get("similarity"):
+        figures["similarity"] = _similarity(result)
+    return figures
+
+
+def _bars(result: Result) -> Figure:
+    metrics = result.metrics
+    colors = dict(zip(CUES, ("blue", "sky", "green"), strict=True))
+    n = int(metrics["n/on"])
+    with style():
+        figure = Figure(figsize=(8.4, 5.8))
+        axes = figure.subplots()
+        for y, condition in enumerate(CONDITIONS):
+            for i, (kind, label) in enumerate(CUES.items()):
+                name = f"{kind}/{condition}"
+                rate, low, high = (metrics[f"{part}{name}"] for part in ("exact_match", "low", "high"))
+                place = y + 0.26 * (i - 1)
+                color = PALETTE[colors[kind]]
+                axes.barh(place, rate, height=0.22, color=color, label=label if y == 0 else None)
+                bounds = [[max(rate - low, 0)], [max(high - rate, 0)]]
+                axes.errorbar(rate, place, xerr=bounds, color=PALETTE["black"], capsize=2, linewidth=1.0, clip_on=False)
+        axes.axvline(metrics["chance"], color=PALETTE["black"], linewidth=1.2, linestyle=":",
+                     label=f"guess among the document's facts, {100 * metrics['chance']:.2g} %")  # fmt: skip
+        axes.axhline(4.5, color=PALETTE["black"], linewidth=0.8)  # above: true values and controls; below: false twins
+        axes.set_yticks(range(len(CONDITIONS)), [text.replace(", ", ",\n") for text in CONDITIONS.values()])
+        axes.invert_yaxis()
+        axes.set(xlim=(0, 1), title=f"Modern facts told {result.metadata['distances'][0]:,} or more tokens before")
+        axes.set_xlabel(f"answered exactly, with 95 % Wilson interval, n = {n} facts")
+        axes.grid(axis="x")
+        axes.grid(visible=False, axis="y")
+        axes.xaxis.set_major_formatter(PercentFormatter(xmax=1, symbol=" %"))
+        figure.legend(loc="outside lower center", ncols=2, title="asked in")
+    return figure
+
+
+def _similarity(result: Result) -> Figure:
+    points, until = result.metadata["similarity"], result.metadata["told_until"]
+    looks = {
+        ("trained", True): ("facts told already", "blue", "-", "o"),
+        ("trained", False): ("facts not told yet", "vermillion", "-", "s"),
+        ("untrained", True): ("untrained model, told", "sky", "--", "o"),
+        ("untrained", False): ("untrained model, not told yet", "orange", "--", "s"),
+    }
+    titles = {"top": "largest read weight", "mass": "read weight in all"}
+    with style():
+        figure = Figure(figsize=(8.4, 4.6))
+        for axes, (name, title) in zip(figure.subplots(1, 2, sharex=True), titles.items(), strict=True):
+            for (model, told), (label, color, line, marker) in looks.items():
+                mine = [point for point in points if (point["model"], point["told"]) == (model, told)]
+                axes.plot(
+                    [point["place"] for point in mine], [point[name] for point in mine], color=PALETTE[color],
+                    linestyle=line, marker=marker, markersize=4, label=label if name == "top" else None,
+                )  # fmt: skip
+            axes.axvspan(0, until, color=PALETTE["black"], alpha=0.07, linewidth=0,
+                         label="facts are told" if name == "top" else None)  # fmt: skip
+            axes.set(title=title.capitalize(), ylim=(0, 1.02), xlim=(0, None), xlabel="tokens read before the question")
+            axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+        figure.axes[0].set_ylabel("at the end of the cue, mean over facts")
+        figure.legend(loc="outside lower center", ncols=3)
+    return figure
