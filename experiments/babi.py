@@ -99,8 +99,13 @@ class Asked(NamedTuple):
     said: int
 
     @property
-    def text(self) -> str:
+    def tokens(self) -> tuple[int, ...]:
         """Question and answer."""
+        return self.cue + self.answer
+
+    @property
+    def text(self) -> str:
+        """Question and answer in words."""
         return f"{self.question.text}? {self.question.answer}"
 
 
