@@ -90,11 +90,16 @@ class LongTermMemory(Memory):
         gate_penalty: Weight of the mean write gate in the loss: what makes writing selective.
         scope: ``sequence`` (one bank per row) or ``shared`` (one bank for all).
 
+    Attributes:
+        distractors: While training, a row also reads what the other rows' segments of the window write: slots that can
+            never help, so that look-alike keys are told apart. For curricula; off unless they set it.
+
     Raises:
         ValueError: If a setting cannot work; the message names it.
     """
 
     temperature_scale: Tensor
+    distractors: bool = False
 
     @property
     def wants_surprise(self) -> bool:  # type: ignore[override]
@@ -252,9 +257,20 @@ class LongTermMemory(Memory):
         if read:
             time = self._time(state.n_record[:, None] + plan.record, flat.position)
             window = Pool(flat.key, flat.value, self._bias(flat.log_gate), plan.window_visible, time)
+            window_slot = plan.window_slot
+            if self.distractors and self.training:  # one pool of all rows' slots, numbered row after row
+                window = Pool(
+                    key=window.key.flatten(0, 1)[None],
+                    value=window.value.flatten(0, 1)[None],
+                    bias=window.bias.flatten()[None],
+                    visible=window.visible.transpose(0, 1).flatten(1)[None],  # (1, S, B * P)
+                    time=None if time is None else time.flatten()[None],
+                )
+                own = torch.eye(len(x), dtype=torch.bool, device=x.device)[..., None]
+                window_slot = torch.where(own, window_slot, -1).flatten(1)  # (B, B * P)
             reads = self._attend(x, self._bank(state, plan.bank_visible), window)
             n_bank = int(state.host_used.max())
-            slot = torch.cat([torch.arange(n_bank, device=x.device).expand(len(x), -1), plan.window_slot], dim=1)
+            slot = torch.cat([torch.arange(n_bank, device=x.device).expand(len(x), -1), window_slot], dim=1)
             slot = F.pad(slot, (0, 1), value=-1)  # -1 stays -1
             index = reads.slots.flatten(1).remainder(slot.shape[1])
             reads = reads._replace(slots=slot.gather(1, index).view_as(reads.slots))

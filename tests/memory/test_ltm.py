@@ -611,3 +611,28 @@ def test_the_price_of_writing() -> None:
 def test_flops_count_the_search() -> None:
     few, many = (LongTermMemory(D, **(SETTINGS | {"n_slot": n})).flops_per_token() for n in (1000, 3000))
     assert many - few == 2 * 2000 * SETTINGS["d_key"]
+
+
+def test_distractors_share_the_read_with_what_other_rows_wrote_while_training() -> None:
+    torch.manual_seed(0)
+    settings = {"n_slot": 64, "d_key": 8, "top_k": 64, "write_budget": 4, "span": 2, "temperature": 3.0}
+    model = LMCode(20, {"ltm": lambda d_model: LongTermMemory(d_model, **settings)}, n_layer=1, n_head=2, d_model=D,
+                   segment_len=T, overlap=2)  # fmt: skip
+    row = torch.randint(20, (1, 4 * T))
+    ids = row.expand(2, -1)
+
+    def read(distractors: bool) -> tuple[Tensor, Tensor]:
+        model.memory["ltm"][0].distractors = distractors
+        found = model(ids).reads["ltm/0"]
+        assert (found.slots < 4 * T).all()
+        return (found.weights * (found.slots >= 0)).sum(dim=2), found.weights.sum(dim=2)
+
+    own, everything = read(False)
+    torch.testing.assert_close(own, everything)
+    assert float(own[:, -1].detach().min()) > 0
+    shared, total = read(True)
+    # Each slot has a twin in the other row: of e / (null + e) remains e / (null + 2 e).
+    torch.testing.assert_close(shared, own / (1 + own))
+    torch.testing.assert_close(total, 2 * own / (1 + own))
+    model.eval()
+    torch.testing.assert_close(read(True)[1], everything)  # rows are isolated when it counts
