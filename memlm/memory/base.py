@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from memlm.memory.state import State, where_rows
+from memlm.memory.state import State, map_tensors, tensors, where_rows
 
 Scope = Literal["sequence", "shared"]
 
@@ -231,6 +231,34 @@ class Memory(nn.Module):
         None (the default) if slots are not made from single tokens.
         """
         return None
+
+    def contents(self, state: State) -> Tensor:
+        """What each slot holds as a vector, for analysis, (B, n_slot, d).
+
+        Default: the real numbers that the state keeps for each slot, in fields of shape (B, n_slot, ...), side by side.
+        Contents as wide as the model are compared with hidden states; a mechanism that stores something else gives
+        what a slot would add to the residual stream.
+        """
+        shape = self.filled(state).shape
+        parts = [tensor for tensor in tensors(state) if tensor.is_floating_point() and tensor.dim() > 2]
+        return torch.cat([tensor.flatten(2) for tensor in parts if tensor.shape[:2] == shape], dim=2)
+
+    def forget(self, state: State, slots: Tensor) -> State:
+        """The state without what some slots hold: they add nothing to a read, the others stay as they are.
+
+        Default: fields of shape (B, n_slot, ...) are as in a fresh state at these slots.
+
+        Args:
+            state: Any state; never changed in place.
+            slots: Slots to forget, (B, n_slot), bool.
+        """
+
+        def empty(tensor: Tensor, fresh: Tensor) -> Tensor:
+            if tensor.shape[:2] != slots.shape:
+                return tensor
+            return torch.where(slots.view(*slots.shape, *[1] * (tensor.dim() - 2)), fresh, tensor)
+
+        return map_tensors(empty, state, self.init_state(len(slots)))
 
     def flops_per_token(self) -> int:
         """Multiply-adds times two of one token's read and write."""

@@ -365,6 +365,11 @@ class LongTermMemory(Memory):
         """See `Memory.places`."""
         return state.position
 
+    def contents(self, state: LongTermState) -> Tensor:
+        """What each slot adds to the residual stream if it alone is read through an open gate, (B, M, D)."""
+        n_used = int(state.host_used.max())
+        return F.pad(self.to_output(state.value[:, :n_used]), (0, 0, 0, self.n_slot - n_used))
+
     def flops_per_token(self) -> int:
         """Projections of read and write, and the search of a full bank."""
         search = 2 * self.n_slot * self.d_key + 2 * self.top_k * (self.d_key + self.d_value)

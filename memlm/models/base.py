@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -13,8 +14,8 @@ if TYPE_CHECKING:
 class LanguageModel(nn.Module):
     """A causal language model with memories.
 
-    Subclasses define ``forward``, `init_state`, `new_context`, `wipe` and `select_rows` as `memlm.models.lmcode.LMCode`
-    does.
+    Subclasses define ``forward`` and what is not implemented here as `memlm.models.lmcode.LMCode` does. The ``memory``
+    of their states holds, by name, one state per module.
 
     Attributes:
         memory: By name, the `Memory` modules of each memory: one per layer with memory, or one for all of them.
@@ -64,8 +65,16 @@ class LanguageModel(nn.Module):
         """Places in the document of the tokens that memories hold, (B, n_slot) each: see `Memory.places`."""
         return []
 
+    def map_memory(self, function: Callable[[Any, Any], Any], state: Any) -> Any:
+        """``state`` with ``function(module, memory_state)`` in place of every memory state."""
+        raise NotImplementedError
+
     def wipe(self, state: Any) -> Any:
         """``state`` with all memories as new."""
+        raise NotImplementedError
+
+    def with_memory(self, state: Any, other: Any) -> Any:
+        """``state`` with the memories of ``other``; the local context stays."""
         raise NotImplementedError
 
     def select_rows(self, state: Any, index: Tensor) -> Any:

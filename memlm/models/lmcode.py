@@ -339,6 +339,10 @@ class LMCode(LanguageModel):
         ]
         return [part for part in found if part is not None]
 
+    def with_memory(self, state: ModelState, other: ModelState) -> ModelState:
+        """``state`` with the memories of ``other``; the local context stays."""
+        return state._replace(memory=other.memory)
+
     def select_rows(self, state: ModelState, index: Tensor) -> ModelState:
         """Rows ``index`` (N,) of ``state``; banks that all rows share stay as they are."""
         state = self.map_memory(lambda m, part: part if m.scope == "shared" else select_rows(part, index), state)

@@ -704,3 +704,42 @@ def described(nodes: Nodes) -> None:
             assert isinstance(module.flops_per_token(), int)
             assert module.flops_per_token() > 0
             assert sum(parameter.numel() for parameter in module.parameters()) > 0
+
+
+# --- 11: inspectable -------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def inspectable(make: Make, scope: str = "sequence") -> None:
+    """Contents are one vector per slot; a slot that was forgotten adds nothing to a read, and no other slot changes."""
+    model = make(memory={"scope": scope}, memory_layers="all")
+    state, ids = filled(model, n_row=2), text(2, T, seed=1)
+    passed = copy.deepcopy(state)
+
+    def forget(part: Callable[[Tensor], Tensor]) -> ModelState:
+        """``part`` says which of the slots' numbers (B, n_slot) are forgotten."""
+
+        def of(module: Memory, held: Any) -> Any:
+            slots = module.filled(held)
+            return module.forget(held, part(torch.arange(slots.shape[1]).expand_as(slots)))
+
+        return model.map_memory(of, state)
+
+    base = logits(model, ids, state)
+    assert torch.equal(logits(model, ids, forget(lambda n: n < 0)), base), "forgetting nothing changes outputs"
+    none = logits(model, ids, forget(lambda n: n >= 0))
+    close(none, logits(model, ids, model.wipe(state)), "all slots forgotten against a wiped memory")
+    half = forget(lambda n: n % 2 == 0)
+    for other, what in ((base, "a forgotten slot is still read"), (none, "slots that were kept are read no more")):
+        assert (logits(model, ids, half) - other).abs().max() > 1e-4, what
+    for name, modules in model.memory.items():
+        parts = zip(modules, state.memory[name], half.memory[name], model.init_state(2).memory[name], strict=True)
+        for module, before, after, fresh in parts:
+            assert states.n_byte(after) == states.n_byte(before), f"{name}: forgetting changed the size of the state"
+            held, left, empty = (module.contents(part) for part in (before, after, fresh))
+            assert held.shape[:2] == module.filled(before).shape, f"{name}: contents of {held.shape[:2]} slots"
+            assert held.isfinite().all(), f"{name}: contents are not finite"
+            assert torch.equal(left[:, 1::2], held[:, 1::2]), f"{name}: a slot that was kept changed"
+            assert torch.equal(left[:, ::2], empty[:, ::2]), f"{name}: a forgotten slot holds something"
+    for (name, now), (_, before) in zip(named_tensors(state), named_tensors(passed), strict=True):
+        assert torch.equal(now, before), f"{name} of the state passed in was changed"

@@ -30,7 +30,7 @@ class Ring(Memory):
         self.n_slot = n_slot
         self.to_slot = nn.Linear(2 * d_model, d_model)
         self.query = nn.Linear(d_model, d_model)
-        self.to_output = nn.Linear(d_model, d_model)
+        self.to_output = nn.Linear(d_model, d_model, bias=False)
 
     def init_state(self, n_row: int) -> RingState:
         d_model = self.to_output.in_features
@@ -40,7 +40,7 @@ class Ring(Memory):
         slot = recalled.slot
         n_slot = slot.shape[1]
         place = torch.arange(n_slot)
-        filled = place < recalled.n_written[:, None]  # (B, n)
+        filled = self.filled(recalled)
         score = self.query(x) @ slot.transpose(1, 2) / x.shape[-1] ** 0.5
         # Nothing is read with a little weight as well, so that rows that hold nothing read nothing.
         score = torch.cat([score.masked_fill(~filled[:, None], -torch.inf), torch.zeros_like(score[..., :1])], dim=2)
@@ -65,6 +65,9 @@ class Ring(Memory):
         here = (torch.arange(self.n_slot) == self.place(state)[:, None]) & written[:, None]
         slot = torch.where(here[..., None], self.content(segment)[:, None], state.slot)
         return RingState(slot, state.n_written + written), {}
+
+    def filled(self, state: RingState) -> Tensor:
+        return torch.arange(state.slot.shape[1]) < state.n_written[:, None]  # (B, n)
 
 
 class Dead(Ring):
@@ -275,6 +278,27 @@ class Unsaved(Ring):
         return read._replace(values=read.values + self.extra.get(float(recalled.slot.detach().sum()), 0.0))
 
 
+class StillHolds(Ring):
+    """Forgets that a slot is written, not what it holds."""
+
+    def forget(self, state: RingState, slots: Tensor) -> RingState:
+        return state
+
+
+class ForgetsAll(Ring):
+    """Forgets all slots when asked to forget one."""
+
+    def forget(self, state: RingState, slots: Tensor) -> RingState:
+        return super().forget(state, slots.any(dim=1, keepdim=True).expand_as(slots))
+
+
+class Another(Ring):
+    """Its contents are those of another slot."""
+
+    def contents(self, state: RingState) -> Tensor:
+        return super().contents(state).roll(1, dims=1)
+
+
 def make_of(cls: type[Memory]) -> laws.Make:
     return laws.builder_of({"ring": (cls, {"n_slot": 4})}, shrink=False)
 
@@ -296,6 +320,7 @@ LAWS: dict[str, Callable[[laws.Make], None]] = {
     "7 admits": laws.admits,
     "8 round trip": laws.round_trip,
     "9 useful": laws.useful,
+    "11 inspectable": laws.inspectable,
 }
 
 # The law, the memory that breaks it, what the law says about it.
@@ -327,6 +352,9 @@ FAULTS: list[tuple[str, type[Ring], str]] = [
     ("7 admits", Frozen, "admits nothing new"),
     ("8 round trip", Unsaved, "continued otherwise"),
     ("8 round trip", Attribute, "continued otherwise"),
+    ("11 inspectable", StillHolds, "all slots forgotten"),
+    ("11 inspectable", ForgetsAll, "read no more"),
+    ("11 inspectable", Another, "that was kept changed"),
 ]
 
 

@@ -136,10 +136,18 @@ def test_10_described(name: str) -> None:
     laws.described(laws.nodes_of(name))
 
 
+def test_11_inspectable(memory: laws.Make) -> None:
+    laws.inspectable(memory)
+
+
+def test_11_inspectable_shared(shareable: laws.Make) -> None:
+    laws.inspectable(shareable, scope="shared")
+
+
 LAWS = [
     laws.alive, laws.causal, laws.isolated, laws.chunk_invariant, laws.ragged, laws.generates_as_parallel,
     laws.schedules_agree, laws.contexts, laws.resets, laws.pure, laws.reach, laws.every_parameter_learns,
-    laws.round_trip,
+    laws.round_trip, laws.inspectable,
 ]  # fmt: skip
 
 
