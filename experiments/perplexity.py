@@ -191,13 +191,13 @@ def summarise(rows: Sequence[Row]) -> dict[str, float]:
         if name == "on" or not parts["on"] or not parts[name]:
             continue
         pairs = [(parts["on"][key], parts[name][key]) for key in parts["on"]]
-        mean, half = _ratio_interval([a["n_token"] for a, _ in pairs], [a["nll"] - b["nll"] for a, b in pairs])
+        mean, half = ratio_interval([a["n_token"] for a, _ in pairs], [a["nll"] - b["nll"] for a, b in pairs])
         metrics |= {f"difference/on-{name}": mean, f"difference_low/on-{name}": mean - half}
         metrics |= {f"difference_high/on-{name}": mean + half}
     return metrics
 
 
-def _ratio_interval(weights: Sequence[float], values: Sequence[float]) -> tuple[float, float]:
+def ratio_interval(weights: Sequence[float], values: Sequence[float]) -> tuple[float, float]:
     """Weighted mean and half the width of its 95 % interval.
 
     A weighted mean is a ratio of two sums. Linearised (the usual standard error of a ratio estimator) it is the plain

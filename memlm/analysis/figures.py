@@ -117,6 +117,12 @@ def wilson(k: float, n: int, z: float = 1.959963984540054) -> tuple[float, float
     return low, high
 
 
+def effective(weights: np.ndarray) -> float:
+    """How many equal shares would be spread as evenly: exp of the entropy of ``weights`` (>= 0); 0 if all are 0."""
+    share = weights[weights > 0] / weights.sum() if weights.sum() > 0 else np.empty(0)
+    return math.exp(-float((share * np.log(share)).sum())) if len(share) else 0.0
+
+
 def read_history(metrics_csv: str | PathLike[str]) -> list[dict[str, Any]]:
     """Reads the `metrics.csv` that Lightning's `CSVLogger` writes.
 
@@ -468,9 +474,4 @@ def _slot_note(slots: np.ndarray, key: str) -> str:
     """What the figure says beside a row."""
     if key == "filled":
         return f"{100 * slots.mean():.3g} % of {len(slots):,}"
-    total = slots.sum()
-    if total == 0:
-        return "never read"
-    share = slots[slots > 0] / total
-    effective = math.exp(-float((share * np.log(share)).sum()))
-    return f"{effective:,.0f} of {len(slots):,} effective"
+    return f"{effective(slots):,.0f} of {len(slots):,} effective" if slots.sum() else "never read"

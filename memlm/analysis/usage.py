@@ -2,12 +2,51 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from memlm.data.stream import ValidationBatches
+from memlm.memory.base import Memory, Residual
+
+
+def banks(model: Any, state: Any) -> dict[str, tuple[Memory, Any]]:
+    """Every memory module with its state, by ``memory/layer``; by ``memory`` if it serves all attached layers."""
+    found = {}
+    for name, modules in model.memory.items():
+        labels = [f"{name}/{layer}" for layer in model.memory_layers] if modules[0].layerwise else [name]
+        for label, module, part in zip(labels, modules, state.memory[name], strict=True):
+            found[label] = (module, part)
+    return found
+
+
+def read_weights(
+    model: Any, reads: Mapping[str, Residual], state: Any, mask: Tensor | None = None
+) -> dict[str, Tensor]:
+    """Total weight with which each slot was read.
+
+    Args:
+        model: A language model.
+        reads: What a call read, as the model gives it.
+        state: A state of as many rows.
+        mask: Tokens that count, (B, N); None for all.
+
+    Returns:
+        By bank (see `banks`), (B, n_slot).
+    """
+    total = {label: torch.zeros_like(module.filled(part), dtype=torch.float32)
+             for label, (module, part) in banks(model, state).items()}  # fmt: skip
+    for key, read in reads.items():
+        label = key if key in total else key.partition("/")[0]
+        known = read.slots >= 0 if mask is None else (read.slots >= 0) & mask[..., None]
+        weights = torch.where(known, read.weights, 0.0).float().flatten(1)  # (B, N * k)
+        if len(total[label]) == 1:  # a shared bank, read by all rows
+            weights = weights.flatten()[None]
+        slots = read.slots.clamp(min=0).view_as(weights)
+        total[label] = total[label].scatter_add(1, slots, weights)
+    return total
 
 
 @torch.no_grad()
@@ -20,8 +59,8 @@ def slot_usage(model: Any, data: Any, n_window: int = 4) -> dict[str, dict[str, 
         n_window: Windows of text.
 
     Returns:
-        By ``memory/layer``: ``filled``, the share of rows in which a slot holds something, (n_slot,), and ``read``, the
-        total weight with which it was read, (n_slot,).
+        By bank (see `banks`): ``filled``, the share of rows in which a slot holds something, (n_slot,), and ``read``,
+        the total weight with which it was read, (n_slot,).
     """
     batches = ValidationBatches(data.tokens("val"), model.segment_len, data.tokenizer.pad_id)
     device = next(model.parameters()).device
@@ -33,18 +72,10 @@ def slot_usage(model: Any, data: Any, n_window: int = 4) -> dict[str, dict[str, 
         move = [None if part is None else part.to(device) for part in (batch.reset, batch.mask)]
         out = model(batch.ids.to(device), state=state, reset=move[0], mask=move[1], logits=False)
         state = out.state
-        for key, reads in out.reads.items():
-            name = key.partition("/")[0]
-            n_slot = model.memory[name][0].filled(state.memory[name][0]).shape[1]
-            total = read.setdefault(key, torch.zeros(n_slot, device=device))
-            known = reads.slots >= 0
-            total.scatter_add_(0, reads.slots[known], reads.weights[known])
+        for label, weights in read_weights(model, out.reads, state).items():
+            read[label] = read.get(label, 0) + weights.sum(dim=0)
     model.train(training)
-    usage: dict[str, dict[str, Tensor]] = {}
-    for key, total in read.items():
-        name, _, layer = key.partition("/")
-        modules = model.memory[name]
-        place = model.memory_layers.index(int(layer)) if modules[0].layerwise else 0
-        filled = modules[place].filled(state.memory[name][place])  # type: ignore[union-attr]
-        usage[key] = {"filled": filled.float().mean(dim=0).cpu(), "read": total.cpu()}
-    return usage
+    return {
+        label: {"filled": module.filled(part).float().mean(dim=0).cpu(), "read": read[label].cpu()}
+        for label, (module, part) in banks(model, state).items()
+    }
