@@ -101,8 +101,8 @@ def run(model: Any, data: Any, cfg: ContextInfluence, progress: Callable[[float]
 
     Returns:
         Rows of three kinds, for each model and condition. ``text``: one per segment, with its document (by stream and
-        number within it), ``position`` in the document, tokens, mean ``nll`` (memory on), ``delta_nll`` (on - condition)
-        and ``kl``.
+        number within it), ``position`` in the document, tokens, mean ``nll`` (memory on), ``delta_nll`` (on -
+        condition) and ``kl``.
         ``answer``: one per fact, with its document and ``since`` (tokens since it was told). ``distribution``: number
         of tokens of text whose loss changes by ``low`` to ``high`` nats. For metrics see `summarise`.
     """
@@ -390,7 +390,7 @@ def _distribution(axes: Axes, rows: Sequence[Row]) -> None:
 
 def _means(axes: Axes, metrics: Mapping[str, float]) -> None:
     """Mean change of the loss with its interval, of answers and of text."""
-    ticks = []
+    ticks: list[str] = []
     for kind, label in (("answer", "answers"), ("text", "text")):
         for condition in OTHERS:
             key = f"delta_nll/{kind}/{condition}"

@@ -75,7 +75,7 @@ class PatternStorage:
     """
 
     pattern: Literal["fact", "passage"] = "fact"
-    passage_len: int = 12
+    passage_len: int = 9
     n_document: int = 8
     n_stored: list[int] = field(default_factory=lambda: [8, 16, 32, 64])
     n_probe: int = 8
@@ -126,7 +126,7 @@ class Passage(NamedTuple):
 class Passages:
     """What `experiments.needle.draw` asks of data, with passages in place of facts.
 
-    The first half of the text gives the passages, each once; the second half is what they are told in.
+    The first half of the text gives the passages, which occur nowhere else; the second half is what they are told in.
 
     Args:
         text: Held-out text.
@@ -137,6 +137,7 @@ class Passages:
         self.passage_len, self.n_cue = passage_len, passage_len // 3
         half = text.n_token // 2
         self._source, self._rest = text.tokens[:half], text.tokens[half:]
+        self._once = _occur_once(text.tokens, passage_len)
         self.maker = self
 
     def tokens(self, split: str) -> TokenizedCorpus:
@@ -144,17 +145,27 @@ class Passages:
         return TokenizedCorpus(self._rest, np.array([0, len(self._rest)]))
 
     def draw(self, rng: np.random.Generator, n: int, split: str) -> list[Passage]:
-        """``n`` passages with different cues that do not overlap."""
+        """``n`` passages with different cues, which do not overlap."""
         found: dict[tuple[int, ...], Passage] = {}
         for place in rng.permutation(len(self._source) // self.passage_len) * self.passage_len:
+            if not self._once[place]:
+                continue
             span = tuple(self._source[place : place + self.passage_len].tolist())
             found.setdefault(span[: self.n_cue], Passage(span[: self.n_cue], span[self.n_cue :]))
             if len(found) == n:
                 return list(found.values())
         raise ConfigError(
             f"{n} passages of {self.passage_len} tokens are asked for, but half of the text has {len(found)} that "
-            "begin differently: use fewer patterns (n_stored, n_document), a smaller passage_len or more text"
+            "occur once and begin differently: use fewer patterns (n_stored, n_document), a smaller passage_len or more text"
         )
+
+
+def _occur_once(tokens: np.ndarray, length: int) -> np.ndarray:
+    """Whether the span of ``length`` tokens from a place on is at no other place, (N,), by a hash of it."""
+    spans = np.lib.stride_tricks.sliding_window_view(tokens.astype(np.int64), length)
+    weights = np.random.default_rng(length).integers(1, 2**62, size=length)
+    _, index, count = np.unique((spans * weights).sum(axis=1), return_inverse=True, return_counts=True)
+    return np.pad(count[index] == 1, (0, length - 1))
 
 
 def run(model: Any, data: Any, cfg: PatternStorage, progress: Callable[[float], None] | None = None) -> Result:
@@ -320,8 +331,8 @@ def summarise(rows: Sequence[Row]) -> dict[str, float]:
     Returns:
         ``top1/<condition>`` with ``low/...`` and ``high/...`` (95 % Wilson interval) and ``n/<condition>``;
         ``mrr/<condition>`` with ``low/...`` and ``high/...`` (95 % t interval over documents);
-        ``evidence/<condition>``, mean nats for the right candidate. These are for the most patterns stored, and with ``/<n_stored>`` for each
-        number. ``likelihood_top1/on`` and ``/off``, ``likelihood_mrr/...``. ``chance/top1`` and ``chance/mrr``. And
+        ``evidence/<condition>``, mean nats for the right candidate. These are for the most patterns stored, and with
+        ``/<n_stored>`` for each number. ``likelihood_top1/on`` and ``/off``, ``likelihood_mrr/...``. ``chance/top1`` and ``chance/mrr``. And
         ``similarity_mean``, ``similarity_max``, their ``_other`` (another document's segment) with ``low``, ``high``
         and ``sd`` (over segments and documents, as IMM gives it). What ends with ``/untrained`` is of the untrained
         model.
@@ -429,9 +440,8 @@ def _finding(result: Result) -> Figure:
     with style():
         figure = Figure(figsize=(11.0, 7.6))
         grid = figure.subplots(2, 2, sharey="row", sharex="col")
-        for line, (name, title) in zip(
-            grid, {"top1": "Found first (top-1)", "mrr": "Mean reciprocal rank"}.items(), strict=True
-        ):
+        titles = {"top1": "Found first (top-1)", "mrr": "Mean reciprocal rank"}
+        for line, (name, title) in zip(grid, titles.items(), strict=True):
             for condition, suffix in [*((c, "") for c in CONDITIONS), ("on", "/untrained")]:
                 keys = [f"{name}/{condition}/{number}{suffix}" for number in numbers]
                 if keys[0] not in result.metrics:

@@ -173,9 +173,9 @@ def _stream(
             parts = {"read": read, "even": even, "write": (now[label] - held[label]).norm(dim=2)}
             known = totals.get(label)
             totals[label] = parts if known is None else {key: known[key] + part for key, part in parts.items()}
-            for key, found in shares[label].items():
+            for key, seen in shares[label].items():
                 share = parts[key] / parts[key].sum(dim=1, keepdim=True).clamp(min=1e-12)
-                found.append(share.mean(dim=0).cpu().numpy())
+                seen.append(share.mean(dim=0).cpu().numpy())
         held = now
         progress((begin + segment_len) / length)
     states = [model.new_context(state) for state in states]
@@ -279,7 +279,8 @@ def _losses(
 ) -> tuple[list[float], dict[str, Tensor]]:
     """By document, the mean loss of the tokens that are asked for; by bank, the weight with which slots were read."""
     total = torch.zeros(len(asked[0][0]), dtype=torch.float64)
-    count, read = total.clone(), {}
+    count = total.clone()
+    read: dict[str, Tensor] = {}
     for ids, wanted in asked:
         outputs = streams.go_on(model, ids, states, write=False)
         nll = token_nll(model, streams.hidden(outputs)[:, :-1], ids[:, 1:].to(model.head_weight.device)).cpu().double()
@@ -367,7 +368,7 @@ def _interval(name: str, values: Sequence[float]) -> dict[str, float]:
 def _headline(metrics: Mapping[str, float], shapes: Mapping[str, int], share: float) -> list[dict[str, Any]]:
     """What the terminal and a comparison show first."""
     part = f"{100 * share:g} % of the slots"
-    lines = []
+    lines: list[tuple[str, str, str | None, bool]] = []
     for suffix, who in (("", ""), ("/untrained", ", untrained")):
         for probe, what in (("answer", "answers"), ("text", "text")):
             for slots, which in (("top", "most read"), ("random", "random")):
