@@ -77,7 +77,7 @@ class PatternStorage:
     pattern: Literal["fact", "passage"] = "fact"
     passage_len: int = 9
     n_document: int = 8
-    n_stored: list[int] = field(default_factory=lambda: [8, 16, 32, 64])
+    n_stored: list[int] = field(default_factory=lambda: [8, 24, 64])
     n_probe: int = 8
     n_candidate: int = 8
     patterns_per_segment: float = 2.0
