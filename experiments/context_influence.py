@@ -32,8 +32,9 @@ from torch import Tensor
 
 from experiments import streams
 from experiments.base import PALETTE, Result, Row, evaluating, style
-from experiments.needle import Document, Needle, draw, question
+from experiments.needle import Needle, draw
 from experiments.perplexity import ratio_interval
+from experiments.recall import Document, question
 from memlm.analysis.figures import CONTROLS
 from memlm.build import untrained
 from memlm.config import ConfigError
@@ -111,8 +112,10 @@ def run(model: Any, data: Any, cfg: ContextInfluence, progress: Callable[[float]
     if n_row < 2:
         raise ConfigError(f"the {cfg.split} text is one segment long, but one memory needs another to compare with: "
                           "use more text, or a smaller model.segment_len")  # fmt: skip
-    facts = Needle(cfg.n_document, max(cfg.n_fact, 1), cfg.distance, split=cfg.split, seed=cfg.seed)
-    documents = draw(data, facts, model.segment_len)[0] if cfg.n_fact else []
+    facts = Needle(
+        n_document=cfg.n_document, n_fact=max(cfg.n_fact, 1), distance=cfg.distance, split=cfg.split, seed=cfg.seed
+    )
+    documents, _, lengths = draw(data, facts, model.segment_len) if cfg.n_fact else ([], [], [0])
     rows: list[Row] = []
     for i, (name, measured) in enumerate(zip(MODELS, (model, untrained(model)), strict=True)):
 
@@ -123,7 +126,7 @@ def run(model: Any, data: Any, cfg: ContextInfluence, progress: Callable[[float]
         with evaluating(measured):
             found = _text(measured, stream, n_row, cfg.limit, lambda done: share(0.8 * done))
             if documents:
-                found += _answers(measured, documents, cfg.distance)
+                found += _answers(measured, documents, lengths[0])
             share(1.0)
         rows += [{"model": name, **row} for row in found]
     metadata = {
@@ -185,10 +188,9 @@ def _text(
     ]
 
 
-def _answers(model: Any, documents: Sequence[Document], distance: int) -> list[Row]:
-    """Rows of the answers to questions about every fact of the documents."""
+def _answers(model: Any, documents: Sequence[Document], length: int) -> list[Row]:
+    """Rows of the answers to questions about every fact of the documents, after ``length`` tokens."""
     segment_len, n = model.segment_len, len(documents)
-    length = -(-(max(len(document.head) for document in documents) + distance) // segment_len) * segment_len
     states = streams.start(model, n)
     for begin in range(0, length, _WINDOW * segment_len):
         end = min(begin + _WINDOW * segment_len, length)

@@ -40,7 +40,8 @@ from torch.nn import functional as F
 
 from experiments import streams
 from experiments.base import PALETTE, Result, Row, evaluating, mean_interval, style, wilson
-from experiments.needle import CONDITIONS, Document, Needle, draw, question
+from experiments.needle import Needle, draw
+from experiments.recall import CONDITIONS, Document, question
 from memlm.analysis.figures import CONTROLS
 from memlm.build import untrained
 from memlm.config import ConfigError
@@ -156,7 +157,7 @@ class Passages:
                 return list(found.values())
         raise ConfigError(
             f"{n} passages of {self.passage_len} tokens are asked for, but half of the text has {len(found)} that "
-            "occur once and begin differently: use fewer patterns (n_stored, n_document), a smaller passage_len or more text"
+            "occur once and begin differently: use fewer patterns (n_stored, n_document), shorter ones or more text"
         )
 
 
@@ -187,8 +188,11 @@ def run(model: Any, data: Any, cfg: PatternStorage, progress: Callable[[float], 
         document and segment. For metrics see `summarise`.
     """
     source = data if cfg.pattern == "fact" else Passages(data.tokens(cfg.split), cfg.passage_len)
-    told = Needle(cfg.n_document, cfg.n_stored[-1], 0, cfg.patterns_per_segment, split=cfg.split, seed=cfg.seed)
-    documents, unseen = draw(source, told, model.segment_len)
+    told = Needle(
+        n_document=cfg.n_document, n_fact=cfg.n_stored[-1], distance=0, facts_per_segment=cfg.patterns_per_segment,
+        split=cfg.split, seed=cfg.seed,
+    )  # fmt: skip
+    documents, unseen, _ = draw(source, told, model.segment_len)
     rows: list[Row] = []
     for i, (name, measured) in enumerate(zip(MODELS, (model, untrained(model)), strict=True)):
         conditions = CONDITIONS if name == "trained" else ("on",)
@@ -209,7 +213,11 @@ def run(model: Any, data: Any, cfg: PatternStorage, progress: Callable[[float], 
 
 
 def _measure(
-    model: Any, documents: Sequence[Document], unseen: Sequence[Any], cfg: PatternStorage, conditions: Sequence[str]
+    model: Any,
+    documents: Sequence[Document],
+    unseen: Sequence[Sequence[Any]],
+    cfg: PatternStorage,
+    conditions: Sequence[str],
 ) -> Iterator[tuple[float, list[Row]]]:
     """Read the documents; after each segment the share of the work that is done, and new rows."""
     segment_len, n = model.segment_len, len(documents)
@@ -255,7 +263,7 @@ def _probe(
     model: Any,
     states: list[Any],
     documents: Sequence[Document],
-    unseen: Sequence[Any],
+    unseen: Sequence[Sequence[Any]],
     n_stored: int,
     place: int,
     cfg: PatternStorage,
@@ -263,7 +271,6 @@ def _probe(
 ) -> list[Row]:
     """Look for patterns among the first ``n_stored`` of each document, whose memories are ``states``."""
     n_told = len(documents[0].facts)
-    never = [unseen[i * n_told : (i + 1) * n_told] for i in range(len(documents))]
     draws = [np.random.default_rng([cfg.seed, n_stored, i]) for i in range(len(documents))]
     wanted = [np.sort(rng.choice(n_stored, size=cfg.n_probe, replace=False)) for rng in draws]
     memories = dict.fromkeys(("on", "off", "unseen", "off unseen"), states)
@@ -279,7 +286,7 @@ def _probe(
         ]
         scores: dict[str, np.ndarray] = {}  # log-likelihood of the candidates, the right one first, (B, n)
         for condition in dict.fromkeys(("off", *(["off unseen"] if "unseen" in conditions else []), *conditions)):
-            texts, off = (never if condition.endswith("unseen") else told), condition.startswith("off")
+            texts, off = (unseen if condition.endswith("unseen") else told), condition.startswith("off")
             found = []
             for choice in (asked, *np.stack(others, axis=1)):
                 pairs = [Passage(text[i].cue, text[j].answer) for text, i, j in zip(texts, asked, choice, strict=True)]
@@ -332,7 +339,8 @@ def summarise(rows: Sequence[Row]) -> dict[str, float]:
         ``top1/<condition>`` with ``low/...`` and ``high/...`` (95 % Wilson interval) and ``n/<condition>``;
         ``mrr/<condition>`` with ``low/...`` and ``high/...`` (95 % t interval over documents);
         ``evidence/<condition>``, mean nats for the right candidate. These are for the most patterns stored, and with
-        ``/<n_stored>`` for each number. ``likelihood_top1/on`` and ``/off``, ``likelihood_mrr/...``. ``chance/top1`` and ``chance/mrr``. And
+        ``/<n_stored>`` for each number. ``likelihood_top1/on`` and ``/off``, ``likelihood_mrr/...``.
+        ``chance/top1`` and ``chance/mrr``. And
         ``similarity_mean``, ``similarity_max``, their ``_other`` (another document's segment) with ``low``, ``high``
         and ``sd`` (over segments and documents, as IMM gives it). What ends with ``/untrained`` is of the untrained
         model.

@@ -250,6 +250,21 @@ def _stored(document: Document, fact: int, held: Sequence[set[int]]) -> bool:
     return any(needed <= places for places in held)
 
 
+def question(facts: Sequence[Any]) -> tuple[Tensor, Tensor]:
+    """Facts, or anything else with a ``cue`` and all ``tokens``, as rows of tokens.
+
+    Returns:
+        Token ids, (B, L), and which of the last L - 1 belong to the answer, (B, L - 1). What follows an answer cannot
+        change it (models are causal), so short questions are filled up with anything.
+    """
+    longest = max(len(fact.tokens) for fact in facts)
+    ids = torch.tensor([fact.tokens + (0,) * (longest - len(fact.tokens)) for fact in facts])
+    begin = torch.tensor([len(fact.cue) for fact in facts])[:, None]
+    end = torch.tensor([len(fact.tokens) for fact in facts])[:, None]
+    place = torch.arange(1, longest)
+    return ids, (place >= begin) & (place < end)
+
+
 def answer(
     model: Any,
     state: Any,
@@ -267,13 +282,7 @@ def answer(
     Returns:
         For each fact whether greedy decoding gives the whole answer, and the answer's mean nats per token.
     """
-    longest, device = max(len(fact.tokens) for fact in facts), device_of(model)
-    # What follows an answer cannot change it (models are causal), so short questions are filled up with anything.
-    ids = torch.tensor([fact.tokens + (0,) * (longest - len(fact.tokens)) for fact in facts], device=device)  # (B, L)
-    begin = torch.tensor([len(fact.cue) for fact in facts], device=device)[:, None]
-    end = torch.tensor([len(fact.tokens) for fact in facts], device=device)[:, None]
-    place = torch.arange(1, longest, device=device)
-    asked = (place >= begin) & (place < end)  # (B, L - 1)
+    ids, asked = (part.to(device_of(model)) for part in question(facts))
     logits = model(ids, state=state, read=read, write=False).logits[:, :-1].float()  # (B, L - 1, V)
     targets = ids[:, 1:]
     nll = -logits.log_softmax(dim=-1).gather(2, targets[..., None])[..., 0]  # (B, L - 1)

@@ -35,7 +35,8 @@ from torch.nn import functional as F
 
 from experiments import streams
 from experiments.base import PALETTE, Result, Row, evaluating, mean_interval, style
-from experiments.needle import Document, Needle, draw, question
+from experiments.needle import Needle, draw
+from experiments.recall import Document, question
 from memlm.analysis.figures import effective
 from memlm.analysis.usage import banks, read_weights
 from memlm.build import untrained
@@ -111,9 +112,8 @@ def run(model: Any, data: Any, cfg: SlotUsage, progress: Callable[[float], None]
         that falls on it, and of ``even`` reads of all filled slots, averaged over documents. For metrics see
         `summarise`.
     """
-    documents = draw(
-        data, Needle(cfg.n_document, cfg.n_fact, cfg.distance, split=cfg.split, seed=cfg.seed), model.segment_len
-    )[0]
+    told = Needle(n_document=cfg.n_document, n_fact=cfg.n_fact, distance=cfg.distance, split=cfg.split, seed=cfg.seed)
+    documents, _, (length,) = draw(data, told, model.segment_len)
     rows: list[Row] = []
     for i, (name, measured) in enumerate(zip(MODELS, (model, untrained(model)), strict=True)):
 
@@ -122,7 +122,7 @@ def run(model: Any, data: Any, cfg: SlotUsage, progress: Callable[[float], None]
                 progress((i + done) / len(MODELS))
 
         with evaluating(measured):
-            states, length, found = _stream(measured, documents, cfg, lambda done: share(0.6 * done))
+            states, found = _stream(measured, documents, length, cfg, lambda done: share(0.6 * done))
             rows += [{"model": name, **row} for row in found if name == "trained" or row["kind"] != "bin"]
             ablated = _ablate(measured, documents, states, length, cfg, lambda done: share(0.6 + 0.4 * done))
             rows += [{"model": name, **row} for row in ablated]
@@ -144,11 +144,10 @@ def run(model: Any, data: Any, cfg: SlotUsage, progress: Callable[[float], None]
 
 
 def _stream(
-    model: Any, documents: Sequence[Document], cfg: SlotUsage, progress: Callable[[float], None]
-) -> tuple[list[Any], int, list[Row]]:
-    """The states after the documents, tokens of each, and rows of the kinds ``use`` and ``bin``."""
+    model: Any, documents: Sequence[Document], length: int, cfg: SlotUsage, progress: Callable[[float], None]
+) -> tuple[list[Any], list[Row]]:
+    """The states after ``length`` tokens of the documents, and rows of the kinds ``use`` and ``bin``."""
     segment_len, n = model.segment_len, len(documents)
-    length = -(-(max(len(document.head) for document in documents) + cfg.distance) // segment_len) * segment_len
     states = streams.start(model, n)
     held = streams.of_banks(model, states, lambda module, part: module.contents(part))
     totals: dict[str, dict[str, Tensor]] = {}  # by bank: read, even and write weights so far, (B, M)
@@ -197,7 +196,7 @@ def _stream(
                 }
             )  # fmt: skip
         rows += _bins(label, shares[label], slots[label].any(dim=0).cpu().numpy(), segment_len)
-    return states, length, rows
+    return states, rows
 
 
 def _per_token(weights: Tensor) -> Tensor:

@@ -13,13 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from experiments.recall import is_shared
 from memlm.analysis.usage import banks
 
 
 def start(model: Any, n_document: int) -> list[Any]:
     """States before any text: one for all documents, or one for each where a bank is shared."""
-    shared = any(modules[0].scope == "shared" for modules in model.memory.values())
-    return [model.init_state(1) for _ in range(n_document)] if shared else [model.init_state(n_document)]
+    if is_shared(model):
+        return [model.init_state(1) for _ in range(n_document)]
+    return [model.init_state(n_document)]
 
 
 def go_on(model: Any, ids: Tensor, states: list[Any], **options: Any) -> list[Any]:
