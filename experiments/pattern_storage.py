@@ -232,7 +232,7 @@ def _measure(
         ids = torch.from_numpy(np.stack([document.tokens(begin, end) for document in documents])).long()
         outputs = streams.go_on(model, ids, states)
         states = [out.state for out in outputs]
-        yield 0.4 * end / length, _similarity(model, states, streams.hidden(outputs).mean(dim=1), end)
+        yield end / length, _similarity(model, states, streams.hidden(outputs).mean(dim=1), end)
         if end in stops:
             closed = [model.new_context(state) for state in states]
             yield end / length, _probe(model, closed, documents, unseen, stops[end], end, cfg, conditions)
@@ -529,6 +529,8 @@ def _similarities(result: Result) -> Figure:
             for axes, kind in zip(line, ("mean", "max"), strict=True):
                 for model, color in (("trained", PALETTE["blue"]), ("untrained", "#777777")):
                     mine = [row for row in rows if row["bank"] == label and row["model"] == model]
+                    if not mine:
+                        continue
                     for column, what, dash in (("", "its own text", "-"), ("_other", "another document's text", ":")):
                         x = sorted({row["token"] for row in mine})
                         found = [mean_interval(r[kind + column] for r in mine if r["token"] == t) for t in x]

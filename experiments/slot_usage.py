@@ -255,7 +255,7 @@ def _ablate(
     }
     random = _random_order(model, states, cfg.seed)
     rows: list[Row] = []
-    n_step, step = len(PROBES) * (1 + 2 * len(cfg.shares)), 0
+    n_step, step = 2 * len(PROBES) * len(cfg.shares), 0
     for probe, asked in probes.items():
         before, read = _losses(model, asked, states)
         for share in cfg.shares:

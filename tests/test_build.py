@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import memlm
-from memlm.build import build_corpus, build_data, build_model, build_tokenizer
+from memlm.build import build_corpus, build_data, build_model, build_tokenizer, untrained
 from memlm.config import ConfigError
 from tests.training.small import config, write_text
 
@@ -24,6 +24,19 @@ def test_build_gives_a_model_that_knows_its_text(tmp_path: Path) -> None:
     assert (model.segment_len, sorted(model.memory)) == (32, ["ltm", "stm"])
     assert model.n_vocab == model.tokenizer.vocab_size
     assert model(torch.tensor([model.tokenizer.encode("x y z")])).logits.shape == (1, 3, model.n_vocab)
+
+
+def test_an_untrained_twin_has_the_same_settings_and_other_values(tmp_path: Path) -> None:
+    model = memlm.build(*SMALL, f"data.path={write_text(tmp_path)}", "memory=ltm", "seed=3")
+    before = torch.random.get_rng_state()
+    other, again = untrained(model.train()), untrained(model)
+    assert torch.equal(before, torch.random.get_rng_state())
+    assert other.config == model.config | {"seed": 4}
+    assert not other.training
+    shapes = [(name, value.shape) for name, value in model.state_dict().items()]
+    assert shapes == [(name, value.shape) for name, value in other.state_dict().items()]
+    assert not torch.equal(other.head_weight, model.head_weight)
+    assert torch.equal(other.head_weight, again.head_weight)
 
 
 def test_mistakes_are_told_before_anything_is_built(tmp_path: Path) -> None:

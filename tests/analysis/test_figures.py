@@ -6,7 +6,17 @@ import matplotlib as mpl
 import numpy as np
 import pytest
 
-from memlm.analysis.figures import PALETTE, gates, loss_curve, read_history, recall_curve, slot_use, style, wilson
+from memlm.analysis.figures import (
+    PALETTE,
+    effective,
+    gates,
+    loss_curve,
+    read_history,
+    recall_curve,
+    slot_use,
+    style,
+    wilson,
+)
 
 LOSS = "train/loss, answers weigh more"
 
@@ -178,6 +188,13 @@ def test_slot_use_values():
     assert [tick.get_text() for tick in notes.get_yticklabels()] == ["2 of 8 effective", "never read"]
     assert [mesh.get_clim() for mesh in filled.collections] == [(0, 1), (0, 1)]
     assert [mesh.get_clim() for mesh in read.collections] == [(0, 4), (0, 4)]
+
+
+def test_effective_number_of_equal_shares():
+    assert effective(np.array([2.0, 2.0, 0.0])) == pytest.approx(2.0)
+    assert effective(np.array([1.0, 0.0])) == pytest.approx(1.0)
+    assert effective(np.array([3.0, 1.0])) == pytest.approx(4 / 3**0.75)  # exp of the entropy of 3/4 and 1/4
+    assert effective(np.zeros(3)) == 0.0
 
 
 def test_slot_use_bins_cover_every_slot_once():
