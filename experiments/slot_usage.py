@@ -215,7 +215,7 @@ def _cosines(contents: Tensor, n_pair: int, rng: np.random.Generator) -> dict[st
     """Cosine between the contents (n, d) of different slots: mean, and where 5 % and 95 % of the pairs lie."""
     chosen = np.sort(rng.choice(len(contents), size=min(n_pair, len(contents)), replace=False))
     unit = F.normalize(contents[torch.from_numpy(chosen).to(contents.device)].float(), dim=1)
-    pairs = (unit @ unit.T)[tuple(np.triu_indices(len(unit), k=1))].cpu().numpy()
+    pairs = (unit @ unit.T).cpu().numpy()[np.triu_indices(len(unit), k=1)]
     if not len(pairs):
         return dict.fromkeys(("cosine", "cosine_p05", "cosine_p95"), math.nan)
     low, high = np.quantile(pairs, [0.05, 0.95])
