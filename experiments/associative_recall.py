@@ -297,7 +297,7 @@ def plot(result: Result) -> dict[str, Figure]:
     }
     most = [row for row in across if row["n_pair"] == n_pairs[-1]]
     gaps = np.array([row["gap"] for row in most])
-    edges = np.unique(np.geomspace(gaps.min(), gaps.max() + 1, _N_BIN + 1).round())
+    edges = np.unique([*np.quantile(gaps, np.arange(_N_BIN) / _N_BIN).round(), gaps.max() + 1])  # as many in each
     by_gap: dict[str, Points] = {name: [] for name in LABELS}
     for low, high in pairwise(edges):
         for name, points in by_gap.items():
@@ -314,19 +314,20 @@ def plot(result: Result) -> dict[str, Figure]:
             n_pairs, [1 / n for n in n_pairs], color=PALETTE["black"], linewidth=1.2, linestyle="--",
             label="a guess among the values told",
         )  # fmt: skip
-        axes.set(title="Associative recall by number of pairs", xlabel="key-value pairs told in a document")
-        axes.set_xticks(n_pairs)
+        axes.set(title="Associative recall across segments by number of pairs")
+        axes.set(xlabel="key-value pairs told in a document", xscale="log")
+        axes.set_xticks(n_pairs, [f"{n:,}" for n in n_pairs])
+        axes.minorticks_off()
         axes = gap.subplots()
         curves(axes, by_gap, LABELS)
         axes.axhline(chance, color=PALETTE["black"], linewidth=1.2, linestyle=":", label="a guess among all values")
-        axes.set(
-            title=f"Associative recall by gap, {n_pairs[-1]} pairs", xlabel="tokens from key to question", xscale="log"
-        )
+        axes.set(title=f"Associative recall across segments by gap, {n_pairs[-1]} pairs")
+        axes.set(xlabel="tokens from key to question", xscale="log")
         ticks = 2 ** np.arange(np.log2(gaps.min()) // 1, np.log2(gaps.max()) // 1 + 2)
         axes.set_xticks(ticks, [f"{tick:,.0f}" for tick in ticks])
         axes.minorticks_off()
         for figure in (pairs, gap):
-            figure.axes[0].set_ylabel("answered right, pair in an earlier segment")
+            figure.axes[0].set_ylabel("answered right")
             title = "bars: 95 % Wilson interval" + (f", n = {n:,}" if figure is gap or len(n_pairs) == 1 else "")
             figure.legend(loc="outside lower center", ncols=2, title=title)
     return {"accuracy_by_pairs": pairs, "accuracy_by_gap": gap}

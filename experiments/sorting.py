@@ -89,10 +89,10 @@ def run(model: Any, data: Any, cfg: Sorting, progress: Callable[[float], None] |
 
     Returns:
         One row per length, condition, document and place of the answer: ``count`` is how often the right symbol
-        occurred, ``correct`` whether it is the likeliest, ``nll`` its loss in nats, ``named`` the true place of the
-        symbol that the model names there by itself, ``last_segment`` whether the counts of the last segment give the
-        right one. In a ``swapped`` row ``document`` is where the answer is from, while the memory is that of the next.
-        For metrics see `summarise`.
+        occurred, ``tied`` whether another one occurred as often, ``correct`` whether it is the likeliest, ``nll`` its
+        loss in nats, ``named`` the true place of the symbol that the model names there by itself, ``last_segment``
+        whether the counts of the last segment give the right one. In a ``swapped`` row ``document`` is where the answer
+        is from, while the memory is that of the next. For metrics see `summarise`.
 
     Raises:
         ConfigError: If the model was not built for the task.
@@ -177,6 +177,7 @@ def _question(model: Any, task: Task, state: Any, documents: Sequence[Symbols], 
                     "document": document,
                     "place": k,
                     "count": int(true.counts[k]),
+                    "tied": bool((true.counts == true.counts[k]).sum() > 1),
                     "correct": bool(correct[i, k]),
                     "nll": float(nll[i, k]),
                     "named": place_of[int(named[i, k])],
@@ -223,7 +224,8 @@ def summarise(rows: Sequence[Row]) -> dict[str, float]:
     """Metrics of the rows.
 
     Returns:
-        For each condition ``accuracy/<condition>``, ``tau/<condition>`` and ``exact/<condition>``, each
+        For each condition ``accuracy/<condition>``, ``accuracy_untied/...`` (at places whose symbol occurred as often
+        as no other), ``tau/...`` and ``exact/...``, each
         with its 95 % interval ``<name>_low/...`` and ``<name>_high/...`` over documents; ``nll/<condition>``; and
         ``n/<condition>``, documents. ``accuracy/last_segment`` and ``accuracy/chance`` are what their names say, see
         the head of this file. With several lengths these are for the longest, and ``.../<n_token>`` for each.
@@ -242,7 +244,9 @@ def summarise(rows: Sequence[Row]) -> dict[str, float]:
                 continue
             accuracy = [fmean(row["correct"] for row in part) for part in parts]
             tau = [kendall([row["named"] for row in sorted(part, key=lambda row: row["place"])]) for part in parts]
-            for name, values in {"accuracy": accuracy, "tau": tau}.items():
+            untied = [[row["correct"] for row in part if not row["tied"]] for part in parts]
+            apart = [fmean(right) for right in untied if right]
+            for name, values in {"accuracy": accuracy, "tau": tau, "accuracy_untied": apart}.items():
                 found |= _spread(name, condition, values)
             k = sum(value == 1 for value in accuracy)
             low, high = wilson(k, len(parts))
@@ -268,13 +272,12 @@ def summarise(rows: Sequence[Row]) -> dict[str, float]:
 
 
 def _spread(name: str, condition: str, values: Sequence[float]) -> dict[str, float]:
-    """Mean over documents and its interval."""
+    """Mean over documents and its interval, as far as the measure goes."""
+    if not values:
+        return {}
     mean, half = mean_interval(values)
-    return {
-        f"{name}/{condition}": mean,
-        f"{name}_low/{condition}": mean - half,
-        f"{name}_high/{condition}": mean + half,
-    }
+    low, high = np.clip([mean - half, mean + half], -1 if name == "tau" else 0, 1).tolist()
+    return {f"{name}/{condition}": mean, f"{name}_low/{condition}": low, f"{name}_high/{condition}": high}
 
 
 def _headline(lengths: Sequence[int]) -> list[dict[str, Any]]:

@@ -98,6 +98,7 @@ def test_what_is_told_recomputed_from_the_tokens_fed(data, n_row, scope):
         rows = [r for r in result.rows if (r["n_token"], r["document"], r["condition"]) == (n_token, document, "on")]
         expected = sorted(symbols, key=lambda s: (-text.count(s), symbols.index(s)))
         assert [row["count"] for row in rows] == [text.count(symbol) for symbol in expected]
+        assert [row["tied"] for row in rows] == [[*map(text.count, symbols)].count(row["count"]) > 1 for row in rows]
         assert [row["place"] for row in rows] == list(range(8))
         assert [row["named"] for row in rows] == list(range(8))
     again = run(Counts(data.task, SEGMENT_LEN), data, Sorting([20, 100], 5, 3, n_row=3))
@@ -139,16 +140,21 @@ def test_kendall_by_pairs():
 
 def test_means_and_intervals_by_hand():
     def rows(document, correct, named):
+        fixed = {"condition": "on", "n_token": 10, "document": document, "count": 1, "nll": 1.0}
         return [
-            {"condition": "on", "n_token": 10, "document": document, "place": k, "count": 1, "correct": c, "nll": 1.0,
-             "named": n, "last_segment": k == 0} for k, (c, n) in enumerate(zip(correct, named, strict=True))
-        ]  # fmt: skip
+            fixed | {"place": k, "tied": k == 1, "correct": correct[k], "named": named[k], "last_segment": k == 0}
+            for k in range(2)
+        ]
 
     metrics = summarise(rows(0, [True, True], [0, 1]) + rows(1, [True, False], [1, 0]))
     assert metrics["accuracy/on"] == 0.75
-    half = 12.706 * 0.25  # Student's t with one degree of freedom, standard error 0.25
-    assert (metrics["accuracy_low/on"], metrics["accuracy_high/on"]) == pytest.approx((0.75 - half, 0.75 + half))
+    assert (metrics["accuracy_low/on"], metrics["accuracy_high/on"]) == (0, 1)  # of two documents: all or nothing
+    four = summarise([row for d in range(4) for row in rows(d, [True, d > 0], [0, 1])])
+    half = 3.182 * 0.125  # Student's t with three degrees of freedom, standard error 0.25 / 2
+    assert four["accuracy/on"] == 0.875
+    assert (four["accuracy_low/on"], four["accuracy_high/on"]) == pytest.approx((0.875 - half, 1))
     assert (metrics["tau/on"], metrics["exact/on"], metrics["n/on"]) == (0, 0.5, 2)
+    assert metrics["accuracy_untied/on"] == 1.0  # the first places
     assert metrics["accuracy/last_segment"] == 0.5
     assert metrics["accuracy/chance"] == 0.75
     assert summarise([]) == {}
