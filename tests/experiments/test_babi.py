@@ -10,6 +10,7 @@ import torch
 
 from experiments.babi import Babi, plot, run, summarise
 from experiments.base import Result
+from experiments.headline import headline
 from experiments.recall import CONDITIONS
 from memlm.config import ConfigError
 from memlm.data.babi import Babi as Task
@@ -83,9 +84,9 @@ def test_a_reader_answers_every_question_and_its_controls_none(data):
     assert result.metrics["chance/qa1/open/900"] == pytest.approx(1 / 6)
     assert 1 / 4 <= result.metrics["chance/qa5/open/900"] <= 1 / 3
     assert result.metrics["n/on"] == result.metrics["n/on/qa1/open/900"]
-    for line in result.metadata["headline"]:
-        for key in ("metric", "low", "high", "n"):
-            assert line[key] is None or line[key] in result.metrics
+    numbers = headline(result)
+    assert (numbers[0].value, numbers[0].control) == (1.0, False)
+    assert {number.value for number in numbers if number.control} == {0.0, result.metrics["chance"]}
     assert [row["n_support"] for row in result.rows if row["task"] == 2] == [2] * 180
 
 

@@ -9,6 +9,7 @@ import torch
 
 from experiments import overwrite
 from experiments.base import Result
+from experiments.headline import headline
 from experiments.overwrite import Overwrite, draw, plot, run, summarise
 from experiments.recall import CONDITIONS
 from memlm.config import ConfigError
@@ -51,9 +52,9 @@ def test_a_memory_of_the_latest_is_always_right_and_its_controls_never(data):
             assert result.metrics[f"exact_match/{condition}/{n_update}"] == 0.0
     assert result.metrics["exact_match/on"] == result.metrics["exact_match/on/4"]
     assert [result.metrics[f"chance/{n}"] for n in SMALL.updates] == [1, 1 / 3, 1 / 5]
-    for line in result.metadata["headline"]:
-        for key in ("metric", "low", "high", "n"):
-            assert line[key] is None or line[key] in result.metrics
+    numbers = headline(result)
+    assert (numbers[0].value, numbers[0].control) == (1.0, False)
+    assert {number.value for number in numbers if number.control} == {0.0, result.metrics["chance"]}
 
 
 def test_a_memory_of_the_first_is_stale_wherever_there_was_an_update(data):
