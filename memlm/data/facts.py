@@ -216,7 +216,7 @@ class SentenceMaker(FactMaker):
         self.words = sorted(shortest[: max(len(length) // 2, _MIN_WORDS)])
         self._tokens = [tuple(tokenizer.encode(" " + word)) for word in self.words]
         self._neighbours |= _neighbours(tokenizer, train, set(self.words), lower=True)
-        self._known = {word for text in decoded(tokenizer, train) for word in _WORD.findall(text.lower())}
+        self._known = own | {word for text in decoded(tokenizer, train) for word in _WORD.findall(text.lower())}
         numbers = [str(number) for number in range(1400, 2100) if str(number) not in self._known]
         self._numbers = [number for number in numbers if self._encode(" " + number) is not None]
         sentences = [_Sentences.of(relation, self._encode) for relation in RELATIONS]
