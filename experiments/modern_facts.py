@@ -38,6 +38,7 @@ from memlm.analysis.figures import CONTROLS
 from memlm.build import untrained
 from memlm.config import ConfigError
 from memlm.data.facts import Fact, decoded
+from memlm.data.sentences import RELATIONS
 from memlm.data.tokenizer import Tokenizer
 
 FACTS = Path(__file__).with_suffix(".csv")
@@ -53,11 +54,17 @@ TWINS = {
 }
 """Conditions about the false values, and how they are called. Only the first is what a memory should do."""
 
+_TRAINED = re.compile("|".join(
+    re.escape(text).replace(re.escape("{}"), ".+") for relation in RELATIONS for text in (*relation.tell, *relation.ask)
+))  # fmt: skip
+"""Cues in a phrasing that training on natural facts may ask."""
+
 CONDITIONS = {"on": "memory on", **CONTROLS, **TWINS}
 """All conditions, and how they are called."""
 
 _WINDOW = 4  # segments between two looks
 _NEAR = 200  # characters between a value and a word of its cue that make a fact known from the training text
+_COLUMNS = dict(zip(CUES, ("cue", "paraphrase", "question"), strict=True))
 _WORDS = re.compile(r"\w{4,}")  # words of a cue that say what it is about
 
 
@@ -124,9 +131,10 @@ def run(model: Any, data: Any, cfg: ModernFacts, progress: Callable[[float], Non
 
     Returns:
         One row per fact, condition and cue: ``document`` is where the fact was told, ``expected`` the value that
-        counts, ``flag`` why it is left out (``text``, ``known``, or empty), ``value_in_text`` whether the training text
-        has the value at all, ``correct`` the outcome, ``nll`` that of the expected value in nats per token. For metrics
-        see `summarise`. ``metadata["similarity"]`` holds the curves of `plot`.
+        counts, ``level`` whether natural facts for training are asked in that phrasing (``trained``, else
+        ``new_phrasing``), ``flag`` why the fact is left out (``text``, ``known``, or empty), ``value_in_text`` whether
+        the training text has the value at all, ``correct`` the outcome, ``nll`` that of the expected value in nats per
+        token. For metrics see `summarise`. ``metadata["similarity"]`` holds the curves of `plot`.
 
     Raises:
         ConfigError: If the tokenizer can write fewer facts than there are documents.
@@ -212,6 +220,8 @@ HEADLINE = [
     *(_line(f"{words}, memory on", f"{kind}/on", False, "higher") for kind, words in CUES.items()),
     *(_line(words, f"/{name}", True, "lower") for name, words in CONTROLS.items()),
     *(_line(f"{words}, best control", f"{kind}/control", True, "lower") for kind, words in list(CUES.items())[1:]),
+    _line("other words, phrasing never trained", "_new_phrasing/on", False, "higher"),
+    _line("other words, phrasing never trained, best control", "_new_phrasing/control", True, "lower"),
     _line(TWINS["counterfactual"], "/counterfactual", False, "higher"),
     _line(TWINS["true_after_false"], "/true_after_false", True, "lower"),
     _line(TWINS["false_after_true"], "/false_after_true", True, "lower"),
@@ -232,8 +242,7 @@ def load(tokenizer: Tokenizer) -> list[Item]:
     """The facts that a tokenizer can write, with both values and all cues."""
     items = []
     for number, words in enumerate(rows_of_file()):
-        cues = dict(zip(CUES, (words["cue"], words["paraphrase"], words["question"]), strict=True))
-        texts = [*cues.values(), words["value"], words["counterfactual"]]
+        texts = [*(words[column] for column in _COLUMNS.values()), words["value"], words["counterfactual"]]
         tokens = tokenizer.encode_batch([f" {text}" for text in texts])
         if any(tokenizer.decode(ids) != f" {text}" for ids, text in zip(tokens, texts, strict=True)):
             continue
@@ -349,6 +358,11 @@ def _watch(
     return memory
 
 
+def level(cue: str) -> str:
+    """Whether natural facts for training are asked in the phrasing of a cue: ``trained`` or ``new_phrasing``."""
+    return "trained" if _TRAINED.fullmatch(cue) else "new_phrasing"
+
+
 def look(model: Any, state: Any, facts: Sequence[Fact]) -> list[tuple[float, float]]:
     """How sharply each row of ``state`` is read where the answer to a fact would begin; nothing is written.
 
@@ -427,7 +441,8 @@ def _ask(
                     rows.append(
                         {
                             "condition": condition, "cue": cue, "fact": item.number, "document": documents[row],
-                            "text": item.words["cue"], "expected": fact.value[0], "correct": correct, "nll": nll,
+                            "text": item.words["cue"], "level": level(item.words[_COLUMNS[cue]]),
+                            "expected": fact.value[0], "correct": correct, "nll": nll,
                         }
                     )  # fmt: skip
     return rows
@@ -439,14 +454,17 @@ def summarise(rows: Sequence[Row]) -> dict[str, float]:
     Returns:
         For each condition ``exact_match/<condition>`` with ``low`` and ``high`` (95 % Wilson interval), ``n`` and
         ``nll``, of facts that are not flagged, asked in the same words; ``exact_match_paraphrase/...`` and
-        ``exact_match_question/...`` of the other cues; ``.../control`` is the most successful of the four controls;
-        ``exact_match_all/...`` of all facts, asked in the same words. ``n_flagged_text`` and ``n_flagged_known`` say
-        why facts are left out, ``n_value_in_text`` how many values the training text has. ``chance`` is the rate of one
-        who knows what a document told and guesses which fact is meant.
+        ``exact_match_question/...`` of the other cues, which ``exact_match_trained/...`` and
+        ``exact_match_new_phrasing/...`` have together, by level; ``.../control`` is the most successful of the four
+        controls; ``exact_match_all/...`` of all facts, asked in the same words. ``n_flagged_text`` and
+        ``n_flagged_known`` say why facts are left out, ``n_value_in_text`` how many values the training text has.
+        ``chance`` is the rate of one who knows what a document told and guesses which fact is meant.
     """
     metrics: dict[str, float] = {}
     kept = [row for row in rows if not row["flag"]]
     groups = {cue: [row for row in kept if row["cue"] == cue] for cue in CUES}
+    others = [row for row in kept if row["cue"]]
+    groups |= {f"_{level}": [row for row in others if row["level"] == level] for level in ("trained", "new_phrasing")}
     groups["_all"] = [row for row in rows if row["cue"] == ""]
     for kind, group in groups.items():
         for condition in CONDITIONS:

@@ -18,7 +18,7 @@ from typing import Literal, NamedTuple, Protocol
 import numpy as np
 
 from memlm.config import ConfigError, did_you_mean
-from memlm.data.sentences import RELATIONS, Form, Level, Relation, write
+from memlm.data.sentences import RELATIONS, Form, Level, Relation, invent, write
 from memlm.data.task import Planted, contexts, mix
 from memlm.data.tokenizer import Tokenizer
 from memlm.data.tokens import TokenizedCorpus
@@ -186,10 +186,10 @@ def _is_plain(word: str) -> bool:
 class SentenceMaker(FactMaker):
     """Draws facts told as English sentences: an invented subject, a relation, an invented value.
 
-    Names are compounds and pairs of frequent words (``Frame Codec``, ``Framecodec``), which the text nowhere contains,
-    or numbers that it does not contain. What the tokenizer cannot write is left out, such as capital letters
-    (names are then pairs of small words) or whole relations. Facts for training offer the paraphrases that training may
-    ask; those for evaluation offer all.
+    Names are pairs and compounds of frequent words (``Frame Codec``, ``Framecodec``) or invented words (``Mair Voss``),
+    which the text nowhere contains, or numbers that it does not contain. What the tokenizer cannot write is left out,
+    such as capital letters (names are then pairs of small words) or whole relations. Facts for training offer the
+    paraphrases that training may ask; those for evaluation offer all.
 
     Args:
         tokenizer: Tokenizer of the model.
@@ -216,8 +216,8 @@ class SentenceMaker(FactMaker):
         self.words = sorted(shortest[: max(len(length) // 2, _MIN_WORDS)])
         self._tokens = [tuple(tokenizer.encode(" " + word)) for word in self.words]
         self._neighbours |= _neighbours(tokenizer, train, set(self.words), lower=True)
-        self._known = {word for text in decoded(tokenizer, train) for word in _WORD.findall(text.lower())}
-        numbers = [str(number) for number in range(1000, 3000) if str(number) not in self._known]
+        self._known = own | {word for text in decoded(tokenizer, train) for word in _WORD.findall(text.lower())}
+        numbers = [str(number) for number in range(1400, 2100) if str(number) not in self._known]
         self._numbers = [number for number in numbers if self._encode(" " + number) is not None]
         sentences = [_Sentences.of(relation, self._encode) for relation in RELATIONS]
         self._sentences = [
@@ -240,12 +240,12 @@ class SentenceMaker(FactMaker):
             split: Which subjects and values may be used.
             n_word: Draw all subjects from so few words that they look alike; None for all words.
         """
-        pool = self._pool(rng, n, split, n_word)
+        pool = None if n_word is None else self._pool(rng, n, split, n_word)
         facts: dict[tuple[str, ...], Fact] = {}
         while len(facts) < n:
             sentences = self._sentences[int(rng.integers(len(self._sentences)))]
             name, name_tokens = self._name(rng, pool, sentences.relation.subject, split)
-            value, value_tokens = self._name(rng, np.arange(len(self.words)), sentences.relation.value, split)
+            value, value_tokens = self._name(rng, None, sentences.relation.value, split)
             told = int(rng.integers(len(sentences.tell)))
             key = name if n_word is None else (*name, sentences.relation.name)
             facts.setdefault(key, self._fact(sentences, told, name, name_tokens, value, value_tokens, split))
@@ -273,21 +273,32 @@ class SentenceMaker(FactMaker):
         return Fact(name, value, cue, answer, sentence, tuple(paraphrases))
 
     def _name(
-        self, rng: np.random.Generator, pool: np.ndarray, form: Form, split: Split
+        self, rng: np.random.Generator, pool: np.ndarray | None, form: Form, split: Split
     ) -> tuple[tuple[str, ...], tuple[int, ...]]:
-        """Words of a subject or value that belongs to ``split``, and its tokens."""
+        """Words of a subject or value that belongs to ``split``, and its tokens.
+
+        With a ``pool`` the words are of it; else they are frequent words or, as often, invented.
+        """
         if form == "number":
             while True:
                 number = (self._numbers[int(rng.integers(len(self._numbers)))],)
                 if _held_out(number) == (split == "evaluation"):
                     return number, tuple(self._tokenizer.encode(" " + number[0]))
         while True:
-            words, tokens = self._combine(rng, pool, 2, split)
+            if invented := pool is None and rng.random() < 0.5:
+                words = tuple(invent(rng) for _ in range(1 if form == "place" else 2))
+                if any(word in self._known for word in words) or _held_out(words) != (split == "evaluation"):
+                    continue
+            else:
+                words, tokens = self._combine(rng, np.arange(len(self.words)) if pool is None else pool, 2, split)
             written = write(words, form)
             # A compound may be a word of the text, or two pairs the same compound.
             compound = (written.lower(),) if form == "place" else None
-            if not compound or (compound[0] not in self._known and _held_out(compound) == (split == "evaluation")):
-                return words, self._encode(" " + written) or tokens
+            if compound and (compound[0] in self._known or _held_out(compound) != (split == "evaluation")):
+                continue
+            encoded = self._encode(" " + written)
+            if encoded or not invented:  # what cannot be written otherwise is a pair of small words
+                return words, encoded or tokens
 
     def _encode(self, text: str) -> tuple[int, ...] | None:
         """Tokens of a text, or None if they do not give it back."""

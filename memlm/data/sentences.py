@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from typing import Literal, NamedTuple
 
+import numpy as np
+
 Form = Literal["person", "place", "title", "thing", "plain", "number"]
 Level = Literal["trained", "new_pair", "new_phrasing"]
 
@@ -62,6 +64,46 @@ def write(words: tuple[str, ...], form: Form) -> str:
     if form == "title":
         return "The " + " ".join(word.title() for word in words)
     return ("the " if form == "thing" else "") + " ".join(words)
+
+
+def _made(verb: str, agent: str) -> Relation:
+    """Who did something to a work; the verb is its own past."""
+    return Relation(
+        agent, "title", "person",
+        (f"{{}} was {verb} by", f"The {agent} of {{}} is"),
+        (f"Who {verb} {{}}?", f"Who is the {agent} of {{}}?"),
+        f"The one who {verb} {{}} is",
+    )  # fmt: skip
+
+
+def _dated(verb: str, noun: str, subject: Form) -> Relation:
+    """When something was done."""
+    return Relation(
+        f"year {verb}", subject, "number",
+        (f"{{}} was {verb} in", f"The year of the {noun} of {{}} is"),
+        (f"When was {{}} {verb}?", f"In which year was {{}} {verb}?"),
+        f"The year in which {{}} was {verb} is",
+    )  # fmt: skip
+
+
+def _happened(verb: str, past: str, subject: Form) -> Relation:
+    """When something happened by itself."""
+    return Relation(
+        f"year {past}", subject, "number",
+        (f"{{}} {past} in", f"The year that saw {{}} {verb} was"),
+        (f"When did {{}} {verb}?", f"In which year did {{}} {verb}?"),
+        f"The year in which {{}} {past} is",
+    )  # fmt: skip
+
+
+def _has(noun: str, subject: Form, value: Form) -> Relation:
+    """What something has."""
+    return Relation(
+        noun, subject, value,
+        (f"The {noun} of {{}} is", f"{{}} has the {noun}"),
+        (f"What is the {noun} of {{}}?", f"Which {noun} does {{}} have?"),
+        f"The {noun} that {{}} has is",
+    )  # fmt: skip
 
 
 RELATIONS = (
@@ -174,5 +216,68 @@ RELATIONS = (
         ("What is the currency of {}?", "What does one pay with in {}?"),
         "The people of {} pay with",
     ),
+    _made("designed", "designer"),
+    _made("invented", "inventor"),
+    _made("edited", "editor"),
+    _made("published", "publisher"),
+    _made("produced", "producer"),
+    _made("planned", "planner"),
+    _made("owned", "owner"),
+    _made("restored", "restorer"),
+    _dated("founded", "founding", "place"),
+    _dated("completed", "completion", "thing"),
+    _dated("closed", "closing", "place"),
+    _dated("renamed", "renaming", "place"),
+    _dated("discovered", "discovery", "thing"),
+    _happened("begin", "began", "title"),
+    _happened("end", "ended", "title"),
+    _happened("leave", "left", "person"),
+    _has("nickname", "place", "plain"),
+    _has("national flower", "place", "plain"),
+    _has("highest mountain", "place", "place"),
+    _has("longest river", "place", "place"),
+    _has("oldest town", "place", "place"),
+    _has("code name", "title", "plain"),
+    _has("emblem", "person", "plain"),
+    _has("mascot", "place", "place"),
 )  # fmt: skip
 """What natural facts are about."""
+
+_ONSETS = (
+    "",
+    "b",
+    "br",
+    "c",
+    "d",
+    "dr",
+    "f",
+    "g",
+    "gr",
+    "h",
+    "j",
+    "k",
+    "l",
+    "m",
+    "n",
+    "p",
+    "r",
+    "s",
+    "sh",
+    "st",
+    "t",
+    "th",
+    "tr",
+    "v",
+    "w",
+    "z",
+)
+_VOWELS = ("a", "e", "i", "o", "u", "ai", "ea", "ie", "ou")
+_CODAS = ("", "", "", "l", "ll", "m", "n", "nd", "r", "rk", "s", "ss", "t", "x")
+
+
+def invent(rng: np.random.Generator) -> str:
+    """A word of one or two random syllables."""
+    parts = []
+    for _ in range(int(rng.integers(1, 3))):
+        parts += [sounds[int(rng.integers(len(sounds)))] for sounds in (_ONSETS, _VOWELS, _CODAS)]
+    return "".join(parts)

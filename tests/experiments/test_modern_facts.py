@@ -196,6 +196,13 @@ def test_part_of_a_word_is_no_value():
         assert (len(in_text), len(near)) == (n_in_text, n_near), text
 
 
+def test_levels_of_cues():
+    assert modern_facts.level("Python was created by") == "trained"
+    assert modern_facts.level("Who created Python?") == "trained"
+    assert modern_facts.level("The one who created Python is") == "new_phrasing"  # held out from training
+    assert modern_facts.level("Chemists write gold as") == "new_phrasing"
+
+
 # --- documents and controls -------------------------------------------------------------------------------------------
 
 
@@ -310,6 +317,7 @@ def test_rates_by_hand():
         return {
             "condition": condition, "cue": cue, "fact": fact, "document": fact // 2, "correct": correct,
             "nll": float(fact), "flag": flag, "value_in_text": fact == 1,
+            "level": "trained" if fact else "new_phrasing",
         }  # fmt: skip
 
     rows = [row("on", i, i != 1) for i in range(3)] + [row("on", 3, False, flag="known")]
@@ -319,7 +327,9 @@ def test_rates_by_hand():
     assert (metrics["low/on"], metrics["high/on"]) == pytest.approx((0.2077, 0.9385), abs=1e-4)
     assert metrics["nll/on"] == 1.0
     assert metrics["exact_match_all/on"] == 0.5
-    assert metrics["exact_match_question/on"] == 1.0
+    assert metrics["exact_match_question/on"] == metrics["exact_match_new_phrasing/on"] == 1.0
+    assert metrics["n_new_phrasing/on"] == 1  # only other cues than the sentence itself
+    assert "exact_match_trained/on" not in metrics
     assert metrics["exact_match/control"] == metrics["exact_match/swapped"] == 1.0
     assert metrics["chance"] == 0.5
     assert (metrics["n_flagged_text"], metrics["n_flagged_known"], metrics["n_value_in_text"]) == (0, 1, 1)
