@@ -31,6 +31,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
 from experiments.base import PALETTE, Result, Row, evaluating, style, wilson
+from experiments.recall import device_of, n_row_of
 from memlm.analysis.figures import CONTROLS
 from memlm.config import ConfigError
 from memlm.data.mqar import MQAR, Recall
@@ -111,7 +112,7 @@ def run(model: Any, data: Any, cfg: AssociativeRecall, progress: Callable[[float
             "was trained on other data: train one with recipe=mqar"
         )
     n_token = -(-cfg.n_token // model.segment_len) * model.segment_len
-    n_row = 1 if any(modules[0].scope == "shared" for modules in model.memory.values()) else cfg.n_row
+    n_row = n_row_of(model, cfg.n_row)
     rows: list[Row] = []
     with evaluating(model):
         for i, n_pair in enumerate(cfg.n_pairs):
@@ -158,7 +159,7 @@ def _exchange(task: MQAR, document: Recall, seed: Sequence[int]) -> np.ndarray:
 
 def _read(model: Any, documents: Sequence[Recall], never: Sequence[np.ndarray], numbers: list[int]) -> list[Row]:
     """Read the documents ``numbers`` side by side, and answer their questions under every condition."""
-    segment_len, device = model.segment_len, next(model.parameters(), torch.empty(0)).device
+    segment_len, device = model.segment_len, device_of(model)
     own = [documents[i].tokens for i in numbers]
     # The memory of a document is asked for what the document before it told: no other memory need be at hand.
     before = [(i - 1) % len(documents) for i in numbers]

@@ -34,6 +34,7 @@ from matplotlib.figure import Figure
 from experiments.associative_recall import LABELS as RECALL_LABELS
 from experiments.associative_recall import Points, curves
 from experiments.base import PALETTE, Result, Row, evaluating, mean_interval, style, wilson
+from experiments.recall import device_of, n_row_of
 from memlm.config import ConfigError
 from memlm.data.sorting import Sequence as Symbols
 from memlm.data.sorting import Sorting as Task
@@ -108,7 +109,7 @@ def run(model: Any, data: Any, cfg: Sorting, progress: Callable[[float], None] |
             f"an answer of {len(task.symbols)} symbols must fit into a segment with its question: model.segment_len is "
             f"{model.segment_len}"
         )
-    n_row = 1 if any(modules[0].scope == "shared" for modules in model.memory.values()) else cfg.n_row
+    n_row = n_row_of(model, cfg.n_row)
     lengths = {n_token: -(-n_token // model.segment_len) * model.segment_len for n_token in cfg.n_tokens}
     rows: list[Row] = []
     done = 0
@@ -140,7 +141,7 @@ def run(model: Any, data: Any, cfg: Sorting, progress: Callable[[float], None] |
 
 def _read(model: Any, texts: Sequence[np.ndarray]) -> Any:
     """The memory of sequences that were read side by side, with no local context."""
-    device = next(model.parameters(), torch.empty(0)).device
+    device = device_of(model)
     ids = torch.from_numpy(np.stack(texts)).to(device)
     state = None
     for part in ids.split(_WINDOW * model.segment_len, dim=1):
@@ -159,7 +160,7 @@ def _question(model: Any, task: Task, state: Any, documents: Sequence[Symbols], 
         "swapped": (state, True, before),
     }
     rows: list[Row] = []
-    device = next(model.parameters(), torch.empty(0)).device
+    device = device_of(model)
     for condition, (memory, read, asked) in questions.items():
         order = torch.from_numpy(np.stack([documents[i].order for i in asked])).to(device)  # (B, K)
         ids = torch.cat([torch.full_like(order[:, :1], task.question), order[:, :-1]], dim=1)
@@ -190,7 +191,7 @@ def _question(model: Any, task: Task, state: Any, documents: Sequence[Symbols], 
 
 def _name_all(model: Any, task: Task, memory: Any, read: bool, n_row: int) -> torch.Tensor:
     """The order that a model gives by itself, each symbol once, (B, K)."""
-    device = next(model.parameters(), torch.empty(0)).device
+    device = device_of(model)
     symbols = torch.from_numpy(task.symbols).to(device)
     ids = torch.full((n_row, 1), task.question, device=device)
     left = torch.ones(n_row, len(symbols), dtype=torch.bool, device=device)

@@ -239,6 +239,7 @@ def test_too_small_documents_and_vocabularies_are_refused(
 @pytest.mark.parametrize(("recipe", "kind"), [("mqar", MQAR), ("sorting", Sorting)])
 def test_every_phase_of_the_recipe_makes_batches(recipe: str, kind: type, tmp_path: Path) -> None:
     config = to_dict(compose([f"recipe={recipe}", f"paths.cache_dir={tmp_path}"]))
+    config["data"]["corpus"]["n_symbol"] = min(config["data"]["corpus"]["n_symbol"], 400)  # quicker to tokenize
     corpus = build_corpus(config)
     data = build_data(config, build_tokenizer(config, corpus), corpus)
     data.setup()
