@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import json
 import math
 import re
@@ -30,6 +31,15 @@ from memlm.data.curriculum import Curriculum
 from memlm.data.tokens import atomic_file
 
 _ABSENT = object()
+_MAINS = [
+    ("blue", "o"),
+    ("black", "s"),
+    ("green", "^"),
+    ("orange", "v"),
+    ("purple", "D"),
+    ("sky", "P"),
+    ("vermillion", "X"),
+]
 _CONTROLS = [("vermillion", "s", 10), ("purple", "o", 8), ("orange", "^", 6), ("green", "x", 5), ("sky", "D", 7)]
 
 
@@ -502,11 +512,14 @@ def plot(comparison: Comparison) -> Figure:
         panels[-1].append(line)
     n_row, n_column = -(-len(panels) // 3), 3
     labels = [textwrap.fill(f"{group.label} ({_seeds(group)})", 28) for group in comparison.groups]
-    height = 0.55 * len(labels) + 1.1
+    heights = []  # of each row of panels, in inches
+    for i in range(0, len(panels), n_column):
+        row = panels[i : i + n_column]
+        n_main = max(sum(not line.control for line in panel) for panel in row)
+        heights.append(max(0.55, 0.28 * n_main) * len(labels) + 1.1 + 0.22 * max(map(len, row)))
     with style():
-        legend = [max(0.22 * len(panel) for panel in panels[3 * i : 3 * i + 3]) for i in range(n_row)]
-        figure = Figure(figsize=(14, sum(height + extra for extra in legend) + 0.4))
-        grid = figure.subplots(n_row, n_column, squeeze=False)
+        figure = Figure(figsize=(14, sum(heights) + 0.4))
+        grid = figure.subplots(n_row, n_column, squeeze=False, height_ratios=heights)
         for i, axes in enumerate(grid.flat):
             if i >= len(panels):
                 axes.set_axis_off()
@@ -535,29 +548,31 @@ def _draw_cost(axes: Axes, panel: Sequence[Line]) -> None:
 
 
 def _draw(axes: Axes, panel: Sequence[Line]) -> None:
-    mains = iter(("blue", "black", "yellow"))
-    controls = iter(_CONTROLS * len(panel))
+    mains = itertools.cycle((color, marker, 8) for color, marker in _MAINS)
+    controls = itertools.cycle(_CONTROLS)
+    n_main, shift = sum(not line.control for line in panel), 0.0
     for line in panel:
-        color, marker, size = next(controls) if line.control else (next(mains, "blue"), "o", 8)
+        color, marker, size = next(controls if line.control else mains)
+        look: dict[str, Any] = {"color": PALETTE[color], "marker": marker, "markersize": size, "linestyle": "none"}
+        look["markerfacecolor"] = "none" if line.control else PALETTE[color]
+        axes.plot([], [], label=line.label, **look)
+        if not line.control:  # several main numbers stand one below the other
+            shift += 0.7 / n_main if shift else 0.35 / n_main
         for y, cell in enumerate(line.cells):
             if cell is None:
                 continue
             error = None if math.isnan(cell.low) else [[max(cell.mean - cell.low, 0)], [max(cell.high - cell.mean, 0)]]
-            axes.errorbar(
-                cell.mean, y, xerr=error, color=PALETTE[color], marker=marker, markersize=size, linestyle="none",
-                markerfacecolor="none" if line.control else PALETTE[color], capsize=0 if line.control else 4,
-                elinewidth=1 if line.control else 2, zorder=3 if line.control else 5, clip_on=False,
+            if line.control:
+                axes.errorbar(cell.mean, y, xerr=error, elinewidth=1, zorder=3, clip_on=False, **look)
+                continue
+            y_main = y - 0.35 + shift
+            axes.errorbar(cell.mean, y_main, xerr=error, elinewidth=2, capsize=4, zorder=5, clip_on=False, **look)
+            axes.plot(cell.values, [y_main] * len(cell.values), "|", color=PALETTE["black"], markersize=10, zorder=6)
+            axes.annotate(
+                shown(cell.mean, line.percent), (cell.mean, y_main), xytext=(0, 9) if n_main == 1 else (9, 5),
+                textcoords="offset points", ha="center" if n_main == 1 else "left", fontsize=10 if n_main == 1 else 8,
+                fontweight="bold" if y in line.best else "normal",
             )  # fmt: skip
-            if not line.control:
-                axes.plot(cell.values, [y] * len(cell.values), "|", color=PALETTE["black"], markersize=10, zorder=6)
-                axes.annotate(
-                    shown(cell.mean, line.percent), (cell.mean, y), xytext=(0, 9), textcoords="offset points",
-                    ha="center", fontsize=10, fontweight="bold" if y in line.best else "normal",
-                )  # fmt: skip
-        axes.plot(
-            [], [], color=PALETTE[color], marker=marker, markersize=size, linestyle="none", label=line.label,
-            markerfacecolor="none" if line.control else PALETTE[color],
-        )  # fmt: skip
     axes.set_title(panel[0].experiment)
     if panel[0].percent:
         axes.set_xlim(-0.1, 1.1)
