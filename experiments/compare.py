@@ -249,21 +249,26 @@ def _brief(value: Any) -> str:
 
 
 def _name(groups: Sequence[Group], differences: Sequence[tuple[str, list[Any]]]) -> None:
-    """Label groups by name or memories, and by what else tells them apart where these do not."""
+    """Label groups by name or memories, and by the fewest settings that tell apart those which are alike in that."""
     for group in groups:
         config = group.runs[0].trained.config
         group.label = str(config.get("name") or "+".join(config.get("memory") or ()) or "none")
+    settings = [(key, [_brief(value) for value in values]) for key, values in differences]
     for label in {group.label for group in groups}:
         alike = [i for i, group in enumerate(groups) if group.label == label]
-        if len(alike) < 2:
-            continue
-        for key, values in differences:
-            if len({_brief(values[i]) for i in alike}) > 1:
-                for i in alike:
-                    groups[i].label += f" {key.rpartition('.')[2]}={_brief(values[i])}"
-    for i, group in enumerate(groups):
-        if group.label in {other.label for other in groups[:i]}:  # they differ in what is too long to be shown
-            group.label += f" ({i + 1})"
+        while (n := len({groups[i].label for i in alike})) < len(alike):
+            # What tells most of them apart; of several a setting of a memory, and the shortest.
+            told = [
+                (len({groups[i].label + texts[i] for i in alike}), key.startswith("memory."), -len("".join(texts)), key)
+                for key, texts in settings
+            ]
+            most, *_, key = max(told, default=(n, ""))
+            if most == n:  # they differ in what is too long to be shown
+                for number, i in enumerate(alike, 1):
+                    groups[i].label += f" ({number})"
+                break
+            for i in alike:
+                groups[i].label += f" {key.rpartition('.')[2]}={dict(settings)[key][i]}"
 
 
 def _costs(groups: Sequence[Group]) -> list[Line]:
@@ -510,28 +515,43 @@ def plot(comparison: Comparison) -> Figure:
         ):
             panels.append([])
         panels[-1].append(line)
-    n_row, n_column = -(-len(panels) // 3), 3
-    labels = [textwrap.fill(f"{group.label} ({_seeds(group)})", 28) for group in comparison.groups]
-    heights = []  # of each row of panels, in inches
-    for i in range(0, len(panels), n_column):
-        row = panels[i : i + n_column]
-        n_main = max(sum(not line.control for line in panel) for panel in row)
-        heights.append(max(0.55, 0.28 * n_main) * len(labels) + 1.1 + 0.22 * max(map(len, row)))
+    labels = [textwrap.fill(f"{group.label} ({_seeds(group)})", 26) for group in comparison.groups]
+    rows = [panels[i : i + 3] for i in range(0, len(panels), 3)]
+    # In inches, placed by hand: long legends would make an automatic layout squeeze the panels.
+    inner = [max(0.55, 0.25 * max(map(_n_main, row))) * len(labels) for row in rows]
+    outer = [high + 0.9 + 0.2 * max(map(_n_legend, row)) for high, row in zip(inner, rows, strict=True)]
+    left, width, gap = 2.5, 3.4, 0.5
+    size = left + 3 * width + 3 * gap, sum(outer) + 0.4
     with style():
-        figure = Figure(figsize=(14, sum(heights) + 0.4))
-        grid = figure.subplots(n_row, n_column, squeeze=False, height_ratios=heights)
-        for i, axes in enumerate(grid.flat):
-            if i >= len(panels):
-                axes.set_axis_off()
-                continue
-            (_draw if panels[i][0].experiment else _draw_cost)(axes, panels[i])
-            axes.set_yticks(range(len(labels)), labels if i % n_column == 0 else [""] * len(labels))
-            axes.set_ylim(len(labels) - 0.5, -0.6)
-            axes.grid(axis="x")
-            axes.grid(visible=False, axis="y")
+        figure = Figure(figsize=size)
+        figure.set_layout_engine("none")
+        top = size[1] - 0.4
+        for row, high, whole in zip(rows, inner, outer, strict=True):
+            for column, panel in enumerate(row):
+                x, y = left + column * (width + gap), top - 0.4 - high
+                axes = figure.add_axes((x / size[0], y / size[1], width / size[0], high / size[1]))
+                (_draw if panel[0].experiment else _draw_cost)(axes, panel)
+                axes.set_yticks(range(len(labels)), labels if column == 0 else [""] * len(labels))
+                axes.set_ylim(len(labels) - 0.5, -0.6)
+                axes.grid(axis="x")
+                axes.grid(visible=False, axis="y")
+            top -= whole
         note = "Bars: 95 % intervals as in the table, over seeds (ticks) or as a single seed tells it."
-        figure.suptitle(note, fontsize=10, x=0.99, ha="right")
+        figure.text(1 - gap / size[0], 1 - 0.2 / size[1], note, fontsize=10, ha="right", va="center")
     return figure
+
+
+def _n_main(panel: Sequence[Line]) -> int:
+    return sum(not line.control for line in panel)
+
+
+def _n_legend(panel: Sequence[Line]) -> int:
+    """Lines of the legend."""
+    return sum(len(_wrapped(line).splitlines()) for line in panel) if panel[0].experiment else 0
+
+
+def _wrapped(line: Line) -> str:
+    return textwrap.fill(line.label, 44)
 
 
 def _draw_cost(axes: Axes, panel: Sequence[Line]) -> None:
@@ -550,12 +570,12 @@ def _draw_cost(axes: Axes, panel: Sequence[Line]) -> None:
 def _draw(axes: Axes, panel: Sequence[Line]) -> None:
     mains = itertools.cycle((color, marker, 8) for color, marker in _MAINS)
     controls = itertools.cycle(_CONTROLS)
-    n_main, shift = sum(not line.control for line in panel), 0.0
+    n_main, shift = _n_main(panel), 0.0
     for line in panel:
         color, marker, size = next(controls if line.control else mains)
         look: dict[str, Any] = {"color": PALETTE[color], "marker": marker, "markersize": size, "linestyle": "none"}
         look["markerfacecolor"] = "none" if line.control else PALETTE[color]
-        axes.plot([], [], label=line.label, **look)
+        axes.plot([], [], label=_wrapped(line), **look)
         if not line.control:  # several main numbers stand one below the other
             shift += 0.7 / n_main if shift else 0.35 / n_main
         for y, cell in enumerate(line.cells):
@@ -581,4 +601,7 @@ def _draw(axes: Axes, panel: Sequence[Line]) -> None:
     else:
         axes.margins(x=0.15)
     below = axes.transAxes + ScaledTranslation(0, -0.35, axes.figure.dpi_scale_trans)  # inches
-    axes.legend(loc="upper left", bbox_to_anchor=(0, 0), bbox_transform=below, borderaxespad=0, borderpad=0)
+    axes.legend(
+        loc="upper left", bbox_to_anchor=(0, 0), bbox_transform=below, borderaxespad=0, borderpad=0, fontsize=9,
+        labelspacing=0.3, handlelength=1.2,
+    )  # fmt: skip
