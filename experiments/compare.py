@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import json
 import math
 import re
@@ -30,6 +31,15 @@ from memlm.data.curriculum import Curriculum
 from memlm.data.tokens import atomic_file
 
 _ABSENT = object()
+_MAINS = [
+    ("blue", "o"),
+    ("black", "s"),
+    ("green", "^"),
+    ("orange", "v"),
+    ("purple", "D"),
+    ("sky", "P"),
+    ("vermillion", "X"),
+]
 _CONTROLS = [("vermillion", "s", 10), ("purple", "o", 8), ("orange", "^", 6), ("green", "x", 5), ("sky", "D", 7)]
 
 
@@ -239,21 +249,26 @@ def _brief(value: Any) -> str:
 
 
 def _name(groups: Sequence[Group], differences: Sequence[tuple[str, list[Any]]]) -> None:
-    """Label groups by name or memories, and by what else tells them apart where these do not."""
+    """Label groups by name or memories, and by the fewest settings that tell apart those which are alike in that."""
     for group in groups:
         config = group.runs[0].trained.config
         group.label = str(config.get("name") or "+".join(config.get("memory") or ()) or "none")
+    settings = [(key, [_brief(value) for value in values]) for key, values in differences]
     for label in {group.label for group in groups}:
         alike = [i for i, group in enumerate(groups) if group.label == label]
-        if len(alike) < 2:
-            continue
-        for key, values in differences:
-            if len({_brief(values[i]) for i in alike}) > 1:
-                for i in alike:
-                    groups[i].label += f" {key.rpartition('.')[2]}={_brief(values[i])}"
-    for i, group in enumerate(groups):
-        if group.label in {other.label for other in groups[:i]}:  # they differ in what is too long to be shown
-            group.label += f" ({i + 1})"
+        while (n := len({groups[i].label for i in alike})) < len(alike):
+            # What tells most of them apart; of several a setting of a memory, and the shortest.
+            told = [
+                (len({groups[i].label + texts[i] for i in alike}), key.startswith("memory."), -len("".join(texts)), key)
+                for key, texts in settings
+            ]
+            most, *_, key = max(told, default=(n, ""))
+            if most == n:  # they differ in what is too long to be shown
+                for number, i in enumerate(alike, 1):
+                    groups[i].label += f" ({number})"
+                break
+            for i in alike:
+                groups[i].label += f" {key.rpartition('.')[2]}={dict(settings)[key][i]}"
 
 
 def _costs(groups: Sequence[Group]) -> list[Line]:
@@ -500,25 +515,43 @@ def plot(comparison: Comparison) -> Figure:
         ):
             panels.append([])
         panels[-1].append(line)
-    n_row, n_column = -(-len(panels) // 3), 3
-    labels = [textwrap.fill(f"{group.label} ({_seeds(group)})", 28) for group in comparison.groups]
-    height = 0.55 * len(labels) + 1.1
+    labels = [textwrap.fill(f"{group.label} ({_seeds(group)})", 26) for group in comparison.groups]
+    rows = [panels[i : i + 3] for i in range(0, len(panels), 3)]
+    # In inches, placed by hand: long legends would make an automatic layout squeeze the panels.
+    inner = [max(0.55, 0.25 * max(map(_n_main, row))) * len(labels) for row in rows]
+    outer = [high + 0.9 + 0.2 * max(map(_n_legend, row)) for high, row in zip(inner, rows, strict=True)]
+    left, width, gap = 2.5, 3.4, 0.5
+    size = left + 3 * width + 3 * gap, sum(outer) + 0.4
     with style():
-        legend = [max(0.22 * len(panel) for panel in panels[3 * i : 3 * i + 3]) for i in range(n_row)]
-        figure = Figure(figsize=(14, sum(height + extra for extra in legend) + 0.4))
-        grid = figure.subplots(n_row, n_column, squeeze=False)
-        for i, axes in enumerate(grid.flat):
-            if i >= len(panels):
-                axes.set_axis_off()
-                continue
-            (_draw if panels[i][0].experiment else _draw_cost)(axes, panels[i])
-            axes.set_yticks(range(len(labels)), labels if i % n_column == 0 else [""] * len(labels))
-            axes.set_ylim(len(labels) - 0.5, -0.6)
-            axes.grid(axis="x")
-            axes.grid(visible=False, axis="y")
+        figure = Figure(figsize=size)
+        figure.set_layout_engine("none")
+        top = size[1] - 0.4
+        for row, high, whole in zip(rows, inner, outer, strict=True):
+            for column, panel in enumerate(row):
+                x, y = left + column * (width + gap), top - 0.4 - high
+                axes = figure.add_axes((x / size[0], y / size[1], width / size[0], high / size[1]))
+                (_draw if panel[0].experiment else _draw_cost)(axes, panel)
+                axes.set_yticks(range(len(labels)), labels if column == 0 else [""] * len(labels))
+                axes.set_ylim(len(labels) - 0.5, -0.6)
+                axes.grid(axis="x")
+                axes.grid(visible=False, axis="y")
+            top -= whole
         note = "Bars: 95 % intervals as in the table, over seeds (ticks) or as a single seed tells it."
-        figure.suptitle(note, fontsize=10, x=0.99, ha="right")
+        figure.text(1 - gap / size[0], 1 - 0.2 / size[1], note, fontsize=10, ha="right", va="center")
     return figure
+
+
+def _n_main(panel: Sequence[Line]) -> int:
+    return sum(not line.control for line in panel)
+
+
+def _n_legend(panel: Sequence[Line]) -> int:
+    """Lines of the legend."""
+    return sum(len(_wrapped(line).splitlines()) for line in panel) if panel[0].experiment else 0
+
+
+def _wrapped(line: Line) -> str:
+    return textwrap.fill(line.label, 44)
 
 
 def _draw_cost(axes: Axes, panel: Sequence[Line]) -> None:
@@ -535,29 +568,31 @@ def _draw_cost(axes: Axes, panel: Sequence[Line]) -> None:
 
 
 def _draw(axes: Axes, panel: Sequence[Line]) -> None:
-    mains = iter(("blue", "black", "yellow"))
-    controls = iter(_CONTROLS * len(panel))
+    mains = itertools.cycle((color, marker, 8) for color, marker in _MAINS)
+    controls = itertools.cycle(_CONTROLS)
+    n_main, shift = _n_main(panel), 0.0
     for line in panel:
-        color, marker, size = next(controls) if line.control else (next(mains, "blue"), "o", 8)
+        color, marker, size = next(controls if line.control else mains)
+        look: dict[str, Any] = {"color": PALETTE[color], "marker": marker, "markersize": size, "linestyle": "none"}
+        look["markerfacecolor"] = "none" if line.control else PALETTE[color]
+        axes.plot([], [], label=_wrapped(line), **look)
+        if not line.control:  # several main numbers stand one below the other
+            shift += 0.7 / n_main if shift else 0.35 / n_main
         for y, cell in enumerate(line.cells):
             if cell is None:
                 continue
             error = None if math.isnan(cell.low) else [[max(cell.mean - cell.low, 0)], [max(cell.high - cell.mean, 0)]]
-            axes.errorbar(
-                cell.mean, y, xerr=error, color=PALETTE[color], marker=marker, markersize=size, linestyle="none",
-                markerfacecolor="none" if line.control else PALETTE[color], capsize=0 if line.control else 4,
-                elinewidth=1 if line.control else 2, zorder=3 if line.control else 5, clip_on=False,
+            if line.control:
+                axes.errorbar(cell.mean, y, xerr=error, elinewidth=1, zorder=3, clip_on=False, **look)
+                continue
+            y_main = y - 0.35 + shift
+            axes.errorbar(cell.mean, y_main, xerr=error, elinewidth=2, capsize=4, zorder=5, clip_on=False, **look)
+            axes.plot(cell.values, [y_main] * len(cell.values), "|", color=PALETTE["black"], markersize=10, zorder=6)
+            axes.annotate(
+                shown(cell.mean, line.percent), (cell.mean, y_main), xytext=(0, 9) if n_main == 1 else (9, 5),
+                textcoords="offset points", ha="center" if n_main == 1 else "left", fontsize=10 if n_main == 1 else 8,
+                fontweight="bold" if y in line.best else "normal",
             )  # fmt: skip
-            if not line.control:
-                axes.plot(cell.values, [y] * len(cell.values), "|", color=PALETTE["black"], markersize=10, zorder=6)
-                axes.annotate(
-                    shown(cell.mean, line.percent), (cell.mean, y), xytext=(0, 9), textcoords="offset points",
-                    ha="center", fontsize=10, fontweight="bold" if y in line.best else "normal",
-                )  # fmt: skip
-        axes.plot(
-            [], [], color=PALETTE[color], marker=marker, markersize=size, linestyle="none", label=line.label,
-            markerfacecolor="none" if line.control else PALETTE[color],
-        )  # fmt: skip
     axes.set_title(panel[0].experiment)
     if panel[0].percent:
         axes.set_xlim(-0.1, 1.1)
@@ -566,4 +601,7 @@ def _draw(axes: Axes, panel: Sequence[Line]) -> None:
     else:
         axes.margins(x=0.15)
     below = axes.transAxes + ScaledTranslation(0, -0.35, axes.figure.dpi_scale_trans)  # inches
-    axes.legend(loc="upper left", bbox_to_anchor=(0, 0), bbox_transform=below, borderaxespad=0, borderpad=0)
+    axes.legend(
+        loc="upper left", bbox_to_anchor=(0, 0), bbox_transform=below, borderaxespad=0, borderpad=0, fontsize=9,
+        labelspacing=0.3, handlelength=1.2,
+    )  # fmt: skip

@@ -183,6 +183,7 @@ def run(model: Any, data: Any, cfg: ModernFacts, progress: Callable[[float], Non
         row["flag"] = "text" if row["fact"] in near else "known" if row["fact"] in known else ""
         row["value_in_text"] = row["fact"] in in_text
     rows.sort(key=lambda row: (list(CONDITIONS).index(row["condition"]), list(CUES).index(row["cue"]), row["fact"]))
+    metrics = summarise(rows)
     metadata = {
         "settings": asdict(cfg),
         "seed": cfg.seed,
@@ -196,9 +197,9 @@ def run(model: Any, data: Any, cfg: ModernFacts, progress: Callable[[float], Non
         "shared": is_shared(model),
         "similarity": _means(curves),
         "told_until": longest,
-        "headline": HEADLINE,
+        "headline": [line for line in HEADLINE if line["metric"] in metrics],  # nothing is left if all is known
     }
-    return Result("modern_facts", summarise(rows), tuple(rows), metadata)
+    return Result("modern_facts", metrics, tuple(rows), metadata)
 
 
 def _line(label: str, name: str, control: bool, better: str | None) -> dict[str, Any]:

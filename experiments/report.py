@@ -17,7 +17,7 @@ _KINDS = {"": "memory on", "_straddling": "memory on, facts across a segment bou
 def summary(results: Iterable[Result]) -> str:
     """The tables printed at the end of training and of an evaluation.
 
-    Perplexity on, off and wiped; recall of planted facts beside every control, with n and 95 % intervals; and the
+    Perplexity on, off and wiped; what the needle found beside every control, with n and 95 % intervals; and the
     headline of every experiment.
 
     Args:
@@ -31,7 +31,11 @@ def summary(results: Iterable[Result]) -> str:
     """
     results = list(results)
     blocks = [_perplexity(result) for result in results if "perplexity/on" in result.metrics]
-    blocks += [_recall(result) for result in results if _claims_recall(result.metrics)]
+    for result in filter(_claims_recall, results):
+        if "distances" in result.metadata:
+            blocks.append(_recall(result))
+        else:
+            _require_controls(result, "")
     headlines = [(result.name, numbers) for result in results if (numbers := headline(result))]
     if headlines:
         blocks.append(_headlines(headlines))
@@ -54,8 +58,8 @@ def _headlines(headlines: Sequence[tuple[str, Sequence[Number]]]) -> str:
     return table(columns, lines, "Main numbers, and below them (indented) their controls")
 
 
-def _claims_recall(metrics: Mapping[str, float]) -> bool:
-    return any(name.startswith(("exact_match/on", "exact_match_straddling/on")) for name in metrics)
+def _claims_recall(result: Result) -> bool:
+    return any(name.startswith(("exact_match/on", "exact_match_straddling/on")) for name in result.metrics)
 
 
 def _perplexity(result: Result) -> str:

@@ -75,6 +75,16 @@ def test_other_steps_or_other_measurements_are_other_groups() -> None:
     assert dict(found.differences) == {"step": ["500", "500", "400"], "needle.distance": ["100", "9", "absent"]}
 
 
+def test_groups_are_told_apart_by_few_settings() -> None:
+    many = {**SMALL, "training.lr": 0.5, "training.warmup_steps": 3, "trainer.max_steps": 4}
+    found = compare([run(0), run(0, changes=many), run(0, changes={**many, "training.lr": 0.25})])
+    assert [group.label for group in found.groups] == ["ltm lr=0.003", "ltm lr=0.5", "ltm lr=0.25"]
+    found = compare([run(0), run(0, changes=many), run(0, changes=NONE)])
+    assert [group.label for group in found.groups] == ["ltm n_slot=10000", "ltm n_slot=50", "none"]
+    texts = [{"data.corpus": {"_target_": "x", "path": "long " * 20 + end}} for end in "ab"]
+    assert [group.label for group in compare([run(0, changes=text) for text in texts]).groups] == ["ltm (1)", "ltm (2)"]
+
+
 def test_the_same_seed_twice_is_refused() -> None:
     with pytest.raises(ConfigError, match="run0 and run0 have the same settings and the same seed 0"):
         compare([run(0), run(0, checkpoint="/elsewhere")])

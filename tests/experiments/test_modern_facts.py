@@ -270,6 +270,13 @@ def test_controls_expose_what_any_text_in_memory_brings_about(few, data):
     assert result.metrics["exact_match/control"] == 1.0
 
 
+def test_a_model_that_knows_all_facts_has_nothing_to_show(few, data):
+    result = run(Cheat(data, range(few)), data, SMALL)
+    assert result.metrics["n_flagged_known"] == few - 1
+    assert result.metadata["headline"] == []
+    assert "recall" not in plot(result)
+
+
 def test_a_memory_without_paraphrases_fails_them_alone(few, data):
     result = run(Fake(data, cues=("",)), data, SMALL)
     assert rates(result) == MEMORY

@@ -79,6 +79,8 @@ def test_summary_shows_perplexity_recall_controls_and_intervals():
         (line,) = lines_of(recall, control)
         assert line[-5:-1] == ["0.0", "0.0", "32.4", "8"]
     assert "right in 25 %" in recall
+    told_again = Result("overwrite", needle_result().metrics)
+    assert "Recall of facts told once" not in summary([told_again])
     assert summary([]) == ""
     assert summary([Result("slot_usage", {"entropy": 1.0})]) == ""
 
