@@ -106,7 +106,7 @@ class Asked(NamedTuple):
     @property
     def text(self) -> str:
         """Question and answer in words."""
-        return f"{self.question.text}? {self.question.answer}"
+        return f"{self.question.text} {self.question.answer}"
 
 
 class Stories(Document):
@@ -238,7 +238,7 @@ def _questions(task: Task, stories: Sequence[_Told]) -> list[tuple[tuple[int, in
             words = story.sentences[answers[-1]].split()
             upto = words[: len(words) - words[::-1].index(question.answer)]
             cue, answer = task.question(question)
-            said = len(task.statement(" ".join(upto)).tokens) - len(task.statement("").tokens)
+            said = len(task.statement(" ".join(upto)).tokens) - 1  # without the full stop
             found.append(((i, answers[-1]), Asked(story.task, question, cue, answer, said)))
     return found
 

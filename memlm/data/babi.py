@@ -3,11 +3,13 @@
 Source: Weston et al., "Towards AI-complete question answering: a set of prerequisite toy tasks" (2015). The stories are
 made here, not taken from its files.
 
-    1  single supporting fact        mary went to the kitchen. | where is mary? kitchen
-    2  two supporting facts          mary took the apple. mary went to the kitchen. | where is the apple? kitchen
-    3  three supporting facts        ... | where was the apple before the kitchen? garden
-    4  two argument relations        the kitchen is north of the garden. | what is north of the garden? kitchen
+    1  single supporting fact        mary went to the kitchen. | where is mary? the kitchen
+    2  two supporting facts          mary took the apple. mary went to the kitchen. | where is the apple? the kitchen
+    3  three supporting facts        ... | where was the apple before the kitchen? the garden
+    4  two argument relations        the kitchen is north of the garden. | what is north of the garden? the kitchen
     5  three argument relations      mary gave the apple to john. | who gave the apple to john? mary
+
+An answer is one word; an article before it belongs to the question.
 
 People, places and objects are frequent words of the training text. A hash of the word decides whether it may play a
 part in training or is kept for evaluation: with those the vocabulary is open, as no story of training had them.
@@ -24,7 +26,7 @@ import numpy as np
 
 from memlm.config import ConfigError
 from memlm.data.facts import frequent_words
-from memlm.data.task import Planted, contexts, mix
+from memlm.data.task import Planted, Teller, contexts, mix
 from memlm.data.tokenizer import Tokenizer
 from memlm.data.tokens import TokenizedCorpus
 
@@ -51,7 +53,7 @@ class Question(NamedTuple):
     """A question that the story so far answers.
 
     Attributes:
-        text: The question.
+        text: The question, with the article of the answer.
         answer: One word.
         support: Numbers of the statements that the answer follows from.
         candidates: How many words of the story are answers of this kind.
@@ -161,32 +163,33 @@ class Story:
         """Every question that the story so far answers, each about the latest that was told."""
         places, found = len(self.places), []
         if self.task == 1:
-            found = [Question(f"where is {who}", at, (s,), places) for who, (at, s) in self._place.items()]
+            found = [Question(f"where is {who}? the", at, (s,), places) for who, (at, s) in self._place.items()]
         elif self.task == 2:
             for what, trail in self._trail.items():
-                found.append(Question(f"where is the {what}", *trail[-1], places))
+                found.append(Question(f"where is the {what}? the", *trail[-1], places))
         elif self.task == 3:
             for what, trail in self._trail.items():
                 asked: set[str] = set()
                 for before, here in list(itertools.pairwise(trail))[:-3:-1]:  # the last two moves
                     if here[0] not in asked:  # "before the kitchen" is before the latest time there
                         support = tuple(sorted({*before[1], *here[1]}))
-                        found.append(Question(f"where was the {what} before the {here[0]}", before[0], support, places))
+                        text = f"where was the {what} before the {here[0]}? the"
+                        found.append(Question(text, before[0], support, places))
                     asked.add(here[0])
         elif self.task == 4:
             for near, direction, far, s in self._relations:
-                found.append(Question(f"what is {direction} of the {far}", near, (s,), places))
-                found.append(Question(f"what is the {near} {direction} of", far, (s,), places))
+                found.append(Question(f"what is {direction} of the {far}? the", near, (s,), places))
+                found.append(Question(f"what is the {near} {direction} of? the", far, (s,), places))
         else:
             latest: dict[str, Question] = {}
             people, objects = len(self.people), len(self.objects)
             for giver, what, receiver, s in self._gifts:
                 for text, answer, n in (
-                    (f"who gave the {what} to {receiver}", giver, people),
-                    (f"who gave the {what}", giver, people),
-                    (f"who did {giver} give the {what} to", receiver, people),
-                    (f"who received the {what}", receiver, people),
-                    (f"what did {giver} give to {receiver}", what, objects),
+                    (f"who gave the {what} to {receiver}?", giver, people),
+                    (f"who gave the {what}?", giver, people),
+                    (f"who did {giver} give the {what} to?", receiver, people),
+                    (f"who received the {what}?", receiver, people),
+                    (f"what did {giver} give to {receiver}? the", what, objects),
                 ):
                     latest[text] = Question(text, answer, (s,), n)
             found = list(latest.values())
@@ -256,21 +259,18 @@ class Babi:
 
     def statement(self, text: str) -> Asked:
         """A sentence in tokens."""
-        return Asked(self._encode(text) + self._sign("."))
+        return Asked(self._encode(f"{text}."))
 
     def question(self, question: Question) -> Asked:
         """A question in tokens."""
-        return Asked(self._encode(question.text) + self._sign("?"), self._encode(question.answer))
+        return Asked(self._encode(question.text), self._encode(question.answer))
 
     def _encode(self, text: str) -> tuple[int, ...]:
-        """Words in tokens, each with the space before it."""
-        return tuple(token for word in text.split() for token in self._sign(" " + word))
-
-    def _sign(self, text: str) -> tuple[int, ...]:
-        """A short text in tokens; there are few different ones."""
-        if text not in self._tokens:
-            self._tokens[text] = tuple(self._tokenizer.encode(text))
-        return self._tokens[text]
+        """Words in tokens, each with the space before it and signs after it."""
+        for word in text.split():
+            if word not in self._tokens:  # there are few different ones
+                self._tokens[word] = tuple(self._tokenizer.encode(f" {word}"))
+        return tuple(token for word in text.split() for token in self._tokens[word])
 
     def document(
         self,
@@ -300,10 +300,11 @@ class Babi:
         return mix(rng, _Stories(self, made, rng), passage, segment_len, items, breaks)
 
 
-class _Stories:
+class _Stories(Teller):
     """Tells stories side by side; see `memlm.data.task.Teller`.
 
-    A world cannot take back what happened, so a statement that did not fit waits to be told.
+    A world cannot take back what happened, so a statement that did not fit waits to be told. A question is asked once:
+    were it asked again, the earlier question would be the better place to find the answer.
     """
 
     item_len = 8
@@ -312,7 +313,8 @@ class _Stories:
         self.task, self.stories, self.rng = task, stories, rng
         self._told: list[list[int]] = [[] for _ in stories]  # segment in which each statement ended
         self._next: tuple[int, Asked] | None = None
-        self._questions: list[list[tuple[Asked, tuple[int, ...]]]] = [[] for _ in stories]
+        self._open: list[dict[Question, Asked]] = [{} for _ in stories]
+        self._asked: list[set[Question]] = [set() for _ in stories]
 
     def statement(self) -> Asked | None:
         """The next sentence of any story."""
@@ -321,7 +323,7 @@ class _Stories:
             text = self.stories[i].tell()
             if text is not None:
                 self._next = (i, self.task.statement(text))
-                self._questions[i] = []  # what they ask for may change with what happened
+                self._open[i] = {}  # what they ask for may change with what happened
                 break
         return None if self._next is None else self._next[1]
 
@@ -330,13 +332,20 @@ class _Stories:
         assert self._next is not None
         i, self._next = self._next[0], None
         self._told[i].append(segment)
-        self._questions[i] = [(self.task.question(q), q.support) for q in self.stories[i].questions()]
+        known = [question for question in self.stories[i].questions() if question not in self._asked[i]]
+        self._open[i] = {question: self.task.question(question) for question in known}
 
     def questions(self, segment: int) -> list[Asked]:
         """Questions of all stories whose support was told before the segment."""
         return [
             asked
-            for told, own in zip(self._told, self._questions, strict=True)
-            for asked, support in own
-            if all(told[s] < segment for s in support)
+            for told, own in zip(self._told, self._open, strict=True)
+            for question, asked in own.items()
+            if all(told[s] < segment for s in question.support)
         ]
+
+    def asked(self, question: Asked) -> None:
+        """A question is not asked again before its answer follows from something new."""
+        for own, done in zip(self._open, self._asked, strict=True):
+            done.update(found for found, asked in own.items() if asked is question)
+        self._open = [{found: asked for found, asked in own.items() if asked is not question} for own in self._open]

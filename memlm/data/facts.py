@@ -19,7 +19,7 @@ import numpy as np
 
 from memlm.config import ConfigError, did_you_mean
 from memlm.data.sentences import RELATIONS, Form, Level, Relation, invent, write
-from memlm.data.task import Planted, contexts, mix
+from memlm.data.task import Planted, Teller, contexts, mix
 from memlm.data.tokenizer import Tokenizer
 from memlm.data.tokens import TokenizedCorpus
 
@@ -474,7 +474,7 @@ def plant(
     return mix(rng, _Once(rng, facts, paraphrase), passage, segment_len, items, breaks)
 
 
-class _Once:
+class _Once(Teller):
     """Tells each fact once; see `memlm.data.task.Teller`."""
 
     def __init__(self, rng: np.random.Generator, facts: list[Fact], paraphrase: float) -> None:

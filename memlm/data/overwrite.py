@@ -7,7 +7,7 @@ from typing import Literal
 import numpy as np
 
 from memlm.data.facts import Fact, FactMaker
-from memlm.data.task import Planted, contexts, mix
+from memlm.data.task import Planted, Teller, contexts, mix
 from memlm.data.tokenizer import Tokenizer
 from memlm.data.tokens import TokenizedCorpus
 
@@ -60,7 +60,7 @@ def retell(rng: np.random.Generator, maker: FactMaker, fact: Fact, split: Litera
             return fact._replace(value=other.value, answer=other.answer)
 
 
-class _Latest:
+class _Latest(Teller):
     """Tells facts and updates of them, and asks for the latest values; see `memlm.data.task.Teller`."""
 
     def __init__(self, rng: np.random.Generator, maker: FactMaker, facts: list[Fact], update: float) -> None:

@@ -78,6 +78,10 @@ class Teller(Protocol):
     def questions(self, segment: int) -> Sequence[Any]:
         """Questions (each an `Item`) that memory can answer in this segment: what they ask for was told earlier."""
 
+    def asked(self, question: Any) -> None:
+        """``question`` was asked. Unless a teller minds, it may be asked again."""
+        return
+
 
 def contexts(rng: np.random.Generator, n_segment: int, new_context: float = 0.5) -> np.ndarray:
     """Segments that begin a new context, (n_segment,), bool: a share ``new_context`` of them, never the first."""
@@ -128,7 +132,8 @@ def mix(
                 tokens[place : place + n_item] = item.tokens
                 if ask:
                     answer[place + len(item.cue) : place + n_item] = True
+                    teller.asked(item)
+                else:
+                    teller.tell(item, (place + n_item - 1) // segment_len)
                 place += n_item
-                if not ask:
-                    teller.tell(item, (place - 1) // segment_len)
     return Planted(tokens, answer[1:], breaks)

@@ -21,6 +21,7 @@ TEMPLATES = (
 
 def answer(sentences, question):
     """Answer by going through the sentences in their order; None if they do not say."""
+    question = question.split("?")[0]
     place, holder, trail, relations, gifts = {}, {}, {}, [], []
 
     def visit(what, where):
@@ -127,15 +128,15 @@ def sentences_of(tokenizer, tokens, answers):
     """Sentences, and questions with their answers, of a document with filler 0: (text, answer or None, place)."""
     found, words, begin = [], [], 0
     for place, token in enumerate(tokens.tolist()):
-        if token == 0 or (answers[place - 1] if place else False):
-            if token:
-                text, _, where = found[-1]
-                found[-1] = (text, tokenizer.decode([token]).strip(), where)
+        if token == 0:
             continue
         word = tokenizer.decode([token]).strip()
         if not words:
             begin = place
-        if word in ".?":
+        if place and answers[place - 1]:
+            found.append((" ".join(words).replace(" ?", "?"), word, (begin, place)))
+            words = []
+        elif word == ".":
             found.append((" ".join(words), None, (begin, place)))
             words = []
         else:
@@ -149,19 +150,22 @@ def test_documents_ask_what_earlier_segments_answer(task, tasks):
     asked, begins = 0, []
     for seed in range(8):
         document = babi.document(np.random.default_rng(seed), np.zeros(8 * T + 1, dtype=int), T, 8, tasks, 3)
-        told = []  # sentence, segment where it ended
+        told, since = [], set()  # sentence and segment where it ended; questions since the last sentence
         for text, given, (begin, end) in sentences_of(tokenizer, document.tokens, document.answer):
             if given is None:
                 told.append((text, end // T))
+                since.clear()
                 continue
             asked += 1
+            assert (text, given) not in since, "asked twice with nothing new"
+            since.add((text, given))
             assert answer([sentence for sentence, _ in told], text) == given
             assert answer([sentence for sentence, s in told if s < begin // T], text) == given
         words = set(tokenizer.decode([t for t in document.tokens.tolist() if t]).split())
         assert not words & set(babi.words(np.random.default_rng(0), 100, "evaluation"))
         begins += [document.answer[s * T - 1 : s * T + 16].any() for s in np.flatnonzero(document.breaks)]
     assert asked > 100
-    assert np.mean(begins) > 0.8  # contexts begin with a question, if there is one yet
+    assert np.mean(begins) > 0.7  # contexts begin with a question, if there is one yet
 
 
 def test_words_of_evaluation_are_kept_apart(task):

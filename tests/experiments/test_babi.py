@@ -61,12 +61,9 @@ class Reader(Fake):
         self.tokenizer = tokenizer
 
     def next_token(self, text, memory):
-        question = self.tokenizer.decode(text).strip()
-        if not question.endswith("?"):
-            return 0
         try:
-            found = answer(SENTENCE.findall(self.tokenizer.decode(memory)), question[:-1])
-        except (KeyError, IndexError):
+            found = answer(SENTENCE.findall(self.tokenizer.decode(memory)), self.tokenizer.decode(text).strip())
+        except (KeyError, IndexError, AssertionError):
             return 0
         return self.tokenizer.encode(f" {found}")[0]
 
@@ -96,7 +93,7 @@ def test_rows_say_where_the_answer_was_told(data):
     text = torch.cat([ids for _, ids in model.told], dim=1).tolist()
     for row in result.rows:
         if row["condition"] == "on":
-            document, (word,) = text[row["document"]], data.tokenizer.encode(" " + row["text"].split("? ")[1])
+            document, (word,) = text[row["document"]], data.tokenizer.encode(" " + row["text"].split()[-1])
             assert document[len(document) - row["since"] - 1] == word
 
 
@@ -112,7 +109,7 @@ def test_documents_hold_the_noise_asked_for_and_stories_of_their_own_words(data)
     assert told & kept
     assert not told & trained
     asked = {row["text"] for row in result.rows if row["condition"] == "unseen" and row["document"] == 0}
-    assert not {word for q in asked for word in q.strip("?").split()} & (told & kept)
+    assert not {word for q in asked for word in q.replace("?", "").split()} & (told & kept)
 
 
 def test_closed_vocabulary_is_that_of_training(data):
