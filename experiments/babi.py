@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter, StrMethodFormatter
 
 from experiments.base import PALETTE, Result, Row, evaluating, style
-from experiments.recall import CONDITIONS, Document, Haystack, ask, n_row_of, rates, read, tell
+from experiments.recall import CONDITIONS, Document, Haystack, ask, part_of, rates, tell, visit
 from memlm.analysis.figures import CONTROLS
 from memlm.config import ConfigError
 from memlm.data.babi import N_WORD, TASKS, Question, Story
@@ -146,26 +146,19 @@ def run(model: Any, data: Any, cfg: Babi, progress: Callable[[float], None] | No
         )
     text = data.tokens(cfg.split).tokens
     rows: list[Row] = []
-    total, done = cfg.n_document * len(cfg.vocabularies) * sum(cfg.noise), 0.0
+    total, done = cfg.n_document * len(cfg.vocabularies) * sum(cfg.noise), 0
     with evaluating(model):
-        n_row = n_row_of(model, cfg.n_row)
         for vocabulary, noise in itertools.product(cfg.vocabularies, cfg.noise):
             documents, unseen, length = draw(task, text, cfg, vocabulary, noise, model.segment_len)
-            for first in range(0, cfg.n_document, n_row):
-                numbers = range(first, min(first + n_row, cfg.n_document))
-
-                def show(place: int, done: float = done, share: float = len(numbers) * noise / length) -> None:
-                    if progress is not None:
-                        progress(min((done + share * place) / total, 1.0))
-
-                state = next(read(model, [documents[i] for i in numbers], [length], show))
-                done += len(numbers) * noise
+            show = part_of(progress, done, cfg.n_document * noise, total)
+            for numbers, _, state in visit(model, documents, [length], cfg.n_row, show):
                 for row in ask(model, state, documents, unseen, numbers, length):
                     i, k = row["document"], row["fact"]
                     asked: Any = unseen[i][k] if row["condition"] == "unseen" else documents[i].facts[k]
                     about = {"vocabulary": vocabulary, "noise": noise, "task": asked.task}
                     known = {"n_support": len(asked.question.support), "candidates": asked.question.candidates}
                     rows.append(about | row | known)
+            done += cfg.n_document * noise
     order = (cfg.vocabularies.index, cfg.noise.index, cfg.tasks.index, CONDITIONS.index)
     rows.sort(
         key=lambda row: (

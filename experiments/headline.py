@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from experiments.base import Result
+from memlm.analysis.figures import CONTROLS
 
 _KEYS = ("label", "metric", "low", "high", "n", "percent", "better", "control")
 
@@ -63,6 +64,28 @@ def headline(result: Result) -> list[Number]:
             "is reported; add what was measured as a control to the headline"
         )
     return numbers
+
+
+def recall_entries(label: str, suffix: str = "") -> list[dict[str, Any]]:
+    """Entries about a rate of recall and its controls.
+
+    Args:
+        label: What the rate with the memory on is called.
+        suffix: End of the names of the metrics, which are those of `experiments.recall.tabulate`.
+    """
+    return [
+        {
+            "label": name,
+            "metric": f"exact_match/{condition}{suffix}",
+            "low": f"low/{condition}{suffix}",
+            "high": f"high/{condition}{suffix}",
+            "n": f"n/{condition}{suffix}",
+            "percent": True,
+            "better": "higher",
+            "control": condition != "on",
+        }
+        for condition, name in {"on": label, **CONTROLS}.items()
+    ]
 
 
 def shown(value: float, percent: bool = False) -> str:

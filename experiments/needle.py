@@ -17,20 +17,34 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from operator import itemgetter
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter, StrMethodFormatter
+from matplotlib.ticker import PercentFormatter
 
 from experiments.base import PALETTE, Result, Row, evaluating, style
-from experiments.recall import CONDITIONS, Document, Haystack, ask, is_shared, n_row_of, rates, read, tell
+from experiments.headline import recall_entries
+from experiments.recall import (
+    COLORS,
+    CONDITIONS,
+    Document,
+    Haystack,
+    ask,
+    draw_rates,
+    is_shared,
+    part_of,
+    tabulate,
+    tell,
+    visit,
+)
 from memlm.analysis.figures import CONTROLS
 from memlm.config import ConfigError
 from memlm.data.facts import Fact, FactMaker, SentenceMaker
 
-_COLORS = dict(zip(CONDITIONS, ("blue", "vermillion", "purple", "orange", "green"), strict=True))
-_AXES = ("kind", "n_other", "distance")  # what a list of settings varies; later ones vary faster
+_AXES: dict[str, Callable[[list[Any]], Any]] = {"kind": itemgetter(0), "n_other": min, "distance": max}
+# What a list of settings varies, and whose rates are the main ones.
 
 
 @dataclass(frozen=True)
@@ -113,20 +127,13 @@ def run(model: Any, data: Any, cfg: Needle, progress: Callable[[float], None] | 
     done = 0
     with evaluating(model):
         for plan, (documents, unseen, lengths) in zip(plans, drawn, strict=True):
-            n_row = n_row_of(model, cfg.n_row)
-            for first in range(0, cfg.n_document, n_row):
-                numbers = range(first, min(first + n_row, cfg.n_document))
-
-                def show(place: int, done: int = done, n: int = len(numbers)) -> None:
-                    if progress is not None:
-                        progress((done + n * place) / n_token)
-
-                states = read(model, [documents[i] for i in numbers], lengths, show)
-                for distance, length, state in zip(plan.distances, lengths, states, strict=True):
-                    given = {"kind": plan.kind, "n_other": plan.n_other, "distance": distance}
-                    asked = ask(model, state, documents, unseen, numbers, length, plan.kind == "paraphrased")
-                    rows += [given | row for row in asked]
-                done += len(numbers) * lengths[-1]
+            more = cfg.n_document * lengths[-1]
+            show = part_of(progress, done, more, n_token)
+            for numbers, i, state in visit(model, documents, lengths, cfg.n_row, show):
+                given = {"kind": plan.kind, "n_other": plan.n_other, "distance": plan.distances[i]}
+                asked = ask(model, state, documents, unseen, numbers, lengths[i], plan.kind == "paraphrased")
+                rows += [given | row for row in asked]
+            done += more
     kinds = _several(cfg.kind)
     rows.sort(key=lambda row: (kinds.index(row["kind"]), row["n_other"], row["distance"],
                                CONDITIONS.index(row["condition"]), row["document"], row["fact"]))  # fmt: skip
@@ -152,19 +159,7 @@ def run(model: Any, data: Any, cfg: Needle, progress: Callable[[float], None] | 
         "haystack_repetition": n_haystack / len(data.tokens(cfg.split).tokens),  # above 1 a document repeats its text
         "memories": list(model.memory.keys()),
         "shared": is_shared(model),
-        "headline": [
-            {
-                "label": CONTROLS.get(c, "memory on"),
-                "metric": f"exact_match/{c}",
-                "low": f"low/{c}",
-                "high": f"high/{c}",
-                "n": f"n/{c}",
-                "percent": True,
-                "better": "higher",
-                "control": c != "on",
-            }
-            for c in CONDITIONS
-        ],
+        "headline": recall_entries("memory on"),
     }
     return Result("needle", summarise(rows), tuple(rows), metadata)
 
@@ -247,19 +242,7 @@ def summarise(rows: Sequence[Row]) -> dict[str, float]:
         several distances, numbers of other facts or kinds, those of each combination too: ``.../<kind>``,
         ``.../<n_other>``, ``.../<distance>``, in this order and only for what varies.
     """
-    values = {axis: list(dict.fromkeys(row[axis] for row in rows)) for axis in _AXES}
-    varying = [axis for axis in _AXES if len(values[axis]) > 1]
-    metrics: dict[str, float] = {}
-    for combination in itertools.product(*values.values()):
-        given = dict(zip(_AXES, combination, strict=True))
-        part = rates([row for row in rows if all(row[axis] == value for axis, value in given.items())])
-        first = {"kind": values["kind"][0], "n_other": min(values["n_other"]), "distance": max(values["distance"])}
-        if given == first:
-            metrics = part | metrics
-        if varying:
-            suffix = "".join(f"/{given[axis]}" for axis in varying)
-            metrics |= {f"{name}{suffix}": value for name, value in part.items()}
-    return metrics
+    return tabulate(rows, _AXES)
 
 
 def plot(result: Result) -> dict[str, Figure]:
@@ -333,7 +316,7 @@ def _bars(metrics: Mapping[str, float], distance: int, about: str) -> Figure:
         for y, name in enumerate(shown):
             rate, n = metrics[f"exact_match{keys[name]}"], int(metrics[f"n{keys[name]}"])
             low, high = metrics[f"low{keys[name]}"], metrics[f"high{keys[name]}"]
-            color = PALETTE[_COLORS.get(name, "sky")]
+            color = PALETTE[COLORS.get(name, "sky")]
             axes.barh(y, rate, height=0.6, color=color, alpha=0.85)
             bounds = [[max(rate - low, 0)], [max(high - rate, 0)]]
             axes.errorbar(rate, y, xerr=bounds, color=PALETTE["black"], capsize=4, linewidth=1.4, clip_on=False)
@@ -356,38 +339,14 @@ def _bars(metrics: Mapping[str, float], distance: int, about: str) -> Figure:
 
 
 def _lines(metrics: Mapping[str, float], distances: Sequence[int], title: str, label_x: str) -> Figure:
-    markers = dict(zip(CONDITIONS, ("o", "s", "o", "^", "x"), strict=True))
-    sizes = dict(zip(CONDITIONS, (6, 10, 7, 5, 4), strict=True))  # nested, so that four controls at 0 % stay visible
     with style():
         figure = Figure(figsize=(7.0, 4.6))
         axes = figure.subplots()
-        for condition in CONDITIONS:
-            x = [d for d in distances if f"exact_match/{condition}/{d}" in metrics]
-            if not x:
-                continue
-            rate, low, high, n = (
-                [metrics[f"{name}/{condition}/{d}"] for d in x] for name in ("exact_match", "low", "high", "n")
-            )
-            color, on = PALETTE[_COLORS[condition]], condition == "on"
-            axes.fill_between(x, low, high, color=color, alpha=0.18 if on else 0.08, linewidth=0)
-            axes.plot(
-                x, rate, color=color, linestyle="-" if on else "--", linewidth=2.5 if on else 1.2,
-                marker=markers[condition], markersize=sizes[condition], markerfacecolor=color if on else "none",
-                clip_on=False, zorder=5 if on else 3, label="memory on" if on else CONTROLS[condition],
-            )  # fmt: skip
-        if "chance" in metrics:
-            label = f"guess among the document's facts, {100 * metrics['chance']:.2g} %"
-            axes.axhline(metrics["chance"], color=PALETTE["black"], linewidth=1.2, linestyle=":", label=label)
-        axes.set(title=title, xlabel=label_x, ylabel="recalled exactly", ylim=(0, 1))
         if distances[0] == 0:
             axes.set_xscale("symlog", linthresh=distances[1])
-            axes.minorticks_off()
         elif distances[-1] / distances[0] >= 8:
             axes.set_xscale("log")
-            axes.minorticks_off()
-        axes.set_xticks(distances)
-        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
-        axes.yaxis.set_major_formatter(PercentFormatter(xmax=1, symbol=" %"))
-        count = f"{int(max(n)):,}"
-        figure.legend(loc="outside lower center", ncols=2, title=f"band: 95 % Wilson interval, n = {count}")
+        band = draw_rates(axes, metrics, distances)
+        axes.set(title=title, xlabel=label_x)
+        figure.legend(loc="outside lower center", ncols=2, title=band)
     return figure

@@ -21,7 +21,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
 from experiments.base import PALETTE, Result, Row, evaluating, style, wilson
-from experiments.recall import CONDITIONS, Document, Haystack, answer, ask, n_row_of, rates, read, tell
+from experiments.headline import recall_entries
+from experiments.recall import CONDITIONS, Document, Haystack, answer, ask, rates, tell, visit
 from memlm.analysis.figures import CONTROLS
 from memlm.config import ConfigError
 from memlm.data.facts import Fact
@@ -86,15 +87,7 @@ def run(model: Any, data: Any, cfg: Overwrite, progress: Callable[[float], None]
     length += -length % model.segment_len
     rows: list[Row] = []
     with evaluating(model):
-        n_row = n_row_of(model, cfg.n_row)
-        for first in range(0, cfg.n_document, n_row):
-            numbers = range(first, min(first + n_row, cfg.n_document))
-
-            def show(place: int, first: int = first, n: int = len(numbers)) -> None:
-                if progress is not None:
-                    progress((first * length + n * place) / (cfg.n_document * length))
-
-            state = next(read(model, [documents[i] for i in numbers], [length], show))
+        for numbers, _, state in visit(model, documents, [length], cfg.n_row, progress):
             asked = ask(model, state, documents, unseen, numbers, length)
             stale = _stale(model, state, numbers, older, asked)
             for row in asked:
@@ -190,12 +183,7 @@ def summarise(rows: Sequence[Row]) -> dict[str, float]:
 
 def _headline(most: int) -> list[dict[str, Any]]:
     """What the terminal's table and comparisons of runs show."""
-    labels = {"on": f"latest value after {most} updates, memory on", **CONTROLS}
-    lines = [
-        {"label": label, "metric": f"exact_match/{name}", "low": f"low/{name}", "high": f"high/{name}",
-         "n": f"n/{name}", "percent": True, "better": "higher", "control": name != "on"}
-        for name, label in labels.items()
-    ]  # fmt: skip
+    lines = recall_entries(f"latest value after {most} updates, memory on")
     stale = {"label": f"an older value after {most} updates, memory on", "metric": "stale/on", "better": "lower"}
     chance = {"label": "guess among the values of the fact", "metric": "chance", "low": None, "high": None, "n": None}
     lines.insert(1, lines[0] | stale | {"low": "stale_low/on", "high": "stale_high/on"})

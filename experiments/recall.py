@@ -15,21 +15,27 @@ Shapes: B rows, L tokens of a question, V vocabulary, M slots.
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from matplotlib.axes import Axes
+from matplotlib.ticker import PercentFormatter, StrMethodFormatter
 from torch import Tensor
 
-from experiments.base import Row, wilson
+from experiments.base import PALETTE, Row, wilson
 from memlm.analysis.figures import CONTROLS
 from memlm.data.facts import Fact
 from memlm.data.sentences import LEVELS
 
 CONDITIONS = ("on", *CONTROLS)
 """The memory as it is, then its controls: see `memlm.analysis.figures.CONTROLS`."""
+
+COLORS = dict(zip(CONDITIONS, ("blue", "vermillion", "purple", "orange", "green"), strict=True))
+"""What of `PALETTE` draws each condition."""
 
 _WINDOW = 16  # segments read per call
 _CROSSING = 16  # one fact in so many is placed across a segment boundary on purpose; others get there by chance
@@ -108,8 +114,10 @@ def tell(
     segment_len: int,
     gap: float,
     crossing: bool = True,
+    mixed: bool = True,
+    lead: int = 0,
 ) -> Document:
-    """A document that tells facts in random order after random gaps.
+    """A document that tells facts after random gaps.
 
     Args:
         rng: Source of randomness.
@@ -119,13 +127,15 @@ def tell(
         segment_len: Tokens per segment.
         gap: Tokens of text before each fact, on average.
         crossing: Whether one asked fact in 16 is placed across a segment boundary on purpose.
+        mixed: Whether the others are told among the facts, in random order, and not after them.
+        lead: Tokens of text before the first gap.
     """
     n = len(facts) + len(others)
-    order = np.arange(n) if not others else rng.permutation(n)
+    order = rng.permutation(n) if others and mixed else np.arange(n)
     across = set(rng.choice(len(facts), size=-(-len(facts) // _CROSSING), replace=False).tolist() if crossing else ())
-    parts: list[np.ndarray] = []
+    parts = [haystack.tokens(0, lead)]
     begins = [0] * len(facts)
-    place = taken = 0
+    place = taken = lead
     for number in order.tolist():
         told = (facts[number] if number < len(facts) else others[number - len(facts)]).tokens
         space = int(rng.integers(2 * max(round(gap), 0) + 1))
@@ -167,6 +177,51 @@ def read(
             if progress is not None:
                 progress(place)
         yield model.new_context(state)
+
+
+def visit(
+    model: Any,
+    documents: Sequence[Document],
+    lengths: Sequence[int],
+    n_row: int,
+    progress: Callable[[float], None] | None = None,
+) -> Iterator[tuple[range, int, Any]]:
+    """Read all documents, some side by side.
+
+    Args:
+        model: A language model.
+        documents: The documents.
+        lengths: See `read`.
+        n_row: Documents to read at once, where rows do not share a memory.
+        progress: Called with the share of the text that is read, in 0..1.
+
+    Yields:
+        Numbers of the documents that were read side by side, which of the lengths was reached, and their memories
+        there, without local context.
+    """
+    n_row = n_row_of(model, n_row)
+    n_token = len(documents) * lengths[-1]
+    for first in range(0, len(documents), n_row):
+        numbers = range(first, min(first + n_row, len(documents)))
+
+        def show(place: int, first: int = first, n: int = len(numbers)) -> None:
+            if progress is not None:
+                progress((first * lengths[-1] + n * place) / n_token)
+
+        states = read(model, [documents[i] for i in numbers], lengths, show)
+        yield from ((numbers, i, state) for i, state in enumerate(states))
+
+
+def part_of(
+    progress: Callable[[float], None] | None, done: float, more: float, total: float
+) -> Callable[[float], None]:
+    """What reports the share of a part as a share of the whole: the part adds ``more`` to what is ``done``."""
+
+    def report(share: float) -> None:
+        if progress is not None:
+            progress((done + share * more) / total)
+
+    return report
 
 
 def ask(
@@ -333,6 +388,84 @@ def rate(name: str, rows: Sequence[Row]) -> dict[str, float]:
     low, high = wilson(k, n)
     nll = math.fsum(row["nll"] for row in rows) / n
     return {f"exact_match{name}": k / n, f"low{name}": low, f"high{name}": high, f"n{name}": n, f"nll{name}": nll}
+
+
+def tabulate(rows: Sequence[Row], axes: Mapping[str, Callable[[list[Any]], Any]]) -> dict[str, float]:
+    """Metrics of rows that differ in some columns.
+
+    Args:
+        rows: The rows.
+        axes: By column what picks one of its values, from a list of them.
+
+    Returns:
+        Those of `rates` for the picked values. For what has several values, those of each combination too:
+        ``.../<value>``, in the order of ``axes``.
+    """
+    values = {axis: list(dict.fromkeys(row[axis] for row in rows)) for axis in axes}
+    varying = [axis for axis in axes if len(values[axis]) > 1]
+    metrics: dict[str, float] = {}
+    for combination in itertools.product(*values.values()):
+        given = dict(zip(axes, combination, strict=True))
+        part = rates([row for row in rows if all(row[axis] == value for axis, value in given.items())])
+        if all(value == axes[axis](values[axis]) for axis, value in given.items()):
+            metrics = part | metrics
+        if varying:
+            suffix = "".join(f"/{given[axis]}" for axis in varying)
+            metrics |= {f"{name}{suffix}": value for name, value in part.items()}
+    return metrics
+
+
+def above_controls(metrics: Mapping[str, float], suffix: str = "") -> bool:
+    """Whether recall with the memory on lies above all of its controls, with 95 % intervals that are apart.
+
+    Args:
+        metrics: What `tabulate` returns.
+        suffix: End of the names of the metrics.
+    """
+    return metrics[f"low/on{suffix}"] > max(metrics.get(f"high/{control}{suffix}", 0.0) for control in CONTROLS)
+
+
+def draw_rates(axes: Axes, metrics: Mapping[str, float], values: Sequence[int]) -> str:
+    """Draw recall and its controls against what was varied, on axes whose scale is set.
+
+    Args:
+        axes: Where to draw.
+        metrics: What `tabulate` returns.
+        values: What was varied, ascending: ends of the names of the metrics.
+
+    Returns:
+        What the legend says of the bands.
+    """
+    markers = dict(zip(CONDITIONS, ("o", "s", "o", "^", "x"), strict=True))
+    sizes = dict(zip(CONDITIONS, (6, 10, 7, 5, 4), strict=True))  # nested, so that four controls at 0 % stay visible
+    counts = set()
+    for condition in CONDITIONS:
+        x = [value for value in values if f"exact_match/{condition}/{value}" in metrics]
+        if not x:
+            continue
+        rate, low, high, n = (
+            [metrics[f"{name}/{condition}/{value}"] for value in x] for name in ("exact_match", "low", "high", "n")
+        )
+        counts |= set(map(int, n))
+        color, on = PALETTE[COLORS[condition]], condition == "on"
+        axes.fill_between(x, low, high, color=color, alpha=0.18 if on else 0.08, linewidth=0)
+        axes.plot(
+            x, rate, color=color, linestyle="-" if on else "--", linewidth=2.5 if on else 1.2,
+            marker=markers[condition], markersize=sizes[condition], markerfacecolor=color if on else "none",
+            clip_on=False, zorder=5 if on else 3, label="memory on" if on else CONTROLS[condition],
+        )  # fmt: skip
+    chance = [metrics[f"chance/{value}"] for value in values if f"chance/{value}" in metrics]
+    if len(chance) == len(values):
+        share = f", {100 * chance[0]:.2g} %" if len(set(chance)) == 1 else ""
+        label = f"guess among the document's facts{share}"
+        axes.plot(values, chance, color=PALETTE["black"], linewidth=1.2, linestyle=":", label=label)
+    axes.set(ylabel="recalled exactly", ylim=(0, 1))
+    axes.set_xticks(values)
+    axes.minorticks_off()
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    axes.yaxis.set_major_formatter(PercentFormatter(xmax=1, symbol=" %"))
+    n_each = " to ".join(f"{n:,}" for n in sorted({min(counts), max(counts)}))
+    return f"band: 95 % Wilson interval, n = {n_each}"
 
 
 def n_row_of(model: Any, wanted: int) -> int:
