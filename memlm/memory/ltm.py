@@ -4,8 +4,9 @@ Source: LMCODE's LongTermMemory (importance-weighted top-k read, soft attention 
 storage with intelligent replacement, consolidation of similar slots).
 
 A token at position t makes a slot: its key is a projection of the hidden state h_t (queries use the same projection),
-its value a projection of the embedding of the token that follows. A learned write gate weighs slots when they are read;
-slots are kept by the best mean log-gate of a span that covers them, so that a fact survives as a whole.
+its value a projection of the embedding of the token that follows. A learned write gate says what matters: the best mean
+log-gate of a span that covers a token weighs its slot when it is read, and decides whether it is kept, so that a fact
+survives, and is found, as a whole.
 
 Shapes: B rows, S segments, T tokens per segment, D model width, M slots, C tokens of lookback, K slots a segment
 writes, N = S * T, k slots read per token.
@@ -34,7 +35,7 @@ class LongTermState(NamedTuple):
     Attributes:
         key: Unit keys, (B, M, d_key).
         value: Values, (B, M, d_value).
-        log_gate: Log of the write gate, a bias of the read, (B, M).
+        log_gate: Best mean log-gate of a span that covers the token, a bias of the read, (B, M).
         priority: What a slot is worth when one must go, (B, M); below -2**22 for an empty slot.
         record: Id of the record (the span of one segment) a slot belongs to, (B, M); -1 if empty.
         document: Number of the document it came from, (B, M).
@@ -119,7 +120,7 @@ class LongTermMemory(Memory):
         temperature: float = 12.0,
         retrieval_threshold: float = -1.0,
         recency: float | None = None,
-        gate_floor: float = 0.02,
+        gate_floor: float = 0.005,
         gate_penalty: float = 0.03,
         scope: Scope = "sequence",
     ) -> None:
@@ -418,6 +419,20 @@ class LongTermMemory(Memory):
             )
         return Residual(gate * self.to_output(read.to(x.dtype)), slots, weights, gate[..., 0])
 
+    def _worth(self, strength: Tensor, log_gate: Tensor, ids: Tensor, position: Tensor, segment: Segment) -> Tensor:
+        """What each token is worth when one must go (B, S, C + T), by the rule that ``importance`` names."""
+        if self.importance == "span":
+            return strength
+        if self.importance == "token":
+            return log_gate
+        if self.importance == "fifo":
+            n = log_gate.shape[-1]
+            return torch.arange(n, device=log_gate.device).expand_as(log_gate) / n
+        if self.importance == "random":
+            return (ids * 40_503 + position * 30_011) % 65_521 / 65_521
+        assert segment.surprise is not None
+        return segment.surprise.unfold(1, log_gate.shape[-1], segment.segment_len)
+
     def _gate_logit(self, normed: Tensor, embedding: Tensor) -> Tensor:
         """The write gate's MLP of a hidden state, the one after it and the embedding of the token after it, (B, L).
 
@@ -454,13 +469,8 @@ class LongTermMemory(Memory):
         has_next = F.pad(here[..., 1:], (0, 1))
         here = here & has_next
         position = segment.position[..., None] + place - self.lookback  # (B, S, C + T)
-        if self.importance == "surprise":
-            assert segment.surprise is not None
-            worth = windows(segment.surprise)
-        elif self.importance == "random":
-            worth = (ids * 40_503 + position * 30_011) % 65_521 / 65_521
-        else:
-            worth = _importance(windows(log_gate.detach()), here, span, self.importance)
+        strength = _span_mean(windows(log_gate), here, span)  # (B, S, C + T)
+        worth = self._worth(strength.detach(), windows(log_gate.detach()), ids, position, segment)
         # Tokens whose spans are all complete are final; those at the end wait for the next segment.
         final = (place >= self.lookback - span) & ((place < window_len - span) | segment.closes[..., None])
         final = final & here & segment.complete[..., None]
@@ -481,7 +491,7 @@ class LongTermMemory(Memory):
         candidates = _Candidates(
             key=key,
             value=value,
-            log_gate=pick(log_gate),
+            log_gate=strength.gather(2, best.indices),
             priority=best.values,
             position=position.gather(2, best.indices),
             document=segment.document[..., None].expand_as(best.indices),
@@ -574,16 +584,11 @@ class _Plan(NamedTuple):
     window_visible: Tensor  # which candidates each segment may read, (B, S, P)
 
 
-def _importance(log_gate: Tensor, here: Tensor, span: int, kind: str) -> Tensor:
-    """What each token of a window is worth (B, S, W).
+def _span_mean(log_gate: Tensor, here: Tensor, span: int) -> Tensor:
+    """For each token of a window the best mean log-gate of the spans that cover it (B, S, W).
 
-    For ``span``: the best mean log-gate of the spans that cover the token. A span that goes beyond the context counts
-    its tokens inside, if they are at least half of it.
+    A span that goes beyond the context counts its tokens inside, if they are at least half of it.
     """
-    if kind == "token":
-        return log_gate
-    if kind == "fifo":
-        return torch.arange(log_gate.shape[-1], device=log_gate.device).expand_as(log_gate) / log_gate.shape[-1]
     edge = (span - 1, span - 1)
     total = F.pad(log_gate * here, edge).unfold(-1, span, 1).sum(dim=-1)  # (B, S, W + span - 1)
     count = F.pad(here.float(), edge).unfold(-1, span, 1).sum(dim=-1)

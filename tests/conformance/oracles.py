@@ -96,7 +96,7 @@ def long_term_evicts(make: laws.Make, kind: str = "span", of: str = "LongTermMem
             for row in range(3):
                 slot_of = {int(p): i for i, p in enumerate(full.position[row]) if p >= 0}
                 assert len(slot_of) == ids.shape[1] - 1, "every token with a successor makes a slot"
-                log_gate = [float(full.log_gate[row, slot_of[p]]) for p in range(ids.shape[1] - 1)]
+                log_gate = [float(full.priority[row, slot_of[p]]) for p in range(ids.shape[1] - 1)]
                 expected = keep(log_gate, laws.T, span, budget, n_slot, kind)
                 assert len(expected) == n_slot, "the test evicts nothing"
                 held = bank.position[row].tolist()
@@ -107,8 +107,10 @@ def long_term_evicts(make: laws.Make, kind: str = "span", of: str = "LongTermMem
                     continue
                 found = torch.tensor(sorted(bank.priority[row].tolist()))
                 laws.close(found, torch.tensor(sorted(worth for worth, _ in expected)), f"{kind}: importance held")
-                worth = span_importance(log_gate, span) if kind == "span" else log_gate
+                spans = span_importance(log_gate, span)
+                worth = spans if kind == "span" else log_gate
                 for slot, position in enumerate(held):
+                    assert abs(spans[position] - float(bank.log_gate[row, slot])) < 1e-4, "strength of another token"
                     assert abs(worth[position] - float(bank.priority[row, slot])) < 1e-4, "importance of another token"
                     laws.close(bank.key[row, slot], full.key[row, slot_of[position]], "key of another token")
                     laws.close(bank.value[row, slot], full.value[row, slot_of[position]], "value of another token")
