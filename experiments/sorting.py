@@ -10,7 +10,8 @@ Kendall's rank correlation between the true order and the one that the model nam
 it has not named yet coming next (1: the same, 0: unrelated).
 
 Given the right ones before it, the last place can hold one symbol only: `chance` is the accuracy of one who guesses
-among the symbols not named yet. `last_segment` is the accuracy of one who knows the counts of the last segment alone.
+among the symbols not named yet. Without any memory a model can know that tied symbols go by number, and so lie above
+it in short sequences. `last_segment` is the accuracy of one who knows the counts of the last segment alone.
 Each question is also asked with reads off, of a wiped memory and of the memory of another sequence. A sequence that was
 never shown is that same control: nothing but the sequence tells its order.
 
