@@ -21,7 +21,7 @@ from experiments.base import PALETTE, Result, Row, style
 from experiments.headline import recall_entries
 from experiments.needle import Needle
 from experiments.needle import run as run_needle
-from experiments.recall import CONDITIONS, above_controls, draw_rates, is_shared, part_of, tabulate
+from experiments.recall import CONDITIONS, above_controls, draw_rates, is_shared, part_of, rates
 from memlm.analysis.figures import CONTROLS
 from memlm.config import ConfigError
 from memlm.memory import state as states
@@ -124,13 +124,11 @@ def summarise(rows: Sequence[Row], n_byte: int) -> dict[str, float]:
     """
     n_facts = sorted({row["n_fact"] for row in rows})
     metrics: dict[str, float] = {}
-    for n_fact in reversed(n_facts):
-        own = tabulate([row for row in rows if row["n_fact"] == n_fact], {})
-        own["chance"] = 1 / n_fact
-        metrics = metrics or dict(own)
-        metrics |= {f"{name}/{n_fact}": value for name, value in own.items()}
     if not rows:
         return {}
+    for n_fact in n_facts:
+        own = rates([row for row in rows if row["n_fact"] == n_fact]) | {"chance": 1 / n_fact}
+        metrics |= {**own, **{f"{name}/{n_fact}": value for name, value in own.items()}}
     held = [n_fact for n_fact in n_facts if above_controls(metrics, f"/{n_fact}")]
     for condition in CONDITIONS:
         counted = held if condition == "on" else n_facts

@@ -506,12 +506,14 @@ def plot(comparison: Comparison) -> Figure:
     panels: list[list[Line]] = []
     for line in comparison.lines:
         last = panels[-1][-1] if panels else None
-        # A main number that follows a control begins a panel of its own; those before any control share one.
+        # A main number that follows a control begins a panel of its own; those before any control share one, but for
+        # rates and plain values, which have no axis in common.
         if (
             last is None
             or not line.experiment
             or line.experiment != last.experiment
             or (last.control and not line.control)
+            or last.percent != line.percent
         ):
             panels.append([])
         panels[-1].append(line)
@@ -580,6 +582,10 @@ def _draw(axes: Axes, panel: Sequence[Line]) -> None:
             shift += 0.7 / n_main if shift else 0.35 / n_main
         for y, cell in enumerate(line.cells):
             if cell is None:
+                continue
+            if math.isinf(cell.mean):  # more than was measured: no place on the axis
+                across = axes.get_yaxis_transform()
+                axes.annotate(shown(cell.mean, line.percent), (1, y), xycoords=across, ha="right", va="center")
                 continue
             error = None if math.isnan(cell.low) else [[max(cell.mean - cell.low, 0)], [max(cell.high - cell.mean, 0)]]
             if line.control:

@@ -279,25 +279,21 @@ def _curve(rows: Sequence[Row], filler: str) -> Figure:
         if not all(map(math.isnan, stored)):
             axes.plot(writes, stored, color=PALETTE["sky"], marker="D", markersize=8, markerfacecolor="none",
                       linewidth=1.4, clip_on=False, zorder=4, label="facts whose slots are still held")  # fmt: skip
-        title = f"Retention over writes of {FILLERS[filler]}: "
-        if math.isnan(value):
-            title += "nothing recalled"
-        elif math.isinf(value):
-            title += f"half-life over {writes[-1]:,}"
-        else:
-            title += f"half-life {value:,.0f}"
+        life = "nothing recalled at first" if math.isnan(value) else f"half-life {_in_words(value, writes[-1])} writes"
+        if math.isfinite(value):
             half, end = metrics["exact_match/on/0"] / 2, min(high, writes[-1])
-            label = f"half-life {value:,.0f} (95 %: {_bound(low, writes[-1])} to {_bound(high, writes[-1])})"
-            axes.plot([low, end], [half, half], color=PALETTE["black"], linewidth=5, alpha=0.35, zorder=4)
-            axes.plot([value, value], [0, half], color=PALETTE["black"], linewidth=1.4, linestyle="--", zorder=4)
-            axes.plot(
-                value, half, color=PALETTE["black"], marker="*", markersize=14, linestyle="none", zorder=6, label=label
-            )
-        axes.set(title=title, xlabel="writes (segments) since the last fact was told")
+            label = f"half-life {value:,.0f} (95 %: {low:,.0f} to {_in_words(high, writes[-1])})"
+            black: dict[str, Any] = {"color": PALETTE["black"], "zorder": 6}
+            axes.plot([low, end], [half, half], linewidth=5, alpha=0.35, **black)
+            axes.plot([value, value], [0, half], linewidth=1.4, linestyle="--", **black)
+            axes.plot(value, half, marker="*", markersize=14, linestyle="none", label=label, **black)
+        axes.set(
+            title=f"Recall after {FILLERS[filler]}: {life}", xlabel="writes (segments) since the last fact was told"
+        )
         figure.legend(loc="outside lower center", ncols=2, title=band)
     return figure
 
 
-def _bound(value: float, most: int) -> str:
-    """An end of the interval in words."""
+def _in_words(value: float, most: int) -> str:
+    """A half-life in words."""
     return f"over {most:,}" if math.isinf(value) else f"{value:,.0f}"

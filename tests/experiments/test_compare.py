@@ -228,3 +228,20 @@ def test_the_figure_has_a_panel_for_each_main_number_and_its_controls() -> None:
     legend = needle.get_legend()
     assert legend is not None
     assert [text.get_text() for text in legend.get_texts()] == ["memory on", "reads off"]
+
+
+def test_rates_and_plain_values_share_no_axis_and_what_is_infinite_has_no_place_on_it() -> None:
+    def lasting(life: float) -> Result:
+        told = recall(0.9)
+        first = ENTRY | {"label": "half-life", "metric": "half_life", "better": "higher"}
+        return Result(
+            "retention", {**told.metrics, "half_life": life}, (), {"headline": [first, *told.metadata["headline"]]}
+        )
+
+    found = compare([run(0, lasting(math.inf)), run(1, lasting(50.0)), run(0, lasting(70.0), changes=NONE)])
+    assert [line(found, "half-life", "retention").text(i) for i in range(2)] == ["inf", "70"]
+    figure = plot(found)
+    plain, rates = [axes for axes in figure.axes if axes.get_title(loc="left") == "retention"]
+    assert [[*artist.get_ydata()] for artist in plain.get_lines() if len(artist.get_xdata()) == 1] == [[1], [1]]
+    assert "inf" in [text.get_text() for text in plain.texts]
+    assert rates.get_xlim() == (-0.1, 1.1)
