@@ -28,6 +28,7 @@ _MIN_WORDS = 64
 _MIN_RELATIONS = 4
 _CHUNK = 1_000_000  # tokens decoded at a time
 _WORD = re.compile(r"\w+")
+_PIECE = re.compile(r"\w+|[^\w\s]")  # a word, or a mark of punctuation
 
 
 Split = Literal["train", "evaluation"]
@@ -352,7 +353,7 @@ def _neighbours(
     """Pairs of ``words`` that follow each other anywhere in the training text, or in its small letters."""
     found: set[tuple[str, str]] = set()
     for text in decoded(tokenizer, train):
-        pairs = itertools.pairwise((text.lower() if lower else text).split())
+        pairs = itertools.pairwise(_PIECE.findall(text.lower() if lower else text))
         found.update(pair for pair in pairs if pair[0] in words and pair[1] in words)
     return found
 

@@ -128,6 +128,19 @@ def test_names_and_values_of_evaluation_never_occur_in_training(words):
     assert len(names) == 100
 
 
+def test_neighbours_before_a_comma_are_neighbours():
+    rng = np.random.default_rng(0)
+    names = WORDS[:70]
+    text = " " + " ".join(f"{a} {b}," for a, b in rng.choice(names, size=(3000, 2)))
+    tokenizer = train_tokenizer("word", [text, f" {' '.join(names)} is"], 200)
+    tokens = np.array(tokenizer.encode(f"{text} {' '.join(names * 2)}"), dtype=np.int32)
+    maker = FactMaker(tokenizer, TokenizedCorpus(tokens, np.array([0, len(tokens)])))
+    facts = [*maker.draw(rng, 40, "evaluation"), *maker.draw(rng, 200, "train")]
+    assert text.count(",") == 3000
+    assert not [fact.name for fact in facts if f" {' '.join(fact.name)}," in text]
+    assert not [fact.value for fact in facts for i in (0, 1) if f" {' '.join(fact.value[i : i + 2])}," in text]
+
+
 def test_too_many_facts_are_refused(words):
     with pytest.raises(ConfigError, match="use fewer facts"):
         words[2].maker.draw(np.random.default_rng(0), 10**6, "evaluation")
