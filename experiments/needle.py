@@ -88,9 +88,9 @@ class Needle:
         for name in ("distance", "n_other"):
             values = _several(getattr(self, name))
             if not values or min(values) < 0:
-                raise ConfigError(f"needle.{name} must be a number or a list of them, got {getattr(self, name)}")
-        unknown = [kind for kind in _several(self.kind) if kind not in KINDS]
-        if unknown or not _several(self.kind):
+                raise ConfigError(f"needle.{name} must be one or several numbers from 0, got {getattr(self, name)}")
+        unknown = [kind for kind in self.kinds if kind not in KINDS]
+        if unknown or not self.kinds:
             raise ConfigError(f"needle.kind must be one or several of {', '.join(KINDS)}, got {self.kind}")
         if not self.facts_per_segment > 0:
             raise ConfigError(f"needle.facts_per_segment must be positive, got {self.facts_per_segment}")
@@ -101,6 +101,16 @@ class Needle:
     def distances(self) -> list[int]:
         """All distances, ascending."""
         return sorted(set(_several(self.distance)))
+
+    @property
+    def n_others(self) -> list[int]:
+        """All numbers of other facts, ascending."""
+        return sorted(set(_several(self.n_other)))
+
+    @property
+    def kinds(self) -> list[str]:
+        """All kinds, each once, in the order given."""
+        return list(dict.fromkeys(_several(self.kind)))
 
 
 def _several(value: Any) -> list[Any]:
@@ -134,8 +144,7 @@ def run(model: Any, data: Any, cfg: Needle, progress: Callable[[float], None] | 
                 asked = ask(model, state, documents, unseen, numbers, lengths[i], plan.kind == "paraphrased")
                 rows += [given | row for row in asked]
             done += more
-    kinds = _several(cfg.kind)
-    rows.sort(key=lambda row: (kinds.index(row["kind"]), row["n_other"], row["distance"],
+    rows.sort(key=lambda row: (cfg.kinds.index(row["kind"]), row["n_other"], row["distance"],
                                CONDITIONS.index(row["condition"]), row["document"], row["fact"]))  # fmt: skip
     n_haystack = max(
         lengths[-1] - min(len(document.head) - document.taken for document in documents)
@@ -159,9 +168,17 @@ def run(model: Any, data: Any, cfg: Needle, progress: Callable[[float], None] | 
         "haystack_repetition": n_haystack / len(data.tokens(cfg.split).tokens),  # above 1 a document repeats its text
         "memories": list(model.memory.keys()),
         "shared": is_shared(model),
-        "headline": recall_entries("memory on"),
+        "headline": _headline(cfg),
     }
     return Result("needle", summarise(rows), tuple(rows), metadata)
+
+
+def _headline(cfg: Needle) -> list[dict[str, Any]]:
+    """Recall of every kind, at the longest distance and among the fewest other facts."""
+    if len(cfg.kinds) == 1:
+        return recall_entries("memory on")
+    end = "".join(f"/{values[place]}" for values, place in ((cfg.n_others, 0), (cfg.distances, -1)) if len(values) > 1)
+    return [entry for kind in cfg.kinds for entry in recall_entries(f"{kind} facts, memory on", f"/{kind}{end}")]
 
 
 class _Plan(NamedTuple):
@@ -175,8 +192,7 @@ class _Plan(NamedTuple):
 def _plans(cfg: Needle) -> list[_Plan]:
     """All documents that the settings ask for."""
     lengths = [[distance] for distance in cfg.distances] if cfg.spread else [cfg.distances]
-    n_others = sorted(set(_several(cfg.n_other)))
-    return [_Plan(*plan) for plan in itertools.product(_several(cfg.kind), n_others, lengths)]
+    return [_Plan(*plan) for plan in itertools.product(cfg.kinds, cfg.n_others, lengths)]
 
 
 def draw(

@@ -248,8 +248,9 @@ def ask(
         One row per condition, document and fact: ``text``, ``since`` (tokens between the fact's end and the question),
         ``depth`` (place of the fact in the text, 0 at its beginning, 1 right before the question), ``straddles``
         (whether it lies across a segment boundary), ``stored`` (whether a memory holds every token of its answer; None
-        where memories do not tell what they hold), ``correct``, ``nll`` (of the answer, nats per token). In a
-        ``swapped`` row ``document`` is where the fact was told, while the memory is that of the next document.
+        where memories do not tell what they hold, or share a bank with other text), ``correct``, ``nll`` (of the
+        answer, nats per token). In a ``swapped`` row ``document`` is where the fact was told, while the memory is that
+        of the next document.
     """
     n_fact = len(documents[0].facts)
     wiped = model.wipe(state)
@@ -264,7 +265,8 @@ def ask(
         "swapped": (state, True, others),
         "unseen": (state, True, never),
     }
-    held = _held(model.places(state), len(numbers))
+    # A shared bank also holds what was written in training, whose places say nothing about these documents.
+    held = [] if is_shared(model) else _held(model.places(state), len(numbers))
     rows: list[Row] = []
     for condition, (memory, reads, asked) in questions.items():
         for i in range(n_fact):  # one question per row at a time, so that no bank has to be copied
@@ -293,9 +295,7 @@ def ask(
 
 def _held(places: Sequence[Tensor], n_row: int) -> list[list[set[int]]]:
     """For each row the places in its text that each memory holds; empty if memories do not tell."""
-    return [
-        [set(part[row if len(part) > 1 else 0].tolist()) for part in places] for row in range(n_row if places else 0)
-    ]
+    return [[set(part[row].tolist()) for part in places] for row in range(n_row if places else 0)]
 
 
 def _stored(document: Document, fact: int, held: Sequence[set[int]]) -> bool:

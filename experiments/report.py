@@ -9,9 +9,11 @@ from typing import Any
 from experiments.base import Result, table
 from experiments.headline import Number, headline, in_percent, shown
 from memlm.analysis.figures import CONTROLS
+from memlm.data.sentences import LEVELS
 
 _PERPLEXITY = {"on": "memory on", "off": "reads off", "wiped": "memory wiped before every segment"}
 _KINDS = {"": "memory on", "_straddling": "memory on, facts across a segment boundary"}
+_KINDS |= {f"_{level}": f"memory on, {said}" for level, said in LEVELS.items()}
 
 
 def summary(results: Iterable[Result]) -> str:
@@ -120,6 +122,8 @@ def _recall(result: Result) -> str:
     text = table(list(lines[0]), lines, f"{title})")
     if "chance" in metrics:
         text += f"\nA guess among the facts of the document would be right in {100 * metrics['chance']:.2g} %."
+    if (repetition := result.metadata.get("haystack_repetition", 0)) > 1:
+        text += f"\nThe text around the facts is repeated: a document goes {repetition:.1f} times through all there is."
     return text
 
 

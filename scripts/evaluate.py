@@ -1,11 +1,17 @@
 """Measure what the memory of a trained model remembers: `python scripts/evaluate.py checkpoint=RUN`."""
 
+from __future__ import annotations
+
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
-from memlm.config import ConfigError, cli, config_dir, run_dir, to_dict
+from memlm.config import ConfigError, check_arguments, cli, config_dir, did_you_mean, instantiate, run_dir, to_dict
+
+if TYPE_CHECKING:
+    from memlm.models.base import LanguageModel
 
 
 def name_all(arguments: list[str]) -> list[str]:
@@ -13,6 +19,38 @@ def name_all(arguments: list[str]) -> list[str]:
     names = ",".join(sorted(path.stem for path in (config_dir() / "experiment").glob("*.yaml")))
     every = [f"experiment=[{names}]", "skip_inapplicable=true"]
     return [word for argument in arguments for word in (every if argument == "experiment=all" else [argument])]
+
+
+def changes(change: Any, model: LanguageModel) -> dict[str, Any]:
+    """Settings of memories that an evaluation changes, checked as if the model was built with them.
+
+    Raises:
+        ConfigError: If the model lacks such a memory, the memory refuses a value, or it would need other weights.
+    """
+    import torch
+
+    if change is None:
+        return {}
+    if not isinstance(change, dict):
+        raise ConfigError(f"change must be settings by name.attribute, as {{ltm.importance: fifo}}, got {change!r}")
+    nodes = model.config["memory"]
+    for key, value in change.items():
+        name, _, attribute = str(key).partition(".")
+        if name not in nodes:
+            raise ConfigError(
+                f"change: the model has no memory {name!r} to set {key} of.{did_you_mean(name, nodes)} It has: "
+                f"{', '.join(nodes) or 'none'}"
+            )
+        if attribute not in nodes[name]:
+            continue  # not of the constructor: whether the memory has it is checked when it is set
+        check_arguments(nodes[name]["_target_"], {attribute: value}, f"change.{name}", ())
+        with torch.random.fork_rng(devices=[]):
+            changed = instantiate(nodes[name] | {attribute: value}, f"change.{name}", model.config["model"]["d_model"])
+        old = model.memory[name][0]
+        shapes, known = ([part.shape for part in module.parameters()] for module in (changed, old))
+        if shapes != known or (changed.lookback, changed.scope) != (old.lookback, old.scope):
+            raise ConfigError(f"change: {key} cannot be changed after training, as the model was built around it")
+    return change
 
 
 @cli("evaluate")
@@ -29,7 +67,7 @@ def main(cfg: DictConfig) -> None:
     model, data = load_run(checkpoint, paths={"cache_dir": cfg.paths.cache_dir})
     place(model, cfg.device)
     print(f"{checkpoint}: measured by {', '.join(experiments)} into {directory}")
-    changed = to_dict(cfg.change) or {}
+    changed = changes(to_dict(cfg.change), model)
     about = write_evaluation(directory, describe(checkpoint, model)._replace(memory=changed))
     with memory_settings(model, changed):
         results, written, skipped = runner.run_all(model, data, experiments, directory)

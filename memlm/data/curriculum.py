@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -73,6 +74,11 @@ class Curriculum:
     def steps(self) -> int:
         """Steps of all phases."""
         return sum(phase.steps for phase in self.phases)
+
+    @property
+    def starts(self) -> list[int]:
+        """The first step of each phase."""
+        return [0, *itertools.accumulate(phase.steps for phase in self.phases[:-1])]
 
     @property
     def has_task(self) -> bool:

@@ -121,6 +121,9 @@ class TextData(lightning.LightningDataModule):
             rank,
             n_rank,
         )
+        for step in self.curriculum.starts:  # what a task refuses in a later phase is told before the first step
+            if begin <= step < len(dataset):
+                dataset[step]
         return self._loader(dataset, begin)
 
     def val_dataloader(self) -> DataLoader[Batch]:

@@ -28,6 +28,7 @@ _MIN_WORDS = 64
 _MIN_RELATIONS = 4
 _CHUNK = 1_000_000  # tokens decoded at a time
 _WORD = re.compile(r"\w+")
+_PIECE = re.compile(r"\w+|[^\w\s]")  # a word, or a mark of punctuation
 
 
 Split = Literal["train", "evaluation"]
@@ -352,7 +353,7 @@ def _neighbours(
     """Pairs of ``words`` that follow each other anywhere in the training text, or in its small letters."""
     found: set[tuple[str, str]] = set()
     for text in decoded(tokenizer, train):
-        pairs = itertools.pairwise((text.lower() if lower else text).split())
+        pairs = itertools.pairwise(_PIECE.findall(text.lower() if lower else text))
         found.update(pair for pair in pairs if pair[0] in words and pair[1] in words)
     return found
 
@@ -384,6 +385,13 @@ KINDS: dict[str, Callable[[Tokenizer, TokenizedCorpus], Maker]] = {
 as they are in the text; English sentences."""
 
 
+def _check_kind(kind: str) -> None:
+    if kind not in KINDS:
+        raise ConfigError(
+            f"there are no facts of kind {kind!r}: expected one of {', '.join(KINDS)}.{did_you_mean(kind, KINDS)}"
+        )
+
+
 class Facts:
     """The task of telling facts once and asking for them later, mixed into text; see `memlm.data.task.Task`.
 
@@ -406,10 +414,7 @@ class Facts:
         Raises:
             ConfigError: If there is no such kind, or the tokenizer or text does not suit it.
         """
-        if kind not in KINDS:
-            raise ConfigError(
-                f"there are no facts of kind {kind!r}: expected one of {', '.join(KINDS)}.{did_you_mean(kind, KINDS)}"
-            )
+        _check_kind(kind)
         if kind not in self._makers:
             self._makers[kind] = KINDS[kind](self._tokenizer, self._train)
         return self._makers[kind]
@@ -434,11 +439,18 @@ class Facts:
             hard: Share of documents whose names are drawn from few words, so that they look alike.
             kinds: By kind of facts (see `KINDS`), the share of documents that have them; None for ``random`` alone.
             paraphrase: Share of facts that are asked for in other words than they were told in, where the kind has any.
+
+        Raises:
+            ConfigError: If one of the kinds does not exist, or their shares are none.
         """
         alike = bool(rng.random() < hard)
         maker: Maker = self.maker
         if kinds is not None:
+            for kind in kinds:
+                _check_kind(kind)
             share = np.array(list(kinds.values()), dtype=float)
+            if not share.sum() > 0 or (share < 0).any():
+                raise ConfigError(f"kinds must have shares that are not negative, and one above 0; got {dict(kinds)}")
             maker = self.maker_of(list(kinds)[int(rng.choice(len(share), p=share / share.sum()))])
         return plant(rng, maker, passage, segment_len, items, alike, paraphrase=paraphrase)
 

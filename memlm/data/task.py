@@ -13,6 +13,8 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from memlm.config import ConfigError
+
 
 class Planted(NamedTuple):
     """A document of a task.
@@ -110,7 +112,12 @@ def mix(
         segment_len: Tokens per segment.
         items: Statements and questions per segment, on average.
         breaks: Segments that begin a new context, (N / segment_len,), bool; see `contexts`.
+
+    Raises:
+        ConfigError: If there are to be no items.
     """
+    if not items > 0:
+        raise ConfigError(f"items per segment must be above 0, got {items}; a phase without them has task: null")
     n_token = len(passage)
     gap = max(segment_len / items - teller.item_len, 0.0)
     tokens, answer = np.empty(n_token, dtype=np.int64), np.zeros(n_token, dtype=bool)

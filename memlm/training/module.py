@@ -313,6 +313,5 @@ def _check_memory_settings(model: LanguageModel, settings: Mapping[str, Any]) ->
         if not attribute or not hasattr(module, attribute):
             names = [name for name in vars(module) if not name.startswith("_")]
             raise ConfigError(
-                f"the curriculum sets {attribute!r} of a {type(module).__name__}, which has no such setting."
-                f"{did_you_mean(attribute, names)}"
+                f"there is no setting {attribute!r} of a {type(module).__name__}.{did_you_mean(attribute, names)}"
             )

@@ -128,6 +128,19 @@ def test_names_and_values_of_evaluation_never_occur_in_training(words):
     assert len(names) == 100
 
 
+def test_neighbours_before_a_comma_are_neighbours():
+    rng = np.random.default_rng(0)
+    names = WORDS[:70]
+    text = " " + " ".join(f"{a} {b}," for a, b in rng.choice(names, size=(3000, 2)))
+    tokenizer = train_tokenizer("word", [text, f" {' '.join(names)} is"], 200)
+    tokens = np.array(tokenizer.encode(f"{text} {' '.join(names * 2)}"), dtype=np.int32)
+    maker = FactMaker(tokenizer, TokenizedCorpus(tokens, np.array([0, len(tokens)])))
+    facts = [*maker.draw(rng, 40, "evaluation"), *maker.draw(rng, 200, "train")]
+    assert text.count(",") == 3000
+    assert not [fact.name for fact in facts if f" {' '.join(fact.name)}," in text]
+    assert not [fact.value for fact in facts for i in (0, 1) if f" {' '.join(fact.value[i : i + 2])}," in text]
+
+
 def test_too_many_facts_are_refused(words):
     with pytest.raises(ConfigError, match="use fewer facts"):
         words[2].maker.draw(np.random.default_rng(0), 10**6, "evaluation")
@@ -150,6 +163,7 @@ def test_curriculum_finds_the_phase_and_moves_settings():
         ]
     )
     assert [curriculum.at(step)[::2] for step in (0, 2, 3, 7, 20)] == [(0, 0), (0, 2), (1, 0), (1, 4), (1, 17)]
+    assert curriculum.starts == [0, 3]
     assert curriculum.memory_settings(0) == {}
     assert curriculum.memory_settings(4) == {"ltm.gate_penalty": 0.25, "ltm.span": 3}
     assert curriculum.memory_settings(99)["ltm.gate_penalty"] == 1.0
@@ -169,6 +183,22 @@ def test_curriculum_finds_the_phase_and_moves_settings():
 def test_impossible_phases_are_refused(phases, message):
     with pytest.raises(ConfigError, match=message):
         Curriculum(phases, TASK)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"items": 0.0}, "items per segment must be above 0, got 0"),
+        ({"kinds": {"random": 1.0, "naturl": 0.1}}, "no facts of kind 'naturl'.*Did you mean 'natural'"),
+        ({"kinds": {"random": 0.0}}, "shares that are not negative, and one above 0"),
+        ({"kinds": {"random": 1.0, "native": -1.0}}, "shares that are not negative"),
+        ({"kinds": {}}, "and one above 0"),
+    ],
+)
+def test_settings_of_a_task_that_cannot_work_are_refused_by_any_document(words, settings, message):
+    for seed in range(4):
+        with pytest.raises(ConfigError, match=message):
+            words[2].document(np.random.default_rng(seed), words[1].tokens[:129].astype(np.int64), 32, **settings)
 
 
 def test_a_phase_with_settings_of_a_task_needs_one():

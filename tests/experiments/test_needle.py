@@ -11,8 +11,9 @@ import pytest
 import torch
 from torch import nn
 
-from experiments import recall
+from experiments import needle, recall
 from experiments.base import Result
+from experiments.headline import headline
 from experiments.needle import Needle, draw, plot, run, summarise
 from experiments.recall import CONDITIONS, answer
 from memlm.config import ConfigError, compose
@@ -276,6 +277,42 @@ def test_facts_lost_at_boundaries_and_with_distance_show(data):
     assert result.metadata["distances"] == [30, 200, 400]
     near, middle, far = (result.metrics[f"exact_match/on/{d}"] for d in (30, 200, 400))
     assert near >= middle > far == result.metrics["exact_match/on"]
+
+
+def test_every_kind_is_put_forward_with_its_controls(data, monkeypatch):
+    monkeypatch.setitem(needle.KINDS, "natural", needle.KINDS["random"])  # this text has no sentences
+    model = Oracle(data.tokenizer.vocab_size)
+    settings = Needle(n_document=2, n_fact=3, distance=[60, 30], kind=["natural", "random", "natural"])
+    result = run(model, data, settings)
+    assert result.metrics["n/on"] == 6  # a kind that is named twice counts once
+    numbers = headline(result)
+    assert [number.metric for number in numbers if not number.control] == [
+        "exact_match/on/natural/60",
+        "exact_match/on/random/60",
+    ]
+    assert [number.control for number in numbers] == [False, True, True, True, True] * 2
+    more = Needle(n_document=2, n_fact=3, distance=30, n_other=[4, 0], kind=["random", "natural"])
+    assert headline(run(model, data, more))[5].metric == "exact_match/on/natural/0"
+    (one,) = [number for number in headline(run(model, data, SMALL)) if not number.control]
+    assert (one.label, one.metric) == ("memory on", "exact_match/on")
+
+
+def test_stored_is_told_of_banks_of_one_document_alone(data):
+    class Tells(Oracle):
+        """Holds the places of all tokens but those of the last half of the facts."""
+
+        def places(self, state):
+            kept = [min(documents[i].begins[4], len(memory)) for i, memory in zip(self.rows(), state, strict=True)]
+            return [torch.tensor([[t if t < n else -1 for t in range(600)] for n in kept])]
+
+        def rows(self):
+            return range(4)
+
+    settings = Needle(n_document=4, n_fact=8, distance=100, n_row=4)
+    documents, *_ = draw(data, settings, SEGMENT_LEN)
+    assert run(Tells(data.tokenizer.vocab_size), data, settings).metrics["stored"] == 0.5
+    Tells.rows = lambda self: [0]
+    assert "stored" not in run(Tells(data.tokenizer.vocab_size, "shared"), data, settings).metrics
 
 
 def test_names_differ_everywhere_and_swapped_asks_another_documents_memory(data):

@@ -117,6 +117,18 @@ def test_summary_of_several_kinds_and_numbers_of_other_facts():
         summary([Result("needle", needle.summarise(rows), (), result.metadata)])
 
 
+def test_summary_tells_repeated_text_and_levels_of_paraphrases():
+    rows = [row | {"level": "trained" if row["fact"] % 2 else "new_phrasing"} for row in needle_result().rows]
+    metadata = {"distances": [100], "haystack_repetition": 4.24}
+    text = summary([Result("needle", needle.summarise(rows), (), metadata)])
+    assert "goes 4.2 times through all there is" in text
+    # 7 of 8 are right, and the last one, of an odd number, is not
+    lines = {line.partition("  ")[0]: line.split()[-5:-1] for line in text.splitlines() if "memory on," in line}
+    assert lines["memory on, phrasing never seen in training"][::3] == ["100.0", "4"]
+    assert lines["memory on, pair of phrasings seen in training"][::3] == ["75.0", "4"]
+    assert "through all there is" not in summary([Result("needle", needle.summarise(rows), (), {"distances": [100]})])
+
+
 @pytest.mark.parametrize("lost", needle.CONDITIONS[1:])
 def test_recall_without_a_control_is_refused(lost):
     conditions = [condition for condition in needle.CONDITIONS if condition != lost]

@@ -8,7 +8,7 @@ import pytest
 
 from experiments import needle, perplexity, runner
 from experiments.base import Result
-from memlm.config import ConfigError, compose, to_dict, validate
+from memlm.config import ConfigError, compose, config_dir, to_dict, validate
 
 RATES = {"on": 0.75, "off": 0.125, "wiped": 0.25, "swapped": 0.0, "unseen": 0.5}
 NODES = {
@@ -107,6 +107,13 @@ def test_watched_settings_are_checked_by_their_full_name() -> None:
     config = to_dict(compose([]))
     assert set(config["watch"]) == {"needle"}
     assert set(runner.chosen(config)) == {"perplexity", "needle"}  # and not what is watched
+
+
+@pytest.mark.parametrize("recipe", sorted(path.stem for path in (config_dir() / "recipe").glob("*.yaml")))
+def test_what_recipes_measure_exists(recipe: str) -> None:
+    config = to_dict(compose([f"recipe={recipe}"]))
+    assert runner.chosen(config)
+    runner.watch(config["watch"], data())
 
 
 def test_one_that_does_not_apply_costs_no_other_its_result(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -146,3 +146,21 @@ def test_settings_of_memories_can_be_changed_for_an_evaluation(
     with pytest.raises(SystemExit):
         command(monkeypatch, run, "change={ltm.topk: 1}", "hydra.run.dir=2")
     assert "Did you mean 'top_k'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"lmt.top_k": 1}, r"no memory 'lmt' to set lmt\.top_k of\. Did you mean 'ltm'\? It has: ltm"),
+        ({"ltm.importance": "fifoo"}, r"change\.ltm\.importance must be .*'fifo'"),
+        ({"ltm.top_k": 0}, r"change\.ltm: top_k must be at least 1"),
+        ({"ltm.d_key": 3}, r"ltm\.d_key cannot be changed after training"),
+        ({"ltm.span": 1}, r"ltm\.span cannot be changed after training"),
+        ("fifo", "change must be settings by name"),
+    ],
+)
+def test_a_change_that_would_do_nothing_or_break_is_refused(change: Any, message: str, folder: Path) -> None:
+    model = memlm.load(folder / "a=1,b")
+    with pytest.raises(ConfigError, match=message):
+        evaluate.changes(change, model)
+    assert evaluate.changes(None, model) == {}

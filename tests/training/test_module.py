@@ -251,6 +251,12 @@ def test_an_unknown_memory_setting_is_told_before_the_first_step(tmp_path: Path)
         fit(config(tmp_path, "a", phases=phases), before_step=lambda *_: pytest.fail("a step was made"))
 
 
+def test_what_a_later_phase_cannot_do_is_told_before_the_first_step(tmp_path: Path) -> None:
+    phases = [SHORT | {"steps": 2}, SHORT | {"task": {"items": 2, "kinds": {"naturl": 1.0}}}]
+    with pytest.raises(ConfigError, match="no facts of kind 'naturl'"):
+        fit(config(tmp_path, "a", phases=phases), before_step=lambda *_: pytest.fail("a step was made"))
+
+
 def test_memory_settings_are_put_back_after_an_error(tmp_path: Path) -> None:
     settings = config(tmp_path, "a")
     model = build_model(settings, build_tokenizer(settings))
