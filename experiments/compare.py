@@ -383,6 +383,8 @@ def _best(line: Line) -> set[int]:
         return set()
     sign = 1 if line.better == "higher" else -1
     best = max(cells.values(), key=lambda cell: sign * cell.mean)
+    if not math.isfinite(best.mean):  # such as a half-life beyond what was measured, of which no interval is known
+        return set()
     found = {i for i, c in cells.items() if c.mean == best.mean or (c.low <= best.high and c.high >= best.low)}
     return found if len(found) < len(cells) else set()
 
