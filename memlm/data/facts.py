@@ -290,6 +290,8 @@ class SentenceMaker(FactMaker):
                 words = tuple(invent(rng) for _ in range(1 if form == "place" else 2))
                 if any(word in self._known for word in words) or _held_out(words) != (split == "evaluation"):
                     continue
+                if split == "train" and any(_held_out((word,)) for word in words):  # a place of evaluation
+                    continue
             else:
                 words, tokens = self._combine(rng, np.arange(len(self.words)) if pool is None else pool, 2, split)
             written = write(words, form)

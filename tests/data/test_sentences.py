@@ -119,10 +119,13 @@ def test_evaluated_subjects_and_values_are_in_no_training_fact_and_in_no_text(bp
     assert len({fact.name for fact in evaluation}) == 2000
     held_out = {name for fact in evaluation for name in (fact.name, fact.value)}
     written = {name for fact in evaluation for name in names(fact)}
+    single = {name for name in written if " " not in name}
+    assert len(single) > 500
     for seed in range(4):
         for fact in maker.draw(np.random.default_rng(seed), 2000, "train", n_word=40 if seed % 2 else None):
             assert not {fact.name, fact.value} & held_out
             assert not names(fact) & (written | words)
+            assert not {word for name in names(fact) for word in name.split()} & single
             assert not {fact.name, fact.value} & pairs
             assert {p.level for p in fact.paraphrases} == {"trained"}
 
