@@ -20,7 +20,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter, StrMethodFormatter
 
-from experiments.base import PALETTE, Result, Row, evaluating, style
+from experiments.base import PALETTE, Result, Row, check_settings, evaluating, style
 from experiments.recall import CONDITIONS, Document, Haystack, ask, part_of, rates, tell, visit
 from memlm.analysis.figures import CONTROLS
 from memlm.config import ConfigError
@@ -65,10 +65,7 @@ class Babi:
     n_row: int = 8
 
     def __post_init__(self) -> None:
-        least = {"n_document": 2, "n_story": 1, "n_question": 1, "n_statement": 1, "seed": 0, "n_row": 1}
-        for name, number in least.items():
-            if getattr(self, name) < number:
-                raise ConfigError(f"babi.{name} must be at least {number}, got {getattr(self, name)}")
+        check_settings(self, {"n_document": 2, "n_story": 1, "n_question": 1, "n_statement": 1, "seed": 0, "n_row": 1})
         if self.n_question > 3:
             raise ConfigError(f"babi.n_question must be at most 3, as a story has three objects, got {self.n_question}")
         for name, known in (("tasks", list(TASKS)), ("vocabularies", list(VOCABULARIES))):
@@ -77,8 +74,6 @@ class Babi:
                 raise ConfigError(f"babi.{name} must be some of {', '.join(map(str, known))}, each once, got {given}")
         if not self.noise or min(self.noise) < 1 or sorted(set(self.noise)) != list(self.noise):
             raise ConfigError(f"babi.noise must be lengths in tokens in ascending order, got {self.noise}")
-        if self.split not in ("val", "test"):
-            raise ConfigError(f"babi.split must be 'val' or 'test', text the model never saw, got {self.split!r}")
 
 
 class Asked(NamedTuple):

@@ -23,11 +23,12 @@ from typing import TYPE_CHECKING, Any
 from matplotlib.figure import Figure
 
 from memlm.analysis.figures import PALETTE, style, wilson
+from memlm.config import ConfigError
 
 if TYPE_CHECKING:
     from lightning.pytorch.loggers import Logger
 
-__all__ = ["PALETTE", "Result", "emit", "evaluating", "mean_interval", "style", "table", "wilson"]
+__all__ = ["PALETTE", "Result", "check_settings", "emit", "evaluating", "mean_interval", "style", "table", "wilson"]
 
 Row = dict[str, Any]
 
@@ -232,6 +233,26 @@ def emit(
     if logger is not None:
         _log(result, columns, images, logger, step)
     return written
+
+
+def check_settings(settings: Any, least: Mapping[str, float]) -> None:
+    """Check what the settings of many experiments have in common.
+
+    Args:
+        settings: Of an experiment, whose name is that of its module.
+        least: By name of a setting, the least it may be.
+
+    Raises:
+        ConfigError: If one is less, ``facts_per_segment`` is not positive, or ``split`` is text of training.
+    """
+    name = type(settings).__module__.rpartition(".")[2]
+    for key, number in least.items():
+        if getattr(settings, key) < number:
+            raise ConfigError(f"{name}.{key} must be at least {number}, got {getattr(settings, key)}")
+    if not getattr(settings, "facts_per_segment", 1) > 0:
+        raise ConfigError(f"{name}.facts_per_segment must be positive, got {settings.facts_per_segment}")
+    if settings.split not in ("val", "test"):
+        raise ConfigError(f"{name}.split must be 'val' or 'test', text the model never saw, got {settings.split!r}")
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from matplotlib.figure import Figure
 
-from experiments.base import PALETTE, Result, Row, style
+from experiments.base import PALETTE, Result, Row, check_settings, style
 from experiments.headline import recall_entries
 from experiments.needle import Needle
 from experiments.needle import run as run_needle
@@ -56,15 +56,9 @@ class Capacity:
     n_row: int = 8
 
     def __post_init__(self) -> None:
-        for name, least in {"n_ask": 1, "n_document": 2, "seed": 0, "n_row": 1}.items():
-            if getattr(self, name) < least:
-                raise ConfigError(f"capacity.{name} must be at least {least}, got {getattr(self, name)}")
+        check_settings(self, {"n_ask": 1, "n_document": 2, "seed": 0, "n_row": 1})
         if not self.n_fact or min(self.n_fact) < 1 or sorted(set(self.n_fact)) != list(self.n_fact):
             raise ConfigError(f"capacity.n_fact must be numbers from 1 in ascending order, got {self.n_fact}")
-        if not self.facts_per_segment > 0:
-            raise ConfigError(f"capacity.facts_per_segment must be positive, got {self.facts_per_segment}")
-        if self.split not in ("val", "test"):
-            raise ConfigError(f"capacity.split must be 'val' or 'test', text the model never saw, got {self.split!r}")
 
 
 def run(model: Any, data: Any, cfg: Capacity, progress: Callable[[float], None] | None = None) -> Result:

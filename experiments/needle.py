@@ -24,7 +24,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from experiments.base import PALETTE, Result, Row, evaluating, style
+from experiments.base import PALETTE, Result, Row, check_settings, evaluating, style
 from experiments.headline import recall_entries
 from experiments.recall import (
     COLORS,
@@ -81,10 +81,7 @@ class Needle:
     n_row: int = 8
 
     def __post_init__(self) -> None:
-        least = {"n_document": 2, "n_fact": 1, "seed": 0, "n_row": 1}
-        for name, number in least.items():
-            if getattr(self, name) < number:
-                raise ConfigError(f"needle.{name} must be at least {number}, got {getattr(self, name)}")
+        check_settings(self, {"n_document": 2, "n_fact": 1, "seed": 0, "n_row": 1})
         for name in ("distance", "n_other"):
             values = _several(getattr(self, name))
             if not values or min(values) < 0:
@@ -92,10 +89,6 @@ class Needle:
         unknown = [kind for kind in self.kinds if kind not in KINDS]
         if unknown or not self.kinds:
             raise ConfigError(f"needle.kind must be one or several of {', '.join(KINDS)}, got {self.kind}")
-        if not self.facts_per_segment > 0:
-            raise ConfigError(f"needle.facts_per_segment must be positive, got {self.facts_per_segment}")
-        if self.split not in ("val", "test"):
-            raise ConfigError(f"needle.split must be 'val' or 'test', text the model never saw, got {self.split!r}")
 
     @property
     def distances(self) -> list[int]:

@@ -20,7 +20,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from experiments.base import PALETTE, Result, Row, evaluating, style, wilson
+from experiments.base import PALETTE, Result, Row, check_settings, evaluating, style, wilson
 from experiments.headline import recall_entries
 from experiments.recall import CONDITIONS, Document, Haystack, answer, ask, rates, tell, visit
 from memlm.analysis.figures import CONTROLS
@@ -57,15 +57,9 @@ class Overwrite:
     n_row: int = 8
 
     def __post_init__(self) -> None:
-        for name, least in {"n_document": 2, "n_fact": 1, "distance": 0, "seed": 0, "n_row": 1}.items():
-            if getattr(self, name) < least:
-                raise ConfigError(f"overwrite.{name} must be at least {least}, got {getattr(self, name)}")
+        check_settings(self, {"n_document": 2, "n_fact": 1, "distance": 0, "seed": 0, "n_row": 1})
         if not self.updates or min(self.updates) < 0 or sorted(set(self.updates)) != list(self.updates):
             raise ConfigError(f"overwrite.updates must be numbers from 0 in ascending order, got {self.updates}")
-        if not self.facts_per_segment > 0:
-            raise ConfigError(f"overwrite.facts_per_segment must be positive, got {self.facts_per_segment}")
-        if self.split not in ("val", "test"):
-            raise ConfigError(f"overwrite.split must be 'val' or 'test', text the model never saw, got {self.split!r}")
 
 
 def run(model: Any, data: Any, cfg: Overwrite, progress: Callable[[float], None] | None = None) -> Result:

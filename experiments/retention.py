@@ -23,7 +23,7 @@ from typing import Any, Literal
 import numpy as np
 from matplotlib.figure import Figure
 
-from experiments.base import PALETTE, Result, Row, evaluating, style
+from experiments.base import PALETTE, Result, Row, check_settings, evaluating, style
 from experiments.headline import recall_entries
 from experiments.recall import (
     CONDITIONS,
@@ -76,18 +76,12 @@ class Retention:
     n_row: int = 8
 
     def __post_init__(self) -> None:
-        for name, least in {"n_document": 2, "n_fact": 1, "seed": 0, "n_row": 1}.items():
-            if getattr(self, name) < least:
-                raise ConfigError(f"retention.{name} must be at least {least}, got {getattr(self, name)}")
+        check_settings(self, {"n_document": 2, "n_fact": 1, "seed": 0, "n_row": 1})
         n_write = list(self.n_write)
         if len(n_write) < 2 or n_write[0] != 0 or sorted(set(n_write)) != n_write:
             raise ConfigError(f"retention.n_write must be two or more numbers from 0 in ascending order, got {n_write}")
         if not self.fillers or any(filler not in FILLERS for filler in self.fillers):
             raise ConfigError(f"retention.filler must be one or several of {', '.join(FILLERS)}, got {self.filler}")
-        if not self.facts_per_segment > 0:
-            raise ConfigError(f"retention.facts_per_segment must be positive, got {self.facts_per_segment}")
-        if self.split not in ("val", "test"):
-            raise ConfigError(f"retention.split must be 'val' or 'test', text the model never saw, got {self.split!r}")
 
     @property
     def fillers(self) -> list[str]:

@@ -34,7 +34,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from experiments import streams
-from experiments.base import PALETTE, Result, Row, evaluating, mean_interval, style
+from experiments.base import PALETTE, Result, Row, check_settings, evaluating, mean_interval, style
 from experiments.needle import Needle, draw
 from experiments.recall import Document, question
 from memlm.analysis.figures import effective
@@ -81,18 +81,13 @@ class SlotUsage:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        least = {"n_document": 2, "n_fact": 1, "distance": 0, "n_pair": 2, "seed": 0}
-        for name, number in least.items():
-            if getattr(self, name) < number:
-                raise ConfigError(f"slot_usage.{name} must be at least {number}, got {getattr(self, name)}")
+        check_settings(self, {"n_document": 2, "n_fact": 1, "distance": 0, "n_pair": 2, "seed": 0})
         if (
             not self.shares
             or list(self.shares) != sorted(set(self.shares))
             or not 0 < self.shares[0] <= self.shares[-1] <= 1
         ):
             raise ConfigError(f"slot_usage.shares must be ascending shares in (0, 1], got {list(self.shares)}")
-        if self.split not in ("val", "test"):
-            raise ConfigError(f"slot_usage.split must be 'val' or 'test', text the model never saw, got {self.split!r}")
 
 
 def run(model: Any, data: Any, cfg: SlotUsage, progress: Callable[[float], None] | None = None) -> Result:
