@@ -154,7 +154,9 @@ def run(model: Any, data: Any, cfg: Babi, progress: Callable[[float], None] | No
                     known = {"n_support": len(asked.question.support), "candidates": asked.question.candidates}
                     rows.append(about | row | known)
             done += cfg.n_document * noise
-    order = (cfg.vocabularies.index, cfg.noise.index, cfg.tasks.index, CONDITIONS.index)
+    order: list[Callable[[Any], int]] = [
+        cfg.vocabularies.index, cfg.noise.index, cfg.tasks.index, CONDITIONS.index
+    ]  # fmt: skip
     rows.sort(
         key=lambda row: (
             *(place(row[key]) for place, key in zip(order, _KEYS, strict=True)), row["document"], row["fact"]
