@@ -130,8 +130,7 @@ def _recall(result: Result) -> str:
 def _axes(result: Result) -> list[str]:
     """What varies within a result, in the order of the names of its metrics: see `experiments.recall.tabulate`."""
     settings = result.metadata.get("settings", {})
-    columns = {"facts": "kind", "others": "n_other", "filler": "filler", "writes": "n_write", "facts told": "n_fact"}
-    varying = {name: settings.get(key) for name, key in columns.items()}
+    varying = {name: settings.get(key) for name, key in (("facts", "kind"), ("others", "n_other"))}
     varying["distance"] = result.metadata.get("distances")
     return [name for name, values in varying.items() if isinstance(values, list) and len(set(values)) > 1]
 
