@@ -32,7 +32,7 @@ import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter, StrMethodFormatter
 
-from experiments.base import PALETTE, Result, Row, evaluating, style
+from experiments.base import PALETTE, Result, Row, check_settings, evaluating, style
 from experiments.recall import Document, Haystack, answer, device_of, is_shared, n_row_of, rate, read, tell
 from memlm.analysis.figures import CONTROLS
 from memlm.build import untrained
@@ -92,16 +92,7 @@ class ModernFacts:
     n_row: int = 4
 
     def __post_init__(self) -> None:
-        least = {"n_document": 2, "distance": 0, "seed": 0, "n_row": 1}
-        for name, number in least.items():
-            if getattr(self, name) < number:
-                raise ConfigError(f"modern_facts.{name} must be at least {number}, got {getattr(self, name)}")
-        if not self.facts_per_segment > 0:
-            raise ConfigError(f"modern_facts.facts_per_segment must be positive, got {self.facts_per_segment}")
-        if self.split not in ("val", "test"):
-            raise ConfigError(
-                f"modern_facts.split must be 'val' or 'test', text the model never saw, got {self.split!r}"
-            )
+        check_settings(self, {"n_document": 2, "distance": 0, "seed": 0, "n_row": 1})
 
 
 class Item(NamedTuple):

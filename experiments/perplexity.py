@@ -19,7 +19,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from experiments.base import PALETTE, Result, Row, evaluating, mean_interval, style
+from experiments.base import PALETTE, Result, Row, check_settings, evaluating, mean_interval, style
 from memlm.config import ConfigError
 from memlm.data.stream import TextStream
 from memlm.training.loss import token_nll
@@ -59,12 +59,9 @@ class Perplexity:
     n_row: int = 8
 
     def __post_init__(self) -> None:
-        if self.split not in ("val", "test"):
-            raise ConfigError(f"perplexity.split must be 'val' or 'test', text the model never saw, got {self.split!r}")
+        check_settings(self, {"n_row": 1})
         if self.limit is not None and self.limit < 1:
             raise ConfigError(f"perplexity.limit must be at least 1 or null, got {self.limit}")
-        if self.n_row < 1:
-            raise ConfigError(f"perplexity.n_row must be at least 1, got {self.n_row}")
 
 
 def run(model: Any, data: Any, cfg: Perplexity, progress: Callable[[float], None] | None = None) -> Result:

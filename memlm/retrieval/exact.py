@@ -149,8 +149,8 @@ class _SearchBest(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_score: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         query, temperature, key, index = ctx.saved_tensors
-        mean_key = _weighted_sum(grad_score.contiguous(), key, index)  # (B, N, d_key)
-        return (mean_key * temperature, (mean_key * query).sum(), *[None] * 6)
+        keys = _weighted_sum(grad_score.contiguous(), key, index)  # (B, N, d_key)
+        return (keys * temperature, (keys * query).sum(), *[None] * 6)
 
 
 def _search_best(query: Tensor, temperature: Tensor, threshold: float, k: int, bank: Pool) -> tuple[Tensor, Tensor]:
