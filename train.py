@@ -32,7 +32,7 @@ def main(cfg: DictConfig) -> float | None:
 
     config = plan_steps(to_dict(cfg))
     run = Path(config["paths"]["run_dir"])
-    experiments = runner.chosen(config)
+    experiments, watched = runner.chosen(config), runner.watched(config["watch"])
     origin = find_origin(config["resume"], config, places_of_runs(config))
 
     corpus = build_corpus(config)
@@ -50,7 +50,7 @@ def main(cfg: DictConfig) -> float | None:
     settings = {name: value for name, value in config["training"].items() if name != "_target_"}
     module = LanguageModeling(model, Training(**settings), seed=config["seed"])
 
-    with make_trainer(config, run, origin, runner.watch(config["watch"], data)) as (trainer, history):
+    with make_trainer(config, run, origin, runner.watch(watched, data)) as (trainer, history):
         if trainer.is_global_zero:
             n_parameter = sum(parameter.numel() for parameter in model.parameters())
             print(f"{run}: {n_parameter:,} parameters, {trainer.max_steps} steps"

@@ -64,23 +64,16 @@ def run_all(
     return results, written, skipped
 
 
-def watch(nodes: Mapping[str, Any] | None, data: Any) -> Callable[[Any], dict[str, float]] | None:
-    """What to measure while a model is trained.
+def watched(nodes: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Settings objects of what is measured while a model is trained.
 
     Args:
         nodes: Settings of experiments by name, as plain values; None for nothing.
-        data: The data of the run; without planted facts the needle is left out.
-
-    Returns:
-        A function from the model to numbers by the names under which they are logged: ``recall/<condition>`` of
-        ``needle``; of any other name ``<name>/<metric>``, the headline and what stands behind it. An experiment that
-        does not apply to the model is left out from then on, with a printed sentence. None if there is nothing to
-        measure.
 
     Raises:
         ConfigError: If a node is not of an experiment, or a setting cannot work.
     """
-    watched = {}
+    found = {}
     for name, node in (nodes or {}).items():
         if node is None:
             continue
@@ -89,19 +82,38 @@ def watch(nodes: Mapping[str, Any] | None, data: Any) -> Callable[[Any], dict[st
                 f"watch.{name} must be the settings of an experiment, with _target_: experiments.NAME.CLASS, or null; "
                 f"got {node!r}"
             )
-        settings = _settings(node)
-        if data.curriculum.has_task or not isinstance(settings, Needle):
-            watched[name] = settings
-    if not watched:
+        found[name] = _settings(node)
+    return found
+
+
+def watch(experiments: Mapping[str, Any], data: Any) -> Callable[[Any], dict[str, float]] | None:
+    """What measures a model while it is trained.
+
+    Args:
+        experiments: Settings by name, see `watched`.
+        data: The data of the run; without planted facts the needle is left out.
+
+    Returns:
+        A function from the model to numbers by the names under which they are logged: ``recall/<condition>`` of
+        ``needle``; of any other name ``<name>/<metric>``, the headline and what stands behind it. An experiment that
+        does not apply to the model is left out from then on, with a printed sentence. None if there is nothing to
+        measure.
+    """
+    left = {
+        name: settings
+        for name, settings in experiments.items()
+        if data.curriculum.has_task or not isinstance(settings, Needle)
+    }
+    if not left:
         return None
 
     def measure(model: Any) -> dict[str, float]:
         numbers: dict[str, float] = {}
-        for name, settings in list(watched.items()):
+        for name, settings in list(left.items()):
             try:
                 numbers |= _logged(name, _module(settings).run(model, data, settings))
             except ConfigError as error:
-                del watched[name]
+                del left[name]
                 print(f"watch.{name} is left out: {error}")
         return numbers
 

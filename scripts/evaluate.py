@@ -60,19 +60,25 @@ def main(cfg: DictConfig) -> None:
     from experiments.report import not_measured, summary
     from experiments.runs import describe, write_evaluation
     from memlm.checkpoint import find, load_run, place
+    from memlm.training.fit import evaluation_logger, sync_hint
     from memlm.training.module import memory_settings
 
-    experiments = runner.chosen(to_dict(cfg))
+    config = to_dict(cfg)
+    experiments = runner.chosen(config)
     checkpoint, directory = find(cfg.checkpoint), Path(run_dir())
     model, data = load_run(checkpoint, paths={"cache_dir": cfg.paths.cache_dir})
     place(model, cfg.device)
     print(f"{checkpoint}: measured by {', '.join(experiments)} into {directory}")
-    changed = changes(to_dict(cfg.change), model)
-    about = write_evaluation(directory, describe(checkpoint, model)._replace(memory=changed))
-    with memory_settings(model, changed):
-        results, written, skipped = runner.run_all(model, data, experiments, directory)
+    changed = changes(config["change"], model)
+    trained = describe(checkpoint, model)._replace(memory=changed)
+    about = write_evaluation(directory, trained)
+    with evaluation_logger(config, trained.config) as logger, memory_settings(model, changed):
+        results, written, skipped = runner.run_all(model, data, experiments, directory, logger)
+        hint = sync_hint(logger)
     print("\n" + summary(results))
     print("\nWritten:", *(f"  {path}" for path in [about, *written]), sep="\n")
+    if hint:
+        print(f"\nW&B ran offline. To upload: {hint}")
     if skipped and not cfg.skip_inapplicable:
         raise ConfigError("; ".join(f"{name} was not measured: {reason}" for name, reason in skipped.items()))
     if skipped:

@@ -99,6 +99,35 @@ def make_trainer(
                 logger.experiment.finish(exit_code=0 if finished else 1)
 
 
+@contextlib.contextmanager
+def evaluation_logger(config: Mapping[str, Any], trained: Mapping[str, Any]) -> Iterator[WandbLogger | None]:
+    """The W&B logger of an evaluation, whose run is finished whatever happens.
+
+    Args:
+        config: Plain configuration of the evaluation, in which ``logger`` may be missing.
+        trained: That of the trained model; W&B shows it as ``trained``.
+
+    Yields:
+        The logger; None if none is named.
+
+    Raises:
+        ConfigError: If the logger does not work here.
+    """
+    node = (config.get("logger") or {}).get("wandb")
+    if node is None:
+        yield None
+        return
+    settings = {name: value for name, value in node.items() if name != "_target_"}
+    name = config["name"] or f"evaluate-{_model_and_memory(trained)}"
+    logger = _wandb({**config, "name": name, "trained": dict(trained)}, settings, None)
+    finished = False
+    try:
+        yield logger
+        finished = True
+    finally:
+        logger.experiment.finish(exit_code=0 if finished else 1)
+
+
 def save_last(trainer: lightning.Trainer, run: Path) -> Path:
     """The checkpoint of the last step; it is written if training ended before its last step."""
     newest = checkpoints(run)[-1:] if (run / FOLDER).is_dir() else []
@@ -177,6 +206,11 @@ def _title(config: Mapping[str, Any]) -> str:
     if HydraConfig.initialized():
         choices = HydraConfig.get().runtime.choices
         return f"{choices['model']}-{choices['memory']}"
+    return _model_and_memory(config)
+
+
+def _model_and_memory(config: Mapping[str, Any]) -> str:
+    """The classes of a configuration's model and the names of its memories."""
     return f"{config['model']['_target_'].rpartition('.')[2].lower()}-{'+'.join(config['memory']) or 'none'}"
 
 

@@ -44,7 +44,7 @@ def fakes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_during_training_any_experiment_is_measured() -> None:
-    measure = runner.watch(NODES | {"nothing": None}, data())
+    measure = runner.watch(runner.watched(NODES | {"nothing": None}), data())
     assert measure is not None
     recall = {f"recall/{condition}": rate for condition, rate in RATES.items()}
     others = {
@@ -57,18 +57,18 @@ def test_during_training_any_experiment_is_measured() -> None:
 
 @pytest.mark.parametrize("nodes", [None, {}, {"needle": None}])
 def test_nothing_is_measured_during_training_if_nothing_is_named(nodes: Any) -> None:
-    assert runner.watch(nodes, data()) is None
+    assert runner.watch(runner.watched(nodes), data()) is None
 
 
 def test_no_needle_is_sought_where_no_fact_is_planted() -> None:
-    measure = runner.watch(NODES, data(has_task=False))
+    measure = runner.watch(runner.watched(NODES), data(has_task=False))
     assert measure is not None
     assert {name.partition("/")[0] for name in measure("model")} == {"perplexity"}
-    assert runner.watch({"needle": NODES["needle"]}, data(has_task=False)) is None
+    assert runner.watch(runner.watched({"needle": NODES["needle"]}), data(has_task=False)) is None
 
 
 def test_what_does_not_apply_is_told_once_and_left_out(capsys: pytest.CaptureFixture[str]) -> None:
-    measure = runner.watch({"needle": NODES["needle"]}, data())
+    measure = runner.watch(runner.watched({"needle": NODES["needle"]}), data())
     assert measure is not None
     assert measure("unfit") == {}
     assert capsys.readouterr().out == "watch.needle is left out: the model lacks what is asked for\n"
@@ -81,7 +81,7 @@ def test_a_rate_without_controls_is_refused_during_training_too(monkeypatch: pyt
         "far", {"hit": 0.9, "n": 3}, (), {"headline": [{"label": "hit", "metric": "hit", "control": False, **HEADLINE}]}
     )
     monkeypatch.setattr(needle, "run", lambda *args, **kwargs: bare)
-    measure = runner.watch({"far": NODES["far"]}, data())
+    measure = runner.watch(runner.watched({"far": NODES["far"]}), data())
     assert measure is not None
     with pytest.raises(ValueError, match="without any control"):
         measure("model")
@@ -93,11 +93,12 @@ def test_a_rate_without_controls_is_refused_during_training_too(monkeypatch: pyt
         ({"n_fact": 3}, r"watch\.mine must be the settings of an experiment, with _target_"),
         (3, r"watch\.mine must be the settings of an experiment"),
         ({"_target_": "experiments.needle.Needle", "n_document": 1}, "needle.n_document must be at least 2"),
+        ({"_target_": "experiments.needle.Needle", "kind": "foo"}, "needle.kind must be one or several of random"),
     ],
 )
 def test_what_cannot_be_measured_during_training_is_told(node: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        runner.watch({"mine": node}, data())
+        runner.watched({"mine": node})
 
 
 def test_watched_settings_are_checked_by_their_full_name() -> None:
@@ -113,7 +114,7 @@ def test_watched_settings_are_checked_by_their_full_name() -> None:
 def test_what_recipes_measure_exists(recipe: str) -> None:
     config = to_dict(compose([f"recipe={recipe}"]))
     assert runner.chosen(config)
-    runner.watch(config["watch"], data())
+    runner.watched(config["watch"])
 
 
 def test_one_that_does_not_apply_costs_no_other_its_result(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from memlm.config import ConfigError, compose
 from memlm.memory import state as states
 from scripts import evaluate
 from tests.training.small import FACTS, overrides
+from tests.training.wandb_file import history, records
 from train import main
 
 NEEDLE = {"n_document": 2, "n_fact": 3, "distance": 40}
@@ -102,6 +103,21 @@ def test_an_evaluation_says_what_it_measured_and_where(
     assert told["state_bytes"] == states.n_byte(model.init_state(1).memory)
     assert told["config"] == model.config
     assert f"{place}/evaluation.json" in out
+
+
+def test_an_evaluation_can_be_logged_to_wandb(
+    folder: Path, at: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    where = ["experiment=perplexity", "perplexity.limit=300", "hydra.run.dir=here", "logger=wandb"]
+    command(monkeypatch, f"checkpoint='{folder / 'a=1,b'}'", *where)
+    (run,) = [record.run for record in records(at / "here") if record.HasField("run")]
+    assert (run.display_name, run.project) == ("evaluate-lmcode-ltm", "memlm")
+    logged = {name: value for row in history(at / "here") for name, value in row.items()}
+    expected = metrics(at / "here", "perplexity")
+    assert {name: json.loads(logged[f"perplexity/{name}"]) for name in expected} == expected
+    assert {"perplexity/rows", "perplexity/perplexity"} <= {name.partition("/_type")[0] for name in logged}
+    (offline,) = Path("here/wandb").glob("offline-run-*")
+    assert f"W&B ran offline. To upload: wandb sync {at / offline}" in capsys.readouterr().out
 
 
 def test_what_does_not_apply_is_an_error_by_name_and_listed_with_all(

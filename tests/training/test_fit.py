@@ -1,9 +1,6 @@
 import errno
 import io
-import struct
 import sys
-import time
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,41 +18,7 @@ from memlm.training.fit import make_trainer, sync_hint, wandb_logger
 from memlm.training.resume import history_files
 from memlm.training.settings import plan_steps
 from tests.training.small import FACTS, SHORT, config, curve, fit
-
-
-def records(run: Path) -> list[Any]:
-    """What W&B has written into its file, once it is whole: its own process may still be at it after `finish`."""
-    for _ in range(100):
-        found = list(parse(run))
-        if any(record.HasField("exit") for record in found):
-            break
-        time.sleep(0.2)
-    return found
-
-
-def parse(run: Path) -> Iterator[Any]:
-    """The records of a file: a header of 7 bytes, then blocks of 32 KiB with parts of records."""
-    from wandb.proto.wandb_internal_pb2 import Record
-
-    (file,) = run.glob("wandb/offline-run-*/*.wandb")
-    data, place, parts = file.read_bytes(), 7, b""
-    while place + 7 <= len(data):
-        left = 32768 - place % 32768
-        if left < 7:
-            place += left
-            continue
-        _, length, kind = struct.unpack("<IHB", data[place : place + 7])
-        parts += data[place + 7 : place + 7 + length]
-        place += 7 + length
-        if kind in (1, 4):  # whole, or the last part
-            yield Record.FromString(parts)
-            parts = b""
-
-
-def history(run: Path) -> list[dict[str, str]]:
-    rows = [record.history.item for record in records(run) if record.HasField("history")]
-    return [{item.key or "/".join(item.nested_key): item.value_json for item in row} for row in rows]
-
+from tests.training.wandb_file import history, records
 
 # --- plans -----------------------------------------------------------------------------------------------------------
 
