@@ -27,7 +27,8 @@ from torch.nn import functional as F
 from memlm.config import INJECTED, compose, config_dir
 from memlm.memory import state as states
 from memlm.memory.base import Memory, Residual
-from memlm.models.lmcode import LMCode, ModelState, Output
+from memlm.models.lmcode import LMCode
+from memlm.models.segments import ModelState, Output
 
 Make = Callable[..., LMCode]
 Nodes = Mapping[str, Mapping[str, Any]]
