@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 
 from memlm.memory.ltm import LongTermMemory
-from memlm.models.lmcode import LMCode
+from memlm.models.segments import SegmentModel
 from tests.conformance import laws
 
 
@@ -25,7 +25,7 @@ class Oracle(NamedTuple):
     """
 
     evicts_as_declared: Callable[[laws.Make], None]
-    promote: Callable[[LMCode], None]
+    promote: Callable[[SegmentModel], None]
 
 
 def span_importance(log_gate: list[float], span: int) -> list[float]:
@@ -117,7 +117,7 @@ def long_term_evicts(make: laws.Make, kind: str = "span", of: str = "LongTermMem
 
 
 @torch.no_grad()
-def open_write_gate(model: LMCode) -> None:
+def open_write_gate(model: SegmentModel) -> None:
     """Every gate of the long-term memories opens wide."""
     for modules in model.memory.values():
         for module in modules:
