@@ -649,7 +649,7 @@ def recall_batch(n_row: int, draw: torch.Generator) -> tuple[Tensor, Tensor]:
 
 
 def useful(make: Make, n_step: int = 250, seconds: float = 30.0) -> None:
-    """After a short training, what was told is known with memory and not without."""
+    """After a short training, what was told is known with memory, and not without or with another row's."""
     memory = {"n_slot": 16, "d_key": 32, "span": 2, "write_budget": 8}
     model = make(memory, perturb=False, n_vocab=16, n_layer=2, segment_len=8, overlap=0).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.01)
@@ -671,12 +671,15 @@ def useful(make: Make, n_step: int = 250, seconds: float = 30.0) -> None:
     with torch.no_grad():
         state = model(ids[:, :16], logits=False).state
         scores = {}
-        for name, start in (("memory", state), ("wiped", model.wipe(state))):
+        another = model.with_memory(state, model.select_rows(state, torch.arange(len(ids)).roll(1)))
+        for name, start in (("memory", state), ("wiped", model.wipe(state)), ("swapped", another)):
             guess = logits(model, ids[:, 16:], start)[:, -1]
             scores[name] = (F.cross_entropy(guess, value).item(), (guess.argmax(1) == value).float().mean().item())
     (nll, accuracy), (nll_wiped, accuracy_wiped) = scores["memory"], scores["wiped"]
+    accuracy_swapped = scores["swapped"][1]
     assert accuracy > 0.6, f"recalls {accuracy:.0%} after {step + 1} steps, {accuracy_wiped:.0%} with memory wiped"
     assert accuracy_wiped < 0.3, f"{accuracy_wiped:.0%} without memory: the task leaks"
+    assert accuracy_swapped < 0.3, f"{accuracy_swapped:.0%} with another row's memory: it is not what is read"
     assert nll < nll_wiped - 0.5, f"NLL {nll:.2f} with memory, {nll_wiped:.2f} wiped"
     assert spent < seconds, f"took {spent:.0f} s"
 
