@@ -672,7 +672,7 @@ def useful(make: Make, n_step: int = 250, seconds: float = 30.0) -> None:
         state = model(ids[:, :16], logits=False).state
         scores = {}
         another = model.with_memory(state, model.select_rows(state, torch.arange(len(ids)).roll(1)))
-        for name, start in (("memory", state), ("wiped", model.wipe(state)), ("swapped", another)):
+        for name, start in (("memory", state), ("swapped", another), ("wiped", model.wipe(state))):
             guess = logits(model, ids[:, 16:], start)[:, -1]
             scores[name] = (F.cross_entropy(guess, value).item(), (guess.argmax(1) == value).float().mean().item())
     (nll, accuracy), (nll_wiped, accuracy_wiped) = scores["memory"], scores["wiped"]
