@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 class LanguageModel(nn.Module):
     """A causal language model with memories.
 
-    Subclasses define ``forward`` and what is not implemented here as `memlm.models.lmcode.LMCode` does. The ``memory``
-    of their states holds, by name, one state per module.
+    Subclasses define ``forward`` and what is not implemented here as `memlm.models.segments.SegmentModel` does. The
+    ``memory`` of their states holds, by name, one state per module.
 
     Attributes:
         memory: By name, the `Memory` modules of each memory: one per layer with memory, or one for all of them.

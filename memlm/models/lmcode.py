@@ -3,100 +3,23 @@
 Source: LMCODE (Language Model with Memory CODE): token and position embeddings, memory-augmented layers (causal
 self-attention, memories with gates, feed-forward), a language-model head, autoregressive generation.
 
-Text is cut into segments. Attention sees the current segment and the last ``overlap`` tokens of the one before;
-everything older reaches the model only through memory. A call may hold any number of tokens: the model lays them out
-on a grid of segments, the first of which may have been begun by an earlier call.
+How text is cut into segments: `memlm.models.segments`.
 
-Shapes: B rows, L tokens of a call, S segments of the grid, T tokens per segment, Q columns computed, O overlap,
-D model width, H heads, E width of a head, V vocabulary.
+Shapes: B rows, S segments of the grid, T tokens per segment, Q columns computed, O overlap, D model width, H heads,
+E width of a head.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
-from memlm.memory.base import Memory, Residual, Segment, Trace, join_reads, mean_trace
-from memlm.memory.state import State, select_rows, where_rows
-from memlm.models.base import LanguageModel
-
-
-class LocalState(NamedTuple):
-    """What the model itself carries between calls; dropped by `LMCode.new_context`.
-
-    Attributes:
-        kv: Keys and values of every layer before position encoding, (B, n_layer, O + T, 2, H, E): the end of the
-            segment before, then the open segment.
-        hidden: Input of each memory layer for the open segment and the tokens before it that writes need,
-            (B, n_memory_layer, C + T, D).
-        ids: Token ids of the same cells, (B, C + T).
-        continues: Whether the open segment has a segment before it, (B,).
-        position: Place of the next token in its document, (B,).
-        document: Number of the document within the row, (B,).
-        host_open: Tokens in the open segment, (B,), on the CPU.
-    """
-
-    kv: Tensor
-    hidden: Tensor
-    ids: Tensor
-    continues: Tensor
-    position: Tensor
-    document: Tensor
-    host_open: Tensor
-
-
-class ModelState(NamedTuple):
-    """Everything the model knows of the text so far.
-
-    Attributes:
-        memory: By name of the memory, one state per module (one per layer if layerwise).
-        local: Local context.
-    """
-
-    memory: dict[str, tuple[State, ...]]
-    local: LocalState
-
-
-class Output(NamedTuple):
-    """Result of a call.
-
-    Attributes:
-        logits: (B, L, V); None if the head was not asked for.
-        state: State after the call; None if it was not to be carried.
-        hidden: Output of the last layer, normalised, (B, L, D).
-        reads: What each memory read, by ``name/layer``, over the cells of the grid.
-        trace: Scalars about reads and writes, by memory name.
-    """
-
-    logits: Tensor | None
-    state: ModelState | None
-    hidden: Tensor
-    reads: dict[str, Residual]
-    trace: dict[str, Trace]
-
-
-class _Grid(NamedTuple):
-    """Where the tokens of a call lie among segments."""
-
-    ids: Tensor  # (B, S * T)
-    new: Tensor  # cells computed by this call, (B, S, T)
-    valid: Tensor  # cells that hold a token after it, (B, S, T)
-    complete: Tensor  # (B, S)
-    continues: Tensor  # (B, S)
-    closes: Tensor  # (B, S)
-    reset: Tensor | None  # (B, S)
-    position: Tensor  # (B, S)
-    document: Tensor  # (B, S)
-    n_complete: list[int]  # complete segments of each row
-    open_len: list[int]  # tokens of each row in the segment that stays open
-    columns: slice  # columns that are computed; all unless S = 1
-    fresh: bool  # whether no cell was filled by an earlier call
-    cell: Tensor | None  # cell of each token of the call, (B, L); None if they lie in order from cell 0
+from memlm.memory.base import Memory
+from memlm.models.segments import Grid, SegmentLayer, SegmentModel
 
 
 class Attention(nn.Module):
@@ -119,18 +42,13 @@ class Attention(nn.Module):
         table = torch.stack([angle.cos(), angle.sin()]) if rope else None
         self.register_buffer("rotation", table, persistent=False)  # (2, O + T, E / 2)
 
-    def forward(
-        self, x: Tensor, cache: Tensor, new: Tensor, continues: Tensor, columns: slice, fresh: bool
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, x: Tensor, cache: Tensor, grid: Grid) -> tuple[Tensor, Tensor, Tensor]:
         """Attend.
 
         Args:
             x: Normalised hidden states, (B, S, Q, D).
             cache: Keys and values of the segment before and of the open one, (B, O + T, 2, H, E).
-            new: Cells computed by this call, (B, S, T).
-            continues: Segments that see the segment before, (B, S).
-            columns: Columns that ``x`` holds.
-            fresh: Whether the cache holds nothing of the first segment.
+            grid: Where the tokens lie.
 
         Returns:
             Output (B, S, Q, D); keys and values of the grid (B, S, T, 2, H, E); and of the ends of the segments before
@@ -139,21 +57,15 @@ class Attention(nn.Module):
         n_row, n_segment, n_query, _ = x.shape
         qkv = self.to_qkv(x).unflatten(-1, (3, self.n_head, -1))  # (B, S, Q, 3, H, E)
         query, kv = qkv[..., 0, :, :], qkv[..., 1:, :, :]
-        tail, opened = cache[:, : self.overlap], cache[:, None, self.overlap :]  # the latter: (B, 1, T, 2, H, E)
-        if n_query < new.shape[2]:
-            computed = new[:, :, columns, None, None, None]
-            kv = torch.where(computed, kv, opened[:, :, columns])
-            kv = torch.cat([opened[:, :, : columns.start], kv, opened[:, :, columns.stop :]], dim=2)
-        elif not fresh:
-            first = torch.where(new[:, :1, :, None, None, None], kv[:, :1], opened)
-            kv = torch.cat([first, kv[:, 1:]], dim=1)
+        tail, opened = cache[:, : self.overlap], cache[:, self.overlap :]
+        kv = grid.fill(kv, opened)  # (B, S, T, 2, H, E)
         before = torch.cat([tail[:, None], kv[:, :-1, kv.shape[2] - self.overlap :]], dim=1)  # (B, S, O, 2, H, E)
         key, value = torch.cat([before, kv], dim=2).flatten(0, 1).unbind(2)  # (B * S, O + T, H, E)
         query = query.flatten(0, 1)  # (B * S, Q, H, E)
         if self.rotation is not None:
-            query = _rotate(query, self.rotation[:, self.overlap :][:, columns])
+            query = _rotate(query, self.rotation[:, self.overlap :][:, grid.columns])
             key = _rotate(key, self.rotation)
-        mask = self.causal[columns] & (continues[..., None, None] | self.own)  # (B, S, Q, O + T)
+        mask = self.causal[grid.columns] & (grid.continues[..., None, None] | self.own)  # (B, S, Q, O + T)
         out = F.scaled_dot_product_attention(
             query.transpose(1, 2),
             key.transpose(1, 2),
@@ -172,7 +84,7 @@ def _rotate(x: Tensor, rotation: Tensor) -> Tensor:
     return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
 
 
-class Layer(nn.Module):
+class Layer(SegmentLayer):
     """Memory-augmented layer: self-attention, memories, feed-forward."""
 
     def __init__(
@@ -190,15 +102,28 @@ class Layer(nn.Module):
         )
         self.dropout = nn.Dropout(dropout)
 
-    def attend(
-        self, x: Tensor, cache: Tensor, new: Tensor, continues: Tensor, columns: slice, fresh: bool
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def init_cache(self, n_row: int) -> Tensor:
+        """Keys and values before position encoding of the end of the segment before and of the open segment.
+
+        Shape (B, O + T, 2, H, E).
+        """
+        attention, weight = self.attention, self.attention.to_qkv.weight
+        n_cell, width = len(attention.own), weight.shape[1] // attention.n_head
+        return weight.new_zeros(n_row, n_cell, 2, attention.n_head, width)
+
+    def mix(self, x: Tensor, cache: Tensor, grid: Grid) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """Self-attention with its residual; see `Attention`."""
-        out, kv, before = self.attention(self.attention_norm(x), cache, new, continues, columns, fresh)
-        return x + self.dropout(out), kv, before
+        out, kv, before = self.attention(self.attention_norm(x), cache, grid)
+        return x + self.dropout(out), (kv, before)
+
+    def carry(self, kept: tuple[Tensor, Tensor], stays_open: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        """See `SegmentLayer.carry`."""
+        kv, before = kept
+        tail = stays_open(before, kv[:, -1, kv.shape[2] - self.attention.overlap :])
+        return torch.cat([tail, stays_open(kv, torch.zeros_like(kv[:, 0]))], dim=1)
 
 
-class LMCode(LanguageModel):
+class LMCode(SegmentModel):
     """Transformer language model with memory.
 
     Args:
@@ -234,47 +159,26 @@ class LMCode(LanguageModel):
         memory_layers: Literal["middle", "all"] | list[int] = "middle",
         gradient_checkpointing: bool = False,
     ) -> None:
-        super().__init__()
-        if n_layer < 1:
-            raise ValueError(f"model.n_layer must be at least 1, got {n_layer}")
+        super().__init__(n_vocab, n_layer, d_model, segment_len, overlap, memory_layers, gradient_checkpointing)
         if n_head < 1 or d_model % n_head:
             raise ValueError(f"model.n_head must divide model.d_model ({d_model}), got {n_head}")
         if position == "rope" and (d_model // n_head) % 2:
             raise ValueError(
                 f"rotary positions need an even head width, got {d_model} / {n_head} = {d_model // n_head}"
             )
-        if not 0 <= overlap <= segment_len:
-            raise ValueError(f"model.overlap must be in 0..segment_len ({segment_len}), got {overlap}")
         if not 0 <= dropout < 1:
             raise ValueError(f"model.dropout must be in [0, 1), got {dropout}")
-        self.n_vocab, self.d_model, self.n_head, self.n_layer = n_vocab, d_model, n_head, n_layer
-        self.segment_len, self.overlap = segment_len, overlap
-        self.gradient_checkpointing = gradient_checkpointing
-        self.memory_layers = _memory_layers(memory_layers, n_layer)
+        self.n_head = n_head
 
         self.embedding = nn.Embedding(n_vocab, d_model)
         self.position_embedding = nn.Embedding(segment_len, d_model) if position == "learned" else None
-        self.layers: Any = nn.ModuleList(
+        self.layers = nn.ModuleList(
             Layer(d_model, n_head, d_ff or 4 * d_model, segment_len, overlap, position == "rope", dropout)
             for _ in range(n_layer)
         )
         self.norm = nn.RMSNorm(d_model)
-        self.memory = nn.ModuleDict()
-        for name, make in memories.items():
-            first = make(d_model)
-            rest = [make(d_model) for _ in self.memory_layers[1:]] if first.layerwise else []
-            self.memory[name] = nn.ModuleList([first, *rest])
-            if first.lookback > segment_len:
-                raise ValueError(
-                    f"memory {name!r} looks back {first.lookback} tokens, more than a segment: "
-                    f"set model.segment_len to at least {first.lookback}, got {segment_len}"
-                )
-        self.lookback = max((modules[0].lookback for modules in self.memory.values()), default=0)
+        self.attach(memories)
         self._initialise()
-        for modules in self.memory.values():
-            for module in modules:
-                if module.scope == "shared":
-                    module.keep_bank()
 
     def _initialise(self) -> None:
         """All initial values of the transformer; memories have their own.
@@ -291,565 +195,6 @@ class LMCode(LanguageModel):
             for linear in (layer.attention.to_output, layer.feed_forward[3]):
                 nn.init.normal_(linear.weight, std=(2 * self.n_layer * linear.in_features) ** -0.5)
 
-    def _embed(self, ids: Tensor) -> Tensor:
-        """Token embeddings of unit variance, (..., D)."""
-        return self.embedding(ids) * self.d_model**0.5
-
-    # --- state ---------------------------------------------------------------------------------------------------
-
-    def init_state(self, n_row: int) -> ModelState:
-        """State before any text: fresh memories (a copy of the persistent bank where it is shared), no context."""
-        memory = {name: tuple(module.first_state(n_row) for module in modules) for name, modules in self.memory.items()}
-        return ModelState(memory, self._no_context(n_row))
-
-    def _no_context(self, n_row: int) -> LocalState:
-        weight = self.embedding.weight
-        cells, kept = self.overlap + self.segment_len, self.lookback + self.segment_len
-        head = self.d_model // self.n_head
-        n_memory_layer = len(self.memory_layers) if self.memory else 0
-        return LocalState(
-            kv=weight.new_zeros(n_row, self.n_layer, cells, 2, self.n_head, head),
-            hidden=weight.new_zeros(n_row, n_memory_layer, kept, self.d_model),
-            ids=torch.zeros(n_row, kept, dtype=torch.long, device=weight.device),
-            continues=torch.zeros(n_row, dtype=torch.bool, device=weight.device),
-            position=torch.zeros(n_row, dtype=torch.long, device=weight.device),
-            document=torch.zeros(n_row, dtype=torch.long, device=weight.device),
-            host_open=torch.zeros(n_row, dtype=torch.long),
-        )
-
-    def map_memory(self, function: Callable[[Memory, State], State], state: ModelState) -> ModelState:
-        """``state`` with ``function(module, memory_state)`` in place of every memory state."""
-        memory = {
-            name: tuple(function(m, part) for m, part in zip(self.memory[name], parts, strict=True))
-            for name, parts in state.memory.items()
-        }
-        return state._replace(memory=memory)
-
-    def wipe(self, state: ModelState) -> ModelState:
-        """``state`` with all memories as new; the local context stays."""
-        n_row = len(state.local.host_open)
-        return self.map_memory(lambda module, _: module.init_state(n_row), state)
-
-    def places(self, state: ModelState) -> list[Tensor]:
-        """See `LanguageModel.places`."""
-        found = [
-            module.places(part)
-            for name, modules in self.memory.items()
-            for module, part in zip(modules, state.memory[name], strict=True)
-        ]
-        return [part for part in found if part is not None]
-
-    def with_memory(self, state: ModelState, other: ModelState) -> ModelState:
-        """``state`` with the memories of ``other``; the local context stays."""
-        return state._replace(memory=other.memory)
-
-    def select_rows(self, state: ModelState, index: Tensor) -> ModelState:
-        """Rows ``index`` (N,) of ``state``; banks that all rows share stay as they are."""
-        state = self.map_memory(lambda m, part: part if m.scope == "shared" else select_rows(part, index), state)
-        return state._replace(local=select_rows(state.local, index))
-
-    def new_context(self, state: ModelState, write: bool = True) -> ModelState:
-        """Close the open segment, writing what it holds so far, and drop the local context; memories are kept.
-
-        Args:
-            state: Any state.
-            write: Whether the open segment is written.
-        """
-        rows = torch.ones(len(state.local.host_open), dtype=torch.bool)
-        return self._close(state, rows, write)
-
-    def _close(self, state: ModelState, rows: Tensor, write: bool) -> ModelState:
-        """`new_context` for the given ``rows`` (B,)."""
-        local = state.local
-        n_row, device = len(rows), local.ids.device
-        if write and self.memory:
-            one = rows.to(device)[:, None]
-            open_len = local.host_open.to(device)[:, None]
-            grid = _Grid(
-                ids=local.ids[:, self.lookback :],
-                new=torch.zeros(n_row, 1, self.segment_len, dtype=torch.bool, device=device),
-                valid=(torch.arange(self.segment_len, device=device) < open_len)[:, None],
-                complete=one,
-                continues=local.continues[:, None],
-                closes=one,
-                reset=None,
-                position=local.position[:, None] - open_len,
-                document=local.document[:, None],
-                n_complete=rows.long().tolist(),
-                open_len=[0] * n_row,
-                columns=slice(0, 0),
-                fresh=False,
-                cell=None,
-            )
-            hidden = [local.hidden[:, i] for i in range(len(self.memory_layers))]
-            embeddings = self._embed(local.ids)
-            memory = {}
-            for name, modules in self.memory.items():
-                layers = hidden if modules[0].layerwise else [torch.stack(hidden, dim=2)]
-                memory[name] = tuple(
-                    module.write(self._segment(grid, local, embeddings, h, module), part, [])[0]
-                    for module, h, part in zip(modules, layers, state.memory[name], strict=True)
-                )
-            state = state._replace(memory=memory)
-        fresh = self._no_context(n_row)._replace(position=local.position, document=local.document)
-        return state._replace(local=where_rows(rows, fresh, local))
-
-    # --- the forward pass ------------------------------------------------------------------------------------------
-
-    def forward(
-        self,
-        ids: Tensor,
-        state: ModelState | None = None,
-        reset: Tensor | None = None,
-        read: bool = True,
-        write: bool = True,
-        signals: dict[str, Tensor] | None = None,
-        mask: Tensor | None = None,
-        breaks: Tensor | None = None,
-        logits: bool = True,
-        carry: bool = True,
-    ) -> Output:
-        """Go on with the text.
-
-        Args:
-            ids: Token ids, (B, L), any L.
-            state: Where the text stopped; None for the beginning (of a shared memory: a copy of the persistent bank).
-            reset: Rows that begin a new document with the call's first token, (B,). Where segments are not open and L
-                is a whole number of segments it may be (B, S): segments that begin a new document.
-            read: Whether memories are read.
-            write: Whether memories are written.
-            signals: Implicit signals of the text by name, each (B, n).
-            mask: Tokens that are no padding, (B, L); None if all are.
-            breaks: Segments that begin a new context within their document, as `new_context` does between calls,
-                (B, S); only where ``reset`` may be given by segment.
-            logits: Whether to apply the language-model head.
-            carry: Whether the text goes on after this call; if not, no state is worked out (``out.state`` is None).
-
-        Returns:
-            An `Output`.
-
-        Raises:
-            ValueError: If shapes do not fit.
-        """
-        if ids.dim() != 2 or not len(ids):
-            raise ValueError(f"ids must be (rows, tokens) with at least one row, got shape {tuple(ids.shape)}")
-        n_row = ids.shape[0]
-        for name, flags in (("mask", mask), ("reset", reset), ("breaks", breaks)):
-            if flags is not None and flags.dtype != torch.bool:
-                raise ValueError(f"{name} must be bool, got {flags.dtype}")
-        if state is None:
-            state = self.init_state(n_row)
-        elif len(state.local.host_open) != n_row:
-            raise ValueError(f"ids have {n_row} rows, but the state has {len(state.local.host_open)}")
-        elif state.local.kv.shape[1:] != self._no_context(1).kv.shape[1:] or set(state.memory) != set(self.memory):
-            raise ValueError("the state is of another model: its layers, widths, segments or memories differ")
-        if mask is not None and mask.shape != ids.shape:
-            raise ValueError(f"mask must have the shape of ids {tuple(ids.shape)}, got {tuple(mask.shape)}")
-        if reset is not None:
-            state = self._begin_documents(state, reset, write)
-        if breaks is not None and breaks.shape[1] and bool((first := breaks[:, 0].cpu()).any()):
-            state = self._close(state, first, write)
-        if ids.shape[1] == 0:
-            if reset is not None and reset.dim() == 1:
-                state = self.map_memory(lambda module, part: module.start_documents(reset[:, None], part), state)
-                state = state._replace(local=state.local._replace(document=state.local.document + reset))
-            hidden = self.embedding(ids)
-            return Output(self.head(hidden) if logits else None, state, hidden, {}, {})
-        grid = self._lay_out(ids, state.local, reset, mask, breaks)
-        write = write and any(grid.n_complete)
-        n_segment = grid.complete.shape[1]
-        if n_segment == 1 or all(modules[0].layerwise for modules in self.memory.values()):
-            x, state, reads, trace = self._run(grid, state, read, write, signals, carry)
-        else:
-            x, state, reads, trace = self._run_segments(grid, state, read, write, signals)
-        x = self.norm(x)
-        if grid.cell is not None:
-            index = (grid.cell - grid.columns.start).clamp(0, x.shape[1] - 1)
-            x = x.gather(1, index[..., None].expand(-1, -1, x.shape[2]))
-        return Output(self.head(x) if logits else None, state if carry else None, x, reads, trace)
-
-    def absorb(self, ids: Tensor, state: ModelState | None = None) -> ModelState:
-        """See `LanguageModel.absorb`. Memories are as `forward` leaves them, for less work.
-
-        Layers above the last one with memory are not run, and that layer reads nothing, as no write depends on it.
-        """
-        modules = [modules[0] for modules in self.memory.values()]
-        if ids.dim() != 2 or ids.shape[1] == 0 or not all(module.layerwise for module in modules):
-            return super().absorb(ids, state)
-        state = self.init_state(len(ids)) if state is None else state
-        grid = self._lay_out(ids, state.local, None, None, None)
-        return self._run(grid, state, True, any(grid.n_complete), None, storing=True)[1]
-
-    @property
-    def head_weight(self) -> Tensor:
-        """Weights of the language-model head, (V, D)."""
-        return self.embedding.weight
-
-    def _begin_documents(self, state: ModelState, reset: Tensor, write: bool) -> ModelState:
-        """``state`` with the rows that begin a document at once out of their old context."""
-        n_row = len(state.local.host_open)
-        if reset.shape[0] != n_row or reset.dim() > 2:
-            raise ValueError(f"reset must be ({n_row},) or ({n_row}, segments), got {tuple(reset.shape)}")
-        rows = (reset if reset.dim() == 1 else reset[:, :1].any(dim=1)).cpu()
-        if any(modules[0].scope == "shared" for modules in self.memory.values()):
-            state = self._close(state, rows, write)
-        fresh = self._no_context(n_row)
-        local = where_rows(rows, fresh, state.local)
-        return state._replace(local=local._replace(document=state.local.document))
-
-    def _lay_out(
-        self, ids: Tensor, local: LocalState, reset: Tensor | None, mask: Tensor | None, breaks: Tensor | None
-    ) -> _Grid:
-        """Place the tokens of a call on the grid of segments."""
-        n_row, n_token = ids.shape
-        segment_len, device = self.segment_len, ids.device
-        opened: list[int] = local.host_open.tolist()
-        by_segment = breaks is not None or (reset is not None and reset.dim() == 2)
-        in_place = not any(opened) and n_token % segment_len == 0 and (mask is None or by_segment)
-        if by_segment and not in_place:
-            raise ValueError("breaks and reset by segment need rows with no open segment, and whole segments")
-        if in_place:
-            n_segment = n_token // segment_len
-            for name, starts in (
-                ("reset", reset if reset is not None and reset.dim() == 2 else None),
-                ("breaks", breaks),
-            ):
-                if starts is not None and starts.shape != (n_row, n_segment):
-                    raise ValueError(f"{name} must be ({n_row}, {n_segment}) here, got {tuple(starts.shape)}")
-            cell, grid_ids = None, ids
-            valid = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask
-            new = valid = valid.view(n_row, n_segment, segment_len)
-            complete, closes = valid.all(dim=2), torch.zeros(n_row, n_segment, dtype=torch.bool, device=device)
-            for starts in (reset if reset is not None and reset.dim() == 2 else None, breaks):
-                if starts is not None:
-                    closes = closes | F.pad(starts[:, 1:], (0, 1))
-            complete = complete | closes
-            n_complete, open_len = [n_segment] * n_row, [0] * n_row
-            if mask is not None:
-                if not bool((valid[..., 1:] <= valid[..., :-1]).all() & (complete[:, 1:] <= complete[:, :-1]).all()):
-                    raise ValueError("padding may only end a document: it needs reset or breaks in the next segment")
-                n_complete = complete.sum(dim=1).tolist()
-                counts = F.pad(valid.sum(dim=2), (0, 1)).tolist()
-                open_len = [count[n] for count, n in zip(counts, n_complete, strict=True)]
-            columns = slice(0, segment_len)
-        else:
-            n_valid = [n_token] * n_row if mask is None else mask.sum(dim=1).tolist()
-            total = [a + b for a, b in zip(opened, n_valid, strict=True)]
-            n_segment = max(1, -(-max(total) // segment_len))
-            n_complete, open_len = [t // segment_len for t in total], [t % segment_len for t in total]
-            begin = local.host_open.to(device)[:, None]
-            end = torch.tensor(total, device=device)[:, None]
-            order = torch.arange(n_token, device=device).expand(n_row, -1) if mask is None else mask.cumsum(dim=1) - 1
-            cell = begin + order
-            nowhere = n_segment * segment_len
-            target = cell if mask is None else torch.where(mask, cell, nowhere)
-            cells = torch.arange(nowhere, device=device)
-            grid_ids = F.pad(local.ids[:, self.lookback :], (0, nowhere + 1 - segment_len))
-            grid_ids = grid_ids.scatter(1, target, ids)[:, :-1]
-            valid = (cells < end).view(n_row, n_segment, segment_len)
-            new = valid & (cells >= begin).view(n_row, n_segment, segment_len)
-            complete = torch.arange(n_segment, device=device) < end // segment_len
-            closes = torch.zeros_like(complete)
-            columns = slice(0, segment_len) if n_segment > 1 else slice(min(opened), max(max(total), min(opened) + 1))
-        continues = torch.ones_like(complete)
-        continues[:, 0] = local.continues
-        if breaks is not None:
-            continues = continues & ~breaks
-        start = torch.arange(n_segment, device=device) * segment_len
-        if in_place and mask is not None:
-            start = F.pad(valid.sum(dim=2).cumsum(dim=1), (1, 0))[:, :-1]
-        position = (local.position - local.host_open.to(device))[:, None] + start
-        document = local.document[:, None].expand(-1, n_segment)
-        if reset is not None:
-            if reset.dim() == 1:
-                reset = F.pad(reset[:, None], (0, n_segment - 1))
-            continues = continues & ~reset
-            last_reset = torch.where(reset, start, -1).cummax(dim=1).values
-            position = torch.where(last_reset >= 0, start - last_reset, position)
-            document = document + reset.cumsum(dim=1)
-        return _Grid(
-            grid_ids, new, valid, complete, continues, closes, reset, position, document,
-            n_complete, open_len, columns, not any(opened), cell,
-        )  # fmt: skip
-
-    def _segment(
-        self, grid: _Grid, local: LocalState, embeddings: Tensor, hidden: Tensor, module: Memory,
-        signals: dict[str, Tensor] | None = None,
-    ) -> Segment:  # fmt: skip
-        """What ``module`` may use of the grid. ``embeddings`` and ``hidden`` include the model's lookback."""
-        skip = self.lookback - module.lookback
-        ids = torch.cat([local.ids[:, : self.lookback], grid.ids], dim=1)  # (B, C + N)
-        before = grid.continues[:, :1].expand(-1, module.lookback)
-        return Segment(
-            ids=ids[:, skip:],
-            embeddings=embeddings[:, skip:],
-            hidden=hidden[:, skip:],
-            valid=torch.cat([before, grid.valid.flatten(1)], dim=1),
-            complete=grid.complete,
-            continues=grid.continues,
-            closes=grid.closes,
-            reset=grid.reset,
-            position=grid.position,
-            document=grid.document,
-            signals=signals,
-            lookback=module.lookback,
-            surprise=self._surprise(hidden, ids)[:, skip:] if module.wants_surprise else None,
-        )
-
-    @torch.no_grad()
-    def _surprise(self, hidden: Tensor, ids: Tensor) -> Tensor:
-        """Nats of the token after each cell, predicted from ``hidden`` (B, L, D) as if by the last layer, (B, L)."""
-        following = ids.roll(-1, dims=1)[..., None]  # the last cell has none, and no slot
-        parts = zip(hidden.split(self.segment_len, dim=1), following.split(self.segment_len, dim=1), strict=True)
-        nats = [-self.head(self.norm(part)).log_softmax(dim=-1).gather(2, targets) for part, targets in parts]
-        return torch.cat(nats, dim=1)[..., 0]
-
-    def _run(
-        self,
-        grid: _Grid,
-        state: ModelState,
-        read: bool,
-        write: bool,
-        signals: dict[str, Tensor] | None,
-        carry: bool = True,
-        storing: bool = False,
-    ) -> tuple[Tensor, ModelState, dict[str, Residual], dict[str, Trace]]:
-        """All layers over the grid, one layer after the other for all segments.
-
-        With ``S`` = 1 this is the definition; with more it needs layerwise memories. If ``storing``, all that follows
-        the last write is left out, and the local state has NaN where its result would be.
-        """
-        local, _n_row = state.local, len(grid.n_complete)
-        n_segment, segment_len = grid.complete.shape[1], self.segment_len
-        embeddings = self._embed(torch.cat([local.ids[:, : self.lookback], grid.ids], dim=1))  # (B, C + N, D)
-        x = embeddings[:, self.lookback :].unflatten(1, (n_segment, segment_len))[:, :, grid.columns]  # (B, S, Q, D)
-        if self.position_embedding is not None:
-            x = x + self.position_embedding.weight[grid.columns]
-        memory = {name: list(parts) for name, parts in state.memory.items()}
-        recalled = {
-            name: modules[0].recall(modules[0].start_documents(grid.reset, memory[name][0]))
-            for name, modules in self.memory.items()
-            if not modules[0].layerwise and read
-        }
-        kvs, befores, hiddens = [], [], []
-        reads: dict[str, Residual] = {}
-        traces: dict[str, list[Trace]] = {name: [] for name in memory}
-        last = self.memory_layers[-1] if self.memory else -1
-        for i, layer in enumerate(self.layers):
-            if storing and i > last:
-                nothing = x.new_full((), torch.nan).expand(*grid.new.shape, *local.kv.shape[3:])  # (B, S, T, 2, H, E)
-                kvs.append(nothing)
-                befores.append(nothing[:, :, : self.overlap])
-                continue
-            x, kv, before = self._maybe_checkpoint(
-                layer.attend, x, local.kv[:, i], grid.new, grid.continues, grid.columns, grid.fresh
-            )
-            kvs.append(kv)
-            befores.append(before)
-            if self.memory and i in self.memory_layers:
-                place = self.memory_layers.index(i)
-                hidden = self._hidden(x, grid, local.hidden[:, place])  # (B, C + N, D)
-                hiddens.append(hidden)
-                flat = x.flatten(1, 2)  # (B, S * Q, D)
-                values = []
-                for name, modules in self.memory.items():
-                    if modules[0].layerwise:
-                        segment = self._segment(grid, local, embeddings, hidden, modules[place], signals)
-                        found, memory[name][place], trace = modules[place].process(
-                            flat, segment, memory[name][place], i, read and not (storing and i == last), write, carry
-                        )
-                        traces[name].append(trace)
-                    else:
-                        found = modules[0].read(flat, recalled[name], i) if read else None
-                    if found is not None:
-                        reads[f"{name}/{i}"] = found
-                        values.append(found.values)
-                if values:
-                    x = x + sum(values).unflatten(1, x.shape[1:3])  # type: ignore[union-attr]
-            if not (storing and i == last):
-                x = x + self._maybe_checkpoint(layer.feed_forward, x)
-        for name, modules in self.memory.items():
-            if not modules[0].layerwise:
-                memory[name][0] = modules[0].start_documents(grid.reset, memory[name][0])
-                if write:
-                    segment = self._segment(grid, local, embeddings, torch.stack(hiddens, dim=2), modules[0], signals)
-                    mine = [reads[key] for key in reads if key.startswith(f"{name}/")]
-                    memory[name][0], trace = modules[0].write(segment, memory[name][0], mine)
-                    traces[name].append(trace)
-        new_local = self._carry(grid, local, kvs, befores, hiddens) if carry else local
-        state = ModelState({name: tuple(parts) for name, parts in memory.items()}, new_local)
-        return x.flatten(1, 2), state, reads, {name: mean_trace(parts) for name, parts in traces.items()}
-
-    def _run_segments(
-        self, grid: _Grid, state: ModelState, read: bool, write: bool, signals: dict[str, Tensor] | None
-    ) -> tuple[Tensor, ModelState, dict[str, Residual], dict[str, Trace]]:
-        """All layers over one segment after the other: the definition, and the only way for some memories."""
-        parts, all_reads, traces = [], [], []
-        for s in range(grid.complete.shape[1]):
-            cells = slice(s * self.segment_len, (s + 1) * self.segment_len)
-            active = grid.new[:, s].any(dim=1)
-            one = _Grid(
-                grid.ids[:, cells],
-                *(None if part is None else part[:, s : s + 1] for part in grid[1:9]),  # type: ignore[misc, arg-type]
-                n_complete=[int(n > s) for n in grid.n_complete],
-                open_len=[0 if n > s else o for n, o in zip(grid.n_complete, grid.open_len, strict=True)],
-                columns=grid.columns,
-                fresh=grid.fresh if s == 0 else True,
-                cell=None,
-            )
-            x, after, reads, trace = self._run(one, state, read, write, signals)
-            state = after._replace(local=where_rows(active, after.local, state.local))
-            parts.append(x)
-            all_reads.append(reads)
-            traces.append(trace)
-        joined = {key: join_reads([reads[key] for reads in all_reads]) for key in all_reads[0]}
-        return torch.cat(parts, dim=1), state, joined, {k: mean_trace([t[k] for t in traces]) for k in traces[0]}
-
-    def _maybe_checkpoint(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
-            return checkpoint(function, *arguments, use_reentrant=False)
-        return function(*arguments)
-
-    def _hidden(self, x: Tensor, grid: _Grid, buffer: Tensor) -> Tensor:
-        """Inputs of a memory layer for all cells and those before, (B, C + N, D), from ``x`` (B, S, Q, D)."""
-        if not grid.fresh:
-            cells = buffer[:, None, self.lookback :]  # (B, 1, T, D)
-            if x.shape[2] < self.segment_len:
-                computed = torch.where(grid.new[:, :, grid.columns, None], x, cells[:, :, grid.columns])
-                x = torch.cat([cells[:, :, : grid.columns.start], computed, cells[:, :, grid.columns.stop :]], dim=2)
-            else:
-                x = torch.cat([torch.where(grid.new[:, :1, :, None], x[:, :1], cells), x[:, 1:]], dim=1)
-        elif x.shape[2] < self.segment_len:
-            x = F.pad(x, (0, 0, 0, self.segment_len - x.shape[2]))
-        return torch.cat([buffer[:, : self.lookback], x.flatten(1, 2)], dim=1)
-
-    def _carry(
-        self, grid: _Grid, local: LocalState, kvs: list[Tensor], befores: list[Tensor], hiddens: list[Tensor]
-    ) -> LocalState:
-        """The local state after the grid."""
-        n_segment, segment_len, kept = grid.complete.shape[1], self.segment_len, self.lookback + self.segment_len
-        device = grid.ids.device
-        done = torch.tensor(grid.n_complete, device=device)
-        same = len(set(grid.n_complete)) == 1
-        n = grid.n_complete[0]
-
-        def segment_of(parts: Tensor, beyond: Tensor) -> Tensor:
-            """Part of the first segment that is not complete, (B, ...), of (B, S, ...); ``beyond`` if all are."""
-            if same:
-                return parts[:, n] if n < n_segment else beyond
-            choice = torch.cat([parts, beyond[:, None]], dim=1)
-            index = done.view(-1, *[1] * (choice.dim() - 1)).expand(-1, 1, *choice.shape[2:])
-            return choice.gather(1, index)[:, 0]
-
-        def cells_from(flat: Tensor) -> Tensor:
-            """Cells of that segment and the lookback, (B, C + T, ...), of (B, C + N, ...)."""
-            flat = torch.cat([flat, flat.new_zeros(len(flat), segment_len, *flat.shape[2:])], dim=1)
-            if same:
-                return flat[:, n * segment_len : n * segment_len + kept]
-            index = done[:, None] * segment_len + torch.arange(kept, device=device)
-            return flat.gather(1, index.view(*index.shape, *[1] * (flat.dim() - 2)).expand(-1, -1, *flat.shape[2:]))
-
-        kv = [
-            torch.cat(
-                [
-                    segment_of(before, kv[:, -1, segment_len - self.overlap :]),
-                    segment_of(kv, torch.zeros_like(kv[:, 0])),
-                ],
-                dim=1,
-            )
-            for kv, before in zip(kvs, befores, strict=True)
-        ]
-        hidden = torch.stack([cells_from(h) for h in hiddens], dim=1) if hiddens else local.hidden
-        ids = cells_from(torch.cat([local.ids[:, : self.lookback], grid.ids], dim=1))
-        open_len = torch.tensor(grid.open_len)
-        document = segment_of(grid.document, grid.document[:, -1])
-        return LocalState(
-            kv=torch.stack(kv, dim=1),
-            hidden=hidden,
-            ids=ids,
-            continues=segment_of(grid.continues, torch.ones_like(grid.continues[:, 0])),
-            position=segment_of(grid.position, grid.position[:, -1] + segment_len) + open_len.to(device),
-            document=document,
-            host_open=open_len,
-        )
-
-    # --- generation ------------------------------------------------------------------------------------------------
-
-    @torch.no_grad()
-    def generate(
-        self,
-        ids: Tensor,
-        max_new_tokens: int = 100,
-        temperature: float = 0.8,
-        top_k: int | None = 50,
-        top_p: float | None = 0.9,
-        state: ModelState | None = None,
-        read: bool = True,
-        write: bool = True,
-    ) -> Tensor:
-        """Go on with ``ids`` token by token.
-
-        Args:
-            ids: Prompt, (B, L) with L >= 1.
-            max_new_tokens: Tokens to add.
-            temperature: Softmax temperature; 0 takes the likeliest token.
-            top_k: Sample from the k likeliest tokens only; None for all.
-            top_p: Sample from the smallest set of tokens whose probability reaches p; None for all.
-            state: Where the text before the prompt stopped.
-            read: Whether memories are read.
-            write: Whether memories are written (in a state of their own, not in ``state``).
-
-        Returns:
-            Prompt and new tokens, (B, L + max_new_tokens).
-
-        Raises:
-            ValueError: If a setting is out of range or the prompt is empty.
-        """
-        if ids.dim() != 2 or ids.shape[1] == 0:
-            raise ValueError(f"the prompt must be (rows, tokens) with at least one token, got {tuple(ids.shape)}")
-        if max_new_tokens < 0 or temperature < 0:
-            raise ValueError(f"max_new_tokens and temperature must not be negative: {max_new_tokens}, {temperature}")
-        if top_k is not None and top_k < 1:
-            raise ValueError(f"top_k must be at least 1 or None, got {top_k}")
-        if top_p is not None and not 0 < top_p <= 1:
-            raise ValueError(f"top_p must be in (0, 1] or None, got {top_p}")
-        training, tokens = self.training, [ids]
-        self.eval()
-        try:
-            for _ in range(max_new_tokens):
-                out = self(tokens[-1], state=state, read=read, write=write, logits=False)
-                state = out.state
-                tokens.append(_sample(self.head(out.hidden[:, -1]), temperature, top_k, top_p))
-        finally:
-            self.train(training)
-        return torch.cat(tokens, dim=1)
-
-
-def _sample(logits: Tensor, temperature: float, top_k: int | None, top_p: float | None) -> Tensor:
-    """One token (B, 1) for each row of ``logits`` (B, V)."""
-    if temperature == 0:
-        return logits.argmax(dim=-1, keepdim=True)
-    logits = logits.float() / temperature
-    if top_k is not None:
-        least = logits.topk(min(top_k, logits.shape[-1]), dim=-1).values[:, -1:]
-        logits = logits.masked_fill(logits < least, -torch.inf)
-    if top_p is not None:
-        ordered, index = logits.sort(dim=-1, descending=True)
-        mass = ordered.softmax(dim=-1)
-        drop = mass.cumsum(dim=-1) - mass >= top_p  # the mass before a token already suffices
-        logits = logits.masked_fill(drop.scatter(1, index, drop), -torch.inf)
-    return torch.multinomial(logits.softmax(dim=-1), 1)
-
-
-def _memory_layers(choice: str | Sequence[int], n_layer: int) -> list[int]:
-    """Indices of the layers with memory, ascending."""
-    if choice == "middle":
-        return [n_layer // 2]
-    if choice == "all":
-        return list(range(n_layer))
-    if isinstance(choice, str):
-        raise ValueError(f"model.memory_layers must be 'middle', 'all' or a list of layers, got {choice!r}")
-    layers = sorted(choice)
-    if not layers or len(set(layers)) < len(layers) or not all(0 <= layer < n_layer for layer in layers):
-        raise ValueError(f"model.memory_layers must name different layers of 0..{n_layer - 1}, got {list(choice)}")
-    return layers
+    def _enter(self, embeddings: Tensor, columns: slice) -> Tensor:
+        """Embeddings, with learned positions if there are any."""
+        return embeddings if self.position_embedding is None else embeddings + self.position_embedding.weight[columns]

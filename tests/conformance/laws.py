@@ -27,13 +27,15 @@ from torch.nn import functional as F
 from memlm.config import INJECTED, compose, config_dir
 from memlm.memory import state as states
 from memlm.memory.base import Memory, Residual
-from memlm.models.lmcode import LMCode, ModelState, Output
+from memlm.models.lmcode import LMCode
+from memlm.models.segments import ModelState, Output, SegmentModel
 
-Make = Callable[..., LMCode]
+Make = Callable[..., SegmentModel]
 Nodes = Mapping[str, Mapping[str, Any]]
 
 N_VOCAB = 40
 T = 12  # tokens per segment
+# Of any model, those of these settings that it has.
 MODEL: dict[str, Any] = {"n_layer": 3, "n_head": 4, "d_model": 32, "d_ff": 48, "segment_len": T, "overlap": 4}
 # Small enough that a handful of segments fills and overfills every memory.
 SMALL: dict[str, Any] = {"n_slot": 20, "d_key": 16, "top_k": 6, "write_budget": 5, "span": 2}
@@ -76,18 +78,24 @@ def _at_most(key: str, value: Any) -> Any:
     return min(value, 16) if is_size else value
 
 
-def builder(nodes: Nodes, shrink: bool = True) -> Make:
+def builder(nodes: Nodes, shrink: bool = True, model_class: type[SegmentModel] = LMCode) -> Make:
     """``make`` for the memories that ``nodes`` describe."""
-    return builder_of({name: (class_of(node), settings_of(node)) for name, node in nodes.items()}, shrink)
+    memories = {name: (class_of(node), settings_of(node)) for name, node in nodes.items()}
+    return builder_of(memories, shrink, model_class)
 
 
-def builder_of(memories: Mapping[str, tuple[type[Memory], dict[str, Any]]], shrink: bool = True) -> Make:
+def builder_of(
+    memories: Mapping[str, tuple[type[Memory], dict[str, Any]]],
+    shrink: bool = True,
+    model_class: type[SegmentModel] = LMCode,
+) -> Make:
     """``make`` for memories by name, each a class and its settings."""
+    sizes = {key: value for key, value in MODEL.items() if key in inspect.signature(model_class).parameters}
 
     # Settings in `memory` go to each memory that has them: `n_slot`; or to those of one class: `LongTermMemory.n_slot`.
     def make(
         memory: Mapping[str, Any] | None = None, perturb: bool = True, n_vocab: int = N_VOCAB, **model: Any
-    ) -> LMCode:
+    ) -> SegmentModel:
         torch.manual_seed(0)
         constructors = {}
         for name, (cls, settings) in memories.items():
@@ -95,7 +103,7 @@ def builder_of(memories: Mapping[str, tuple[type[Memory], dict[str, Any]]], shri
             split = [(*key.rpartition("."), value) for key, value in (memory or {}).items()]
             own = {key: value for of, _, key, value in split if key in known and of in ("", cls.__name__)}
             constructors[name] = partial(cls, **((small(cls, settings) if shrink else settings) | own))
-        built = LMCode(n_vocab, constructors, **(MODEL | model))
+        built = model_class(n_vocab, constructors, **(sizes | model))
         if perturb:
             generator = torch.Generator().manual_seed(1)
             with torch.no_grad():
@@ -121,13 +129,13 @@ def text(n_row: int, n_token: int, seed: int = 0, low: int = 0, high: int = N_VO
 
 
 @torch.no_grad()
-def filled(model: LMCode, n_row: int = 3, n_open: int = 0, n_segment: int = 7) -> ModelState:
+def filled(model: SegmentModel, n_row: int = 3, n_open: int = 0, n_segment: int = 7) -> ModelState:
     """A state that holds ``n_segment`` segments, and ``n_open`` tokens of the next."""
     return model(text(n_row, n_segment * model.segment_len + n_open, seed=9), logits=False).state
 
 
 @torch.no_grad()
-def logits(model: LMCode, ids: Tensor, state: ModelState | None, **options: Any) -> Tensor:
+def logits(model: SegmentModel, ids: Tensor, state: ModelState | None, **options: Any) -> Tensor:
     """Logits of one call."""
     return model(ids, state=state, **options).logits
 
@@ -322,7 +330,7 @@ def generates_as_parallel(make: Make) -> None:
 
 
 @contextmanager
-def segments_outside(model: LMCode) -> Iterator[None]:
+def segments_outside(model: SegmentModel) -> Iterator[None]:
     """Run one segment after the other through all layers, which is the definition."""
     run = model._run
 
@@ -338,7 +346,7 @@ def segments_outside(model: LMCode) -> Iterator[None]:
 
 
 @contextmanager
-def slow_process(model: LMCode) -> Iterator[None]:
+def slow_process(model: SegmentModel) -> Iterator[None]:
     """Read and write segment by segment within each layer, by `Memory.process`."""
     modules = [module for parts in model.memory.values() for module in parts]
     for module in modules:
@@ -361,7 +369,7 @@ def windows_of_documents(n_row: int = 3, n_segment: int = 6) -> tuple[Tensor, Te
     return ids, reset, mask.flatten(1)
 
 
-def _loss(model: LMCode, ids: Tensor, out: Output, mask: Tensor) -> Tensor:
+def _loss(model: SegmentModel, ids: Tensor, out: Output, mask: Tensor) -> Tensor:
     """The full training loss."""
     assert out.logits is not None
     nll = F.cross_entropy(out.logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
@@ -539,7 +547,10 @@ def reach(make: Make) -> None:
 
 def every_parameter_learns(make: Make) -> None:
     """The full training loss over two windows gives every parameter a gradient."""
-    for settings in ({"memory_layers": "all"}, {"position": "learned"}):
+    variants: list[dict[str, Any]] = [{"memory_layers": "all"}]
+    if "position" in inspect.signature(type(make())).parameters:
+        variants.append({"position": "learned"})
+    for settings in variants:
         model = make(**settings).train()
         ids, mask = text(3, 4 * T, seed=1), torch.ones(3, 4 * T, dtype=torch.bool)
         out = model(ids)
@@ -576,7 +587,7 @@ def bounded(make: Make, n_write: int = 10_000) -> None:
 
 
 @torch.no_grad()
-def admits(make: Make, promote: Callable[[LMCode], None] | None = None) -> None:
+def admits(make: Make, promote: Callable[[SegmentModel], None] | None = None) -> None:
     """A memory that filled up early still takes in what comes later.
 
     Args:
@@ -638,7 +649,7 @@ def recall_batch(n_row: int, draw: torch.Generator) -> tuple[Tensor, Tensor]:
 
 
 def useful(make: Make, n_step: int = 250, seconds: float = 30.0) -> None:
-    """After a short training, what was told is known with memory and not without."""
+    """After a short training, what was told is known with memory, and not without or with another row's."""
     memory = {"n_slot": 16, "d_key": 32, "span": 2, "write_budget": 8}
     model = make(memory, perturb=False, n_vocab=16, n_layer=2, segment_len=8, overlap=0).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.01)
@@ -660,12 +671,15 @@ def useful(make: Make, n_step: int = 250, seconds: float = 30.0) -> None:
     with torch.no_grad():
         state = model(ids[:, :16], logits=False).state
         scores = {}
-        for name, start in (("memory", state), ("wiped", model.wipe(state))):
+        another = model.with_memory(state, model.select_rows(state, torch.arange(len(ids)).roll(1)))
+        for name, start in (("memory", state), ("swapped", another), ("wiped", model.wipe(state))):
             guess = logits(model, ids[:, 16:], start)[:, -1]
             scores[name] = (F.cross_entropy(guess, value).item(), (guess.argmax(1) == value).float().mean().item())
     (nll, accuracy), (nll_wiped, accuracy_wiped) = scores["memory"], scores["wiped"]
+    accuracy_swapped = scores["swapped"][1]
     assert accuracy > 0.6, f"recalls {accuracy:.0%} after {step + 1} steps, {accuracy_wiped:.0%} with memory wiped"
     assert accuracy_wiped < 0.3, f"{accuracy_wiped:.0%} without memory: the task leaks"
+    assert accuracy_swapped < 0.3, f"{accuracy_swapped:.0%} with another row's memory: it is not what is read"
     assert nll < nll_wiped - 0.5, f"NLL {nll:.2f} with memory, {nll_wiped:.2f} wiped"
     assert spent < seconds, f"took {spent:.0f} s"
 

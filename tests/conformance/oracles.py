@@ -11,8 +11,10 @@ from typing import Any, NamedTuple
 
 import torch
 
+from memlm.memory.auto import AutoMemory, AutoState
+from memlm.memory.base import Residual, Segment, Trace
 from memlm.memory.ltm import LongTermMemory
-from memlm.models.lmcode import LMCode
+from memlm.models.segments import SegmentModel
 from tests.conformance import laws
 
 
@@ -25,7 +27,7 @@ class Oracle(NamedTuple):
     """
 
     evicts_as_declared: Callable[[laws.Make], None]
-    promote: Callable[[LMCode], None]
+    promote: Callable[[SegmentModel], None]
 
 
 def span_importance(log_gate: list[float], span: int) -> list[float]:
@@ -117,7 +119,7 @@ def long_term_evicts(make: laws.Make, kind: str = "span", of: str = "LongTermMem
 
 
 @torch.no_grad()
-def open_write_gate(model: LMCode) -> None:
+def open_write_gate(model: SegmentModel) -> None:
     """Every gate of the long-term memories opens wide."""
     for modules in model.memory.values():
         for module in modules:
@@ -125,4 +127,71 @@ def open_write_gate(model: LMCode) -> None:
                 module.write_gate[-1].bias += 10
 
 
-ORACLES = {"LongTermMemory": Oracle(long_term_evicts, open_write_gate)}
+@torch.no_grad()
+def auto_keeps(make: laws.Make) -> None:
+    """What is kept are the best tokens of those kept before and of the segment, each once, in the order of the text."""
+    dropped = {"low": 0, "double": 0, "beyond": 0}
+    for setting in ({}, {"threshold": 0.85}, {"n_slot": 3}):
+        model = make(memory={f"AutoMemory.{key}": value for key, value in setting.items()})
+        for modules in model.memory.values():
+            if isinstance(modules[0], AutoMemory):
+                _auto_keeps(model, modules[0], dropped)
+    assert all(dropped.values()), f"the test drops nothing for one of these reasons: {dropped}"
+
+
+def _auto_keeps(model: SegmentModel, module: AutoMemory, dropped: dict[str, int]) -> None:
+    """The rule, segment by segment, in plain Python; counts in ``dropped`` why tokens went."""
+    seen: list[tuple[AutoState, Segment, AutoState]] = []
+    write = module.write
+
+    def watch(segment: Segment, state: AutoState, reads: list[Residual]) -> tuple[AutoState, Trace]:
+        new, trace = write(segment, state, reads)
+        seen.append((state, segment, new))
+        return new, trace
+
+    module.write = watch  # type: ignore[method-assign]
+    model(laws.text(2, 8 * laws.T, seed=9), logits=False)
+    del module.write  # type: ignore[method-assign]
+    for before, segment, after in seen:
+        fresh = segment.hidden[:, segment.lookback :]
+        filled = before.ids >= 0
+        score = module.scores(torch.cat([before.hidden, fresh], dim=1), before.hidden, filled)
+        for row in range(2):
+            best: dict[int, tuple[float, int]] = {}  # by id of the token: its score and place
+            kept = [(int(before.ids[row, i]), int(before.position[row, i]), i) for i in range(int(filled[row].sum()))]
+            told = segment.ids[row, segment.lookback :].tolist()
+            first = int(segment.position[row, 0])
+            kept += [(token, first + t, module.n_slot + t) for t, token in enumerate(told)]
+            for token, place, i in kept:
+                value = float(score[row, i])
+                dropped["low"] += value < module.threshold
+                if value >= module.threshold:
+                    dropped["double"] += token in best
+                    best[token] = max(best.get(token, (value, place)), (value, place))
+            ranked = sorted(((*worth, token) for token, worth in best.items()), reverse=True)
+            dropped["beyond"] += len(ranked) > module.n_slot
+            expected = sorted((place, token, value) for value, place, token in ranked[: module.n_slot])
+            n = len(expected)
+            assert after.position[row].tolist() == [place for place, _, _ in expected] + [-1] * (module.n_slot - n)
+            assert after.ids[row, :n].tolist() == [token for _, token, _ in expected]
+            laws.close(
+                after.score[row, :n], torch.tensor([value for _, _, value in expected]), "score of another token"
+            )
+            for slot, (place, _, _) in enumerate(expected):
+                if place >= first:
+                    laws.close(after.hidden[row, slot], fresh[row, place - first], "hidden state of another token")
+
+
+@torch.no_grad()
+def score_all_alike(model: SegmentModel) -> None:
+    """All tokens get the same score, so that the newest stay."""
+    for modules in model.memory.values():
+        for module in modules:
+            if isinstance(module, AutoMemory):
+                module.score_net[2].weight.zero_()
+
+
+ORACLES = {
+    "LongTermMemory": Oracle(long_term_evicts, open_write_gate),
+    "AutoMemory": Oracle(auto_keeps, score_all_alike),
+}

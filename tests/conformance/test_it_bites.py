@@ -374,6 +374,25 @@ def test_a_useless_memory_is_caught() -> None:
         laws.useful(make_of(Dead), n_step=50)
 
 
+class BesideState(Ring):
+    """Its state says that something was written; what was, it keeps in the module, by place in the batch."""
+
+    held: Any = None
+
+    def read(self, x: Tensor, recalled: RingState, layer: int) -> Residual:
+        return super().read(x, recalled._replace(slot=self.held) if recalled.n_written.any() else recalled, layer)
+
+    def write(self, segment: Segment, state: RingState, reads: list[Residual]) -> tuple[RingState, Trace]:
+        new, trace = super().write(segment, state, reads)
+        self.held = new.slot
+        return new, trace
+
+
+def test_a_memory_that_is_not_what_is_read_is_caught() -> None:
+    with pytest.raises(AssertionError, match="with another row's memory"):
+        laws.useful(make_of(BesideState))
+
+
 class KeepsOldest(LongTermMemory):
     """Under ``fifo`` nothing gets older, so that what came first may stay."""
 

@@ -1,6 +1,7 @@
 """Every memory that is shipped, against every law."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
@@ -31,9 +32,8 @@ def shareable(request: pytest.FixtureRequest) -> laws.Make:
 
 
 def test_every_memory_of_the_first_release_is_found() -> None:
-    assert {"none", "stm", "ltm", "dual"} <= set(NAMES)
-    assert "none" not in REMEMBERS
-    assert {"stm", "ltm", "dual"} <= set(REMEMBERS)
+    assert {"none", "stm", "ltm", "dual", "imm", "auto"} <= set(NAMES)
+    assert set(REMEMBERS) == set(NAMES) - {"none"}
 
 
 def test_0_alive(memory: laws.Make) -> None:
@@ -161,3 +161,10 @@ def test_laws_hold_where_newer_slots_discount_older_ones(law: Callable[[laws.Mak
 def test_laws_hold_where_newer_slots_of_a_shared_bank_discount_older_ones(law: Callable[..., None]) -> None:
     make = make_of("ltm")
     law(lambda memory=None, **settings: make(memory={"recency": 4.0} | (memory or {}), **settings), scope="shared")
+
+
+@pytest.mark.parametrize("law", LAWS)
+@pytest.mark.parametrize("setting", [{"shared_layers": False, "update": "importance"}, {"reset_every": 3}])
+def test_laws_hold_for_every_kind_of_implicit_memory(law: Callable[[laws.Make], None], setting: dict[str, Any]) -> None:
+    make = make_of("imm")
+    law(lambda memory=None, **settings: make(memory=setting | (memory or {}), **settings))

@@ -10,7 +10,8 @@ from torch.nn import functional as F
 
 from memlm.memory.base import Segment
 from memlm.memory.ltm import LongTermMemory, LongTermState
-from memlm.models.lmcode import LMCode, ModelState
+from memlm.models.lmcode import LMCode
+from memlm.models.segments import ModelState
 
 D, T = 8, 12
 SETTINGS: dict[str, Any] = {"n_slot": 30, "d_key": 8, "top_k": 4, "write_budget": 6, "span": 3}
