@@ -36,7 +36,10 @@ N_VOCAB = 40
 T = 12  # tokens per segment
 MODEL: dict[str, Any] = {"n_layer": 3, "n_head": 4, "d_model": 32, "d_ff": 48, "segment_len": T, "overlap": 4}
 # Small enough that a handful of segments fills and overfills every memory.
-SMALL: dict[str, Any] = {"n_slot": 20, "d_key": 16, "top_k": 6, "write_budget": 5, "span": 2}
+SMALL: dict[str, Any] = {
+    "n_slot": 20, "d_key": 16, "top_k": 6, "write_budget": 5, "span": 2,
+    "n_working": 4, "n_stm": 8, "n_reminded_stm": 4, "n_reminded_ltm": 4, "search_depth": 2,
+}  # fmt: skip
 
 
 # --- builders --------------------------------------------------------------------------------------------------------
@@ -639,7 +642,7 @@ def recall_batch(n_row: int, draw: torch.Generator) -> tuple[Tensor, Tensor]:
 
 def useful(make: Make, n_step: int = 250, seconds: float = 30.0) -> None:
     """After a short training, what was told is known with memory and not without."""
-    memory = {"n_slot": 16, "d_key": 32, "span": 2, "write_budget": 8}
+    memory = {"n_slot": 16, "d_key": 32, "span": 2, "write_budget": 8, "n_working": 4, "n_stm": 8}
     model = make(memory, perturb=False, n_vocab=16, n_layer=2, segment_len=8, overlap=0).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.01)
     draw, begin = torch.Generator().manual_seed(0), time.process_time()
