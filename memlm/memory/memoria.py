@@ -51,7 +51,7 @@ class EngramGraph:
     """The life of engrams: one step is `add`, `remind`, `adjust`. Rows are independent unless ``compat`` names a version.
 
     Args:
-        n_slot: Most engrams of a row. Where there is no room, those with the least life left go, the oldest first.
+        n_slot: Most engrams of a row. Where there is no room, long-term ones with the least life left go, the oldest first.
         n_working: Engrams that one segment adds.
         n_stm: Engrams of short-term memory; the oldest beyond become long-term.
         n_reminded_stm: Most short-term engrams that are reminded.
@@ -91,7 +91,7 @@ class EngramGraph:
     def add(self, engrams: Engrams, data: Tensor) -> Engrams:
         """New working engrams with contents ``data`` (B, W, D), which keep their gradient."""
         by_age = engrams.birth.argsort(dim=1, stable=True)
-        life = torch.where(engrams.lifespan > 0, engrams.lifespan, -torch.inf).gather(1, by_age)
+        life = engrams.lifespan.masked_fill(engrams.kind == SHORT_TERM, torch.inf).gather(1, by_age)
         slots = by_age.gather(1, life.argsort(dim=1, stable=True)[:, : data.shape[1]])  # (B, W)
         birth = engrams.n_born[:, None] + torch.arange(data.shape[1], device=data.device)
         cofire = engrams.cofire.scatter(1, slots[..., None].expand(-1, -1, self.n_slot), 0)
@@ -219,8 +219,9 @@ class EngramGraph:
         """
         n_slot, device = self.n_slot, engrams.birth.device
         order = engrams.birth.argsort(dim=1, stable=True)  # (B, C)
-        null, score = score[:, -1:], score.gather(1, order)
         kind, place = engrams.kind.gather(1, order), torch.arange(n_slot, device=device)
+        null = score[:, -1:]
+        score = torch.where(kind == EMPTY, null, score.gather(1, order))
         short, long = kind == SHORT_TERM, kind == LONG_TERM
         n_short, n_long = short.sum(dim=1, keepdim=True), long.sum(dim=1, keepdim=True)  # (B, 1)
         first = n_slot - (engrams.birth != _NEVER).sum(dim=1).max()  # place of the source's index 0
@@ -322,7 +323,7 @@ class MemoriaMemory(Memory):
 
     Args:
         d_model: Width of the hidden states.
-        n_slot: Most engrams of a row. Where there is no room, those with the least life left go, the oldest first.
+        n_slot: Most engrams of a row. Where there is no room, long-term ones with the least life left go, the oldest first.
         n_working: Engrams that one segment adds.
         n_stm: Engrams of short-term memory; the oldest beyond become long-term.
         n_reminded_stm: Most short-term engrams that are reminded.
