@@ -25,6 +25,7 @@ EMPTY, WORKING, SHORT_TERM, LONG_TERM = range(4)
 
 _NEVER = torch.iinfo(torch.int64).min  # birth of an empty slot
 _DEAD = -1.0  # lifespan of an empty slot
+_MOST = torch.iinfo(torch.int16).max  # two engrams that fired together this often are counted no further
 
 
 class Engrams(NamedTuple):
@@ -35,7 +36,8 @@ class Engrams(NamedTuple):
         kind: `EMPTY`, `WORKING`, `SHORT_TERM` or `LONG_TERM`, (B, C).
         lifespan: Segments it has left to live, (B, C); -1 where empty.
         birth: Number in the order of creation within the row, (B, C); the least integer where empty.
-        cofire: How often two engrams fired together, on the diagonal how often one fired, (B, C, C).
+        cofire: How often two engrams fired together, on the diagonal how often one fired, up to 32,767, (B, C, C). What
+            stands for slots that never fired is of no meaning: empty ones, and working memory before `remind`.
         n_born: Engrams created so far, (B,).
     """
 
@@ -84,7 +86,7 @@ class EngramGraph:
             kind=torch.full(shape, EMPTY, device=device),
             lifespan=torch.full(shape, _DEAD, device=device, dtype=dtype),
             birth=torch.full(shape, _NEVER, device=device),
-            cofire=torch.zeros(*shape, self.n_slot, device=device, dtype=torch.int32),
+            cofire=torch.zeros(*shape, self.n_slot, device=device, dtype=torch.int16),
             n_born=torch.zeros(n_row, device=device, dtype=torch.long),
         )
 
@@ -94,14 +96,11 @@ class EngramGraph:
         life = engrams.lifespan.masked_fill(engrams.kind == SHORT_TERM, torch.inf).gather(1, by_age)
         slots = by_age.gather(1, life.argsort(dim=1, stable=True)[:, : data.shape[1]])  # (B, W)
         birth = engrams.n_born[:, None] + torch.arange(data.shape[1], device=data.device)
-        cofire = engrams.cofire.scatter(1, slots[..., None].expand(-1, -1, self.n_slot), 0)
-        cofire.scatter_(2, slots[:, None].expand(-1, self.n_slot, -1), 0)
-        return Engrams(
+        return engrams._replace(
             data=engrams.data.scatter(1, slots[..., None].expand_as(data), data.to(engrams.data.dtype)),
             kind=engrams.kind.scatter(1, slots, WORKING),
             lifespan=engrams.lifespan.scatter(1, slots, float(self.lifespan)),
             birth=engrams.birth.scatter(1, slots, birth),
-            cofire=cofire,
             n_born=engrams.n_born + data.shape[1],
         )
 
@@ -125,11 +124,7 @@ class EngramGraph:
             reminded = torch.cat([short, _best(found, self.n_reminded_ltm)], dim=1)
         else:
             reminded = self._remind_as_source(engrams, score, noise)
-        fired = torch.cat([self.working(engrams), reminded], dim=1)  # (B, A)
-        both = (fired[:, :, None] >= 0) & (fired[:, None] >= 0)
-        pair = fired.clamp(min=0)[:, :, None] * self.n_slot + fired.clamp(min=0)[:, None]
-        cofire = engrams.cofire.flatten(1).scatter_add(1, pair.flatten(1), both.flatten(1).to(torch.int32))
-        return engrams._replace(cofire=cofire.view_as(engrams.cofire)), reminded
+        return engrams._replace(cofire=self._fire(engrams.cofire, self.working(engrams), reminded)), reminded
 
     def adjust(self, engrams: Engrams, reminded: Tensor, gain: Tensor) -> Engrams:
         """A segment has passed: lives are extended and run down, memory moves on, what has no life left is gone.
@@ -159,13 +154,11 @@ class EngramGraph:
 
     def forget(self, engrams: Engrams, slots: Tensor) -> Engrams:
         """The engrams without those in ``slots`` (B, C)."""
-        return Engrams(
+        return engrams._replace(
             data=engrams.data.masked_fill(slots[..., None], 0),
             kind=engrams.kind.masked_fill(slots, EMPTY),
             lifespan=engrams.lifespan.masked_fill(slots, _DEAD),
             birth=engrams.birth.masked_fill(slots, _NEVER),
-            cofire=engrams.cofire.masked_fill(slots[:, :, None] | slots[:, None], 0),
-            n_born=engrams.n_born,
         )
 
     def working(self, engrams: Engrams) -> Tensor:
@@ -174,17 +167,30 @@ class EngramGraph:
         newest = birth.topk(self.n_working, dim=1)
         return newest.indices.masked_fill(newest.values == _NEVER, -1)
 
+    def _fire(self, cofire: Tensor, working: Tensor, reminded: Tensor) -> Tensor:
+        """``cofire`` after the slots ``working`` (B, W), for the first time, and ``reminded`` (B, R) fired together."""
+        n_slot = self.n_slot
+        old = (~_mask(working, n_slot)).to(cofire.dtype)
+        cofire = (cofire * old[:, :, None]).mul_(old[:, None])  # a product is several times faster than `masked_fill`
+        fired = torch.cat([working, reminded], dim=1)  # (B, A)
+        both = ((fired[:, :, None] >= 0) & (fired[:, None] >= 0)).flatten(1)
+        fired = fired.clamp(min=0)
+        pair = (fired[:, :, None] * n_slot + fired[:, None]).flatten(1)  # (B, A * A)
+        flat = cofire.view(len(cofire), -1)
+        flat.scatter_add_(1, pair, (both & (flat.gather(1, pair) < _MOST)).to(flat.dtype))
+        return cofire
+
     def _score(self, engrams: Engrams) -> Tensor:
-        """Nearness of every engram to working memory, and of a zero vector, (B, C + 1); only its order matters."""
+        """Nearness of every engram to working memory, and of a zero vector, (B, C + 1). Only the order matters."""
         slots = self.working(engrams)
         working = _take(engrams.data, slots.clamp(min=0))  # (B, W, D)
         data = F.pad(engrams.data, (0, 0, 0, 1))
         if self.compat == "1.0.0":  # mean of exp(-d^2), as a logarithm: it does not underflow
             return torch.cdist(working, data).square().neg().logsumexp(dim=1)
-        # The mean of -d^2 over working memory is that to its mean, but for a constant.
+        # The mean of -d^2 over working memory is -d^2 to its mean, but for a constant.
         held = (slots >= 0)[..., None]
         centre = (working * held).sum(dim=1, keepdim=True) / held.sum(dim=1, keepdim=True).clamp(min=1)
-        return (data - centre).square().sum(dim=2).neg()
+        return torch.cdist(centre, data, compute_mode="donot_use_mm_for_euclid_dist")[:, 0].neg()
 
     def _search(self, engrams: Engrams, start: Tensor) -> Tensor:
         """Long-term engrams found from the slots ``start`` (B, K), (B, C).
@@ -196,7 +202,7 @@ class EngramGraph:
         long = engrams.kind == LONG_TERM
         unseen, last = long, start
         for _ in range(self.search_depth + 1):
-            edges = _take(engrams.cofire, last.clamp(min=0)).masked_fill(~unseen[:, None], 0)  # (B, K, C)
+            edges = _rows(engrams.cofire, last.clamp(min=0)).masked_fill_(~unseen[:, None], 0)  # (B, K, C)
             strongest = edges.max(dim=2)
             last = torch.where((strongest.values > 0) & (last >= 0), strongest.indices, -1)
             unseen = unseen & ~_mask(last, self.n_slot)
@@ -234,7 +240,7 @@ class EngramGraph:
         # Where searches start: one for each short-term engram or null one, (B, S).
         column = end + n_short - self.n_stm + torch.arange(self.n_stm, device=device)
         starts = _take(_mask(chosen, n_slot), column.clamp(min=0)) & (column >= end)
-        edges = _take(engrams.cofire, order.gather(1, column.clamp(min=0)))  # (B, S, C)
+        edges = _rows(engrams.cofire, order.gather(1, column.clamp(min=0)))  # (B, S, C)
         edges = edges.gather(2, order[:, None].expand_as(edges)) * starts[..., None]
         edges = edges.masked_fill(~long[:, None], -1)
         if noise is None:
@@ -253,7 +259,7 @@ class EngramGraph:
         unseen = long & ~found & ~_mask(torch.where(path == -1, last_long, -1), n_slot)
         for _ in range(self.search_depth):
             at = torch.where(path >= 0, path, last_long)
-            edges = _take(engrams.cofire, order.gather(1, at))
+            edges = _rows(engrams.cofire, order.gather(1, at))
             edges = edges.gather(2, order[:, None].expand_as(edges)).masked_fill(~unseen[:, None], -1)
             strongest = edges.max(dim=2)
             path = torch.where(path == -2, -2, torch.where(strongest.values >= 0, strongest.indices, -1))
@@ -294,6 +300,12 @@ def _mask(index: Tensor, n: int) -> Tensor:
 def _take(part: Tensor, index: Tensor) -> Tensor:
     """``part`` (B, C, ...) at ``index`` (B, K): (B, K, ...)."""
     return part.gather(1, index.view(*index.shape, *[1] * (part.dim() - 2)).expand(*index.shape, *part.shape[2:]))
+
+
+def _rows(cofire: Tensor, index: Tensor) -> Tensor:
+    """Rows ``index`` (B, K) of ``cofire`` (B, C, C): (B, K, C). As `_take`, but whole rows are copied at once."""
+    start = torch.arange(len(cofire), device=index.device)[:, None] * cofire.shape[1]
+    return cofire.flatten(0, 1).index_select(0, (start + index).flatten()).unflatten(0, index.shape)
 
 
 def _noise(birth: Tensor, column: Tensor) -> Tensor:

@@ -53,7 +53,6 @@ class Source:
             self.ours = self.graph.empty(len(data), data.shape[2], dtype=self.dtype)
         self.theirs.add_working_memory(data)
         self.ours = self.graph.add(self.ours, data)
-        self.compare()
 
     def remind(self) -> Tensor:
         """Remind both; what the source gave.
