@@ -1,6 +1,7 @@
 """Memoria: equal to its source where that is asked for, and to a naive reference where it is corrected."""
 
 import itertools
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +10,18 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from memlm.memory.memoria import EMPTY, LONG_TERM, SHORT_TERM, WORKING, EngramGraph, Engrams
+from memlm.memory.base import Segment
+from memlm.memory.memoria import (
+    EMPTY,
+    LONG_TERM,
+    SHORT_TERM,
+    WORKING,
+    EngramGraph,
+    Engrams,
+    MemoriaMemory,
+    MemoriaState,
+)
+from memlm.memory.state import tensors
 from tests.memory import memoria_source
 
 
@@ -177,7 +189,7 @@ def test_the_tutorial_of_the_source() -> None:
     assert pair.n_tie == 0
 
 
-# ------------------------------------------------------------------------------------- the corrected algorithm, by hand
+# --------------------------------------------------------------------------------------------- the corrected algorithm
 
 
 @dataclass
@@ -280,3 +292,166 @@ def test_every_step_equals_the_naive_reference(full: bool, settings: dict[str, i
                 assert engrams.data[row, slot].tolist() == engram.data
     assert n_long_reminded > 20
     assert (n_evicted > 0) == full
+
+
+# ------------------------------------------------------------------------------------------------------- the memory
+
+D, T = 8, 5
+
+
+def memory_of(**settings: Any) -> MemoriaMemory:
+    torch.manual_seed(0)
+    small = {"n_slot": 20, "n_working": 2, "n_stm": 6, "n_reminded_stm": 3, "n_reminded_ltm": 3, "search_depth": 2}
+    return MemoriaMemory(D, **(small | {"n_head": 2, "lifespan": 3} | settings))
+
+
+def segment_of(hidden: Tensor, valid: list[int] | None = None, complete: list[bool] | None = None) -> Segment:
+    """One segment per row; ``hidden`` (B, T, L, D); ``valid`` tokens of each are no padding."""
+    n_row, n_token = hidden.shape[:2]
+    yes, zero = torch.ones(n_row, 1, dtype=torch.bool), torch.zeros(n_row, 1, dtype=torch.long)
+    return Segment(
+        ids=torch.zeros(n_row, n_token, dtype=torch.long),
+        embeddings=torch.zeros_like(hidden[:, :, 0]),
+        hidden=hidden,
+        valid=torch.arange(n_token) < torch.tensor(valid or [n_token] * n_row)[:, None],
+        complete=yes if complete is None else torch.tensor(complete)[:, None],
+        continues=yes,
+        closes=~yes,
+        reset=None,
+        position=zero,
+        document=zero,
+        signals=None,
+        lookback=0,
+    )
+
+
+def hidden_of(n_row: int, seed: int, n_layer: int = 2) -> Tensor:
+    return torch.randn(n_row, T, n_layer, D, generator=torch.Generator().manual_seed(seed))
+
+
+def state_after(memory: MemoriaMemory, n_segment: int, n_row: int = 2) -> MemoriaState:
+    state = memory.init_state(n_row)
+    for seed in range(n_segment):
+        state, _ = memory.write(segment_of(hidden_of(n_row, seed)), state, [])
+    return state
+
+
+def rms(x: Tensor, weight: Tensor) -> Tensor:
+    return x / (x.square().mean() + torch.finfo(torch.float32).eps).sqrt() * weight
+
+
+def attention_by_hand(memory: MemoriaMemory, token: Tensor, contents: list[Tensor]) -> Tensor:
+    """Weight of each engram, by head, (H, A): a softmax with a null engram of score 0."""
+    query, width = memory.read_query(rms(token, memory.norm.weight)), D // memory.n_head
+    weights = []
+    for h in range(memory.n_head):
+        part = slice(h * width, (h + 1) * width)
+        keys = [memory.read_key(rms(content, memory.engram_norm.weight)) for content in contents]
+        scores = [math.exp(float(query[part] @ key[part]) / math.sqrt(width)) for key in keys]
+        weights.append([score / (1 + sum(scores)) for score in scores])
+    return torch.tensor(weights)
+
+
+@torch.no_grad()
+def test_a_read_equals_attention_by_hand() -> None:
+    memory = memory_of()
+    state = state_after(memory, 6)
+    x = hidden_of(2, seed=9)[:, :, 0]
+    read = memory.read(x, memory.recall(state), 0)
+    for row, t in itertools.product(range(2), range(T)):
+        slots = [int(slot) for slot in state.active[row] if slot >= 0]
+        contents = [state.engrams.data[row, slot] for slot in slots]
+        weights = attention_by_hand(memory, x[row, t], contents)
+        values = [memory.read_value(rms(content, memory.engram_norm.weight)) for content in contents]
+        width = D // memory.n_head
+        found = torch.cat(
+            [
+                sum(w * value[h * width : (h + 1) * width] for w, value in zip(weights[h], values, strict=True))
+                for h in range(memory.n_head)
+            ]
+        )
+        gate = memory.read_gate(x[row, t]).sigmoid()
+        torch.testing.assert_close(read.values[row, t], gate * memory.to_output(found), atol=1e-5, rtol=1e-4)
+        kept = read.slots[row, t] >= 0
+        assert read.slots[row, t][kept].tolist() == slots
+        torch.testing.assert_close(read.weights[row, t][kept], weights.mean(dim=0), atol=1e-5, rtol=1e-4)
+        assert read.weights[row, t][~kept].abs().sum() == 0
+        torch.testing.assert_close(read.gate[row, t], gate[0])
+
+
+@torch.no_grad()
+def test_lives_are_extended_by_the_attention_of_all_tokens_layers_and_heads() -> None:
+    memory = memory_of(extension=5.0)
+    state = state_after(memory, 5)
+    hidden, n_valid = hidden_of(2, seed=9), [3, 5]
+    new, _ = memory.write(segment_of(hidden, n_valid), state, [])
+    n_working = memory.graph.n_working
+    for row in range(2):
+        slots = [int(slot) for slot in state.active[row] if slot >= 0]
+        contents = [state.engrams.data[row, slot] for slot in slots]
+        attention = torch.zeros(len(slots))
+        for t, layer in itertools.product(range(n_valid[row]), range(2)):
+            attention += attention_by_hand(memory, hidden[row, t, layer], contents).sum(dim=0)
+        reminded = slots[n_working:]
+        share = attention[n_working:] / attention[n_working:].sum()
+        assert reminded
+        for slot, part in zip(reminded, share, strict=True):
+            life = float(state.engrams.lifespan[row, slot]) + 5.0 * len(reminded) * float(part) - 1
+            if life > 0 and new.engrams.birth[row, slot] == state.engrams.birth[row, slot]:
+                assert float(new.engrams.lifespan[row, slot]) == pytest.approx(life, abs=1e-4)
+        for slot in slots[:n_working]:
+            assert new.engrams.lifespan[row, slot] == state.engrams.lifespan[row, slot] - 1
+
+
+@torch.no_grad()
+def test_the_abstractor_pools_the_last_layer_by_hand() -> None:
+    memory = memory_of()
+    hidden = hidden_of(1, seed=1)
+    state, trace = memory.write(segment_of(hidden, [4]), memory.init_state(1), [])
+    x = [rms(hidden[0, t, -1], memory.norm.weight) for t in range(4)]
+    for number, query in enumerate(memory.abstract_query):
+        scores = torch.stack([query @ memory.abstract_key(token) / math.sqrt(D) for token in x]).exp()
+        expected = sum(s / scores.sum() * memory.abstract_value(token) for s, token in zip(scores, x, strict=True))
+        slot = state.engrams.birth[0].tolist().index(number)
+        torch.testing.assert_close(state.engrams.data[0, slot], expected, atol=1e-5, rtol=1e-4)
+    assert state.engrams.kind[0].tolist().count(WORKING) == 2
+    assert float(trace["engrams"]) == 2
+    assert float(trace["reminded"]) == 0
+
+
+@torch.no_grad()
+def test_rows_without_a_complete_segment_keep_their_state() -> None:
+    memory = memory_of()
+    state = state_after(memory, 4, n_row=3)
+    new, _ = memory.write(segment_of(hidden_of(3, seed=9), [T, T, 0], [True, False, True]), state, [])
+    assert new.engrams.n_born.tolist() == [10, 8, 8]
+    for before, after in zip(tensors(state), tensors(new), strict=True):
+        assert torch.equal(before[1:], after[1:])
+        assert after.isfinite().all()
+
+
+@torch.no_grad()
+def test_what_is_never_attended_to_dies_on_its_day() -> None:
+    memory = memory_of(extension=0.0, lifespan=3)
+    state = state_after(memory, 8, n_row=1)
+    born = state.engrams.birth[0][memory.filled(state)[0]].tolist()
+    assert sorted(born) == [10, 11, 12, 13, 14, 15]  # of the last three segments
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"n_working": 0}, "n_working must be at least 1"),
+        ({"n_stm": 0}, "n_stm must be at least 1"),
+        ({"n_reminded_ltm": -1}, "n_reminded_ltm must be at least 0"),
+        ({"lifespan": 1}, "lifespan must be at least 2"),
+        ({"search_depth": -1}, "search_depth must be at least 0"),
+        ({"n_slot": 7}, "n_slot must hold working and short-term memory, n_working . n_stm = 8, got 7"),
+        ({"extension": -1.0}, "extension must be at least 0"),
+        ({"n_head": 3}, "n_head must divide d_model"),
+        ({"compat": "2.0.0"}, "compat must be one of none, 1.0.0, 1.1.0"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        memory_of(**settings)
