@@ -694,7 +694,13 @@ def memoria(
     Raises:
         ConfigError: If a setting cannot work.
     """
-    for key, value in {"n_row": n_row, "d_model": d_model, "warmup": warmup, "rounds": rounds, "threads": threads}.items():
+    for key, value in {
+        "n_row": n_row,
+        "d_model": d_model,
+        "warmup": warmup,
+        "rounds": rounds,
+        "threads": threads,
+    }.items():
         if value is not None and value < 1:
             raise ConfigError(f"{key} must be at least 1, got {value}.")
     if not candidates or len(set(candidates)) < len(candidates):
@@ -711,7 +717,9 @@ def memoria(
         "n_reminded_ltm": n_reminded_ltm, "search_depth": search_depth, "lifespan": lifespan,
     }  # fmt: skip
     try:
-        MemoriaMemory(d_model, **settings, extension=extension, n_head=1)
+        MemoriaMemory(
+            d_model, n_slot, n_working, n_stm, n_reminded_stm, n_reminded_ltm, search_depth, lifespan, extension, 1
+        )
     except ValueError as error:
         raise ConfigError(f"{error}.") from error
     before = torch.get_num_threads()
@@ -747,7 +755,9 @@ def memoria(
                     spent = between - start + time.perf_counter() - again
                     if i >= warmup:
                         seconds[name].append(spent)
-                        rows.append({"candidate": name, "round": i - warmup, "seconds": spent, "engrams": steps.n_engram})
+                        rows.append(
+                            {"candidate": name, "round": i - warmup, "seconds": spent, "engrams": steps.n_engram}
+                        )
     finally:
         torch.set_num_threads(before)
     metrics: dict[str, float] = {}

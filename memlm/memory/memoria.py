@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from memlm.memory.base import Memory, Residual, Segment, Trace
-from memlm.memory.state import map_tensors, where_rows
+from memlm.memory.state import where_rows
 
 Compat = Literal["none", "1.0.0", "1.1.0"]
 
@@ -50,10 +50,11 @@ class Engrams(NamedTuple):
 
 
 class EngramGraph:
-    """The life of engrams: one step is `add`, `remind`, `adjust`. Rows are independent unless ``compat`` names a version.
+    """The life of engrams: one step is `add`, `remind`, `adjust`. Rows are independent unless ``compat`` is a version.
 
     Args:
-        n_slot: Most engrams of a row. Where there is no room, long-term ones with the least life left go, the oldest first.
+        n_slot: Most engrams of a row. Where room is wanted, long-term ones with the least life left go, the oldest
+            first.
         n_working: Engrams that one segment adds.
         n_stm: Engrams of short-term memory; the oldest beyond become long-term.
         n_reminded_stm: Most short-term engrams that are reminded.
@@ -78,7 +79,9 @@ class EngramGraph:
         self.n_reminded_stm, self.n_reminded_ltm = min(n_reminded_stm, n_stm), min(n_reminded_ltm, n_slot)
         self.search_depth, self.lifespan, self.compat = search_depth, lifespan, compat
 
-    def empty(self, n_row: int, d_model: int, device: torch.device | None = None, dtype: torch.dtype | None = None) -> Engrams:
+    def empty(
+        self, n_row: int, d_model: int, device: torch.device | None = None, dtype: torch.dtype | None = None
+    ) -> Engrams:
         """No engrams. ``dtype`` is of contents and lifespans."""
         shape = (n_row, self.n_slot)
         return Engrams(
@@ -235,7 +238,7 @@ class EngramGraph:
         end = n_slot - (kind == WORKING).sum(dim=1, keepdim=True) - n_short  # behind the last long-term engram, (B, 1)
 
         near = score.masked_fill(~short, -torch.inf)
-        chosen = _best(near, self.n_reminded_stm, null, n_short.max() - n_short)  # (B, K)
+        chosen = _best(near, self.n_reminded_stm, (null, n_short.max() - n_short))  # (B, K)
 
         # Where searches start: one for each short-term engram or null one, (B, S).
         column = end + n_short - self.n_stm + torch.arange(self.n_stm, device=device)
@@ -272,22 +275,23 @@ class EngramGraph:
         shift = first + n_long.max() - end
         wrong = torch.where(found, place + shift, -1).topk(n_slot, dim=1).values
         wrong = torch.where(some_long, _mask(wrong, n_slot), (place == first) & some_short)
-        final = _best(score.masked_fill(~wrong, -torch.inf), self.n_reminded_ltm, null, missing)
+        final = _best(score.masked_fill(~wrong, -torch.inf), self.n_reminded_ltm, (null, missing))
         final = torch.where(_take(_mask(chosen, n_slot), final.clamp(min=0)), -1, final)
         reminded = torch.cat([chosen, final], dim=1)
         return torch.where(reminded >= 0, order.gather(1, reminded.clamp(min=0)), -1)
 
 
-def _best(score: Tensor, k: int, null: Tensor | None = None, n_null: Tensor | None = None) -> Tensor:
+def _best(score: Tensor, k: int, null: tuple[Tensor, Tensor] | None = None) -> Tensor:
     """Places of the ``k`` best finite scores (B, C), best first, (B, k); -1 where there are fewer.
 
-    ``n_null`` (B, 1) more candidates of score ``null`` (B, 1) take places, and are not given.
+    With ``null``, a score (B, 1) and a number (B, 1), so many more candidates of this score take places, and are not
+    given.
     """
     best = score.topk(k, dim=1)
     keep = best.values > -torch.inf
     if null is not None:
         rank = torch.arange(k, device=score.device)
-        keep = keep & (rank + torch.where(best.values < null, n_null, 0) < k)
+        keep = keep & (rank + torch.where(best.values < null[0], null[1], 0) < k)
     return torch.where(keep, best.indices, -1)
 
 
@@ -335,7 +339,8 @@ class MemoriaMemory(Memory):
 
     Args:
         d_model: Width of the hidden states.
-        n_slot: Most engrams of a row. Where there is no room, long-term ones with the least life left go, the oldest first.
+        n_slot: Most engrams of a row. Where room is wanted, long-term ones with the least life left go, the oldest
+            first.
         n_working: Engrams that one segment adds.
         n_stm: Engrams of short-term memory; the oldest beyond become long-term.
         n_reminded_stm: Most short-term engrams that are reminded.
@@ -427,8 +432,7 @@ class MemoriaMemory(Memory):
     def write(self, segment: Segment, state: MemoriaState, reads: list[Residual]) -> tuple[MemoriaState, Trace]:
         """Lives go on by the attention paid, then the segment becomes working memory. See `Memory.write`.
 
-        The attention is worked out again from the hidden states: ``reads`` hold what the last call read, and a segment
-        may have come in several.
+        The attention is worked out again from the hidden states, as ``reads`` are only of the last call.
         """
         graph = self.graph
         written = segment.complete[:, 0] & segment.valid.any(dim=1)  # (B,)
@@ -487,7 +491,7 @@ class MemoriaMemory(Memory):
         return x.unflatten(-1, (self.n_head, -1)).transpose(1, 2)
 
     def _weights(self, x: Tensor, key: Tensor, slots: Tensor) -> Tensor:
-        """Attention (B, H, N, A) of hidden states ``x`` (B, N, D) to keys (B, A, D); missing to 1 is the null engram."""
+        """Attention (B, H, N, A) of hidden states ``x`` (B, N, D) to keys (B, A, D); the null engram's is missing to 1."""
         query, key = self._heads(self.read_query(self.norm(x))), self._heads(key)
         score = query @ key.transpose(2, 3) / query.shape[-1] ** 0.5
         score = score.masked_fill((slots < 0)[:, None, None], -torch.inf)

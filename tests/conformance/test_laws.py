@@ -31,9 +31,9 @@ def shareable(request: pytest.FixtureRequest) -> laws.Make:
 
 
 def test_every_memory_of_the_first_release_is_found() -> None:
-    assert {"none", "stm", "ltm", "dual"} <= set(NAMES)
+    assert {"none", "stm", "ltm", "dual", "memoria"} <= set(NAMES)
     assert "none" not in REMEMBERS
-    assert {"stm", "ltm", "dual"} <= set(REMEMBERS)
+    assert {"stm", "ltm", "dual", "memoria"} <= set(REMEMBERS)
 
 
 def test_0_alive(memory: laws.Make) -> None:

@@ -20,7 +20,7 @@ KERNEL = {"1.0.0": "return l2_square.neg().exp()\n", "1.1.0": "return l2_square.
 
 @functools.cache
 def load(version: str, double: bool) -> Any:
-    """The package as a module of its own; its ``memoria.draw(mask)`` gives the random numbers, of the shape of ``mask``.
+    """The package as a module of its own; its ``memoria.draw(mask)`` gives random numbers shaped as ``mask``.
 
     Args:
         version: ``1.0.0`` or ``1.1.0``.

@@ -51,7 +51,7 @@ class Source:
         return self.noise
 
     def aligned(self) -> Tensor:
-        n_row, n_column, n_engram = self.noise.shape
+        _, n_column, n_engram = self.noise.shape
         graph = self.graph
         return F.pad(self.noise, (graph.n_slot - n_engram, 0, graph.n_stm - n_column, 0))
 
@@ -148,7 +148,7 @@ def test_every_step_equals_that_of_the_source(version: str) -> None:
 
 
 def former_half(mask: Tensor) -> Tensor:
-    """`torch.rand` in half precision as PyTorch 2.0 drew it on the CPU: the last 11 of the 24 bits drawn for float32."""
+    """`torch.rand` in half precision as PyTorch once drew it on the CPU: the last 11 of the 24 bits of a float32."""
     return ((torch.rand(mask.shape) * 2**24).long() % 2**11 / 2**11).half()
 
 
@@ -238,9 +238,9 @@ class Naive:
         ends = list(short)
         for _ in range(self.settings["search_depth"] + 1):
             left = [slot for slot in self.of(LONG_TERM) if slot not in found]
-            strongest = [max(left, key=lambda slot: self.count(end, slot), default=None) for end in ends]  # noqa: B023
+            strongest = [max(left, key=lambda slot: self.count(end, slot), default=None) for end in ends]
             ends = [to for end, to in zip(ends, strongest, strict=True) if to is not None and self.count(end, to) > 0]
-            found += [slot for slot in dict.fromkeys(ends)]
+            found += list(dict.fromkeys(ends))
         reminded = short + self.nearest(found, self.settings["n_reminded_ltm"])
         for a, b in itertools.product(self.of(WORKING) + reminded, repeat=2):
             pair = (self.slots[a].number, self.slots[b].number)
