@@ -491,7 +491,7 @@ class MemoriaMemory(Memory):
         return x.unflatten(-1, (self.n_head, -1)).transpose(1, 2)
 
     def _weights(self, x: Tensor, key: Tensor, slots: Tensor) -> Tensor:
-        """Attention (B, H, N, A) of hidden states ``x`` (B, N, D) to keys (B, A, D); the null engram's is missing to 1."""
+        """Attention (B, H, N, A) of ``x`` (B, N, D) to keys (B, A, D); what is missing to 1 is the null engram's."""
         query, key = self._heads(self.read_query(self.norm(x))), self._heads(key)
         score = query @ key.transpose(2, 3) / query.shape[-1] ** 0.5
         score = score.masked_fill((slots < 0)[:, None, None], -torch.inf)
