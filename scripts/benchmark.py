@@ -616,8 +616,8 @@ class EngramSteps:
             return graph.remind(graph.add(engrams, data))
 
         compiled = name == "memlm compiled"
-        self._remember: Any = torch.compile(remember) if compiled else remember
-        self._adjust: Any = torch.compile(graph.adjust) if compiled else graph.adjust
+        self._remember: Any = torch.compile(remember, fullgraph=True) if compiled else remember
+        self._adjust: Any = torch.compile(graph.adjust, fullgraph=True) if compiled else graph.adjust
 
     def remember(self, data: Tensor) -> Tensor:
         """Add engrams ``data`` (B, W, D) and remind. Returns what was reminded, (B, R), -1 where none."""

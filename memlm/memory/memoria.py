@@ -242,8 +242,8 @@ class EngramGraph:
 
         # Where searches start: one for each short-term engram or null one, (B, S).
         column = end + n_short - self.n_stm + torch.arange(self.n_stm, device=device)
-        starts = _take(_mask(chosen, n_slot), column.clamp(min=0)) & (column >= end)
-        edges = _rows(engrams.cofire, order.gather(1, column.clamp(min=0)))  # (B, S, C)
+        starts = _take(_mask(chosen, n_slot), column)
+        edges = _rows(engrams.cofire, order.gather(1, column))  # (B, S, C)
         edges = edges.gather(2, order[:, None].expand_as(edges)) * starts[..., None]
         edges = edges.masked_fill(~long[:, None], -1)
         if noise is None:
