@@ -22,6 +22,7 @@ from memlm.memory.memoria import (
     MemoriaState,
 )
 from memlm.memory.state import tensors
+from tests.conformance import laws
 from tests.memory import memoria_source
 
 
@@ -436,6 +437,25 @@ def test_what_is_never_attended_to_dies_on_its_day() -> None:
     state = state_after(memory, 8, n_row=1)
     born = state.engrams.birth[0][memory.filled(state)[0]].tolist()
     assert sorted(born) == [10, 11, 12, 13, 14, 15]  # of the last three segments
+
+
+@torch.no_grad()
+def test_what_was_told_is_recalled_from_long_term_memory() -> None:
+    """Trained on questions one segment later, with short-term memory of two segments; asked 16 segments later."""
+    make = laws.builder(laws.nodes_of("memoria"), shrink=False)
+    with torch.enable_grad():
+        model, _ = laws.learn_recall(make, n_slot=256)
+    draw = torch.Generator().manual_seed(1)
+    told, value = laws.recall_batch(128, draw)
+    between = torch.randint(9, 16, (128, 8 * 16), generator=draw)
+    state = model(torch.cat([told[:, :8], between], dim=1), logits=False).state
+    engrams = state.memory["memoria"][0].engrams
+    assert bool((engrams.kind[engrams.birth < 4] != SHORT_TERM).all())  # the first segment's are long-term, or dead
+    right = {}
+    for name, start in (("memory", state), ("wiped", model.wipe(state))):
+        right[name] = float((model(told[:, -8:], state=start).logits[:, -1].argmax(dim=1) == value).float().mean())
+    assert right["memory"] > 0.8
+    assert right["wiped"] < 0.3
 
 
 @pytest.mark.parametrize(
