@@ -1,4 +1,4 @@
-"""Measure speed beside a named peer: `python scripts/benchmark.py train [key=value ...]`.
+"""Measure speed beside a named peer: `python scripts/benchmark.py train [key=value ...]`, or `memoria`.
 
 Each benchmark is a function of this file with settings of the same names in `configs/benchmark/<name>.yaml`; it returns
 a `Result`. What is measured and why is told in `docs/benchmarks.md`.
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import gc
 import importlib
+import importlib.metadata
 import os
 import platform
 import statistics
@@ -35,6 +36,7 @@ SIZES: dict[str, list[str]] = {"seed": ["recipe=lmcode_seed"], "default": []}
 # What a candidate's speed is given as a share of.
 PEERS: dict[str, list[str]] = {"gpt2": [], "none": ["gpt2"], "ltm": ["none", "gpt2"]}
 _CLIP = 1.0  # largest norm of the gradient
+_LIBRARIES = ("torch", "transformers", "memoria-pytorch")  # whose versions a result names
 _MEMORY_STEPS = 2  # the second step also holds the optimizer's moments and a carried state
 
 
@@ -422,17 +424,18 @@ def measure(
 
 def summarise(name: str, seconds: Mapping[str, list[float]], setup: Setup, steps: int) -> dict[str, float]:
     """Median and quartiles of tokens per second, and of the ratio to each peer of the same round."""
-    found: dict[str, float] = {}
-
-    def put(key: str, values: list[float]) -> None:
-        quartiles = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
-        found.update(dict(zip((f"{key}_low", key, f"{key}_high"), quartiles, strict=True)))
-
-    put("tokens_per_s", [setup.n_token * steps / t for t in seconds[name]])
+    found = _quartiles("tokens_per_s", [setup.n_token * steps / t for t in seconds[name]])
     for peer in PEERS[name]:
         if peer in seconds:
-            put(f"vs_{peer}", [theirs / ours for ours, theirs in zip(seconds[name], seconds[peer], strict=True)])
+            ratios = [theirs / ours for ours, theirs in zip(seconds[name], seconds[peer], strict=True)]
+            found |= _quartiles(f"vs_{peer}", ratios)
     return found
+
+
+def _quartiles(key: str, values: list[float]) -> dict[str, float]:
+    """``key_low``, ``key`` and ``key_high``: lower quartile, median and upper quartile."""
+    quartiles = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
+    return dict(zip((f"{key}_low", key, f"{key}_high"), quartiles, strict=True))
 
 
 def peak(name: str, setup: Setup, threads: int) -> dict[str, float]:
@@ -507,7 +510,7 @@ def surroundings(device: str) -> dict[str, Any]:
             return None
         return done.stdout.strip()
 
-    libraries = {name: getattr(sys.modules.get(name), "__version__", None) for name in ("torch", "transformers")}
+    libraries = {name: _version(name) for name in _LIBRARIES}
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": git("rev-parse", "HEAD"),
@@ -519,6 +522,14 @@ def surroundings(device: str) -> dict[str, Any]:
         "python": platform.python_version(),
         **libraries,
     }
+
+
+def _version(library: str) -> str | None:
+    """Version of an installed library."""
+    try:
+        return importlib.metadata.version(library)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def report(result: Result) -> str:
@@ -551,18 +562,240 @@ def report(result: Result) -> str:
                 f"\nltm: {found['banks']} banks of {found['slots']:,} slots, all used; every token of every layer "
                 f"searched them and read {found['read']} or more"
             )
-    state = {True: " with uncommitted changes", False: "", None: ""}[metadata["uncommitted_changes"]]
-    conditions = [
+    how = [
         f"Median and quartiles of {settings['rounds']} rounds of {settings['steps']} steps; ratios are per round.",
-        f"{metadata['accelerator'] or metadata['processor']}; {metadata['threads']} threads; load before "
-        f"{metadata['load_before']}; {settings['precision']}{', compiled' if settings['compile'] else ''}",
-        f"torch {metadata['torch']}, transformers {metadata['transformers']}, Python {metadata['python']}; "
-        f"commit {metadata['commit']}{state}; {metadata['date']}",
+        f"{settings['precision']}{', compiled' if settings['compile'] else ''}",
     ]
-    return "\n\n".join([*texts, "\n".join(conditions)])
+    return "\n\n".join([*texts, "\n".join([*how, *conditions(metadata)])])
 
 
-BENCHMARKS: dict[str, tuple[Callable[..., Result], Callable[[Result], str]]] = {"train": (train, report)}
+def conditions(metadata: Mapping[str, Any]) -> list[str]:
+    """Lines on where, with what and when something was measured."""
+    state = {True: " with uncommitted changes", False: "", None: ""}[metadata["uncommitted_changes"]]
+    libraries = ", ".join(f"{name} {metadata[name]}" for name in _LIBRARIES if metadata[name] is not None)
+    return [
+        f"{metadata['accelerator'] or metadata['processor']}; {metadata['threads']} threads; load before "
+        f"{metadata['load_before']}",
+        f"{libraries}, Python {metadata['python']}; commit {metadata['commit']}{state}; {metadata['date']}",
+    ]
+
+
+MEMORIA_PEER = "memoria-pytorch"
+
+
+class EngramSteps:
+    """Engrams of one candidate of `memoria`.
+
+    Args:
+        name: ``memoria-pytorch``, ``memlm``, ``memlm compiled`` or ``memlm as 1.1.0``.
+        n_row: Rows.
+        d_model: Width of an engram.
+        settings: Of `memlm.memory.memoria.EngramGraph`.
+    """
+
+    def __init__(self, name: str, n_row: int, d_model: int, settings: Mapping[str, int]) -> None:
+        import torch
+
+        from memlm.memory.memoria import EngramGraph
+
+        self.peer: Any = None
+        if name == MEMORIA_PEER:
+            self.peer = memoria_library().Memoria(
+                num_reminded_stm=settings["n_reminded_stm"],
+                stm_capacity=settings["n_stm"],
+                ltm_search_depth=settings["search_depth"],
+                initial_lifespan=settings["lifespan"],
+                num_final_ltms=settings["n_reminded_ltm"],
+            )
+            return
+        graph = EngramGraph(**settings, compat="1.1.0" if name == "memlm as 1.1.0" else "none")
+        self.engrams: Any = graph.empty(n_row, d_model)
+        self.reminded: Any = None
+
+        def remember(engrams: Any, data: Tensor) -> Any:
+            return graph.remind(graph.add(engrams, data))
+
+        compiled = name == "memlm compiled"
+        self._remember: Any = torch.compile(remember, fullgraph=True) if compiled else remember
+        self._adjust: Any = torch.compile(graph.adjust, fullgraph=True) if compiled else graph.adjust
+
+    def remember(self, data: Tensor) -> Tensor:
+        """Add engrams ``data`` (B, W, D) and remind. Returns what was reminded, (B, R), -1 where none."""
+        if self.peer is not None:
+            self.peer.add_working_memory(data)
+            _, self.reminded = self.peer.remind()
+        else:
+            self.engrams, self.reminded = self._remember(self.engrams, data)
+        return self.reminded
+
+    def adjust(self, gain: Tensor) -> None:
+        """Pass a segment, with what ``gain`` (B, R) adds to the lives of the reminded."""
+        if self.peer is not None:
+            self.peer.adjust_lifespan_and_memories(self.reminded, gain)
+        else:
+            self.engrams = self._adjust(self.engrams, self.reminded, gain)
+
+    @property
+    def n_engram(self) -> float:
+        """Engrams of a row, the mean over rows."""
+        kind = self.engrams.kind if self.peer is None else self.peer.engrams.engrams_types
+        return float((kind > 0).sum(dim=1).float().mean())
+
+    @property
+    def n_byte(self) -> int:
+        """Bytes of the engrams and their graph."""
+        from memlm.memory.state import n_byte
+
+        if self.peer is None:
+            return n_byte(self.engrams)
+        held = self.peer.engrams
+        return n_byte((held.data, held.induce_counts, held.engrams_types, held.lifespan))
+
+
+def memoria_library() -> Any:
+    """The library ``memoria``, of memoria-pytorch.
+
+    Raises:
+        ConfigError: If it is not installed.
+    """
+    try:
+        return importlib.import_module("memoria")
+    except ImportError as error:
+        raise ConfigError(
+            "The comparison with memoria-pytorch needs it: install it with pip install 'memlm[bench]' "
+            f"(in a checkout: pip install -e '.[bench]'), or leave {MEMORIA_PEER} out of candidates."
+        ) from error
+
+
+def memoria(
+    candidates: list[Literal["memoria-pytorch", "memlm", "memlm compiled", "memlm as 1.1.0"]],
+    n_row: int,
+    n_working: int,
+    d_model: int,
+    n_slot: int,
+    n_stm: int,
+    n_reminded_stm: int,
+    n_reminded_ltm: int,
+    search_depth: int,
+    lifespan: int,
+    extension: float,
+    warmup: int,
+    rounds: int,
+    threads: int | None,
+    seed: int,
+) -> Result:
+    """Milliseconds of one step of engrams, candidates side by side; for the settings see the YAML.
+
+    All get the same random engrams. Each reminded engram gets a random share of ``extension`` times their number.
+
+    Returns:
+        Metrics ``<candidate>/<measure>``; one row per candidate and step.
+
+    Raises:
+        ConfigError: If a setting cannot work.
+    """
+    for key, value in {
+        "n_row": n_row,
+        "d_model": d_model,
+        "warmup": warmup,
+        "rounds": rounds,
+        "threads": threads,
+    }.items():
+        if value is not None and value < 1:
+            raise ConfigError(f"{key} must be at least 1, got {value}.")
+    if not candidates or len(set(candidates)) < len(candidates):
+        raise ConfigError(f"candidates must name at least one, and each once; got {list(candidates)}.")
+    if MEMORIA_PEER in candidates:
+        memoria_library()
+    import torch
+
+    from experiments.base import Result
+    from memlm.memory.memoria import MemoriaMemory
+
+    settings = {
+        "n_slot": n_slot, "n_working": n_working, "n_stm": n_stm, "n_reminded_stm": n_reminded_stm,
+        "n_reminded_ltm": n_reminded_ltm, "search_depth": search_depth, "lifespan": lifespan,
+    }  # fmt: skip
+    try:
+        MemoriaMemory(
+            d_model, n_slot, n_working, n_stm, n_reminded_stm, n_reminded_ltm, search_depth, lifespan, extension, 1
+        )
+    except ValueError as error:
+        raise ConfigError(f"{error}.") from error
+    before = torch.get_num_threads()
+    if threads is not None:
+        torch.set_num_threads(threads)
+    metadata: dict[str, Any] = {
+        "settings": {
+            **settings, "candidates": candidates, "n_row": n_row, "d_model": d_model, "extension": extension,
+            "warmup": warmup, "rounds": rounds, "seed": seed,
+        },
+        "threads": torch.get_num_threads(),
+        **surroundings("cpu"),
+    }  # fmt: skip
+    generator = torch.Generator().manual_seed(seed)
+    built = {name: EngramSteps(name, n_row, d_model, settings) for name in candidates}
+    seconds: dict[str, list[float]] = {name: [] for name in candidates}
+    rows: list[dict[str, Any]] = []
+    try:
+        with torch.no_grad():
+            for i in range(warmup + rounds):
+                data = 0.3 * torch.randn(n_row, n_working, d_model, generator=generator)
+                luck = torch.rand(n_row, n_slot, generator=generator)
+                for name, steps in built.items():
+                    gc.collect()
+                    start = time.perf_counter()
+                    reminded = steps.remember(data)
+                    between = time.perf_counter()
+                    share = luck[:, : reminded.shape[1]] * (reminded >= 0)
+                    total = extension * (reminded >= 0).sum(dim=1, keepdim=True)
+                    gain = total * share / share.sum(dim=1, keepdim=True).clamp(min=1e-9)
+                    again = time.perf_counter()
+                    steps.adjust(gain)
+                    spent = between - start + time.perf_counter() - again
+                    if i >= warmup:
+                        seconds[name].append(spent)
+                        rows.append(
+                            {"candidate": name, "round": i - warmup, "seconds": spent, "engrams": steps.n_engram}
+                        )
+    finally:
+        torch.set_num_threads(before)
+    metrics: dict[str, float] = {}
+    for name, steps in built.items():
+        metrics |= _quartiles(f"{name}/ms", [1000 * t for t in seconds[name]])
+        metrics[f"{name}/engrams"] = steps.n_engram
+        metrics[f"{name}/mib"] = steps.n_byte / 2**20
+        if name != MEMORIA_PEER and MEMORIA_PEER in seconds:
+            ratios = [theirs / ours for ours, theirs in zip(seconds[name], seconds[MEMORIA_PEER], strict=True)]
+            metrics |= _quartiles(f"{name}/speedup", ratios)
+    return Result("benchmark_memoria", metrics, tuple(rows), metadata)
+
+
+def report_memoria(result: Result) -> str:
+    """The table and the conditions of `memoria`, to print."""
+    from experiments.base import table
+
+    metrics, settings = result.metrics, result.metadata["settings"]
+    lines = []
+    for name in settings["candidates"]:
+        of = {key.rpartition("/")[2]: value for key, value in metrics.items() if key.startswith(f"{name}/")}
+        ratio = f"{of['speedup']:.1f} ({of['speedup_low']:.1f}-{of['speedup_high']:.1f})" if "speedup" in of else None
+        spread = f"{of['ms_low']:,.0f}-{of['ms_high']:,.0f}"
+        lines.append([name, round(of["ms"]), spread, ratio, round(of["engrams"]), round(of["mib"])])
+    columns = ["candidate", "ms", "quartiles", "times as fast", "engrams", "MiB"]
+    title = (
+        f"{settings['n_row']} rows, {settings['n_working']} new engrams of width {settings['d_model']}, short-term "
+        f"{settings['n_stm']}, reminded {settings['n_reminded_stm']}/{settings['n_reminded_ltm']}, depth "
+        f"{settings['search_depth']}, lifespan {settings['lifespan']}, extension {settings['extension']:g}"
+    )
+    rounds = f"Median and quartiles of {settings['rounds']} steps; ratios are per step."
+    return "\n\n".join([table(columns, lines, title), "\n".join([rounds, *conditions(result.metadata)])])
+
+
+BENCHMARKS: dict[str, tuple[Callable[..., Result], Callable[[Result], str]]] = {
+    "train": (train, report),
+    "memoria": (memoria, report_memoria),
+}
 """By name, what measures and what makes the text to print."""
 
 

@@ -142,7 +142,8 @@ class Memory(nn.Module):
         Args:
             segment: The segment; with no valid cell a write only settles what an earlier segment left open.
             state: State before the segment; never changed in place.
-            reads: What the attached layers read for this segment.
+            reads: What the attached layers read in the call that completed the segment: only for the cells of that
+                call, and nothing if reads are off or the context is closed. ``segment.hidden`` holds all cells.
 
         Returns:
             The new state and scalars about the write.

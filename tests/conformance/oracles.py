@@ -14,6 +14,7 @@ import torch
 from memlm.memory.auto import AutoMemory, AutoState
 from memlm.memory.base import Residual, Segment, Trace
 from memlm.memory.ltm import LongTermMemory
+from memlm.memory.memoria import EMPTY, LONG_TERM, Engrams, MemoriaMemory
 from memlm.models.segments import SegmentModel
 from tests.conformance import laws
 
@@ -191,7 +192,51 @@ def score_all_alike(model: SegmentModel) -> None:
                 module.score_net[2].weight.zero_()
 
 
+@torch.no_grad()
+def engrams_evict(make: laws.Make) -> None:
+    """Engrams that go for want of room are long-term, have the least life left, and are the oldest of those."""
+    model = make(memory={"extension": 1.0})  # so little that lives are short, and many are equal
+    found: list[tuple[Engrams, Engrams]] = []
+    for module in _engrams_of(model):
+        add = module.graph.add
+
+        def spy(engrams: Engrams, data: torch.Tensor, add: Callable[..., Engrams] = add) -> Engrams:
+            found.append((engrams, add(engrams, data)))
+            return found[-1][1]
+
+        module.graph.add = spy  # type: ignore[method-assign]
+    laws.filled(model, n_segment=20)
+    n_evicted = 0
+    for before, after in found:
+        n_new = int(after.n_born[0] - before.n_born[0])
+        for row in range(len(before.kind)):
+            held = [slot for slot, kind in enumerate(before.kind[row].tolist()) if kind != EMPTY]
+            long = [slot for slot in held if before.kind[row, slot] == LONG_TERM]
+            long.sort(key=lambda slot: (float(before.lifespan[row, slot]), int(before.birth[row, slot])))
+            n_gone = max(0, n_new - (before.kind.shape[1] - len(held)))
+            gone = {int(before.birth[row, slot]) for slot in long[:n_gone]}
+            stay = {int(before.birth[row, slot]) for slot in held} - gone
+            new = set(range(int(before.n_born[row]), int(after.n_born[row])))
+            assert set(after.birth[row][after.kind[row] != EMPTY].tolist()) == stay | new, (
+                "others than the shortest-lived"
+            )
+            n_evicted += n_gone
+    assert n_evicted > 20, "the test evicts nothing"
+
+
+@torch.no_grad()
+def give_long_lives(model: SegmentModel) -> None:
+    """New engrams live longer than any before."""
+    for module in _engrams_of(model):
+        module.graph.lifespan += 1000
+
+
+def _engrams_of(model: SegmentModel) -> list[MemoriaMemory]:
+    return [module for modules in model.memory.values() for module in modules if isinstance(module, MemoriaMemory)]
+
+
 ORACLES = {
     "LongTermMemory": Oracle(long_term_evicts, open_write_gate),
     "AutoMemory": Oracle(auto_keeps, score_all_alike),
+    "MemoriaMemory": Oracle(engrams_evict, give_long_lives),
 }

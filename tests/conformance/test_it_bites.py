@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from memlm.memory.base import Memory, Residual, Segment, Trace
 from memlm.memory.ltm import LongTermMemory
+from memlm.memory.memoria import Engrams, MemoriaMemory
 from tests.conformance import laws
 from tests.conformance.oracles import ORACLES
 
@@ -419,6 +420,31 @@ def test_an_eviction_other_than_declared_is_caught(cls: type[LongTermMemory], ki
         law(make)
     else:
         with pytest.raises(AssertionError):
+            law(make)
+
+
+class EvictsLongestLived(MemoriaMemory):
+    """Takes the place of engrams that have the most life left."""
+
+    def __init__(self, *arguments: Any, **settings: Any) -> None:
+        super().__init__(*arguments, **settings)
+        add = self.graph.add
+
+        def wrong(engrams: Engrams, data: Tensor) -> Engrams:
+            added = add(engrams._replace(lifespan=-engrams.lifespan), data)
+            old = added.birth == engrams.birth
+            return added._replace(lifespan=torch.where(old, engrams.lifespan, added.lifespan))
+
+        self.graph.add = wrong  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("cls", [MemoriaMemory, EvictsLongestLived])
+def test_an_eviction_of_engrams_other_than_declared_is_caught(cls: type[MemoriaMemory]) -> None:
+    make, law = laws.builder_of({"memoria": (cls, {})}), ORACLES["MemoriaMemory"].evicts_as_declared
+    if cls is MemoriaMemory:
+        law(make)
+    else:
+        with pytest.raises(AssertionError, match="others than"):
             law(make)
 
 

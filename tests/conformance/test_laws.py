@@ -32,7 +32,7 @@ def shareable(request: pytest.FixtureRequest) -> laws.Make:
 
 
 def test_every_memory_of_the_first_release_is_found() -> None:
-    assert {"none", "stm", "ltm", "dual", "imm", "auto"} <= set(NAMES)
+    assert {"none", "stm", "ltm", "dual", "imm", "auto", "memoria"} <= set(NAMES)
     assert set(REMEMBERS) == set(NAMES) - {"none"}
 
 

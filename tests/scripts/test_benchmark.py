@@ -29,16 +29,29 @@ def config(*overrides: str) -> dict[str, Any]:
     return to_dict(compose([*tiny, *overrides], "benchmark"))
 
 
-@pytest.fixture
-def no_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
+def memoria_config(*overrides: str) -> dict[str, Any]:
+    tiny = [
+        "benchmark=memoria", "n_row=2", "n_working=4", "d_model=6", "n_slot=40", "n_stm=8", "n_reminded_stm=3",
+        "n_reminded_ltm=3", "search_depth=2", "lifespan=5", "warmup=6", "rounds=3",
+        'candidates=["memoria-pytorch","memlm","memlm as 1.1.0"]',
+    ]  # fmt: skip
+    return to_dict(compose([*tiny, *overrides], "benchmark"))
+
+
+def hide(library: str, monkeypatch: pytest.MonkeyPatch) -> None:
     real = importlib.import_module
 
-    def refuse(name: str, *rest: Any) -> Any:
-        if name == "transformers":
-            raise ModuleNotFoundError("No module named 'transformers'", name=name)
-        return real(name, *rest)
+    def refuse(name: str, package: str | None = None) -> Any:
+        if name == library:
+            raise ModuleNotFoundError(f"No module named '{name}'", name=name)
+        return real(name, package)
 
     monkeypatch.setattr(importlib, "import_module", refuse)
+
+
+@pytest.fixture
+def no_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
+    hide("transformers", monkeypatch)
 
 
 # ------------------------------------------------------------------------------------------------ what is measured
@@ -260,7 +273,46 @@ def test_command_line_writes_the_result(
     assert str(tmp_path / "result.json") in capsys.readouterr().out
 
 
+def test_engrams_are_measured_side_by_side() -> None:
+    names = ["memoria-pytorch", "memlm", "memlm as 1.1.0"]
+    result, text = benchmark.run(memoria_config("extension=0"))
+    assert {(row["candidate"], row["round"]) for row in result.rows} == {(name, i) for name in names for i in range(3)}
+    for name in names:
+        times = sorted(row["seconds"] for row in result.rows if row["candidate"] == name)
+        assert result.metrics[f"{name}/ms"] == pytest.approx(1000 * times[1])
+        assert result.metrics[f"{name}/engrams"] == 4 * 4  # nothing is kept beyond its first lifespan
+    theirs, ours = ([row["seconds"] for row in result.rows if row["candidate"] == name] for name in names[:2])
+    ratios = [a / b for a, b in zip(theirs, ours, strict=True)]
+    assert result.metrics["memlm/speedup"] == pytest.approx(statistics.median(ratios))
+    assert "memoria-pytorch/speedup" not in result.metrics
+    assert result.metadata["memoria-pytorch"] in text
+    longer = benchmark.run(memoria_config("extension=4"))[0]
+    assert all(longer.metrics[f"{name}/engrams"] > 4 * 4 for name in names)
+
+
 # ------------------------------------------------------------------------------------------------ mistakes
+
+
+def test_missing_memoria_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    hide("memoria", monkeypatch)
+    with pytest.raises(ConfigError, match=r"memlm\[bench\].*leave memoria-pytorch out"):
+        benchmark.run(memoria_config())
+    benchmark.run(memoria_config("candidates=[memlm]"))
+
+
+@pytest.mark.parametrize(
+    ("override", "part"),
+    [
+        ("rounds=0", "rounds must be at least 1"),
+        ("candidates=[]", "candidates must name at least one"),
+        ("candidates=[memlm,memlm]", "each once"),
+        ("n_slot=10", "n_slot must hold"),
+        ("lifespan=1", "lifespan must be at least 2"),
+    ],
+)
+def test_mistakes_about_engrams_are_told(override: str, part: str) -> None:
+    with pytest.raises(ConfigError, match=part):
+        benchmark.run(memoria_config(override))
 
 
 def test_missing_transformers_names_the_extra(no_transformers: None) -> None:
