@@ -69,7 +69,10 @@ def build_data(config: dict[str, Any], tokenizer: Tokenizer, corpus: Corpus | No
 
 
 def build_model(config: dict[str, Any], tokenizer: Tokenizer) -> LanguageModel:
-    """The model with its memories; initial values depend on ``config["seed"]`` alone."""
+    """The model with its memories; initial values depend on ``config["seed"]`` alone.
+
+    With ``config["n_parameter"]`` the width of the feed-forward is what gives the whole about so many parameters.
+    """
     settings = dict(config["model"])
     n_vocab = config["data"]["tokenizer"]["n_vocab"] or tokenizer.vocab_size
     if n_vocab < tokenizer.vocab_size:
@@ -78,11 +81,26 @@ def build_model(config: dict[str, Any], tokenizer: Tokenizer) -> LanguageModel:
             "leave it null, or lower data.tokenizer.vocab_size"
         )
     memories = {name: _memory(name, dict(node)) for name, node in config["memory"].items()}
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config["seed"])
-        model = instantiate(settings, "model", n_vocab=n_vocab, memories=memories)
+
+    def make(**more: Any) -> LanguageModel:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config["seed"])
+            return instantiate(settings | more, "model", n_vocab=n_vocab, memories=memories)
+
+    wanted = config.get("n_parameter")
+    model = make() if wanted is None else make(d_ff=_width(settings, wanted, make))
     model.tokenizer, model.config = tokenizer, config
     return model
+
+
+def _width(settings: dict[str, Any], n_parameter: int, make: Callable[..., LanguageModel]) -> int:
+    """The ``d_ff`` with which a model comes closest to ``n_parameter`` parameters, memories included."""
+    if settings.get("d_ff") is not None:
+        raise ConfigError(f"n_parameter sets model.d_ff, which is set to {settings['d_ff']}: leave one of them null")
+    least, more = (sum(parameter.numel() for parameter in make(d_ff=width).parameters()) for width in (1, 2))
+    if n_parameter < least:
+        raise ConfigError(f"n_parameter must be at least {least:,} with this model and memory, got {n_parameter:,}")
+    return 1 + round((n_parameter - least) / (more - least))
 
 
 def untrained(model: LanguageModel) -> LanguageModel:

@@ -68,6 +68,20 @@ def test_initial_weights_depend_on_the_seed_alone(tmp_path: Path) -> None:
     assert not torch.equal(first["embedding.weight"], other["embedding.weight"])
 
 
+@pytest.mark.parametrize("model_name", ["lmcode", "lstm"])
+@pytest.mark.parametrize("memory", ["none", "stm", "memoria"])
+def test_models_of_equal_size(tmp_path: Path, memory: str, model_name: str) -> None:
+    small = [*SMALL, f"data.path={write_text(tmp_path)}", f"model={model_name}"]
+    model = memlm.build(*small, f"memory={memory}", "n_parameter=40000")
+    assert sum(parameter.numel() for parameter in model.parameters()) == pytest.approx(40_000, abs=16)  # half a unit
+    twin = untrained(model)
+    assert [v.shape for v in twin.state_dict().values()] == [v.shape for v in model.state_dict().values()]
+    with pytest.raises(ConfigError, match=r"n_parameter must be at least [\d,]+ with this model and memory, got 100"):
+        memlm.build(*small, f"memory={memory}", "n_parameter=100")
+    with pytest.raises(ConfigError, match=r"d_ff, which is set to 32"):
+        memlm.build(*small, f"memory={memory}", "n_parameter=40000", "model.d_ff=32")
+
+
 def test_the_text_is_read_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     settings = config(tmp_path, "a")
     with caplog.at_level(logging.INFO):
