@@ -364,10 +364,11 @@ def windows_of_documents(n_row: int = 3, n_segment: int = 6) -> tuple[Tensor, Te
 def _loss(model: LMCode, ids: Tensor, out: Output, mask: Tensor) -> Tensor:
     """The full training loss."""
     assert out.logits is not None
-    nll = F.cross_entropy(out.logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
-    nll = nll[(mask[:, 1:] & mask[:, :-1]).flatten()].mean()
-    own = [modules[0].losses(out.trace[name], nll).values() for name, modules in model.memory.items()]
-    return nll + sum(value for values in own for value in values)
+    nll = F.cross_entropy(out.logits[:, :-1].transpose(1, 2), ids[:, 1:], reduction="none")
+    counts = mask[:, 1:] & mask[:, :-1]
+    by_row = (nll * counts).sum(dim=1).detach() / counts.sum(dim=1).clamp(min=1)
+    own = [modules[0].losses(out.trace[name], by_row).values() for name, modules in model.memory.items()]
+    return nll[counts].mean() + sum(value for values in own for value in values)
 
 
 def _by_slot(read: Residual) -> Tensor:
@@ -646,8 +647,9 @@ def useful(make: Make, n_step: int = 250, seconds: float = 30.0) -> None:
     for step in range(n_step):
         ids, value = recall_batch(32, draw)
         out = model(ids, logits=False)
-        nll = F.cross_entropy(model.head(out.hidden[:, -1]), value)
-        own = [modules[0].losses(out.trace[name], nll).values() for name, modules in model.memory.items()]
+        by_row = F.cross_entropy(model.head(out.hidden[:, -1]), value, reduction="none")
+        own = [modules[0].losses(out.trace[name], by_row.detach()).values() for name, modules in model.memory.items()]
+        nll = by_row.mean()
         optimizer.zero_grad()
         (nll + sum(loss for losses in own for loss in losses)).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
