@@ -161,10 +161,10 @@ class AdaptiveMemory(Memory):
         for linear in filter(None, (self.read_gate, self.to_baseline)):
             nn.init.zeros_(linear.weight)
             nn.init.zeros_(linear.bias)
-        for linear in self.to_importance or ():
-            if isinstance(linear, nn.Linear):
-                nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
-                nn.init.ones_(linear.bias)  # of the last: importance begins at 0.73
+        for part in self.to_importance or ():
+            if isinstance(part, nn.Linear):
+                nn.init.normal_(part.weight, std=part.in_features**-0.5)
+                nn.init.ones_(part.bias)  # of the last: importance begins at 0.73
 
     # --- the bank ------------------------------------------------------------------------------------------------
 
@@ -365,7 +365,7 @@ class AdaptiveMemory(Memory):
             decision = self.decide(logit, valid)
             new = self.store(state, self.items(key, value, decision, position), segment.complete[:, 0])
             n_valid = valid.sum(dim=1).clamp(min=1)  # (B,)
-            trace = {
+            trace: Trace = {
                 "write_gate": (decision.importance * valid).sum() / n_valid.sum(),
                 "written": decision.chosen.sum() / n_valid.sum(),
                 "long_term": self.filled(new)[:, self.n_short :].sum(dim=1).float().mean(),
