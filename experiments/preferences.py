@@ -7,8 +7,9 @@ one segment. After every session each preference is asked for by a question that
 slots go into the prompt.
 
 The agent is trained here, within a minute, on users and phrasings of its own: first the encoder, so that questions are
-near to what is told about the same aspect, then the controller, by what its choices earn. The reward of writing an
-utterance is +1 or -1 by whether memory answers rightly with it, less ``write_price``.
+near to what is told about the same aspect, then the controller, by what its choices earn. An utterance earns 1 for
+each prompt in which it is the right memory and loses 0.1 for each other prompt it gets into, in all at most 1 either way;
+writing it costs ``write_price``.
 
 A question is answered rightly if the first memory in the prompt that concerns the asked aspect tells, in earnest, the
 value that the user told last. It is asked of the memory as it is; of a wiped one; of another user's; and about aspects
@@ -37,7 +38,7 @@ from torch.nn import functional as F
 from experiments.base import PALETTE, Result, Row, style, wilson
 from memlm.config import ConfigError
 from memlm.data.preferences import ASPECTS, MENTION, SIGNALS, TALK, TELL, Users, draw, phrasings
-from memlm.memory.adaptive import AdaptiveMemory, AdaptiveState, policy_gradient
+from memlm.memory.adaptive import AdaptiveMemory, AdaptiveState, Decision, policy_gradient
 
 CONTROLLERS = {"policy": "policy gradient", "straight_through": "straight-through", "always": "always", "never": "never"}
 LABELS = {
@@ -52,6 +53,8 @@ LABELS = {
 
 _D = 64  # width of the agent
 _BUCKETS = 4096  # of hashed words and pairs of words
+_WORD_DROPOUT = 0.3
+_NUISANCE = 0.1  # what a memory in the prompt that is of no use takes off, against 1 for a right one
 _COLORS = {"on": "blue", "wiped": "purple", "swapped": "sky", "unseen": "green", "everything": "orange",
            "recency": "vermillion"}  # fmt: skip
 
@@ -66,7 +69,7 @@ class Preferences:
         n_turn: Turns of a session; the model's memory must have as many short-term slots.
         top_k: Memories that go into a prompt.
         write_price: What a write costs in training, against 1 for a right answer.
-        n_step: Batches of 64 users that a controller is trained on; the encoder gets three times as many.
+        n_step: Batches of 64 users that a controller is trained on; the encoder gets twice as many.
         seed: Of users, initial values and choices.
         n_row: Users simulated at once; the result does not depend on it.
 
@@ -79,7 +82,7 @@ class Preferences:
     n_turn: int = 6
     top_k: int = 3
     write_price: float = 0.2
-    n_step: int = 60
+    n_step: int = 150
     seed: int = 0
     n_row: int = 250
 
@@ -102,12 +105,16 @@ class Agent(nn.Module):
         self.words = nn.EmbeddingBag(_BUCKETS, _D, mode="mean", padding_idx=0)
         self.mix = nn.Sequential(nn.Linear(_D, 2 * _D), nn.GELU(), nn.Linear(2 * _D, _D))
         self.memory = AdaptiveMemory(_D, **settings)
+        nn.init.normal_(self.words.weight, std=0.01)  # words that are never met say next to nothing
 
     def forward(self, texts: Sequence[str]) -> Tensor:
-        """Vectors of utterances, (N, D)."""
+        """Vectors of utterances, (N, D); while training, of a part of their words."""
         bags = [_hashed(text) for text in texts]
         longest = max(map(len, bags))
-        x = self.words(torch.tensor([bag + [0] * (longest - len(bag)) for bag in bags]))
+        ids = torch.tensor([bag + [0] * (longest - len(bag)) for bag in bags])
+        if self.training:
+            ids = ids * (torch.rand(ids.shape) > _WORD_DROPOUT)
+        x = self.words(ids)
         return x + self.mix(x)
 
 
@@ -177,7 +184,7 @@ def train_encoder(agent: Agent, cfg: Preferences) -> None:
              for about in ("it", "this", "Mr Smith", "the old house")]  # fmt: skip
     parts = [agent.words, agent.mix, memory.cue_norm, memory.content_norm, memory.to_key, memory.to_value]
     optimizer = torch.optim.AdamW([p for part in parts for p in part.parameters()], lr=3e-3)
-    for _ in range(3 * cfg.n_step):
+    for _ in range(2 * cfg.n_step):
         batch = [told[i] for i in rng.integers(len(told), size=96)] + [asked[i] for i in rng.integers(len(asked), size=96)]
         x = agent([text for _, _, text in batch])
         key, value, _ = memory.encode(x[None], x[None], None)
@@ -207,16 +214,17 @@ def train_controller(agent: Agent, cfg: Preferences) -> list[float]:
     if memory.to_importance is None:
         return []
     parts = [memory.to_importance, memory.to_signal, *([memory.to_baseline] if memory.to_baseline else [])]
-    optimizer = torch.optim.AdamW([p for part in parts for p in part.parameters()], lr=3e-3)  # type: ignore[union-attr]
+    optimizer = torch.optim.AdamW([p for part in parts for p in part.parameters()], lr=1e-2)  # type: ignore[union-attr]
     rng, earned = np.random.default_rng([cfg.seed, 2]), []
     memory.train()
-    for _ in range(cfg.n_step):
+    for step in range(cfg.n_step):
         talk = listen(agent, draw(rng, 64, 12, cfg.n_turn, "train"))
-        reward, log_prob, importance, baseline, nll = _live(memory, talk, cfg)
+        reward, decision, baseline, nll = _live(memory, talk, cfg)
         if memory.controller == "policy":
-            loss = sum(policy_gradient(reward, log_prob, baseline).values())
+            loss = sum(policy_gradient(reward, decision.log_prob, baseline).values())
+            loss = loss - memory.exploration * (1 - step / cfg.n_step) * decision.entropy.mean()
         else:
-            loss = nll + cfg.write_price * importance.mean()
+            loss = nll + cfg.write_price * decision.importance.mean()
         earned.append(float(reward.sum(dim=2).mean()))
         optimizer.zero_grad()
         loss.backward()
@@ -225,45 +233,42 @@ def train_controller(agent: Agent, cfg: Preferences) -> list[float]:
     return earned
 
 
-def _live(memory: AdaptiveMemory, talk: Talk, cfg: Preferences) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _live(memory: AdaptiveMemory, talk: Talk, cfg: Preferences) -> tuple[Tensor, Decision, Tensor, Tensor]:
     """Users talk while the controller learns.
 
     Returns:
-        By turn, (U, S, T): reward, log-probability of the choice, importance, expected reward. And the mean loss of
-        choosing a right memory, a scalar.
+        By turn, (U, S, T): reward, choice, expected reward. And the mean loss of choosing a right memory, a scalar.
     """
     users, (n_user, n_session, n_turn) = talk.users, talk.users.turn.shape
     credit = torch.zeros(n_user, n_session * n_turn)
     state, made, losses = memory.init_state(n_user), [], []
     for s in range(n_session):
-        state, parts = hear(memory, talk, state, s, range(n_user))
-        made.append(parts)
+        state, decision, baseline = hear(memory, talk, state, s, range(n_user))
+        made.append((*decision, baseline))
         wanted = torch.from_numpy(users.wanted[:, s])  # (U, A)
         score, slots = memory.retrieve(talk.x[torch.from_numpy(users.ask[:, s])], state)  # (U, A, M), (U, A, k)
         asked = wanted >= 0
-        said = slots[..., 0]
-        position = state.position.gather(1, said.clamp(min=0)).clamp(min=0)  # (U, A): the turn that memory answers with
-        answers = (said >= 0) & asked
-        right = _is_right(users, position, wanted) & answers
-        credit = credit.scatter_add(1, position, right.float() - (answers & ~right).float())
+        prompt = _turns(state.position, slots)  # (U, A, k)
+        right = _is_right(users, prompt, wanted)
+        worth = torch.where(right, 1.0, -_NUISANCE) * (asked[..., None] & (prompt >= 0))
+        credit = credit.scatter_add(1, prompt.clamp(min=0).flatten(1), worth.flatten(1))
         if memory.controller == "straight_through":
-            each = state.position[:, None].clamp(min=0).expand(-1, len(ASPECTS), -1)
-            good = _is_right(users, each.flatten(1), wanted.repeat_interleave(each.shape[2], 1)).view_as(each)
-            good = good & (score > -torch.inf)
+            good = _is_right(users, state.position[:, None].expand_as(score), wanted) & (score > -torch.inf)
             every = F.pad(12.0 * score.masked_fill(score == -torch.inf, -1e4 / 12), (1, 0), value=12.0 * 0.1)
             log_share = every.log_softmax(dim=2)
             nll = -torch.where(good, log_share[..., 1:], -1e4).logsumexp(dim=2)
             usable = good.any(dim=2) & asked
             losses.append((nll * usable).sum() / usable.sum().clamp(min=1))
-    log_prob, importance, baseline, chosen = (torch.stack(part, dim=1) for part in zip(*made, strict=True))
-    reward = chosen * (credit.view(n_user, n_session, n_turn).clamp(-1, 1) - cfg.write_price)
-    return reward, log_prob, importance, baseline, torch.stack(losses).mean() if losses else torch.zeros(())
+    *decided, baseline = (torch.stack(part, dim=1) for part in zip(*made, strict=True))
+    decision = Decision(*decided)
+    reward = decision.chosen * (credit.view(n_user, n_session, n_turn).clamp(-1, 1) - cfg.write_price)
+    return reward, decision, baseline, torch.stack(losses).mean() if losses else torch.zeros(())
 
 
 def hear(
     memory: AdaptiveMemory, talk: Talk, state: AdaptiveState, s: int, rows: Sequence[int]
-) -> tuple[AdaptiveState, tuple[Tensor, Tensor, Tensor, Tensor]]:
-    """The state after session ``s`` of some users, and of each turn log-probability, importance, baseline, choice."""
+) -> tuple[AdaptiveState, Decision, Tensor]:
+    """The state after session ``s`` of some users, what was chosen, and the reward that was expected, (U, T)."""
     rows = torch.tensor(list(rows))
     x = talk.x[torch.from_numpy(talk.users.turn[:, s])[rows]]  # (U, T, D)
     key, value, logit = memory.encode(x, x, {name: part[rows, s] for name, part in talk.signals.items()})
@@ -274,16 +279,15 @@ def hear(
     baseline = torch.zeros_like(logit)
     if memory.to_baseline is not None:
         baseline = memory.to_baseline(memory.cue_norm(x).detach())[..., 0]
-    return state, (decision.log_prob, decision.importance, baseline, decision.chosen)
+    return state, decision, baseline
 
 
-def _is_right(users: Users, position: Tensor, wanted: Tensor) -> Tensor:
-    """Whether the turns at ``position`` (U, N) tell, in earnest, the values ``wanted`` (U, N) of N / A-fold aspects."""
+def _is_right(users: Users, turns: Tensor, wanted: Tensor) -> Tensor:
+    """Which ``turns`` (U, A, N) tell, in earnest, what is ``wanted`` (U, A) of the aspect; -1 is no turn."""
     aspect, value, earnest = (torch.from_numpy(part).flatten(1) for part in (users.aspect, users.value, users.earnest))
-    n = wanted.shape[1] // len(ASPECTS)
-    asked = torch.arange(len(ASPECTS)).repeat_interleave(n)
-    found = (aspect.gather(1, position) == asked) & (value.gather(1, position) == wanted)
-    return found & earnest.gather(1, position)
+    place = turns.clamp(min=0).flatten(1)
+    aspect, value, earnest = (part.gather(1, place).view_as(turns) for part in (aspect, value, earnest))
+    return (turns >= 0) & earnest & (aspect == torch.arange(len(ASPECTS))[:, None]) & (value == wanted[..., None])
 
 
 # --- evaluation ------------------------------------------------------------------------------------------------------
@@ -318,7 +322,7 @@ def simulate(
         rows = range(first, min(first + cfg.n_row, len(users.turn)))
         state, prompts = memory.init_state(len(rows)), []
         for s in range(n_session):
-            state, _ = hear(memory, talk, state, s, rows)
+            state, _, _ = hear(memory, talk, state, s, rows)
             _, slots = memory.retrieve(talk.x[torch.from_numpy(users.ask[list(rows), s])], state)  # (U, A, k)
             prompts.append(_turns(state.position, slots))
             progress((rows[0] + len(rows) * (s + 1) / n_session) / len(users.turn))

@@ -23,6 +23,8 @@ from torch.nn import functional as F
 from memlm.memory.base import Memory, Residual, Segment, Trace
 from memlm.memory.state import where_rows
 
+_WRITTEN = 0.5  # importance above which an item is written, when nothing is left to chance
+
 Controller = Literal["policy", "straight_through", "always", "never"]
 
 
@@ -49,11 +51,13 @@ class Decision(NamedTuple):
         importance: Write gate, (B, K).
         chosen: Items to be written, (B, K), bool.
         log_prob: Log-probability of that choice, (B, K).
+        entropy: Entropy of it, in nats, (B, K).
     """
 
     importance: Tensor
     chosen: Tensor
     log_prob: Tensor
+    entropy: Tensor
 
 
 class AdaptiveMemory(Memory):
@@ -75,6 +79,8 @@ class AdaptiveMemory(Memory):
         retrieval_threshold: Strength under which a slot is not read, in 0..1.
         temperature: Initial inverse temperature of the read; learned.
         gate_penalty: Price of an open write gate in the loss.
+        exploration: Reward, in nats of next-token loss, for each nat of entropy of a choice; under ``policy`` alone. It
+            keeps the controller from giving up before it has seen what a write may earn.
         signals: Implicit signals of the text by name, and how many numbers each has; null for none.
 
     Raises:
@@ -99,6 +105,7 @@ class AdaptiveMemory(Memory):
         retrieval_threshold: float = 0.1,
         temperature: float = 12.0,
         gate_penalty: float = 0.01,
+        exploration: float = 0.01,
         signals: dict[str, int] | None = None,
     ) -> None:
         super().__init__()
@@ -124,15 +131,16 @@ class AdaptiveMemory(Memory):
                 raise ValueError(f"{name} must be in 0..1, got {threshold}")
         if not temperature > 0:
             raise ValueError(f"temperature must be positive, got {temperature}")
-        if gate_penalty < 0:
-            raise ValueError(f"gate_penalty must not be negative, got {gate_penalty}")
+        for name, weight in {"gate_penalty": gate_penalty, "exploration": exploration}.items():
+            if weight < 0:
+                raise ValueError(f"{name} must not be negative, got {weight}")
         for name, width in (signals or {}).items():
             if width < 1:
                 raise ValueError(f"signals.{name} must be at least 1 number, got {width}")
         self.n_slot, self.n_short, self.d_key, self.d_value = n_slot, n_short, d_key, d_value
         self.top_k, self.write_budget, self.controller, self.decay = top_k, write_budget, controller, decay
         self.match_threshold, self.promote_at = match_threshold, promote_at
-        self.retrieval_threshold, self.gate_penalty = retrieval_threshold, gate_penalty
+        self.retrieval_threshold, self.gate_penalty, self.exploration = retrieval_threshold, gate_penalty, exploration
         self.signals = dict(signals or {})
 
         self.cue_norm = nn.RMSNorm(d_model)
@@ -317,20 +325,24 @@ class AdaptiveMemory(Memory):
         """
         if self.controller in ("always", "never"):
             importance = torch.full_like(logit, float(self.controller == "always"))
-            return Decision(importance, (importance > 0) & valid, torch.zeros_like(logit))
+            zero = torch.zeros_like(logit)
+            return Decision(importance, (importance > 0) & valid, zero, zero)
         importance = logit.sigmoid()
-        chosen = (torch.rand_like(importance) < importance) if self.training else importance > 0.5
+        chosen = torch.rand_like(importance) < importance if self.training else importance > _WRITTEN
         log_prob = F.logsigmoid(torch.where(chosen, logit, -logit)) * valid
-        return Decision(importance, chosen & valid, log_prob)
+        entropy = (F.softplus(logit) - logit * importance) * valid
+        return Decision(importance, chosen & valid, log_prob, entropy)
 
     def items(self, key: Tensor, value: Tensor, decision: Decision, position: Tensor) -> AdaptiveState:
         """What a segment offers: the ``write_budget`` most important of the chosen items, in the order of the text.
 
-        Their strength is their importance. Under ``policy`` it has no gradient: reward alone teaches the controller.
+        Their strength is their importance. Under ``policy`` it has no gradient, as reward alone teaches the controller,
+        and what is tried against the odds is as strong as what evaluation would just write: else it could earn nothing.
         """
-        strength = decision.importance * decision.chosen
+        strength = decision.importance
         if self.controller == "policy":
-            strength = strength.detach()
+            strength = strength.detach().clamp(min=_WRITTEN)
+        strength = strength * decision.chosen
         order = strength.detach().sort(dim=1, descending=True, stable=True).indices
         best = order[:, : self.write_budget].sort(dim=1).values
         return AdaptiveState(*(part.gather(1, _like(best, part)) for part in (key, value, strength, position)))
@@ -373,6 +385,7 @@ class AdaptiveMemory(Memory):
             if self.to_baseline is not None:
                 pooled = (self.cue_norm(cue).detach() * valid[..., None]).sum(dim=1) / n_valid[:, None]
                 trace["log_prob"] = decision.log_prob.sum(dim=1) / n_valid
+                trace["entropy"] = decision.entropy.sum(dim=1) / n_valid
                 trace["baseline"] = self.to_baseline(pooled)[:, 0]
         return new, trace
 
@@ -386,6 +399,7 @@ class AdaptiveMemory(Memory):
             losses["gate_penalty"] = self.gate_penalty * trace["write_gate"]
         if "log_prob" in trace:
             losses |= policy_gradient(-nll, trace["log_prob"], trace["baseline"])
+            losses["exploration"] = -self.exploration * trace["entropy"].mean()
         return losses
 
     def filled(self, state: AdaptiveState) -> Tensor:
