@@ -8,8 +8,8 @@ slots go into the prompt.
 
 The agent is trained here, within a minute, on users and phrasings of its own: first the encoder, so that questions are
 near to what is told about the same aspect, then the controller, by what its choices earn. An utterance earns 1 for
-each prompt in which it is the right memory and loses 0.1 for each other prompt it gets into, in all at most 1 either way;
-writing it costs ``write_price``.
+each prompt in which it is the right memory and loses 0.1 for each other prompt it gets into, in all at most 1 either
+way; writing it costs ``write_price``.
 
 A question is answered rightly if the first memory in the prompt that concerns the asked aspect tells, in earnest, the
 value that the user told last. It is asked of the memory as it is; of a wiped one; of another user's; and about aspects
@@ -30,6 +30,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 from torch import Tensor, nn
@@ -37,10 +38,15 @@ from torch.nn import functional as F
 
 from experiments.base import PALETTE, Result, Row, style, wilson
 from memlm.config import ConfigError
-from memlm.data.preferences import ASPECTS, MENTION, SIGNALS, TALK, TELL, Users, draw, phrasings
+from memlm.data.preferences import ASPECTS, SIGNALS, TELL, Users, draw, phrasings
 from memlm.memory.adaptive import AdaptiveMemory, AdaptiveState, Decision, policy_gradient
 
-CONTROLLERS = {"policy": "policy gradient", "straight_through": "straight-through", "always": "always", "never": "never"}
+CONTROLLERS = {
+    "policy": "policy gradient",
+    "straight_through": "straight-through",
+    "always": "always",
+    "never": "never",
+}
 LABELS = {
     "on": "memory on",
     "wiped": "memory wiped",
@@ -53,6 +59,7 @@ LABELS = {
 
 _D = 64  # width of the agent
 _BUCKETS = 4096  # of hashed words and pairs of words
+_N_BATCH = 16  # batches of users that controllers are trained on
 _WORD_DROPOUT = 0.3
 _NUISANCE = 0.1  # what a memory in the prompt that is of no use takes off, against 1 for a right one
 _COLORS = {"on": "blue", "wiped": "purple", "swapped": "sky", "unseen": "green", "everything": "orange",
@@ -69,7 +76,7 @@ class Preferences:
         n_turn: Turns of a session; the model's memory must have as many short-term slots.
         top_k: Memories that go into a prompt.
         write_price: What a write costs in training, against 1 for a right answer.
-        n_step: Batches of 64 users that a controller is trained on; the encoder gets twice as many.
+        n_step: Steps of training a controller, 64 users each; the encoder gets twice as many.
         seed: Of users, initial values and choices.
         n_row: Users simulated at once; the result does not depend on it.
 
@@ -87,7 +94,16 @@ class Preferences:
     n_row: int = 250
 
     def __post_init__(self) -> None:
-        least = {"n_user": 2, "n_session": 6, "n_turn": 1, "top_k": 1, "write_price": 0, "n_step": 1, "seed": 0, "n_row": 2}
+        least = {
+            "n_user": 2,
+            "n_session": 6,
+            "n_turn": 1,
+            "top_k": 1,
+            "write_price": 0,
+            "n_step": 1,
+            "seed": 0,
+            "n_row": 2,
+        }
         for name, number in least.items():
             if getattr(self, name) < number:
                 raise ConfigError(f"preferences.{name} must be at least {number}, got {getattr(self, name)}")
@@ -185,7 +201,9 @@ def train_encoder(agent: Agent, cfg: Preferences) -> None:
     parts = [agent.words, agent.mix, memory.cue_norm, memory.content_norm, memory.to_key, memory.to_value]
     optimizer = torch.optim.AdamW([p for part in parts for p in part.parameters()], lr=3e-3)
     for _ in range(2 * cfg.n_step):
-        batch = [told[i] for i in rng.integers(len(told), size=96)] + [asked[i] for i in rng.integers(len(asked), size=96)]
+        batch = [told[i] for i in rng.integers(len(told), size=96)] + [
+            asked[i] for i in rng.integers(len(asked), size=96)
+        ]
         x = agent([text for _, _, text in batch])
         key, value, _ = memory.encode(x[None], x[None], None)
         aspect = torch.tensor([a for a, _, _ in batch])
@@ -204,8 +222,13 @@ def _contrast(unit: Tensor, label: Tensor) -> Tensor:
     return -(log_share.masked_fill(~same, 0.0).sum(dim=1) / same.sum(dim=1).clamp(min=1)).mean()
 
 
-def train_controller(agent: Agent, cfg: Preferences) -> list[float]:
+def train_controller(agent: Agent, talks: Sequence[Talk], cfg: Preferences) -> list[float]:
     """Train what decides: by reward under ``policy``, else through the strengths that are read.
+
+    Args:
+        agent: Its encoder stays as it is.
+        talks: Batches of users, gone through again and again.
+        cfg: Settings.
 
     Returns:
         Reward per user and session of every batch; empty if there is nothing to train.
@@ -213,31 +236,33 @@ def train_controller(agent: Agent, cfg: Preferences) -> list[float]:
     memory = agent.memory
     if memory.to_importance is None:
         return []
-    parts = [memory.to_importance, memory.to_signal, *([memory.to_baseline] if memory.to_baseline else [])]
-    optimizer = torch.optim.AdamW([p for part in parts for p in part.parameters()], lr=1e-2)  # type: ignore[union-attr]
-    rng, earned = np.random.default_rng([cfg.seed, 2]), []
+    agent.requires_grad_(False)
+    parts = [part for part in (memory.to_importance, memory.to_signal, memory.to_baseline) if part is not None]
+    optimizer = torch.optim.AdamW([p for part in parts for p in part.requires_grad_(True).parameters()], lr=1e-2)
+    earned = []
     memory.train()
     for step in range(cfg.n_step):
-        talk = listen(agent, draw(rng, 64, 12, cfg.n_turn, "train"))
-        reward, decision, baseline, nll = _live(memory, talk, cfg)
+        reward, decision, baseline, nll = _live(memory, talks[step % len(talks)])
         if memory.controller == "policy":
+            reward = reward - cfg.write_price * decision.chosen
             loss = sum(policy_gradient(reward, decision.log_prob, baseline).values())
             loss = loss - memory.exploration * (1 - step / cfg.n_step) * decision.entropy.mean()
         else:
             loss = nll + cfg.write_price * decision.importance.mean()
         earned.append(float(reward.sum(dim=2).mean()))
         optimizer.zero_grad()
-        loss.backward()
+        loss.backward()  # type: ignore[union-attr]
         optimizer.step()
     memory.eval()
     return earned
 
 
-def _live(memory: AdaptiveMemory, talk: Talk, cfg: Preferences) -> tuple[Tensor, Decision, Tensor, Tensor]:
+def _live(memory: AdaptiveMemory, talk: Talk) -> tuple[Tensor, Decision, Tensor, Tensor]:
     """Users talk while the controller learns.
 
     Returns:
-        By turn, (U, S, T): reward, choice, expected reward. And the mean loss of choosing a right memory, a scalar.
+        By turn, (U, S, T): reward without the price of writing, choice, expected reward. And the mean loss of choosing a
+        right memory, a scalar.
     """
     users, (n_user, n_session, n_turn) = talk.users, talk.users.turn.shape
     credit = torch.zeros(n_user, n_session * n_turn)
@@ -261,7 +286,7 @@ def _live(memory: AdaptiveMemory, talk: Talk, cfg: Preferences) -> tuple[Tensor,
             losses.append((nll * usable).sum() / usable.sum().clamp(min=1))
     *decided, baseline = (torch.stack(part, dim=1) for part in zip(*made, strict=True))
     decision = Decision(*decided)
-    reward = decision.chosen * (credit.view(n_user, n_session, n_turn).clamp(-1, 1) - cfg.write_price)
+    reward = decision.chosen * credit.view(n_user, n_session, n_turn).clamp(-1, 1)
     return reward, decision, baseline, torch.stack(losses).mean() if losses else torch.zeros(())
 
 
@@ -269,9 +294,9 @@ def hear(
     memory: AdaptiveMemory, talk: Talk, state: AdaptiveState, s: int, rows: Sequence[int]
 ) -> tuple[AdaptiveState, Decision, Tensor]:
     """The state after session ``s`` of some users, what was chosen, and the reward that was expected, (U, T)."""
-    rows = torch.tensor(list(rows))
-    x = talk.x[torch.from_numpy(talk.users.turn[:, s])[rows]]  # (U, T, D)
-    key, value, logit = memory.encode(x, x, {name: part[rows, s] for name, part in talk.signals.items()})
+    number = torch.tensor(list(rows))
+    x = talk.x[torch.from_numpy(talk.users.turn[:, s])[number]]  # (U, T, D)
+    key, value, logit = memory.encode(x, x, {name: part[number, s] for name, part in talk.signals.items()})
     decision = memory.decide(logit, torch.ones_like(logit, dtype=torch.bool))
     n_turn = x.shape[1]
     position = (s * n_turn + torch.arange(n_turn)).expand(len(x), -1)
@@ -312,9 +337,7 @@ class Outcome(NamedTuple):
 
 
 @torch.no_grad()
-def simulate(
-    agent: Agent, talk: Talk, cfg: Preferences, progress: Callable[[float], None]
-) -> tuple[Outcome, AdaptiveState]:
+def simulate(agent: Agent, talk: Talk, cfg: Preferences) -> tuple[Outcome, AdaptiveState]:
     """All users through all sessions with the agent's memory: what it did, and its state at the end."""
     memory, users = agent.memory, talk.users
     n_session, parts, states = users.turn.shape[1], [], []
@@ -325,7 +348,6 @@ def simulate(
             state, _, _ = hear(memory, talk, state, s, rows)
             _, slots = memory.retrieve(talk.x[torch.from_numpy(users.ask[list(rows), s])], state)  # (U, A, k)
             prompts.append(_turns(state.position, slots))
-            progress((rows[0] + len(rows) * (s + 1) / n_session) / len(users.turn))
         readable = memory.filled(state) & (state.strength >= memory.retrieval_threshold)
         parts.append((torch.stack(prompts, dim=1), state.position.masked_fill(~readable, -1), state.strength))
         states.append(state)
@@ -348,9 +370,10 @@ def judge(users: Users, prompt: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def given_of(users: Users, prompt: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The value that prompts (U, ..., A, k) give for each aspect, -1 for none, and whether it was meant, (U, ..., A)."""
+    """The values that prompts (U, ..., A, k) give, -1 for none, and whether they were meant, (U, ..., A) each."""
     rows = np.arange(len(prompt)).reshape(-1, *[1] * (prompt.ndim - 1))
-    aspect, value, earnest = (part.reshape(len(part), -1)[rows, prompt] for part in (users.aspect, users.value, users.earnest))
+    said = (users.aspect, users.value, users.earnest)
+    aspect, value, earnest = (part.reshape(len(part), -1)[rows, prompt] for part in said)
     concerns = (aspect == np.arange(len(ASPECTS))[:, None]) & (prompt >= 0)
     first = concerns.argmax(axis=-1)[..., None]
     found = concerns.any(axis=-1)
@@ -408,24 +431,30 @@ def run(model: Any, data: Any, cfg: Preferences, progress: Callable[[float], Non
         torch.manual_seed(cfg.seed)
         first = Agent(settings)
         train_encoder(first, cfg)
+        rng = np.random.default_rng([cfg.seed, 2])
+        n_batch = min(cfg.n_step, _N_BATCH)
+        talks = [listen(first.eval(), draw(rng, 64, 12, cfg.n_turn, "train")) for _ in range(n_batch)]
         agents, earned = {}, {}
         for i, controller in enumerate([main, *(name for name in CONTROLLERS if name != main)]):
             torch.manual_seed(cfg.seed + 1)
             agents[controller] = Agent(settings | {"controller": controller})
-            shared = {k: v for k, v in first.state_dict().items() if not k.startswith(("memory.to_importance", "memory.to_b"))}
+            shared = {
+                k: v for k, v in first.state_dict().items() if not k.startswith(("memory.to_importance", "memory.to_b"))
+            }
             agents[controller].load_state_dict(shared, strict=False)
-            earned[controller] = train_controller(agents[controller].train(), cfg)
+            earned[controller] = train_controller(agents[controller], talks, cfg)
             agents[controller].eval()
             step(0.1 * (i + 1))
         users = draw(np.random.default_rng([cfg.seed, 3]), cfg.n_user, cfg.n_session, cfg.n_turn, "evaluation")
         talk = listen(agents[main], users)
         outcomes = {}
-        outcomes["on"], state = simulate(agents[main], talk, cfg, lambda done: step(0.4 + 0.1 * done))
-        for i, (name, agent) in enumerate(agents.items()):
+        outcomes["on"], state = simulate(agents[main], talk, cfg)
+        step(0.6)
+        for name, agent in agents.items():
             if name != main:
-                outcomes[name], _ = simulate(agent, talk, cfg, lambda done, i=i: step(0.4 + 0.1 * (i + done)))
-        mute = talk._replace(signals={})
-        outcomes["unsignalled"], _ = simulate(agents[main], mute, cfg, lambda done: step(0.8 + 0.1 * done))
+                outcomes[name], _ = simulate(agent, talk, cfg)
+        step(0.8)
+        outcomes["unsignalled"], _ = simulate(agents[main], talk._replace(signals={}), cfg)
         outcomes |= {"everything": everything(agents[main], talk, cfg), "recency": recency(talk, cfg)}
     step(1.0)
     rows = [row for name, outcome in outcomes.items() for row in _rows(users, name, outcome)]
@@ -469,7 +498,10 @@ def _rows(users: Users, condition: str, outcome: Outcome) -> list[Row]:
     ``dropped``: 1 if the preference that is not told any more is still answered, 0 if not, -1 if it was never told.
     """
     use = _in_use(users)
-    rows, flat = np.arange(len(use))[:, None], [part.reshape(len(use), -1) for part in (users.aspect, users.value, users.earnest)]
+    rows, flat = (
+        np.arange(len(use))[:, None],
+        [part.reshape(len(use), -1) for part in (users.aspect, users.value, users.earnest)],
+    )
     aspect, value, earnest = (part[rows, outcome.stored] for part in flat)
     there = outcome.stored >= 0
     tells = there & earnest
@@ -482,14 +514,20 @@ def _rows(users: Users, condition: str, outcome: Outcome) -> list[Row]:
     lag = _lags(users, outcome)
     return [
         {
-            "condition": condition, "user": u, "asked": int(use[u].sum()),
-            "right": int((outcome.right[u, -1] & use[u]).sum()), "outdated": int((outcome.outdated[u, -1] & use[u]).sum()),
-            "stored": int(there[u].sum()), "stored_right": int(current[u].sum()),
-            "stored_noise": int((there[u] & ~tells[u]).sum()), "held": int((held[u] & use[u]).sum()),
-            "adapted": lag[u], "dropped": int(still[u]) if dropped[u] >= 0 else -1,
+            "condition": condition,
+            "user": u,
+            "asked": int(use[u].sum()),
+            "right": int((outcome.right[u, -1] & use[u]).sum()),
+            "outdated": int((outcome.outdated[u, -1] & use[u]).sum()),
+            "stored": int(there[u].sum()),
+            "stored_right": int(current[u].sum()),
+            "stored_noise": int((there[u] & ~tells[u]).sum()),
+            "held": int((held[u] & use[u]).sum()),
+            "adapted": lag[u],
+            "dropped": int(still[u]) if dropped[u] >= 0 else -1,
         }
         for u in range(len(use))
-    ]  # fmt: skip
+    ]
 
 
 def _changes(users: Users) -> tuple[np.ndarray, np.ndarray]:
@@ -580,10 +618,12 @@ def _example(users: Users, on: Outcome) -> list[str]:
     """What the first user told in earnest, and the prompt of a question about a preference in use."""
     said = users.turn[0].flatten()
     told = [users.texts[i] for i in said[users.earnest[0].flatten()]]
-    asked = [a for a in np.flatnonzero(_in_use(users)[0]) if on.right[0, -1, a]] or [0]
+    asked = int((_in_use(users) & on.right[:, -1])[0].argmax())
     strength = dict(zip(on.stored[0].tolist(), on.strength[0].tolist(), strict=True))
-    lines = [f"The user said: {users.texts[said[t]]} (strength {strength[t]:.2f})" for t in on.prompt[0, asked[0]] if t >= 0]
-    return [f"told: {' '.join(told)}", "prompt:", *lines, f"Question: {users.texts[users.ask[0, -1, asked[0]]]}"]
+    lines = [
+        f"The user said: {users.texts[said[t]]} (strength {strength[t]:.2f})" for t in on.prompt[0, asked] if t >= 0
+    ]
+    return [f"told: {' '.join(told)}", "prompt:", *lines, f"Question: {users.texts[users.ask[0, -1, asked]]}"]
 
 
 def summarise(rows: Sequence[Row]) -> dict[str, float]:
@@ -641,12 +681,18 @@ def _headline(metrics: Mapping[str, float], main: str) -> list[dict[str, Any]]:
         }  # fmt: skip
 
     others = {name: f"controller: {label}" for name, label in CONTROLLERS.items() if name != main}
-    compared = {"unsignalled": "signals withheld", **others, "everything": LABELS["everything"], "recency": LABELS["recency"]}
+    compared = {
+        "unsignalled": "signals withheld",
+        **others,
+        "everything": LABELS["everything"],
+        "recency": LABELS["recency"],
+    }
     entries = [entry("right", "on", f"right preference in the prompt, {CONTROLLERS[main]}", False)]
     entries += [entry("right", name, LABELS[name], True) for name in ("wiped", "swapped", "unseen")]
     entries += [entry("right", name, label, True) for name, label in compared.items()]
     entries.append(
-        entry("right", "on", "guess among the values", True) | {"metric": "chance", "low": None, "high": None, "n": None}
+        entry("right", "on", "guess among the values", True)
+        | {"metric": "chance", "low": None, "high": None, "n": None}
     )
     said = {
         "precision": ("stored items that tell a preference as it is", "higher"),
@@ -658,3 +704,77 @@ def _headline(metrics: Mapping[str, float], main: str) -> list[dict[str, Any]]:
         entries.append(entry(name, "on", label, False, better))
         entries += [entry(name, other, LABELS[other], True, better) for other in ("everything", "recency")]
     return [each for each in entries if each["metric"] in metrics]
+
+
+def plot(result: Result) -> dict[str, Figure]:
+    """Right answers beside controls and baselines; and how they change by session, after a change, and unused."""
+    metrics, curves = result.metrics, result.metadata["curves"]
+    main = result.metadata["memory"]["controller"]
+    labels = {
+        "on": f"memory on, {CONTROLLERS[main]}",
+        **{name: LABELS[name] for name in ("wiped", "swapped", "unseen")},
+        "unsignalled": "signals withheld",
+        **{name: f"controller: {label}" for name, label in CONTROLLERS.items() if name != main},
+        **{name: LABELS[name] for name in ("everything", "recency")},
+    }
+    shown = [name for name in labels if not math.isnan(metrics.get(f"right/{name}", math.nan))]
+    if not shown:
+        return {}
+    percent = PercentFormatter(xmax=1, symbol=" %")
+    with style():
+        bars = Figure(figsize=(7.0, 4.6))
+        axes = bars.subplots()
+        rate, low, high = (
+            np.array([metrics[f"{part}right/{name}"] for name in shown]) for part in ("", "low_", "high_")
+        )
+        axes.barh(
+            range(len(shown)), rate, xerr=[(rate - low).clip(min=0), (high - rate).clip(min=0)], capsize=3,
+            color=[PALETTE["blue"] if name == "on" else PALETTE["sky"] for name in shown],
+        )  # fmt: skip
+        axes.axvline(
+            metrics["chance"], color=PALETTE["black"], linestyle=":", linewidth=1.2, label="guess among the values"
+        )
+        axes.set_yticks(range(len(shown)), [labels[name] for name in shown])
+        axes.invert_yaxis()
+        axes.set(
+            title="Preferences of simulated users",
+            xlim=(0, 1),
+            xlabel="questions whose prompt has the right preference",
+        )
+        axes.xaxis.set_major_formatter(percent)
+        n = int(metrics["n_right/on"])
+        bars.legend(loc="outside lower center", title=f"bars: 95 % Wilson interval, n = {n:,}")
+        time = Figure(figsize=(10.5, 4.2))
+        panels = time.subplots(1, 3, sharey=True)
+        titles = {
+            "session": ("preferences in use", "sessions so far"),
+            "change": ("a preference that changes", "sessions since the new value was told"),
+            "age": ("a preference not told any more", "sessions since it was told last"),
+        }
+        lines = {"on": "memory on", "everything": LABELS["everything"], "recency": LABELS["recency"]}
+        for panel, (key, (title, label)) in zip(panels, titles.items(), strict=True):
+            for name, said in lines.items():
+                _curve(
+                    panel, curves[name][key], _COLORS[name], said if key == "session" else None, first=key == "session"
+                )
+            panel.set(title=title, xlabel=label, ylim=(0, 1))
+            panel.yaxis.set_major_formatter(percent)
+        _curve(panels[1], curves["on"]["outdated"], "purple", "memory on: the old value", first=False)
+        if math.isfinite(fades := result.metadata["fades_after"]):
+            panels[2].axvline(
+                fades, color=PALETTE["black"], linestyle=":", linewidth=1.2, label="full strength fades by decay"
+            )
+        panels[0].set_ylabel("right preference in the prompt")
+        time.legend(loc="outside lower center", ncols=3, title="bands: 95 % Wilson interval")
+    return {"preferences": bars, "over_time": time}
+
+
+def _curve(axes: Axes, points: Sequence[Sequence[int]], color: str, label: str | None, first: bool) -> None:
+    """Rates with their intervals, from 1 if ``first``, else from 0."""
+    points = [(i + first, k, n) for i, (k, n) in enumerate(points) if n]
+    if not points:
+        return
+    x, rate = [i for i, _, _ in points], [k / n for _, k, n in points]
+    low, high = zip(*(wilson(k, n) for _, k, n in points), strict=True)
+    axes.fill_between(x, low, high, color=PALETTE[color], alpha=0.15, linewidth=0)
+    axes.plot(x, rate, color=PALETTE[color], marker="o", markersize=3, label=label)

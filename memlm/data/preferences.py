@@ -61,8 +61,10 @@ ASPECTS = (
     ),
     Aspect(
         "travel", ("night trains", "cheap flights", "road trips", "cycling tours", "boat cruises"),
-        ("Plan my trip to {}.", "How should I travel to {}?", "Book the journey to {}.", "What is the best way to travel?",
-         "I have to travel to {} soon.", "Arrange a trip for {}.", "Find me a journey to {}.", "Organise the trip, please."),
+        ("Plan my trip to {}.", "How should I travel to {}?", "Book the journey to {}.",
+        "What is the best way to travel?",
+         "I have to travel to {} soon.", "Arrange a trip for {}.", "Find me a journey to {}.",
+         "Organise the trip, please."),
     ),
     Aspect(
         "letters", ("formal language", "a casual style", "very short letters", "friendly words", "plain facts"),
@@ -77,7 +79,8 @@ ASPECTS = (
     ),
     Aspect(
         "books", ("science fiction", "crime novels", "poetry", "biographies", "history"),
-        ("Recommend a book.", "What should I read next?", "Which book should I take to {}?", "Find me something to read.",
+        ("Recommend a book.", "What should I read next?", "Which book should I take to {}?",
+        "Find me something to read.",
          "A book for {}, please.", "I want to read about {}.", "Recommend something to read on {}.",
          "What is a good book about {}?"),
     ),
@@ -104,8 +107,10 @@ ASPECTS = (
 
 TELL = (
     "I like {}.", "I prefer {}.", "I love {}.", "I really like {}.", "I always prefer {}.", "For me it has to be {}.",
-    "Please give me {} from now on.", "From now on only {} for me.", "My favourite is {}.", "My favourite choice is {}.",
-    "{} works best for me.", "I find {} best.", "I enjoy {} most.", "I enjoy {} a lot.", "Nothing is better for me than {}.",
+    "Please give me {} from now on.", "From now on only {} for me.", "My favourite is {}.",
+    "My favourite choice is {}.",
+    "{} works best for me.", "I find {} best.", "I enjoy {} most.", "I enjoy {} a lot.",
+    "Nothing is better for me than {}.",
     "I am a big fan of {}.", "I am very fond of {}.", "I would rather have {}.", "I want {} whenever possible.",
     "Give me {} whenever possible.", "Remember that I like {}.", "Remember that I prefer {}.", "{} suits me best.",
     "I have always loved {}.",
@@ -113,10 +118,13 @@ TELL = (
 """How a preference is told; ``{}`` is the value."""
 
 TALK = (
-    "Hi.", "Hello.", "Hi there.", "Hello again.", "Good morning.", "Good evening.", "Good to see you.", "Okay.", "Ok.",
-    "Okay then.", "All right.", "Right.", "Sure.", "Yes.", "No.", "Yes please.", "No thanks.", "Thanks.", "Thank you.",
+    "Hi.", "Hello.", "Hi there.", "Hello again.", "Good morning.", "Good evening.", "Good to see you.", "Okay.",
+    "Ok.",
+    "Okay then.", "All right.", "Right.", "Sure.", "Yes.", "No.", "Yes please.", "No thanks.", "Thanks.",
+    "Thank you.",
     "Thanks a lot.", "Thank you very much.", "Great.", "Great, thanks.", "Cool.", "Hm.", "I see.", "Never mind.",
-    "Wait a moment.", "One moment please.", "See you.", "See you later.", "Bye.", "Good night.", "That is all for now.",
+    "Wait a moment.", "One moment please.", "See you.", "See you later.", "Bye.", "Good night.",
+    "That is all for now.",
     "That was all, thanks.", "It is raining again.", "It is cold today.", "Nice weather today.", "I am tired today.",
     "I am late again.", "What a day.", "Long day today.",
 )  # fmt: skip
@@ -124,8 +132,10 @@ TALK = (
 
 MENTION = (
     "My sister likes {}.", "My brother likes {}.", "My boss loves {}.", "My sister always wants {}.",
-    "My neighbour prefers {}.", "A friend of mine loves {}.", "A friend told me about {}.", "Someone told me about {}.",
-    "I saw something about {} today.", "There was something about {} on television.", "What are people saying about {}?",
+    "My neighbour prefers {}.", "A friend of mine loves {}.", "A friend told me about {}.",
+    "Someone told me about {}.",
+    "I saw something about {} today.", "There was something about {} on television.",
+    "What are people saying about {}?",
     "Have you heard about {}?", "Who invented {}?", "Who came up with {}?", "My boss asked me about {}.",
     "My brother is a fan of {}.", "My neighbour is fond of {}.", "He said that {} works best for him.",
     "She said that she enjoys {}.", "They want {} whenever possible.", "He would rather have {}.",
@@ -134,7 +144,8 @@ MENTION = (
 """What names a value and is no preference."""
 
 ABOUT = (
-    "gravity", "the tides", "a transformer", "my parents", "Anna", "the new team", "next Friday", "Lisbon", "the party",
+    "gravity", "the tides", "a transformer", "my parents", "Anna", "the new team", "next Friday", "Lisbon",
+    "the party",
     "volcanoes", "my landlord", "a prime number", "the summer", "Oslo", "my cousin", "the weekend guests",
 )  # fmt: skip
 """What questions are about."""
@@ -217,7 +228,9 @@ def draw(
     for u in range(n_user):
         own = chosen[u, :n_preference]
         likes = {int(a): int(rng.integers(len(ASPECTS[a].values))) for a in own}
-        hidden[u, chosen[u, n_preference:]] = [int(rng.integers(len(ASPECTS[a].values))) for a in chosen[u, n_preference:]]
+        hidden[u, chosen[u, n_preference:]] = [
+            int(rng.integers(len(ASPECTS[a].values))) for a in chosen[u, n_preference:]
+        ]
         for s in range(n_session):
             if s == n_session // 2:
                 a = int(own[0])

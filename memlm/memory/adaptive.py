@@ -306,11 +306,11 @@ class AdaptiveMemory(Memory):
                 raise ValueError(f"signals.{name} must have {self.signals[name]} numbers, got {given.shape[-1]}")
         if self.to_signal is None:
             return None
-        given = {name: part if part.dim() == 3 else part[:, None] for name, part in (signals or {}).items()}
-        n_item = max((part.shape[1] for part in given.values()), default=1)
+        every = {name: part if part.dim() == 3 else part[:, None] for name, part in (signals or {}).items()}
+        n_item = max((part.shape[1] for part in every.values()), default=1)
         parts = [
-            given[name].to(cue.dtype).expand(-1, n_item, -1)
-            if name in given
+            every[name].to(cue.dtype).expand(-1, n_item, -1)
+            if name in every
             else cue.new_zeros(len(cue), n_item, width)
             for name, width in self.signals.items()
         ]
