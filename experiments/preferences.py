@@ -261,8 +261,8 @@ def _live(memory: AdaptiveMemory, talk: Talk) -> tuple[Tensor, Decision, Tensor,
     """Users talk while the controller learns.
 
     Returns:
-        By turn, (U, S, T): reward without the price of writing, choice, expected reward. And the mean loss of choosing a
-        right memory, a scalar.
+        By turn, (U, S, T): reward without the price of writing, choice, expected reward. And the mean loss of choosing
+        a right memory, a scalar.
     """
     users, (n_user, n_session, n_turn) = talk.users, talk.users.turn.shape
     credit = torch.zeros(n_user, n_session * n_turn)
