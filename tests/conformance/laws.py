@@ -625,9 +625,7 @@ def round_trip(make: Make, scope: str = "sequence") -> None:
 # --- 9: useful -------------------------------------------------------------------------------------------------------
 
 
-def recall_batch(
-    n_row: int, draw: torch.Generator, n_segment: int = 3, n_filler: int = 7
-) -> tuple[Tensor, Tensor]:
+def recall_batch(n_row: int, draw: torch.Generator, n_segment: int = 3, n_filler: int = 7) -> tuple[Tensor, Tensor]:
     """A key with its value in segment 1, filler, the key again as the last token of the last segment: ids, values.
 
     Ids: 0 the key; 1..8 values; the rest filler.

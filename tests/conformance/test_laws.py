@@ -33,7 +33,7 @@ def shareable(request: pytest.FixtureRequest) -> laws.Make:
 def test_every_memory_of_the_first_release_is_found() -> None:
     assert {"none", "stm", "ltm", "dual"} <= set(NAMES)
     assert "none" not in REMEMBERS
-    assert {"stm", "ltm", "dual"} <= set(REMEMBERS)
+    assert {"stm", "ltm", "dual", "adaptive"} <= set(REMEMBERS)
 
 
 def test_0_alive(memory: laws.Make) -> None:
@@ -161,3 +161,9 @@ def test_laws_hold_where_newer_slots_discount_older_ones(law: Callable[[laws.Mak
 def test_laws_hold_where_newer_slots_of_a_shared_bank_discount_older_ones(law: Callable[..., None]) -> None:
     make = make_of("ltm")
     law(lambda memory=None, **settings: make(memory={"recency": 4.0} | (memory or {}), **settings), scope="shared")
+
+
+@pytest.mark.parametrize("law", [laws.alive, laws.chunk_invariant, laws.every_parameter_learns])
+def test_laws_hold_where_the_gradient_of_reads_teaches_the_controller(law: Callable[[laws.Make], None]) -> None:
+    make = make_of("adaptive")
+    law(lambda memory=None, **settings: make(memory={"controller": "straight_through"} | (memory or {}), **settings))

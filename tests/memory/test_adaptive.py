@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from memlm.memory.adaptive import AdaptiveMemory, AdaptiveState, policy_gradient
 from memlm.memory.base import Segment
 from memlm.models.lmcode import LMCode
+from tests.conformance import laws
 from tests.conformance.oracles import adaptive_store, items_of, same_items
 
 D = 8
@@ -226,3 +227,14 @@ def test_signals_that_are_unknown_are_refused() -> None:
 def test_settings_that_cannot_work_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         memory_of(**settings)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("controller", ["policy", "straight_through"])
+def test_the_controller_learns_what_to_keep(controller: str) -> None:
+    """Of 64 tokens 16 find a place; a controller that is not trained, or writes always, is left at chance."""
+    make = laws.builder(laws.nodes_of("adaptive"), shrink=False)
+    sizes = {"controller": controller, "n_slot": 8, "n_short": 8}
+    scores, _ = laws.recall_scores(make, sizes, n_segment=8, n_filler=55)
+    assert scores["memory"][1] > 0.6
+    assert scores["wiped"][1] < 0.3
