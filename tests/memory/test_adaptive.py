@@ -101,10 +101,13 @@ def test_retrieval_is_by_cosine_times_strength_over_a_threshold() -> None:
     for i, (cosine, strength) in enumerate(zip(cosines, strengths, strict=True)):
         state.key[0, i, :2] = torch.tensor([cosine, math.sqrt(1 - cosine**2)])
         state.strength[0, i] = strength
-    score, slots = memory.retrieve(F.one_hot(torch.tensor([[0]]), D).float(), state)
-    assert slots.tolist() == [[[1, 0]]]  # 0.475, 0.45; slot 2 is faded, 3 empty, 4 is third
+    query = F.one_hot(torch.tensor([[0]]), D).float()
+    score, slots = memory.retrieve(query, state)
+    assert slots.tolist() == [[[1, 0]]]  # 0.475, 0.45
     torch.testing.assert_close(score[0, 0, :2], torch.tensor([0.45, 0.475]))
     assert score[0, 0, 2:].isneginf().all()
+    memory.top_k = 5
+    assert memory.retrieve(query, state)[1].tolist() == [[[1, 0, 4, -1, -1]]]  # slot 2 is faded, 3 empty
 
 
 def test_the_policy_gradient_by_hand() -> None:
@@ -140,10 +143,11 @@ def test_what_teaches_the_controller(controller: str) -> None:
     losses = memory.losses(trace, torch.tensor([1.0, 0.0]))
     if controller == "policy":
         assert trace["log_prob"].shape == (2,)
-        assert float(losses["policy"]) == pytest.approx(float(trace["log_prob"][0] / 2))  # advantages -1 and 0
+        expected = float(trace["log_prob"][0].detach() / 2)  # advantages -1 and 0
+        assert float(losses["policy"].detach()) == pytest.approx(expected)
         losses["policy"].backward()
         assert memory.to_importance[-1].weight.grad.abs().max() > 0
-        assert float(losses["baseline"]) == pytest.approx(0.5)
+        assert float(losses["baseline"].detach()) == pytest.approx(0.5)
     else:
         assert set(losses) == {"gate_penalty"}
 
