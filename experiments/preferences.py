@@ -38,7 +38,7 @@ from torch.nn import functional as F
 
 from experiments.base import PALETTE, Result, Row, style, wilson
 from memlm.config import ConfigError
-from memlm.data.preferences import ABOUT, ASPECTS, MENTION, SIGNALS, TALK, TELL, Users, draw, phrasings
+from memlm.data.preferences import ASPECTS, SIGNALS, TELL, Users, draw, phrasings
 from memlm.memory.adaptive import AdaptiveMemory, AdaptiveState, Decision, policy_gradient
 
 CONTROLLERS = {
@@ -191,34 +191,24 @@ def settings_of(model: Any, cfg: Preferences) -> dict[str, Any]:
 def train_encoder(agent: Agent, cfg: Preferences) -> None:
     """Questions get keys near to what is told about the same aspect; what tells the same value gets one value.
 
-    Contrastive, on phrasings of training. Noise takes no part in that, but the words of any utterance must be readable
-    from its vector, so that the controller can tell it from others.
+    Contrastive, on phrasings of training; noise is no part of it.
     """
     rng, memory = np.random.default_rng([cfg.seed, 1]), agent.memory
-    named = [(a, v, value) for a, aspect in enumerate(ASPECTS) for v, value in enumerate(aspect.values)]
-    told = [(a, v, text.format(value)) for a, v, value in named for text in phrasings(TELL, "train")]
-    asked = [
-        (a, -1, text.format(about))
-        for a, aspect in enumerate(ASPECTS)
-        for text in phrasings(aspect.ask, "train")
-        for about in ABOUT
-    ]
-    noise = [(-1, -1, text) for text in phrasings(TALK, "train")]
-    noise += [(-1, -1, text.format(value)) for _, _, value in named for text in phrasings(MENTION, "train")]
-    to_words = nn.Linear(_D, _BUCKETS)
-    parts = [agent.words, agent.mix, memory.cue_norm, memory.content_norm, memory.to_key, memory.to_value, to_words]
+    told = [(a, v, text.format(value)) for a, aspect in enumerate(ASPECTS) for v, value in enumerate(aspect.values)
+            for text in phrasings(TELL, "train")]  # fmt: skip
+    asked = [(a, -1, text.format(about)) for a, aspect in enumerate(ASPECTS) for text in phrasings(aspect.ask, "train")
+             for about in ("it", "this", "Mr Smith", "the old house")]  # fmt: skip
+    parts = [agent.words, agent.mix, memory.cue_norm, memory.content_norm, memory.to_key, memory.to_value]
     optimizer = torch.optim.AdamW([p for part in parts for p in part.parameters()], lr=3e-3)
     for _ in range(2 * cfg.n_step):
-        batch = [pool[i] for pool in (told, asked, noise) for i in rng.integers(len(pool), size=64)]
+        batch = [told[i] for i in rng.integers(len(told), size=96)] + [
+            asked[i] for i in rng.integers(len(asked), size=96)
+        ]
         x = agent([text for _, _, text in batch])
         key, value, _ = memory.encode(x[None], x[None], None)
-        aspect = torch.tensor([a for a, _, _ in batch[:128]])
-        meaning = torch.tensor([10 * a + v for a, v, _ in batch[:64]])
-        said = torch.zeros(len(batch), _BUCKETS)
-        for row, (_, _, text) in zip(said, batch, strict=True):
-            row[_hashed(text)] = 1.0
-        words = -(said * to_words(x).log_softmax(dim=1)).sum(dim=1) / said.sum(dim=1)
-        loss = _contrast(key[0, :128], aspect) + _contrast(F.normalize(value[0, :64], dim=-1), meaning) + words.mean()
+        aspect = torch.tensor([a for a, _, _ in batch])
+        meaning = torch.tensor([10 * a + v for a, v, _ in batch[:96]])
+        loss = _contrast(key[0], aspect) + _contrast(F.normalize(value[0, :96], dim=-1), meaning)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
