@@ -154,11 +154,11 @@ class Candidate:
         model: Any = self.model
         out = self._call(ids, state=self.state, logits=False)
         share = torch.full(ids.shape, 1 / ids.numel(), device=ids.device)
-        loss, _ = linear_cross_entropy(out.hidden, model.head_weight, targets, share)
+        loss, nll = linear_cross_entropy(out.hidden, model.head_weight, targets, share)
         extra = [
             value
             for name, modules in model.memory.items()
-            for value in modules[0].losses(out.trace[name], loss).values()
+            for value in modules[0].losses(out.trace[name], nll.mean(dim=1)).values()
         ]
         self.state = states.detach(out.state)
         self.last = out._replace(

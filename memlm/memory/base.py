@@ -96,7 +96,7 @@ class Residual(NamedTuple):
 
 
 Trace = dict[str, Tensor]
-"""Scalars of one step, by name: for the log, and for the memory's own losses."""
+"""Numbers of one step by name, each a scalar or one per row, (B,): for the log, and for the memory's own losses."""
 
 
 class Memory(nn.Module):
@@ -210,7 +210,7 @@ class Memory(nn.Module):
 
         Args:
             trace: What `process` or `write` said of this step's writes, averaged over segments and layers.
-            nll: Weighted next-token loss of this step, a scalar.
+            nll: Weighted mean next-token loss of each row in this step, (B,), without gradients.
         """
         return {}
 
@@ -280,6 +280,6 @@ def join_reads(reads: list[Residual]) -> Residual:
 
 
 def mean_trace(traces: list[Trace]) -> Trace:
-    """Mean of each scalar over the segments that have it."""
+    """Mean of each number over the segments that have it."""
     names = dict.fromkeys(name for trace in traces for name in trace)
-    return {name: torch.stack([trace[name] for trace in traces if name in trace]).mean() for name in names}
+    return {name: torch.stack([trace[name] for trace in traces if name in trace]).mean(dim=0) for name in names}

@@ -102,10 +102,11 @@ class LanguageModeling(lightning.LightningModule):
         weight = batch.weight * (1 + (self.settings.answer_weight - 1) * batch.answer)
         share = weight / self._mean_over_ranks(weight.sum()).clamp(min=1)
         loss, nll = linear_cross_entropy(out.hidden, self.model.head_weight, batch.targets, share)
+        by_row = (nll * weight).sum(dim=1) / weight.sum(dim=1).clamp(min=1)
         losses = {
             f"{name}/{key}": value
             for name, modules in self.model.memory.items()
-            for key, value in modules[0].losses(out.trace[name], loss).items()
+            for key, value in modules[0].losses(out.trace[name], by_row).items()
         }
         total = loss + sum(losses.values(), torch.zeros((), device=loss.device))
         if not torch.isfinite(total):
@@ -154,7 +155,7 @@ class LanguageModeling(lightning.LightningModule):
             self.log(f"train/{name}", loss)
         for name, trace in out.trace.items():
             for key, value in trace.items():
-                self.log(f"memory/{name}/{key}", value)
+                self.log(f"memory/{name}/{key}", value.mean())
         for name, read in out.reads.items():
             mass = read.weights.sum(dim=-1)
             share = read.weights / mass.clamp(min=1e-9)[..., None]

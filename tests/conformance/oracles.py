@@ -7,12 +7,16 @@ law that is no business of theirs skips them.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
+from torch.nn import functional as F
 
 from memlm.memory.auto import AutoMemory, AutoState
 from memlm.memory.base import Residual, Segment, Trace
+from memlm.memory.adaptive import AdaptiveMemory, AdaptiveState
 from memlm.memory.ltm import LongTermMemory
 from memlm.memory.memoria import EMPTY, LONG_TERM, Engrams, MemoriaMemory
 from memlm.models.segments import SegmentModel
@@ -235,8 +239,117 @@ def _engrams_of(model: SegmentModel) -> list[MemoriaMemory]:
     return [module for modules in model.memory.values() for module in modules if isinstance(module, MemoriaMemory)]
 
 
+@dataclass
+class Item:
+    """What an adaptive memory holds, or is offered."""
+
+    key: Tensor
+    value: Tensor
+    strength: float
+    position: int
+    long: bool = False
+
+
+def items_of(state: AdaptiveState, row: int, n_short: int) -> list[Item]:
+    """What one row of a state, or of an offer, holds."""
+    parts = zip(*(part[row] for part in state), strict=True)
+    return [
+        Item(key, value, float(strength), int(position), number >= n_short)
+        for number, (key, value, strength, position) in enumerate(parts)
+        if strength > 0
+    ]
+
+
+def adaptive_store(memory: AdaptiveMemory, held: list[Item], offered: list[Item]) -> list[Item]:
+    """One write of one row, item by item: decay, reinforcement, promotion, and who stays."""
+
+    def alike(a: Item, b: Item) -> float:
+        return min(float(F.cosine_similarity(x, y, dim=0)) for x, y in ((a.key, b.key), (a.value, b.value)))
+
+    groups = [
+        (Item(each.key, each.value, each.strength * memory.decay, each.position, each.long), list[Item]())
+        for each in held
+    ]
+    went: list[int] = []
+    for i, item in enumerate(offered):
+        best = max(range(len(held)), key=lambda j: alike(item, held[j]), default=None)
+        earlier = [j for j in range(i) if alike(item, offered[j]) >= memory.match_threshold]
+        if best is not None and alike(item, held[best]) >= memory.match_threshold:
+            went.append(best)
+        elif earlier:
+            went.append(went[earlier[0]])
+        else:
+            groups.append((Item(0 * item.key, 0 * item.value, 0.0, -1), []))
+            went.append(len(groups) - 1)
+        groups[went[-1]][1].append(item)
+    for slot, joined in groups:
+        parts = [Item(slot.key, slot.value, slot.strength, slot.position), *joined]
+        if joined:
+            total = sum(part.strength for part in parts)
+            slot.key = F.normalize(sum(part.strength * part.key for part in parts), dim=0)  # type: ignore[arg-type]
+            slot.value = sum(part.strength * part.value for part in parts) / total  # type: ignore[assignment]
+        for part in joined:
+            slot.strength += part.strength * (1 - slot.strength)
+            slot.position = max(slot.position, part.position)
+        slot.long = slot.long or slot.strength >= memory.promote_at
+    after = [slot for slot, _ in groups]
+    newest = sorted((slot for slot in after if not slot.long), key=lambda slot: -slot.position)[: memory.n_short]
+    strongest = sorted((slot for slot in after if slot.long), key=lambda slot: -slot.strength)[: memory.n_slot]
+    return newest + strongest
+
+
+def same_items(found: list[Item], expected: list[Item], what: str) -> None:
+    """Equal up to rounding, in any order."""
+    found, expected = (sorted(each, key=lambda item: (item.position, item.strength)) for each in (found, expected))
+    assert [(each.position, each.long) for each in found] == [(each.position, each.long) for each in expected], what
+    for a, b in zip(found, expected, strict=True):
+        laws.close(torch.tensor(a.strength), torch.tensor(b.strength), f"{what}: strength")
+        laws.close(a.key, b.key, f"{what}: key")
+        laws.close(a.value, b.value, f"{what}: value")
+
+
+@torch.no_grad()
+def adaptive_evicts(make: laws.Make) -> None:
+    """Long-term slots are the strongest of what was promoted, short-term ones the newest of the rest."""
+    for setting in ({"promote_at": 0.72, "match_threshold": 0.95}, {"promote_at": 0.85, "match_threshold": 0.6}):
+        model = make(memory=setting | {"n_slot": 6, "n_short": 5, "decay": 0.95})
+        offers: dict[int, list[AdaptiveState]] = {}
+        for modules in model.memory.values():
+            for module in modules:
+                if isinstance(module, AdaptiveMemory):
+                    store, seen = module.store, offers.setdefault(id(module), [])
+
+                    def record(state: Any, items: Any, rows: Any, store: Any = store, seen: Any = seen) -> Any:
+                        seen.append(items)
+                        return store(state, items, rows)
+
+                    module.store = record  # type: ignore[method-assign]
+        state = laws.filled(model, n_segment=9).memory
+        for name, modules in model.memory.items():
+            for module, bank in zip(modules, state[name], strict=True):
+                for row in range(3 if isinstance(module, AdaptiveMemory) else 0):
+                    held: list[Item] = []
+                    n_offered = 0
+                    for offer in offers[id(module)]:
+                        offered = items_of(offer, row, 0)
+                        n_offered += len(offered)
+                        held = adaptive_store(module, held, offered)
+                    same_items(items_of(bank, row, module.n_short), held, f"row {row}")
+                    assert n_offered > module.n_slot + module.n_short, "the test evicts nothing"
+
+
+def open_controller(model: SegmentModel) -> None:
+    """Whatever is written from now on is as important as can be."""
+    for modules in model.memory.values():
+        for module in modules:
+            if isinstance(module, AdaptiveMemory):
+                with torch.no_grad():
+                    module.to_importance[-1].bias += 10
+
+
 ORACLES = {
     "LongTermMemory": Oracle(long_term_evicts, open_write_gate),
     "AutoMemory": Oracle(auto_keeps, score_all_alike),
     "MemoriaMemory": Oracle(engrams_evict, give_long_lives),
+    "AdaptiveMemory": Oracle(adaptive_evicts, open_controller),
 }

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from memlm.memory.adaptive import AdaptiveMemory, AdaptiveState
 from memlm.memory.base import Memory, Residual, Segment, Trace
 from memlm.memory.ltm import LongTermMemory
 from memlm.memory.memoria import Engrams, MemoriaMemory
@@ -446,6 +447,32 @@ def test_an_eviction_of_engrams_other_than_declared_is_caught(cls: type[MemoriaM
     else:
         with pytest.raises(AssertionError, match="others than"):
             law(make)
+
+
+class Duplicates(AdaptiveMemory):
+    """Stores again what it holds, where it should be reinforced."""
+
+    def _joins(self, state: AdaptiveState, items: AdaptiveState) -> Tensor:
+        n, n_item = state.strength.shape[1], items.strength.shape[1]
+        return torch.eye(n + n_item)[n:].expand(len(items.strength), -1, -1)
+
+
+class NeverFades(AdaptiveMemory):
+    """Its long-term slots do not decay."""
+
+    def store(self, state: AdaptiveState, items: AdaptiveState, rows: Tensor) -> AdaptiveState:
+        long = torch.arange(state.strength.shape[1]) >= self.n_short
+        return super().store(state._replace(strength=state.strength / torch.where(long, self.decay, 1.0)), items, rows)
+
+
+@pytest.mark.parametrize("cls", [AdaptiveMemory, Duplicates, NeverFades])
+def test_strengths_other_than_declared_are_caught(cls: type[AdaptiveMemory]) -> None:
+    make = laws.builder_of({"adaptive": (cls, {})})
+    if cls is AdaptiveMemory:
+        ORACLES["AdaptiveMemory"].evicts_as_declared(make)
+    else:
+        with pytest.raises(AssertionError):
+            ORACLES["AdaptiveMemory"].evicts_as_declared(make)
 
 
 @pytest.mark.parametrize("change", ["missing", "unknown", "other default"])

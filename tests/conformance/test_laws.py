@@ -32,7 +32,7 @@ def shareable(request: pytest.FixtureRequest) -> laws.Make:
 
 
 def test_every_memory_of_the_first_release_is_found() -> None:
-    assert {"none", "stm", "ltm", "dual", "imm", "auto", "memoria"} <= set(NAMES)
+    assert {"none", "stm", "ltm", "dual", "imm", "auto", "memoria", "adaptive"} <= set(NAMES)
     assert set(REMEMBERS) == set(NAMES) - {"none"}
 
 
@@ -168,3 +168,9 @@ def test_laws_hold_where_newer_slots_of_a_shared_bank_discount_older_ones(law: C
 def test_laws_hold_for_every_kind_of_implicit_memory(law: Callable[[laws.Make], None], setting: dict[str, Any]) -> None:
     make = make_of("imm")
     law(lambda memory=None, **settings: make(memory=setting | (memory or {}), **settings))
+
+
+@pytest.mark.parametrize("law", [laws.alive, laws.chunk_invariant, laws.every_parameter_learns])
+def test_laws_hold_where_the_gradient_of_reads_teaches_the_controller(law: Callable[[laws.Make], None]) -> None:
+    make = make_of("adaptive")
+    law(lambda memory=None, **settings: make(memory={"controller": "straight_through"} | (memory or {}), **settings))

@@ -143,7 +143,7 @@ def test_step_is_that_of_the_trainer(name: str) -> None:
     out = model(text[:, :-1], state=twin.state)
     plain = torch.nn.functional.cross_entropy(out.logits.flatten(0, 1), text[:, 1:].flatten())
     for key, modules in model.memory.items():
-        plain = plain + sum(modules[0].losses(out.trace[key], plain).values())
+        plain = plain + sum(modules[0].losses(out.trace[key], plain.expand(len(text))).values())
     torch.testing.assert_close(loss, plain.detach())
     plain.backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -31,8 +31,9 @@ def plain_loss(model: Any, batch: Any, state: Any = None) -> tuple[Tensor, Any]:
     out = model(batch.ids, state=state, reset=batch.reset, mask=batch.mask, breaks=batch.breaks)
     nll = torch.nn.functional.cross_entropy(out.logits.flatten(0, 1), batch.targets.flatten(), reduction="none")
     weight = batch.weight * torch.where(batch.answer, 5.0, 1.0)
-    loss = (nll.view_as(weight) * weight).sum() / weight.sum()
-    own = [v for name, mods in model.memory.items() for v in mods[0].losses(out.trace[name], loss).values()]
+    weighted = nll.view_as(weight) * weight
+    loss, by_row = weighted.sum() / weight.sum(), weighted.sum(dim=1).detach() / weight.sum(dim=1)
+    own = [v for name, mods in model.memory.items() for v in mods[0].losses(out.trace[name], by_row).values()]
     return loss + sum(own), out.state
 
 
