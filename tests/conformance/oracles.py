@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from memlm.memory.adaptive import AdaptiveMemory, AdaptiveState
 from memlm.memory.auto import AutoMemory, AutoState
 from memlm.memory.base import Residual, Segment, Trace
-from memlm.memory.adaptive import AdaptiveMemory, AdaptiveState
 from memlm.memory.ltm import LongTermMemory
 from memlm.memory.memoria import EMPTY, LONG_TERM, Engrams, MemoriaMemory
 from memlm.models.segments import SegmentModel
