@@ -34,6 +34,7 @@ def build(*overrides: str) -> LanguageModel:
         ConfigError: If a name or value is wrong; the message says which and what was expected.
     """
     config = compose(overrides)
+    validate({name: config[name] for name in ("seed", "n_parameter")})
     for part in ("model", "memory", "data", "curriculum"):
         validate(config[part], key=part)
     plain = to_dict(config)

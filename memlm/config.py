@@ -17,6 +17,7 @@ import difflib
 import functools
 import importlib
 import inspect
+import math
 import os
 import re
 import shlex
@@ -53,7 +54,7 @@ INJECTED = frozenset({"d_model", "memories", "model", "n_vocab", "tokenizer", "t
 _SLOW = ("lightning", "pytorch_lightning", "wandb")
 _HYDRA_KEYS = frozenset({"_target_", "_partial_", "_recursive_", "_convert_", "_args_"})
 # Settings that belong to the run as a whole, and so to no constructor.
-_TOP_LEVEL: dict[str, Any] = {"name": str | None, "resume": str | None, "seed": int}
+_TOP_LEVEL: dict[str, Any] = {"name": str | None, "resume": str | None, "seed": int, "n_parameter": int | None}
 
 
 class ConfigError(ValueError):
@@ -530,7 +531,7 @@ def _fits(value: Any, hint: Any) -> bool:
     if hint is int:
         return isinstance(value, int) and not isinstance(value, bool)
     if hint is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     if hint is str:
         return isinstance(value, str)
     if hint in (Path, os.PathLike) or origin is os.PathLike:
@@ -583,6 +584,8 @@ def _show(value: Any) -> str:
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     text = repr(value)
+    if isinstance(value, float) and not math.isfinite(value):
+        return f"{text} (not a finite number)"
     return (text if len(text) <= 80 else f"{text[:77]}...") + names.get(type(value), "")
 
 

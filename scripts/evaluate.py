@@ -34,6 +34,7 @@ def changes(change: Any, model: LanguageModel) -> dict[str, Any]:
     if not isinstance(change, dict):
         raise ConfigError(f"change must be settings by name.attribute, as {{ltm.importance: fifo}}, got {change!r}")
     nodes = model.config["memory"]
+    settings: dict[str, dict[str, Any]] = {}
     for key, value in change.items():
         name, _, attribute = str(key).partition(".")
         if name not in nodes:
@@ -41,15 +42,18 @@ def changes(change: Any, model: LanguageModel) -> dict[str, Any]:
                 f"change: the model has no memory {name!r} to set {key} of.{did_you_mean(name, nodes)} It has: "
                 f"{', '.join(nodes) or 'none'}"
             )
-        if attribute not in nodes[name]:
-            continue  # not of the constructor: whether the memory has it is checked when it is set
-        check_arguments(nodes[name]["_target_"], {attribute: value}, f"change.{name}", ())
+        if attribute in nodes[name]:  # else not of the constructor: whether the memory has it is checked when it is set
+            settings.setdefault(name, {})[attribute] = value
+    for name, new in settings.items():
+        check_arguments(nodes[name]["_target_"], new, f"change.{name}", ())
         with torch.random.fork_rng(devices=[]):
-            changed = instantiate(nodes[name] | {attribute: value}, f"change.{name}", model.config["model"]["d_model"])
+            changed = instantiate(nodes[name] | new, f"change.{name}", model.config["model"]["d_model"])
         old = model.memory[name][0]
         shapes, known = ([part.shape for part in module.parameters()] for module in (changed, old))
-        if shapes != known or (changed.lookback, changed.scope) != (old.lookback, old.scope):
-            raise ConfigError(f"change: {key} cannot be changed after training, as the model was built around it")
+        fixed = shapes != known or (changed.lookback, changed.scope) != (old.lookback, old.scope)
+        if fixed or not all(hasattr(old, attribute) for attribute in new):
+            given = ", ".join(f"{name}.{attribute}" for attribute in new)
+            raise ConfigError(f"change: {given} cannot be changed after training, as the model was built around it")
     return change
 
 

@@ -45,6 +45,10 @@ def test_mistakes_are_told_before_anything_is_built(tmp_path: Path) -> None:
         "memory=lmt": "memory has no option 'lmt'",
         "model.n_layers=2": "no setting 'model.n_layers'.*Did you mean 'n_layer'",
         "model.n_layer=two": "model.n_layer must be an int",
+        "model.d_ff=0": "model.d_ff must be at least 1 or null",
+        "n_parameter=abc": "n_parameter must be an int or null",
+        "n_parameter=true": "n_parameter must be an int or null",
+        "model.dropout=nan": r"model.dropout must be a float, got nan \(not a finite number\)",
         "memory.ltm.n_slot=0": "memory.ltm: n_slot must be at least 1",
         "model.n_head=3": "model.n_head must divide",
     }.items():

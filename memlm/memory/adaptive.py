@@ -336,8 +336,8 @@ class AdaptiveMemory(Memory):
     def items(self, key: Tensor, value: Tensor, decision: Decision, position: Tensor) -> AdaptiveState:
         """What a segment offers: the ``write_budget`` most important of the chosen items, in the order of the text.
 
-        Their strength is their importance. Under ``policy`` it has no gradient, as reward alone teaches the controller,
-        and what is tried against the odds is as strong as what evaluation would just write: else it could earn nothing.
+        Their strength is their importance. Under ``policy`` it has no gradient, as reward teaches the controller, and
+        what is tried against the odds is as strong as what evaluation would just write: else it could earn nothing.
         """
         strength = decision.importance
         if self.controller == "policy":
@@ -415,7 +415,7 @@ class AdaptiveMemory(Memory):
         return self.to_output(state.value)
 
     def flops_per_token(self) -> int:
-        """Projections; the search of a full bank; comparing what is written with the bank, spread over its tokens."""
+        """Projections, and the search of a full bank; comparing what a segment writes with the bank is left out."""
         n = self.n_short + self.n_slot
         return super().flops_per_token() + 2 * n * (self.d_key + self.d_value)
 

@@ -639,7 +639,12 @@ class SegmentModel(LanguageModel):
                 cell=None,
             )
             x, after, reads, trace = self._run(one, state, read, write, signals)
-            state = after._replace(local=where_rows(active, after.local, state.local))
+            local = where_rows(active, after.local, state.local)
+            if s > 0:  # a context may begin with a segment that holds no token yet
+                fresh = self._no_context(len(active))
+                fresh = fresh._replace(position=grid.position[:, s], document=grid.document[:, s])
+                local = where_rows(~active & ~grid.continues[:, s], fresh, local)
+            state = after._replace(local=local)
             parts.append(x)
             all_reads.append(reads)
             traces.append(trace)

@@ -111,12 +111,15 @@ def evaluation_logger(config: Mapping[str, Any], trained: Mapping[str, Any]) -> 
         The logger; None if none is named.
 
     Raises:
-        ConfigError: If the logger does not work here.
+        ConfigError: If the logger does not work here, or is another than W&B's.
     """
-    node = (config.get("logger") or {}).get("wandb")
-    if node is None:
+    loggers = config.get("logger") or {}
+    if not loggers:
         yield None
         return
+    if set(loggers) != {"wandb"}:
+        raise ConfigError("an evaluation writes its files without a logger; beside them it logs to W&B: logger=wandb")
+    node = loggers["wandb"]
     settings = {name: value for name, value in node.items() if name != "_target_"}
     name = config["name"] or f"evaluate-{_model_and_memory(trained)}"
     logger = _wandb({**config, "name": name, "trained": dict(trained)}, settings, None)

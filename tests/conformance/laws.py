@@ -466,6 +466,23 @@ def contexts(make: Make) -> None:
         same_memory(whole.state, now, f"{what}: state")
 
 
+@torch.no_grad()
+def empty_segments(make: Make) -> None:
+    """A context or document that begins with a segment of padding is as fresh as one that began without it."""
+    model = make(memory_layers="all")
+    ids, later = text(2, 2 * T, seed=1), text(2, T, seed=2)
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    mask[0, 5:] = False  # row 0 ends in the first segment, and nothing of the next is there yet
+    begins = torch.tensor([[False, True], [False, False]])
+    for name in ("breaks", "reset"):
+        state = model(ids, mask=mask, **{name: begins}).state
+        told = model(ids[:1, :5]).state
+        expected = model.new_context(told) if name == "breaks" else None
+        alone = logits(model, later[:1], expected)
+        close(logits(model, later, state)[:1], alone, f"{name}, then a segment of padding")
+        assert state.local.position[0] == (5 if name == "breaks" else 0), f"{name}: position"
+
+
 # --- 4: reset --------------------------------------------------------------------------------------------------------
 
 

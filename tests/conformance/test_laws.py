@@ -76,6 +76,10 @@ def test_3_contexts_end_within_a_call_as_between_calls(make: laws.Make) -> None:
     laws.contexts(make)
 
 
+def test_3_contexts_may_begin_with_padding(make: laws.Make) -> None:
+    laws.empty_segments(make)
+
+
 def test_4_reset(make: laws.Make) -> None:
     laws.resets(make)
 
@@ -146,8 +150,8 @@ def test_11_inspectable_shared(shareable: laws.Make) -> None:
 
 LAWS = [
     laws.alive, laws.causal, laws.isolated, laws.chunk_invariant, laws.ragged, laws.generates_as_parallel,
-    laws.schedules_agree, laws.contexts, laws.resets, laws.pure, laws.reach, laws.every_parameter_learns,
-    laws.round_trip, laws.inspectable,
+    laws.schedules_agree, laws.contexts, laws.empty_segments, laws.resets, laws.pure, laws.reach,
+    laws.every_parameter_learns, laws.round_trip, laws.inspectable,
 ]  # fmt: skip
 
 

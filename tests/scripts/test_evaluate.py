@@ -120,6 +120,14 @@ def test_an_evaluation_can_be_logged_to_wandb(
     assert f"W&B ran offline. To upload: wandb sync {at / offline}" in capsys.readouterr().out
 
 
+def test_an_evaluation_has_no_other_logger(
+    folder: Path, at: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        command(monkeypatch, f"checkpoint='{folder / 'a=1,b'}'", "experiment=perplexity", "logger=csv")
+    assert "beside them it logs to W&B: logger=wandb" in capsys.readouterr().err
+
+
 def test_what_does_not_apply_is_an_error_by_name_and_listed_with_all(
     folder: Path, at: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -172,6 +180,7 @@ def test_settings_of_memories_can_be_changed_for_an_evaluation(
         ({"ltm.top_k": 0}, r"change\.ltm: top_k must be at least 1"),
         ({"ltm.d_key": 3}, r"ltm\.d_key cannot be changed after training"),
         ({"ltm.span": 1}, r"ltm\.span cannot be changed after training"),
+        ({"ltm.temperature": 3.0}, r"ltm\.temperature cannot be changed after training"),
         ("fifo", "change must be settings by name"),
     ],
 )
