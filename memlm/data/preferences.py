@@ -6,8 +6,7 @@ what others like (`My sister likes jazz.`), topics (`Who invented jazz?`), and i
 mocking tone. One preference changes its value on the way, and one is never mentioned again.
 
 Implicit signals accompany each turn: ``tone`` (from mocking, -1, to warm, 1), which is low in irony and the same in all
-else, so that only with the words it tells a preference; and ``hour`` (cosine and sine of the time of day), which tells
-nothing.
+else, so that it tells irony and nothing more; and ``hour`` (cosine and sine of the time of day), which tells nothing.
 
 Held out: of every list of phrasings those with the lowest CRC-32, a quarter of them, are said by users of evaluation
 alone; users of training never say them. Each kind of noise has its own list, so that both meet every kind. Values are
