@@ -7,14 +7,14 @@ one segment. After every session each preference is asked for by a question that
 slots go into the prompt.
 
 The agent is trained here, within a minute, on users and phrasings of its own: first the encoder, so that questions are
-near to what is told about the same aspect, then the controller, by what its choices earn. An utterance earns 1 for
-each prompt in which it is the right memory and loses 0.1 for each other prompt it gets into, in all at most 1 either
-way; writing it costs ``write_price``.
+near to what is told about the same aspect, then the controller, by what its choices earn. Prompts about aspects that
+were told by then count: of each, every right memory in it earns 1 and every other one loses 0.1, an utterance in all at
+most 1 either way; writing it costs ``write_price``.
 
 A question is answered rightly if the first memory in the prompt that concerns the asked aspect tells, in earnest, the
-value that the user told last. It is asked of the memory as it is; of a wiped one; of another user's; and about aspects
-that the user never told (where the value the user has in mind counts). Baselines have the same encoder: a store of
-everything searched by cosine, and the latest ``top_k`` utterances.
+value that the user told last. It is asked of the memory as it is; of a wiped one, which cannot know; and of another
+user's. Where the user never told anything about the aspect, a memory that names a value is a false recall. Baselines
+have the same encoder: a store of everything searched by cosine, and the latest ``top_k`` utterances.
 
 Shapes: U users, S sessions, T turns per session, A aspects, D width, M slots, k slots in the prompt, W words.
 """
@@ -45,13 +45,13 @@ CONTROLLERS = {
     "policy": "policy gradient",
     "straight_through": "straight-through",
     "always": "always",
-    "never": "never",
+    "never": "never (0 by construction)",
 }
 LABELS = {
     "on": "memory on",
-    "wiped": "memory wiped",
+    "wiped": "memory wiped (0 by construction)",
     "swapped": "another user's memory",
-    "unseen": "preference never told",
+    "unsignalled": "trained without signals",
     "everything": "a store of everything",
     "recency": "the latest utterances",
 }
@@ -62,7 +62,7 @@ _BUCKETS = 4096  # of hashed words and pairs of words
 _N_BATCH = 16  # batches of users that controllers are trained on
 _WORD_DROPOUT = 0.3
 _NUISANCE = 0.1  # what a memory in the prompt that is of no use takes off, against 1 for a right one
-_COLORS = {"on": "blue", "wiped": "purple", "swapped": "sky", "unseen": "green", "everything": "orange",
+_COLORS = {"on": "blue", "wiped": "purple", "swapped": "sky", "everything": "orange",
            "recency": "vermillion"}  # fmt: skip
 
 
@@ -102,7 +102,7 @@ class Preferences:
             "write_price": 0,
             "n_step": 1,
             "seed": 0,
-            "n_row": 2,
+            "n_row": 1,
         }
         for name, number in least.items():
             if getattr(self, name) < number:
@@ -435,15 +435,17 @@ def run(model: Any, data: Any, cfg: Preferences, progress: Callable[[float], Non
         n_batch = min(cfg.n_step, _N_BATCH)
         talks = [listen(first.eval(), draw(rng, 64, 12, cfg.n_turn, "train")) for _ in range(n_batch)]
         agents, earned = {}, {}
-        for i, controller in enumerate([main, *(name for name in CONTROLLERS if name != main)]):
+        variants = {name: {"controller": name} for name in (main, *CONTROLLERS)} | {"unsignalled": {"signals": None}}
+        for i, (name, change) in enumerate(variants.items()):
             torch.manual_seed(cfg.seed + 1)
-            agents[controller] = Agent(settings | {"controller": controller})
+            agents[name] = Agent(settings | change)
             shared = {
                 k: v for k, v in first.state_dict().items() if not k.startswith(("memory.to_importance", "memory.to_b"))
             }
-            agents[controller].load_state_dict(shared, strict=False)
-            earned[controller] = train_controller(agents[controller], talks, cfg)
-            agents[controller].eval()
+            agents[name].load_state_dict(shared, strict=False)
+            heard = [_heard_by(agents[name], talk) for talk in talks]
+            earned[name] = train_controller(agents[name], heard, cfg)
+            agents[name].eval()
             step(0.1 * (i + 1))
         users = draw(np.random.default_rng([cfg.seed, 3]), cfg.n_user, cfg.n_session, cfg.n_turn, "evaluation")
         talk = listen(agents[main], users)
@@ -452,13 +454,11 @@ def run(model: Any, data: Any, cfg: Preferences, progress: Callable[[float], Non
         step(0.6)
         for name, agent in agents.items():
             if name != main:
-                outcomes[name], _ = simulate(agent, talk, cfg)
-        step(0.8)
-        outcomes["unsignalled"], _ = simulate(agents[main], talk._replace(signals={}), cfg)
+                outcomes[name], _ = simulate(agent, _heard_by(agent, talk), cfg)
         outcomes |= {"everything": everything(agents[main], talk, cfg), "recency": recency(talk, cfg)}
     step(1.0)
     rows = [row for name, outcome in outcomes.items() for row in _rows(users, name, outcome)]
-    rows += _controls(talk, outcomes["on"], agents[main].memory, state)
+    rows += _controls(talk, agents[main].memory, state)
     metrics = summarise(rows) | {"chance": float(np.mean([1 / len(aspect.values) for aspect in ASPECTS]))}
     memory = agents[main].memory
     metadata = {
@@ -474,6 +474,11 @@ def run(model: Any, data: Any, cfg: Preferences, progress: Callable[[float], Non
         "headline": _headline(metrics, main),
     }  # fmt: skip
     return Result("preferences", metrics, tuple(rows), metadata)
+
+
+def _heard_by(agent: Agent, talk: Talk) -> Talk:
+    """Only the signals that the agent's memory knows."""
+    return talk._replace(signals={name: talk.signals[name] for name in agent.memory.signals})
 
 
 def _fades_after(memory: AdaptiveMemory) -> float:
@@ -496,6 +501,7 @@ def _rows(users: Users, condition: str, outcome: Outcome) -> list[Row]:
     now, and what tells none. ``held``: preferences in use that memory holds. ``adapted``: sessions from the first
     telling of the changed value to the first right answer; None if it never came; -1 if nothing changed in time.
     ``dropped``: 1 if the preference that is not told any more is still answered, 0 if not, -1 if it was never told.
+    ``untold``, ``false``: questions about aspects that were never told, and those whose prompt names a value.
     """
     use = _in_use(users)
     rows, flat = (
@@ -512,6 +518,8 @@ def _rows(users: Users, condition: str, outcome: Outcome) -> list[Row]:
     dropped = users.wanted[np.arange(len(use)), -1, users.dropped]
     still = outcome.right[np.arange(len(use)), -1, users.dropped]
     lag = _lags(users, outcome)
+    untold = users.wanted[:, -1] < 0
+    false = untold & (given_of(users, outcome.prompt)[0] >= 0)
     return [
         {
             "condition": condition,
@@ -525,6 +533,8 @@ def _rows(users: Users, condition: str, outcome: Outcome) -> list[Row]:
             "held": int((held[u] & use[u]).sum()),
             "adapted": lag[u],
             "dropped": int(still[u]) if dropped[u] >= 0 else -1,
+            "untold": int(untold[u].sum()),
+            "false": int(false[u].sum()),
         }
         for u in range(len(use))
     ]
@@ -549,8 +559,8 @@ def _lags(users: Users, outcome: Outcome) -> list[int | None]:
     return found
 
 
-def _controls(talk: Talk, on: Outcome, memory: AdaptiveMemory, state: AdaptiveState) -> list[Row]:
-    """Rows of the memory wiped, of another user's, and of aspects that were never told."""
+def _controls(talk: Talk, memory: AdaptiveMemory, state: AdaptiveState) -> list[Row]:
+    """Rows of the memory wiped and of another user's."""
     users, n_user = talk.users, len(talk.users.turn)
     question = talk.x[torch.from_numpy(users.ask[:, -1])]  # (U, A, D)
 
@@ -562,16 +572,15 @@ def _controls(talk: Talk, on: Outcome, memory: AdaptiveMemory, state: AdaptiveSt
     others = {name: np.roll(getattr(users, name), -1, axis=0) for name in ("aspect", "value", "earnest")}
     of_next = AdaptiveState(*(part.roll(-1, dims=0) for part in state))
     cases = {
-        "wiped": (users, prompt(memory.init_state(n_user)), use, wanted),
-        "swapped": (users._replace(**others), prompt(of_next), use, wanted),
-        "unseen": (users, on.prompt, users.hidden >= 0, users.hidden),
+        "wiped": (users, prompt(memory.init_state(n_user))),
+        "swapped": (users._replace(**others), prompt(of_next)),
     }
     rows: list[Row] = []
-    for name, (labels, shown, asked, answer) in cases.items():
+    for name, (labels, shown) in cases.items():
         given, earnest = given_of(labels, shown)
-        right = asked & earnest & (given == answer)
+        right = use & earnest & (given == wanted)
         rows += [
-            {"condition": name, "user": u, "asked": int(asked[u].sum()), "right": int(right[u].sum())}
+            {"condition": name, "user": u, "asked": int(use[u].sum()), "right": int(right[u].sum())}
             for u in range(n_user)
         ]
     return rows
@@ -635,7 +644,8 @@ def summarise(rows: Sequence[Row]) -> dict[str, float]:
         that tells none; ``recall/...``, the share of preferences in use that is held; ``stored/...``, items held per
         user; ``adapted/...``, the share of changes that were answered rightly within one session after the new value
         was told first, and ``adapt_sessions/...``, the median of that time; ``dropped/...``, the rate at which a
-        preference that is not told any more is still answered. Rates have ``low_`` and ``high_``, their Wilson
+        preference that is not told any more is still answered; ``false/...``, the share of questions about aspects
+        that were never told whose prompt names a value. Rates have ``low_`` and ``high_``, their Wilson
         intervals, and ``n_``.
     """
     metrics: dict[str, float] = {}
@@ -656,6 +666,7 @@ def summarise(rows: Sequence[Row]) -> dict[str, float]:
                 "recall": (total("held"), total("asked")),
                 "adapted": (sum(lag <= 1 for lag in changed), len(changed)),
                 "dropped": (sum(dropped), len(dropped)),
+                "false": (total("false"), total("untold")),
             }
             metrics[f"stored/{condition}"] = total("stored") / len(part)
             metrics[f"adapt_sessions/{condition}"] = sorted(changed)[len(changed) // 2] if changed else math.nan
@@ -671,7 +682,7 @@ def summarise(rows: Sequence[Row]) -> dict[str, float]:
 
 
 def _headline(metrics: Mapping[str, float], main: str) -> list[dict[str, Any]]:
-    """Right answers beside controls and baselines; then what is stored, how soon changes are followed, what fades."""
+    """Right answers beside controls and baselines; then what is stored, followed, faded and falsely recalled."""
 
     def entry(name: str, condition: str, label: str, control: bool, better: str = "higher") -> dict[str, Any]:
         key = f"{name}/{condition}"
@@ -682,13 +693,13 @@ def _headline(metrics: Mapping[str, float], main: str) -> list[dict[str, Any]]:
 
     others = {name: f"controller: {label}" for name, label in CONTROLLERS.items() if name != main}
     compared = {
-        "unsignalled": "signals withheld",
+        "unsignalled": LABELS["unsignalled"],
         **others,
         "everything": LABELS["everything"],
         "recency": LABELS["recency"],
     }
     entries = [entry("right", "on", f"right preference in the prompt, {CONTROLLERS[main]}", False)]
-    entries += [entry("right", name, LABELS[name], True) for name in ("wiped", "swapped", "unseen")]
+    entries += [entry("right", name, LABELS[name], True) for name in ("wiped", "swapped")]
     entries += [entry("right", name, label, True) for name, label in compared.items()]
     entries.append(
         entry("right", "on", "guess among the values", True)
@@ -699,10 +710,15 @@ def _headline(metrics: Mapping[str, float], main: str) -> list[dict[str, Any]]:
         "recall": ("preferences in use that are stored", "higher"),
         "adapted": ("changes followed within a session", "higher"),
         "dropped": ("dropped preferences still answered", "lower"),
+        "false": ("values named where none was told", "lower"),
     }
+    certain = {("recall", "everything"): " (100 % by construction)", ("dropped", "recency"): " (0 % by construction)"}
     for name, (label, better) in said.items():
         entries.append(entry(name, "on", label, False, better))
-        entries += [entry(name, other, LABELS[other], True, better) for other in ("everything", "recency")]
+        entries += [
+            entry(name, other, LABELS[other] + certain.get((name, other), ""), True, better)
+            for other in ("everything", "recency")
+        ]
     return [each for each in entries if each["metric"] in metrics]
 
 
@@ -712,8 +728,8 @@ def plot(result: Result) -> dict[str, Figure]:
     main = result.metadata["memory"]["controller"]
     labels = {
         "on": f"memory on, {CONTROLLERS[main]}",
-        **{name: LABELS[name] for name in ("wiped", "swapped", "unseen")},
-        "unsignalled": "signals withheld",
+        **{name: LABELS[name] for name in ("wiped", "swapped")},
+        "unsignalled": LABELS["unsignalled"],
         **{name: f"controller: {label}" for name, label in CONTROLLERS.items() if name != main},
         **{name: LABELS[name] for name in ("everything", "recency")},
     }

@@ -2,14 +2,15 @@
 
 A user has preferences, one value of each of a few aspects (how things are to be explained, what to cook, ...), and says
 so now and then, in ever other words. The other turns of a session are noise: greetings and small talk, questions,
-what others like (`My sister likes jazz.`), and irony: the words of a preference in a mocking tone. One preference
-changes its value on the way, and one is never mentioned again.
+what others like (`My sister likes jazz.`), topics (`Who invented jazz?`), and irony: the words of a preference in a
+mocking tone. One preference changes its value on the way, and one is never mentioned again.
 
-Implicit signals accompany each turn: ``hour`` (cosine and sine of the time of day, which tells nothing), ``tone``
-(from mocking, -1, to warm, 1) and ``style`` (how much effort the turn took; a little more where it is meant).
+Implicit signals accompany each turn: ``tone`` (from mocking, -1, to warm, 1), which is low in irony and the same in all
+else, so that it tells irony and nothing more; and ``hour`` (cosine and sine of the time of day), which tells nothing.
 
 Held out: of every list of phrasings those with the lowest CRC-32, a quarter of them, are said by users of evaluation
-alone; users of training never say them. Values are the same for both.
+alone; users of training never say them. Each kind of noise has its own list, so that both meet every kind. Values are
+the same for both.
 
 Shapes: U users, S sessions, T turns per session, A aspects.
 """
@@ -23,7 +24,7 @@ import numpy as np
 
 Split = Literal["train", "evaluation"]
 
-SIGNALS = {"hour": 2, "tone": 1, "style": 1}
+SIGNALS = {"hour": 2, "tone": 1}
 """Implicit signals and how many numbers each has."""
 
 
@@ -130,18 +131,24 @@ TALK = (
 )  # fmt: skip
 """Small talk."""
 
-MENTION = (
+OTHERS = (
     "My sister likes {}.", "My brother likes {}.", "My boss loves {}.", "My sister always wants {}.",
-    "My neighbour prefers {}.", "A friend of mine loves {}.", "A friend told me about {}.",
-    "Someone told me about {}.",
-    "I saw something about {} today.", "There was something about {} on television.",
-    "What are people saying about {}?",
-    "Have you heard about {}?", "Who invented {}?", "Who came up with {}?", "My boss asked me about {}.",
-    "My brother is a fan of {}.", "My neighbour is fond of {}.", "He said that {} works best for him.",
-    "She said that she enjoys {}.", "They want {} whenever possible.", "He would rather have {}.",
-    "Her favourite is {}.", "I read an article about {}.", "There is an article about {}.",
+    "My neighbour prefers {}.", "A friend of mine loves {}.", "My brother is a fan of {}.",
+    "My neighbour is fond of {}.", "He said that {} works best for him.", "She said that she enjoys {}.",
+    "They want {} whenever possible.", "He would rather have {}.", "Her favourite is {}.",
 )  # fmt: skip
-"""What names a value and is no preference."""
+"""What others like; ``{}`` is the value."""
+
+TOPIC = (
+    "A friend told me about {}.", "Someone told me about {}.", "I saw something about {} today.",
+    "There was something about {} on television.", "What are people saying about {}?", "Have you heard about {}?",
+    "Who invented {}?", "Who came up with {}?", "My boss asked me about {}.", "I read an article about {}.",
+    "There is an article about {}.",
+)  # fmt: skip
+"""What names a value that nobody is said to like."""
+
+NOISE = ("talk", "talk", "question", "others", "topic", "irony")
+"""Kinds of turns that tell no preference, each as likely as its share of this list."""
 
 ABOUT = (
     "gravity", "the tides", "a transformer", "my parents", "Anna", "the new team", "next Friday", "Lisbon",
@@ -170,7 +177,6 @@ class Users(NamedTuple):
         signals: By name, (U, S, T, n).
         wanted: Value that was told last, (U, S, A), up to a session; -1 if none was.
         told: Session in which it was told last, (U, S, A); -1 if never.
-        hidden: Value of aspects that the user never tells, (U, A); -1 for the others.
         changed: Aspect whose value changes, (U,).
         dropped: Aspect that is not mentioned any more, (U,).
         ask: A question about each aspect, (U, S, A).
@@ -184,7 +190,6 @@ class Users(NamedTuple):
     signals: dict[str, np.ndarray]
     wanted: np.ndarray
     told: np.ndarray
-    hidden: np.ndarray
     changed: np.ndarray
     dropped: np.ndarray
     ask: np.ndarray
@@ -207,12 +212,12 @@ def draw(
         n_preference: Preferences of a user.
     """
     texts: dict[str, int] = {}
-    said = {"tell": phrasings(TELL, split), "talk": phrasings(TALK, split), "mention": phrasings(MENTION, split)}
+    lists = {"tell": TELL, "irony": TELL, "talk": TALK, "others": OTHERS, "topic": TOPIC}
+    said = {kind: phrasings(choices, split) for kind, choices in lists.items()}
     asked = [phrasings(aspect.ask, split) for aspect in ASPECTS]
     n_aspect = len(ASPECTS)
     turn, aspect, value = (np.full((n_user, n_session, n_turn), -1) for _ in range(3))
     wanted, told = (np.full((n_user, n_session, n_aspect), -1) for _ in range(2))
-    hidden = np.full((n_user, n_aspect), -1)
     earnest, mocking = np.zeros(turn.shape, dtype=bool), np.zeros(turn.shape, dtype=bool)
     chosen = np.stack([rng.permutation(n_aspect) for _ in range(n_user)])
 
@@ -228,9 +233,6 @@ def draw(
     for u in range(n_user):
         own = chosen[u, :n_preference]
         likes = {int(a): int(rng.integers(len(ASPECTS[a].values))) for a in own}
-        hidden[u, chosen[u, n_preference:]] = [
-            int(rng.integers(len(ASPECTS[a].values))) for a in chosen[u, n_preference:]
-        ]
         for s in range(n_session):
             if s == n_session // 2:
                 a = int(own[0])
@@ -247,7 +249,7 @@ def draw(
                     kind, earnest[place] = "tell", True
                     wanted[u, s, a], told[u, s, a] = v, s
                 else:
-                    kind = ("talk", "talk", "question", "mention", "irony")[int(rng.integers(5))]
+                    kind = NOISE[int(rng.integers(len(NOISE)))]
                     a = int(rng.integers(n_aspect))
                     v = int(rng.integers(len(ASPECTS[a].values)))
                     mocking[place] = kind == "irony"
@@ -256,17 +258,15 @@ def draw(
                 elif kind == "talk":
                     turn[place] = number(pick(said["talk"]))
                 else:
-                    words = said["mention" if kind == "mention" else "tell"]
-                    turn[place] = number(pick(words).format(ASPECTS[a].values[v]))
+                    turn[place] = number(pick(said[kind]).format(ASPECTS[a].values[v]))
                     aspect[place], value[place] = a, v
     angle = rng.uniform(0, 2 * np.pi, turn.shape)
     signals = {
         "hour": np.stack([np.cos(angle), np.sin(angle)], axis=-1),
-        "tone": (np.where(mocking, -0.6, 0.3 + 0.2 * earnest) + 0.2 * rng.standard_normal(turn.shape))[..., None],
-        "style": (0.3 * earnest + 0.5 * rng.standard_normal(turn.shape))[..., None],
+        "tone": (np.where(mocking, -0.6, 0.3) + 0.2 * rng.standard_normal(turn.shape))[..., None],
     }
     return Users(
         texts=list(texts), turn=turn, aspect=aspect, value=value, earnest=earnest,
         signals={name: part.astype(np.float32) for name, part in signals.items()},
-        wanted=wanted, told=told, hidden=hidden, changed=chosen[:, 0], dropped=chosen[:, 1], ask=ask,
+        wanted=wanted, told=told, changed=chosen[:, 0], dropped=chosen[:, 1], ask=ask,
     )  # fmt: skip

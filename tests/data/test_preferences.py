@@ -5,7 +5,7 @@ import re
 import numpy as np
 import pytest
 
-from memlm.data.preferences import ABOUT, ASPECTS, MENTION, SIGNALS, TALK, TELL, Users, draw, phrasings
+from memlm.data.preferences import ABOUT, ASPECTS, OTHERS, SIGNALS, TALK, TELL, TOPIC, Split, Users, draw, phrasings
 
 
 @pytest.fixture(scope="module")
@@ -18,7 +18,7 @@ def pattern(texts: tuple[str, ...]) -> re.Pattern[str]:
 
 
 def test_what_evaluation_says_is_never_said_in_training() -> None:
-    for choices in (TELL, TALK, MENTION, *(aspect.ask for aspect in ASPECTS)):
+    for choices in (TELL, TALK, OTHERS, TOPIC, *(aspect.ask for aspect in ASPECTS)):
         train, held = phrasings(choices, "train"), phrasings(choices, "evaluation")
         assert set(train).isdisjoint(held)
         assert set(train) | set(held) == set(choices)
@@ -29,8 +29,38 @@ def test_what_evaluation_says_is_never_said_in_training() -> None:
     assert set(train.texts).isdisjoint(evaluation.texts)
 
 
+@pytest.mark.parametrize("split", ["train", "evaluation"])
+def test_both_splits_say_every_kind_of_noise(split: Split) -> None:
+    users = draw(np.random.default_rng(0), n_user=40, n_session=18, n_turn=6, split=split)
+    asked = tuple(text for aspect in ASPECTS for text in aspect.ask)
+    kinds = {"tell": TELL, "talk": TALK, "question": asked, "others": OTHERS, "topic": TOPIC}
+    patterns = {kind: pattern(texts) for kind, texts in kinds.items()}
+    counts = dict.fromkeys((*kinds, "irony"), 0)
+    for place in np.ndindex(users.turn.shape):
+        (kind,) = (kind for kind, each in patterns.items() if each.fullmatch(users.texts[users.turn[place]]))
+        counts["irony" if kind == "tell" and not users.earnest[place] else kind] += 1
+    noise = users.turn.size - counts.pop("tell")
+    for kind, share in {"talk": 2 / 6, "question": 1 / 6, "others": 1 / 6, "topic": 1 / 6, "irony": 1 / 6}.items():
+        assert counts[kind] / noise == pytest.approx(share, abs=0.03), kind  # 3 standard deviations are 0.025
+
+
+def test_signals_tell_no_preference_without_the_words(users: Users) -> None:
+    """In earnest or not: the same tone but for irony, and the same hours."""
+    tone, hour = users.signals["tone"][..., 0], users.signals["hour"]
+    irony = ~users.earnest & np.isin(
+        users.turn, [i for i, text in enumerate(users.texts) if pattern(TELL).fullmatch(text)]
+    )
+    noise = ~users.earnest & ~irony
+    assert tone[irony].mean() == pytest.approx(-0.6, abs=0.05)
+    for signal in (tone, hour[..., 0], hour[..., 1]):
+        told, other = signal[users.earnest], signal[noise]
+        error = np.sqrt(told.var() / told.size + other.var() / other.size)
+        assert abs(told.mean() - other.mean()) < 4 * error
+        assert told.std() == pytest.approx(other.std(), rel=0.15)
+
+
 def test_labels_are_those_of_the_sentences(users: Users) -> None:
-    tell, mention = pattern(TELL), pattern(MENTION)
+    tell, mention = pattern(TELL), pattern(OTHERS + TOPIC)
     values = {value.lower(): (a, v) for a, aspect in enumerate(ASPECTS) for v, value in enumerate(aspect.values)}
     assert len(values) == sum(len(aspect.values) for aspect in ASPECTS), "a value of two aspects"
     kinds = set()
@@ -59,7 +89,6 @@ def test_what_is_wanted_is_what_was_told_last(users: Users) -> None:
             for a in range(len(ASPECTS)):
                 assert (users.wanted[u, s, a], users.told[u, s, a]) == last.get(a, (-1, -1))
         assert len(last) <= 4
-        assert not set(last) & set(np.flatnonzero(users.hidden[u] >= 0))
 
 
 def test_one_preference_changes_and_another_is_dropped(users: Users) -> None:
