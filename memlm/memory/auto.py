@@ -82,9 +82,7 @@ class AutoMemory(Memory):
         self.to_value = nn.Linear(d_model, d_model, bias=False)
         self.to_output = nn.Linear(d_model, d_model, bias=False)
         self.read_gate = nn.Linear(d_model, 1)
-        for linear in (m for m in self.modules() if isinstance(m, nn.Linear)):
-            nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
-            nn.init.zeros_(linear.bias) if linear.bias is not None else None
+        self.init_linears()
         # Everything is kept at first: what is not kept is not read, and nothing would tell that it is missed.
         nn.init.constant_(self.score_net[2].bias, 2.0)  # type: ignore[arg-type]
         nn.init.normal_(self.score_net[2].weight, std=0.1 * d_score**-0.5)  # type: ignore[arg-type]

@@ -118,6 +118,13 @@ class Memory(nn.Module):
     lookback: int = 0
     wants_surprise: bool = False
 
+    def init_linears(self) -> None:
+        """Initial values of all linear maps of the module: weights of variance 1 / fan-in, biases of zero."""
+        for linear in (m for m in self.modules() if isinstance(m, nn.Linear)):
+            nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
+            if linear.bias is not None:
+                nn.init.zeros_(linear.bias)
+
     def init_state(self, n_row: int) -> State:
         """A fresh state of ``n_row`` rows on the module's device."""
         raise NotImplementedError

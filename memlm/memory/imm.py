@@ -86,9 +86,7 @@ class ImplicitMemory(Memory):
         self.similarity_to_output = nn.Linear(n_slot, d_model)
         self.content_to_output = nn.Linear(d_model, d_model, bias=False) if content_read else None
         self.read_gate = nn.Linear(d_model, 1)
-        for linear in (m for m in self.modules() if isinstance(m, nn.Linear)):
-            nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
-            nn.init.zeros_(linear.bias) if linear.bias is not None else None
+        self.init_linears()
 
     def init_state(self, n_row: int) -> ImplicitState:
         """Slots at their start, which are not read before they are written."""

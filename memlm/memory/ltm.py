@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from memlm.memory.base import Memory, Residual, Scope, Segment, Trace
+from memlm.memory.state import take
 from memlm.retrieval.exact import Pool, attend
 
 _EMPTY = -(2.0**23)  # priority of the first empty slot; slot i has _EMPTY + i, so that banks fill from the front
@@ -230,13 +231,13 @@ class LongTermMemory(Memory):
         start = self._age(state.priority, complete)
         victim, order, accept = _replace(start, candidates.priority)
         stored = {
-            name: _put(getattr(state, name), victim, accept, _take(part, order))
+            name: _put(getattr(state, name), victim, accept, take(part, order))
             for name, part in candidates._asdict().items()
         }
-        stored["priority"] = _put(start, victim, accept, _take(candidates.priority, order))
+        stored["priority"] = _put(start, victim, accept, take(candidates.priority, order))
         new = LongTermState(
             **stored,
-            record=_put(state.record, victim, accept, state.n_record[:, None] + _take(record, order)),
+            record=_put(state.record, victim, accept, state.n_record[:, None] + take(record, order)),
             n_record=state.n_record + complete,
             host_used=(state.host_used + victim.shape[1]).clamp(max=self.n_slot),
         )
@@ -292,7 +293,7 @@ class LongTermMemory(Memory):
 
         def settle(old: Tensor, new: Tensor) -> Tensor:
             shape = (*slot.shape, *[1] * (old.dim() - 2))
-            value = torch.where((owner >= 0).view(shape), _take(new, owner.clamp(min=0)), _take(old, slot))
+            value = torch.where((owner >= 0).view(shape), take(new, owner.clamp(min=0)), take(old, slot))
             value = torch.where(attached.view(shape), value, value.detach())
             return old.scatter(1, slot.view(shape).expand_as(value), value)
 
@@ -481,7 +482,7 @@ class LongTermMemory(Memory):
         def pick(part: Tensor, shift: int = 0) -> Tensor:  # (B, C + N, ...) -> (B, S, K, ...)
             start = torch.arange(n_segment, device=part.device)[:, None] * n_token
             cell = (best.indices + start + shift).clamp(max=part.shape[1] - 1)
-            return _take(part, cell.flatten(1)).unflatten(1, cell.shape[1:])
+            return take(part, cell.flatten(1)).unflatten(1, cell.shape[1:])
 
         with torch.autocast(hidden.device.type, enabled=False):  # of the chosen tokens alone
             key = F.normalize(self.to_key(pick(normed)), dim=-1)
@@ -495,7 +496,7 @@ class LongTermMemory(Memory):
             priority=best.values,
             position=position.gather(2, best.indices),
             document=segment.document[..., None].expand_as(best.indices),
-            tokens=_take(snippet.flatten(0, 1), best.indices.flatten(0, 1))
+            tokens=take(snippet.flatten(0, 1), best.indices.flatten(0, 1))
             .unflatten(0, best.indices.shape[:2])
             .to(torch.int32),
         )
@@ -610,11 +611,6 @@ def _replace(bank: Tensor, new: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     best = new.topk(n_new, dim=1)
     worst = bank.topk(n_new, dim=1, largest=False)
     return worst.indices, best.indices, best.values > worst.values
-
-
-def _take(part: Tensor, index: Tensor) -> Tensor:
-    """``part`` (B, M, ...) at ``index`` (B, K): (B, K, ...)."""
-    return part.gather(1, index.view(*index.shape, *[1] * (part.dim() - 2)).expand(*index.shape, *part.shape[2:]))
 
 
 def _put(part: Tensor, index: Tensor, accept: Tensor, new: Tensor) -> Tensor:

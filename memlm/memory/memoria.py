@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from memlm.memory.base import Memory, Residual, Segment, Trace
-from memlm.memory.state import where_rows
+from memlm.memory.state import take, where_rows
 
 Compat = Literal["none", "1.0.0", "1.1.0"]
 
@@ -186,7 +186,7 @@ class EngramGraph:
     def _score(self, engrams: Engrams) -> Tensor:
         """Nearness of every engram to working memory, and of a zero vector, (B, C + 1). Only the order matters."""
         slots = self.working(engrams)
-        working = _take(engrams.data, slots.clamp(min=0))  # (B, W, D)
+        working = take(engrams.data, slots.clamp(min=0))  # (B, W, D)
         data = F.pad(engrams.data, (0, 0, 0, 1))
         if self.compat == "1.0.0":  # mean of exp(-d^2), as a logarithm: it does not underflow
             return torch.cdist(working, data).square().neg().logsumexp(dim=1)
@@ -242,7 +242,7 @@ class EngramGraph:
 
         # Where searches start: one for each short-term engram or null one, (B, S).
         column = end + n_short - self.n_stm + torch.arange(self.n_stm, device=device)
-        starts = _take(_mask(chosen, n_slot), column)
+        starts = take(_mask(chosen, n_slot), column)
         edges = _rows(engrams.cofire, order.gather(1, column))  # (B, S, C)
         edges = edges.gather(2, order[:, None].expand_as(edges)) * starts[..., None]
         edges = edges.masked_fill(~long[:, None], -1)
@@ -250,7 +250,7 @@ class EngramGraph:
             noise = _noise(engrams.birth.gather(1, order), column)
         tie = noise * (edges == edges.amax(dim=2, keepdim=True))
         begun = tie.masked_fill(place < first, -1.0).argmax(dim=2)
-        begun = torch.where((column >= column[:, -1:] + 1 - n_short.max()) & _take(long, begun), begun, -1)
+        begun = torch.where((column >= column[:, -1:] + 1 - n_short.max()) & take(long, begun), begun, -1)
         found = _mask(begun, n_slot)  # (B, C)
 
         # Each distinct start is one path; -1 is a path of nothing, and -2 none at all.
@@ -276,7 +276,7 @@ class EngramGraph:
         wrong = torch.where(found, place + shift, -1).topk(n_slot, dim=1).values
         wrong = torch.where(some_long, _mask(wrong, n_slot), (place == first) & some_short)
         final = _best(score.masked_fill(~wrong, -torch.inf), self.n_reminded_ltm, (null, missing))
-        final = torch.where(_take(_mask(chosen, n_slot), final.clamp(min=0)), -1, final)
+        final = torch.where(take(_mask(chosen, n_slot), final.clamp(min=0)), -1, final)
         reminded = torch.cat([chosen, final], dim=1)
         return torch.where(reminded >= 0, order.gather(1, reminded.clamp(min=0)), -1)
 
@@ -301,13 +301,8 @@ def _mask(index: Tensor, n: int) -> Tensor:
     return mask.scatter(1, torch.where(index < 0, n, index), True)[:, :n]
 
 
-def _take(part: Tensor, index: Tensor) -> Tensor:
-    """``part`` (B, C, ...) at ``index`` (B, K): (B, K, ...)."""
-    return part.gather(1, index.view(*index.shape, *[1] * (part.dim() - 2)).expand(*index.shape, *part.shape[2:]))
-
-
 def _rows(cofire: Tensor, index: Tensor) -> Tensor:
-    """Rows ``index`` (B, K) of ``cofire`` (B, C, C): (B, K, C). As `_take`, but whole rows are copied at once."""
+    """Rows ``index`` (B, K) of ``cofire`` (B, C, C): (B, K, C). As `take`, but whole rows are copied at once."""
     start = torch.arange(len(cofire), device=index.device)[:, None] * cofire.shape[1]
     return cofire.flatten(0, 1).index_select(0, (start + index).flatten()).unflatten(0, index.shape)
 
@@ -401,10 +396,7 @@ class MemoriaMemory(Memory):
         self.read_value = nn.Linear(d_model, d_model, bias=False)
         self.to_output = nn.Linear(d_model, d_model, bias=False)
         self.read_gate = nn.Linear(d_model, 1)
-        for linear in (m for m in self.modules() if isinstance(m, nn.Linear)):
-            nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
-            if linear.bias is not None:
-                nn.init.zeros_(linear.bias)
+        self.init_linears()
 
     def init_state(self, n_row: int) -> MemoriaState:
         """No engrams."""
@@ -417,7 +409,7 @@ class MemoriaMemory(Memory):
         """Keys and values of the engrams to read, (B, A, D) each, and their slots, (B, A), -1 where none."""
         engrams, at = state.engrams, state.active.clamp(min=0)
         held = (state.active >= 0) & (engrams.kind.gather(1, at) != EMPTY)
-        content = self.engram_norm(_take(engrams.data, at))
+        content = self.engram_norm(take(engrams.data, at))
         return self.read_key(content), self.read_value(content), state.active.masked_fill(~held, -1)
 
     def read(self, x: Tensor, recalled: tuple[Tensor, Tensor, Tensor], layer: int) -> Residual:

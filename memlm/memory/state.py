@@ -75,6 +75,11 @@ def where_rows(mask: Tensor, chosen: State, other: State) -> State:
     return map_tensors(pick, chosen, other)
 
 
+def take(part: Tensor, index: Tensor) -> Tensor:
+    """``part`` (B, M, ...) at ``index`` (B, K): (B, K, ...)."""
+    return part.gather(1, index.view(*index.shape, *[1] * (part.dim() - 2)).expand(*index.shape, *part.shape[2:]))
+
+
 def select_rows(state: State, index: Tensor) -> State:
     """Rows ``index`` (N,) of ``state``: permutes, repeats or drops rows."""
     return map_tensors(lambda tensor: tensor.index_select(0, index.to(tensor.device)), state)

@@ -66,10 +66,7 @@ class ShortTermMemory(Memory):
         self.read_value = nn.Linear(d_model, d_model, bias=False)
         self.to_output = nn.Linear(d_model, d_model, bias=False)
         self.read_gate = nn.Linear(d_model, 1)
-        for linear in (m for m in self.modules() if isinstance(m, nn.Linear)):
-            nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
-            if linear.bias is not None:
-                nn.init.zeros_(linear.bias)
+        self.init_linears()
 
     def init_state(self, n_row: int) -> ShortTermState:
         """Empty slots."""

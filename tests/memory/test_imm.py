@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from memlm.memory.base import Segment
 from memlm.memory.imm import ImplicitMemory, ImplicitState
+from tests.memory.segments import segment_of
 
 D, T, N = 8, 5, 3
 
@@ -45,26 +45,6 @@ class Source(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         self.update(x)
         return self.read(x)
-
-
-def segment_of(hidden: Tensor, valid: list[int] | None = None, complete: list[bool] | None = None) -> Segment:
-    """One segment per row of (B, T, D) or (B, T, L, D); ``valid`` tokens of each are no padding."""
-    n_row, n_token = hidden.shape[:2]
-    yes, zero = torch.ones(n_row, 1, dtype=torch.bool), torch.zeros(n_row, 1, dtype=torch.long)
-    return Segment(
-        ids=torch.zeros(n_row, n_token, dtype=torch.long),
-        embeddings=torch.zeros(n_row, n_token, D),
-        hidden=hidden,
-        valid=torch.arange(n_token) < torch.tensor(valid or [n_token] * n_row)[:, None],
-        complete=yes if complete is None else torch.tensor(complete)[:, None],
-        continues=~yes,
-        closes=~yes,
-        reset=None,
-        position=zero,
-        document=zero,
-        signals=None,
-        lookback=0,
-    )
 
 
 def memory_of(**settings: Any) -> ImplicitMemory:

@@ -7,30 +7,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from memlm.memory.base import Segment
 from memlm.memory.stm import ShortTermMemory, ShortTermState
+from tests.memory.segments import segment_of
 
 D, T = 8, 5
-
-
-def segment_of(hidden: Tensor, valid: list[int] | None = None, complete: list[bool] | None = None) -> Segment:
-    """One segment per row; ``valid`` tokens of each are no padding."""
-    n_row, n_token = hidden.shape[:2]
-    yes, zero = torch.ones(n_row, 1, dtype=torch.bool), torch.zeros(n_row, 1, dtype=torch.long)
-    return Segment(
-        ids=torch.zeros(n_row, n_token, dtype=torch.long),
-        embeddings=torch.zeros_like(hidden),
-        hidden=hidden,
-        valid=torch.arange(n_token) < torch.tensor(valid or [n_token] * n_row)[:, None],
-        complete=yes if complete is None else torch.tensor(complete)[:, None],
-        continues=~yes,
-        closes=~yes,
-        reset=None,
-        position=zero,
-        document=zero,
-        signals=None,
-        lookback=0,
-    )
 
 
 def memory_of(**settings: Any) -> ShortTermMemory:
