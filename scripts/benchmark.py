@@ -169,7 +169,7 @@ class Candidate:
 
 def _gpt2(setup: Setup) -> nn.Module:
     """GPT-2 of transformers in the same shape."""
-    transformers = peer_library()
+    transformers = peer_library(GPT2)
     shape = setup.config["model"]
     config = transformers.GPT2Config(
         vocab_size=setup.n_vocab,
@@ -191,18 +191,37 @@ def _gpt2(setup: Setup) -> nn.Module:
     return model
 
 
-def peer_library() -> Any:
-    """The library ``transformers``.
+class Peer(NamedTuple):
+    """A library that is compared with.
+
+    Attributes:
+        module: What is imported.
+        needs: What a comparison needs it for, in words.
+        without: How to do without.
+    """
+
+    module: str
+    needs: str
+    without: str
+
+
+GPT2 = Peer("transformers", "GPT-2 needs the library transformers", "GPT-2 out with candidates=[none,ltm]")
+MEMORIA_PEER = "memoria-pytorch"
+MEMORIA = Peer("memoria", f"{MEMORIA_PEER} needs it", f"{MEMORIA_PEER} out of candidates")
+
+
+def peer_library(peer: Peer) -> Any:
+    """The library of a peer.
 
     Raises:
         ConfigError: If it is not installed.
     """
     try:
-        return importlib.import_module("transformers")
+        return importlib.import_module(peer.module)
     except ImportError as error:
         raise ConfigError(
-            "The comparison with GPT-2 needs the library transformers: install it with pip install 'memlm[bench]' "
-            "(in a checkout: pip install -e '.[bench]'), or leave GPT-2 out with candidates=[none,ltm]."
+            f"The comparison with {peer.needs}: install it with pip install 'memlm[bench]' "
+            f"(in a checkout: pip install -e '.[bench]'), or leave {peer.without}."
         ) from error
 
 
@@ -313,7 +332,7 @@ def train(
             raise ConfigError(f"{key} must name at least one, and each once; got {list(names)}.")
     configs = {size: size_config(size, overrides) for size in sizes}
     if "gpt2" in candidates:
-        peer_library()
+        peer_library(GPT2)
     import torch
 
     from experiments.base import Result
@@ -450,7 +469,7 @@ def peak(name: str, setup: Setup, threads: int) -> dict[str, float]:
     import memlm.training.module  # noqa: F401 - what every candidate imports counts as idle
 
     if name == "gpt2":
-        peer_library()
+        peer_library(GPT2)
     torch.set_num_threads(threads)
     cuda = setup.device.startswith("cuda")
     idle = 0.0 if cuda else _peak_rss()
@@ -580,9 +599,6 @@ def conditions(metadata: Mapping[str, Any]) -> list[str]:
     ]
 
 
-MEMORIA_PEER = "memoria-pytorch"
-
-
 class EngramSteps:
     """Engrams of one candidate of `memoria`.
 
@@ -600,7 +616,7 @@ class EngramSteps:
 
         self.peer: Any = None
         if name == MEMORIA_PEER:
-            self.peer = memoria_library().Memoria(
+            self.peer = peer_library(MEMORIA).Memoria(
                 num_reminded_stm=settings["n_reminded_stm"],
                 stm_capacity=settings["n_stm"],
                 ltm_search_depth=settings["search_depth"],
@@ -652,21 +668,6 @@ class EngramSteps:
         return n_byte((held.data, held.induce_counts, held.engrams_types, held.lifespan))
 
 
-def memoria_library() -> Any:
-    """The library ``memoria``, of memoria-pytorch.
-
-    Raises:
-        ConfigError: If it is not installed.
-    """
-    try:
-        return importlib.import_module("memoria")
-    except ImportError as error:
-        raise ConfigError(
-            "The comparison with memoria-pytorch needs it: install it with pip install 'memlm[bench]' "
-            f"(in a checkout: pip install -e '.[bench]'), or leave {MEMORIA_PEER} out of candidates."
-        ) from error
-
-
 def memoria(
     candidates: list[Literal["memoria-pytorch", "memlm", "memlm compiled", "memlm as 1.1.0"]],
     n_row: int,
@@ -706,7 +707,7 @@ def memoria(
     if not candidates or len(set(candidates)) < len(candidates):
         raise ConfigError(f"candidates must name at least one, and each once; got {list(candidates)}.")
     if MEMORIA_PEER in candidates:
-        memoria_library()
+        peer_library(MEMORIA)
     import torch
 
     from experiments.base import Result
