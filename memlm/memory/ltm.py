@@ -27,6 +27,7 @@ from memlm.retrieval.exact import Pool, attend
 
 _EMPTY = -(2.0**23)  # priority of the first empty slot; slot i has _EMPTY + i, so that banks fill from the front
 _USED = -(2.0**22)  # every used slot has a priority above this
+_TIE = 1e-3  # weight of a token's own log gate in its worth, to tell the tokens of a span apart
 _CHUNK = 1024  # slots compared at a time when a bank is consolidated
 
 
@@ -423,7 +424,7 @@ class LongTermMemory(Memory):
     def _worth(self, strength: Tensor, log_gate: Tensor, ids: Tensor, position: Tensor, segment: Segment) -> Tensor:
         """What each token is worth when one must go (B, S, C + T), by the rule that ``importance`` names."""
         if self.importance == "span":
-            return strength
+            return strength + _TIE * log_gate
         if self.importance == "token":
             return log_gate
         if self.importance == "fifo":

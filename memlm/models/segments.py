@@ -503,7 +503,8 @@ class SegmentModel(LanguageModel):
         start = torch.arange(n_segment, device=device) * segment_len
         if in_place and mask is not None:
             start = F.pad(valid.sum(dim=2).cumsum(dim=1), (1, 0))[:, :-1]
-        position = (local.position - local.host_open.to(device))[:, None] + start
+        begins = local.position if in_place else local.position - local.host_open.to(device)
+        position = begins[:, None] + start
         document = local.document[:, None].expand(-1, n_segment)
         if reset is not None:
             if reset.dim() == 1:

@@ -84,7 +84,14 @@ def test_span_importance_by_hand() -> None:
         6: -10 / 3,  # (-6 -2 -2) / 3; (-2 -2 -8) / 3 = -4
         7: -4.0,  # (-2 -2 -8) / 3; the half span (-2 -8) / 2 = -5
     }
-    assert held(state) == pytest.approx(expected, abs=1e-5)
+    assert held(state) == pytest.approx({i: v + 1e-3 * gates[i] for i, v in expected.items()}, abs=1e-5)
+
+
+def test_within_a_span_the_tokens_with_the_widest_gates_stay() -> None:
+    memory = ByHand(D, write_budget=2)
+    gates = [-9.0, -1.2, -1.0, -1.1, -9.0, -9.0, -9.0, -9.0, -9.0]
+    state, _ = memory.write(segment_of(memory, [gates], closes=True), memory.init_state(1), [])
+    assert sorted(held(state)) == [2, 3]
 
 
 def test_a_token_of_a_text_shorter_than_half_a_span_counts_for_itself() -> None:
@@ -92,7 +99,7 @@ def test_a_token_of_a_text_shorter_than_half_a_span_counts_for_itself() -> None:
     state, _ = memory.write(
         segment_of(memory, [[-3.0, -1.0] + [-1.0] * 8], closes=True, valid=[2]), memory.init_state(1), []
     )
-    assert held(state) == pytest.approx({0: -3.0})
+    assert held(state) == pytest.approx({0: -3.003})
 
 
 def test_tokens_at_the_end_wait_for_the_next_segment() -> None:
