@@ -6,15 +6,16 @@ itself with the settings of the model's: the same controller, strengths, promoti
 one segment. After every session each preference is asked for by a question that depends on it, and the best ``top_k``
 slots go into the prompt.
 
-The agent is trained here, within a minute, on users and phrasings of its own: first the encoder, so that questions are
-near to what is told about the same aspect, then the controller, by what its choices earn. Prompts about aspects that
-were told by then count: of each, every right memory in it earns 1 and every other one loses 0.1, an utterance in all at
-most 1 either way; writing it costs ``write_price``.
+The agent is trained here, within two minutes, on users and phrasings of its own: first the encoder, so that questions
+are near to what is told about the same aspect and words are not lost, then the controller, by what its choices earn.
+Prompts about aspects that were told by then count: of each, every right memory in it earns 1 and every other one loses
+0.1, an utterance in all at most 1 either way; writing it costs ``write_price``, and less in the first half of training.
 
 A question is answered rightly if the first memory in the prompt that concerns the asked aspect tells, in earnest, the
 value that the user told last. It is asked of the memory as it is; of a wiped one, which cannot know; and of another
 user's. Where the user never told anything about the aspect, a memory that names a value is a false recall. Baselines
-have the same encoder: a store of everything searched by cosine, and the latest ``top_k`` utterances.
+have the same encoder: a store of everything searched by cosine, and the latest ``top_k`` utterances. How far the
+controller could be better is seen beside one that is told what to write.
 
 Shapes: U users, S sessions, T turns per session, A aspects, D width, M slots, k slots in the prompt, W words.
 """
@@ -52,6 +53,7 @@ LABELS = {
     "wiped": "memory wiped (0 by construction)",
     "swapped": "another user's memory",
     "unsignalled": "trained without signals",
+    "perfect": "a controller that is told what to write",
     "everything": "a store of everything",
     "recency": "the latest utterances",
 }
@@ -62,8 +64,7 @@ _BUCKETS = 4096  # of hashed words and pairs of words
 _N_BATCH = 16  # batches of users that controllers are trained on
 _WORD_DROPOUT = 0.3
 _NUISANCE = 0.1  # what a memory in the prompt that is of no use takes off, against 1 for a right one
-_COLORS = {"on": "blue", "wiped": "purple", "swapped": "sky", "everything": "orange",
-           "recency": "vermillion"}  # fmt: skip
+_COLORS = {"on": "blue", "perfect": "green", "everything": "orange", "recency": "vermillion"}
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ class Preferences:
         n_session: Sessions of each.
         n_turn: Turns of a session; the model's memory must have as many short-term slots.
         top_k: Memories that go into a prompt.
-        write_price: What a write costs in training, against 1 for a right answer.
+        write_price: What a write costs in training, against 1 for a right answer; it rises from 0 in the first half.
         n_step: Steps of training a controller, 64 users each; the encoder gets twice as many.
         seed: Of users, initial values and choices.
         n_row: Users simulated at once; the result does not depend on it.
@@ -125,9 +126,7 @@ class Agent(nn.Module):
 
     def forward(self, texts: Sequence[str]) -> Tensor:
         """Vectors of utterances, (N, D); while training, of a part of their words."""
-        bags = [_hashed(text) for text in texts]
-        longest = max(map(len, bags))
-        ids = torch.tensor([bag + [0] * (longest - len(bag)) for bag in bags])
+        ids = _bags(texts)
         if self.training:
             ids = ids * (torch.rand(ids.shape) > _WORD_DROPOUT)
         x = self.words(ids)
@@ -139,6 +138,13 @@ def _hashed(text: str) -> list[int]:
     words = "".join(char if char.isalnum() else " " for char in text.lower()).split()
     pairs = [f"{a} {b}" for a, b in zip(["", *words], [*words, ""], strict=True)]
     return [1 + zlib.crc32(part.encode()) % (_BUCKETS - 1) for part in words + pairs]
+
+
+def _bags(texts: Sequence[str]) -> Tensor:
+    """The numbers of all utterances, (N, L), filled up with 0."""
+    bags = [_hashed(text) for text in texts]
+    longest = max(map(len, bags))
+    return torch.tensor([bag + [0] * (longest - len(bag)) for bag in bags])
 
 
 class Talk(NamedTuple):
@@ -191,14 +197,17 @@ def settings_of(model: Any, cfg: Preferences) -> dict[str, Any]:
 def train_encoder(agent: Agent, cfg: Preferences) -> None:
     """Questions get keys near to what is told about the same aspect; what tells the same value gets one value.
 
-    Contrastive, on phrasings of training; noise is no part of it.
+    Contrastive, on phrasings of training; noise is no part of it. Beside it the words of all that users of training
+    say, whatever it is, are to be told from its vector, so that a controller can see more than aspects and values.
     """
     rng, memory = np.random.default_rng([cfg.seed, 1]), agent.memory
     told = [(a, v, text.format(value)) for a, aspect in enumerate(ASPECTS) for v, value in enumerate(aspect.values)
             for text in phrasings(TELL, "train")]  # fmt: skip
     asked = [(a, -1, text.format(about)) for a, aspect in enumerate(ASPECTS) for text in phrasings(aspect.ask, "train")
              for about in ("it", "this", "Mr Smith", "the old house")]  # fmt: skip
-    parts = [agent.words, agent.mix, memory.cue_norm, memory.content_norm, memory.to_key, memory.to_value]
+    said = draw(np.random.default_rng([cfg.seed, 4]), 64, 12, cfg.n_turn, "train")
+    words_of = nn.Linear(_D, _BUCKETS)
+    parts = [agent.words, agent.mix, memory.cue_norm, memory.content_norm, memory.to_key, memory.to_value, words_of]
     optimizer = torch.optim.AdamW([p for part in parts for p in part.parameters()], lr=3e-3)
     for _ in range(2 * cfg.n_step):
         batch = [told[i] for i in rng.integers(len(told), size=96)] + [
@@ -209,6 +218,10 @@ def train_encoder(agent: Agent, cfg: Preferences) -> None:
         aspect = torch.tensor([a for a, _, _ in batch])
         meaning = torch.tensor([10 * a + v for a, v, _ in batch[:96]])
         loss = _contrast(key[0], aspect) + _contrast(F.normalize(value[0, :96], dim=-1), meaning)
+        texts = [said.texts[i] for i in rng.choice(said.turn.flatten(), size=192)]
+        bags = _bags(texts)
+        share = words_of(memory.cue_norm(agent(texts))).log_softmax(dim=1).gather(1, bags)
+        loss = loss - share[bags > 0].mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -242,13 +255,15 @@ def train_controller(agent: Agent, talks: Sequence[Talk], cfg: Preferences) -> l
     earned = []
     memory.train()
     for step in range(cfg.n_step):
+        # Free at first: what writes are good for must be seen before their price can be weighed.
+        price = cfg.write_price * min(2 * step / cfg.n_step, 1.0)
         reward, decision, baseline, nll = _live(memory, talks[step % len(talks)])
         if memory.controller == "policy":
-            reward = reward - cfg.write_price * decision.chosen
+            reward = reward - price * decision.chosen
             loss = sum(policy_gradient(reward, decision.log_prob, baseline).values())
             loss = loss - memory.exploration * (1 - step / cfg.n_step) * decision.entropy.mean()
         else:
-            loss = nll + cfg.write_price * decision.importance.mean()
+            loss = nll + price * decision.importance.mean()
         earned.append(float(reward.sum(dim=2).mean()))
         optimizer.zero_grad()
         loss.backward()  # type: ignore[union-attr]
@@ -291,13 +306,19 @@ def _live(memory: AdaptiveMemory, talk: Talk) -> tuple[Tensor, Decision, Tensor,
 
 
 def hear(
-    memory: AdaptiveMemory, talk: Talk, state: AdaptiveState, s: int, rows: Sequence[int]
+    memory: AdaptiveMemory, talk: Talk, state: AdaptiveState, s: int, rows: Sequence[int], perfect: bool = False
 ) -> tuple[AdaptiveState, Decision, Tensor]:
-    """The state after session ``s`` of some users, what was chosen, and the reward that was expected, (U, T)."""
+    """The state after session ``s`` of some users, what was chosen, and the reward that was expected, (U, T).
+
+    ``perfect``: not the controller chooses, but what tells a preference is written.
+    """
     number = torch.tensor(list(rows))
     x = talk.x[torch.from_numpy(talk.users.turn[:, s])[number]]  # (U, T, D)
     key, value, logit = memory.encode(x, x, {name: part[number, s] for name, part in talk.signals.items()})
     decision = memory.decide(logit, torch.ones_like(logit, dtype=torch.bool))
+    if perfect:
+        tells = torch.from_numpy(talk.users.earnest[:, s])[number]
+        decision = decision._replace(importance=tells.to(logit.dtype), chosen=tells)
     n_turn = x.shape[1]
     position = (s * n_turn + torch.arange(n_turn)).expand(len(x), -1)
     state = memory.store(state, memory.items(key, value, decision, position), torch.ones(len(x), dtype=torch.bool))
@@ -337,15 +358,15 @@ class Outcome(NamedTuple):
 
 
 @torch.no_grad()
-def simulate(agent: Agent, talk: Talk, cfg: Preferences) -> tuple[Outcome, AdaptiveState]:
-    """All users through all sessions with the agent's memory: what it did, and its state at the end."""
+def simulate(agent: Agent, talk: Talk, cfg: Preferences, perfect: bool = False) -> tuple[Outcome, AdaptiveState]:
+    """All users through all sessions with the agent's memory: what it did, and its state at the end; see `hear`."""
     memory, users = agent.memory, talk.users
     n_session, parts, states = users.turn.shape[1], [], []
     for first in range(0, len(users.turn), cfg.n_row):
         rows = range(first, min(first + cfg.n_row, len(users.turn)))
         state, prompts = memory.init_state(len(rows)), []
         for s in range(n_session):
-            state, _, _ = hear(memory, talk, state, s, rows)
+            state, _, _ = hear(memory, talk, state, s, rows, perfect)
             _, slots = memory.retrieve(talk.x[torch.from_numpy(users.ask[list(rows), s])], state)  # (U, A, k)
             prompts.append(_turns(state.position, slots))
         readable = memory.filled(state) & (state.strength >= memory.retrieval_threshold)
@@ -455,6 +476,7 @@ def run(model: Any, data: Any, cfg: Preferences, progress: Callable[[float], Non
         for name, agent in agents.items():
             if name != main:
                 outcomes[name], _ = simulate(agent, _heard_by(agent, talk), cfg)
+        outcomes["perfect"], _ = simulate(agents[main], talk, cfg, perfect=True)
         outcomes |= {"everything": everything(agents[main], talk, cfg), "recency": recency(talk, cfg)}
     step(1.0)
     rows = [row for name, outcome in outcomes.items() for row in _rows(users, name, outcome)]
@@ -695,8 +717,7 @@ def _headline(metrics: Mapping[str, float], main: str) -> list[dict[str, Any]]:
     compared = {
         "unsignalled": LABELS["unsignalled"],
         **others,
-        "everything": LABELS["everything"],
-        "recency": LABELS["recency"],
+        **{name: LABELS[name] for name in ("perfect", "everything", "recency")},
     }
     entries = [entry("right", "on", f"right preference in the prompt, {CONTROLLERS[main]}", False)]
     entries += [entry("right", name, LABELS[name], True) for name in ("wiped", "swapped")]
@@ -717,7 +738,7 @@ def _headline(metrics: Mapping[str, float], main: str) -> list[dict[str, Any]]:
         entries.append(entry(name, "on", label, False, better))
         entries += [
             entry(name, other, LABELS[other] + certain.get((name, other), ""), True, better)
-            for other in ("everything", "recency")
+            for other in ("perfect", "everything", "recency")
         ]
     return [each for each in entries if each["metric"] in metrics]
 
@@ -731,35 +752,35 @@ def plot(result: Result) -> dict[str, Figure]:
         **{name: LABELS[name] for name in ("wiped", "swapped")},
         "unsignalled": LABELS["unsignalled"],
         **{name: f"controller: {label}" for name, label in CONTROLLERS.items() if name != main},
-        **{name: LABELS[name] for name in ("everything", "recency")},
+        **{name: LABELS[name] for name in ("perfect", "everything", "recency")},
     }
     shown = [name for name in labels if not math.isnan(metrics.get(f"right/{name}", math.nan))]
     if not shown:
         return {}
     percent = PercentFormatter(xmax=1, symbol=" %")
     with style():
-        bars = Figure(figsize=(7.0, 4.6))
-        axes = bars.subplots()
-        rate, low, high = (
-            np.array([metrics[f"{part}right/{name}"] for name in shown]) for part in ("", "low_", "high_")
-        )
-        axes.barh(
-            range(len(shown)), rate, xerr=[(rate - low).clip(min=0), (high - rate).clip(min=0)], capsize=3,
-            color=[PALETTE["blue"] if name == "on" else PALETTE["sky"] for name in shown],
-        )  # fmt: skip
-        axes.axvline(
+        bars = Figure(figsize=(10.5, 5.0))
+        panels = bars.subplots(1, 2, sharey=True)
+        titles = {"right": ("prompts with the right preference", "of questions about preferences in use"),
+                  "false": ("prompts with a preference never told", "of questions about other aspects")}  # fmt: skip
+        for panel, (rate_of, (title, label)) in zip(panels, titles.items(), strict=True):
+            part = [name for name in shown if f"{rate_of}/{name}" in metrics]
+            places = [shown.index(name) for name in part]
+            rate, low, high = (
+                np.array([metrics[f"{end}{rate_of}/{name}"] for name in part]) for end in ("", "low_", "high_")
+            )
+            panel.barh(
+                places, rate, xerr=[(rate - low).clip(min=0), (high - rate).clip(min=0)], capsize=3,
+                color=[PALETTE[_COLORS.get(name, "sky")] for name in part],
+            )  # fmt: skip
+            panel.set(title=title, xlim=(0, 1), xlabel=f"{label}, n = {int(metrics[f'n_{rate_of}/on']):,}")
+            panel.xaxis.set_major_formatter(percent)
+        panels[0].axvline(
             metrics["chance"], color=PALETTE["black"], linestyle=":", linewidth=1.2, label="guess among the values"
         )
-        axes.set_yticks(range(len(shown)), [labels[name] for name in shown])
-        axes.invert_yaxis()
-        axes.set(
-            title="Preferences of simulated users",
-            xlim=(0, 1),
-            xlabel="questions whose prompt has the right preference",
-        )
-        axes.xaxis.set_major_formatter(percent)
-        n = int(metrics["n_right/on"])
-        bars.legend(loc="outside lower center", title=f"bars: 95 % Wilson interval, n = {n:,}")
+        panels[0].set_yticks(range(len(shown)), [labels[name] for name in shown])
+        panels[0].invert_yaxis()
+        bars.legend(loc="outside lower center", title="bars: 95 % Wilson interval")
         time = Figure(figsize=(10.5, 4.2))
         panels = time.subplots(1, 3, sharey=True)
         titles = {
@@ -767,7 +788,7 @@ def plot(result: Result) -> dict[str, Figure]:
             "change": ("a preference that changes", "sessions since the new value was told"),
             "age": ("a preference not told any more", "sessions since it was told last"),
         }
-        lines = {"on": "memory on", "everything": LABELS["everything"], "recency": LABELS["recency"]}
+        lines = {"on": "memory on"} | {name: LABELS[name] for name in ("perfect", "everything", "recency")}
         for panel, (key, (title, label)) in zip(panels, titles.items(), strict=True):
             for name, said in lines.items():
                 _curve(

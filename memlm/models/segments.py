@@ -661,13 +661,14 @@ class SegmentModel(LanguageModel):
         """The local state after the grid; layers that were not run have NaN in their caches."""
         n_segment, segment_len, n_cell = grid.complete.shape[1], self.segment_len, self.lookback + self.segment_len
         device = grid.ids.device
-        done = torch.tensor(grid.n_complete, device=device)
         same = len(set(grid.n_complete)) == 1
         n = grid.n_complete[0]
+        # Numbers known to the host are copied to the device only where they are needed: a copy waits for the device.
+        done = None if same else torch.tensor(grid.n_complete, device=device)
 
         def segment_of(parts: Tensor, beyond: Tensor) -> Tensor:
             """Part of the first segment that is not complete, (B, ...), of (B, S, ...); ``beyond`` if all are."""
-            if same:
+            if done is None:
                 return parts[:, n] if n < n_segment else beyond
             choice = torch.cat([parts, beyond[:, None]], dim=1)
             index = done.view(-1, *[1] * (choice.dim() - 1)).expand(-1, 1, *choice.shape[2:])
@@ -676,7 +677,7 @@ class SegmentModel(LanguageModel):
         def cells_from(flat: Tensor) -> Tensor:
             """Cells of that segment and the lookback, (B, C + T, ...), of (B, C + N, ...)."""
             flat = torch.cat([flat, flat.new_zeros(len(flat), segment_len, *flat.shape[2:])], dim=1)
-            if same:
+            if done is None:
                 return flat[:, n * segment_len : n * segment_len + n_cell]
             index = done[:, None] * segment_len + torch.arange(n_cell, device=device)
             return flat.gather(1, index.view(*index.shape, *[1] * (flat.dim() - 2)).expand(-1, -1, *flat.shape[2:]))
@@ -687,14 +688,14 @@ class SegmentModel(LanguageModel):
         hidden = torch.stack([cells_from(h) for h in hiddens], dim=1) if hiddens else local.hidden
         ids = cells_from(torch.cat([local.ids[:, : self.lookback], grid.ids], dim=1))
         open_len = torch.tensor(grid.open_len)
-        document = segment_of(grid.document, grid.document[:, -1])
+        position = segment_of(grid.position, grid.position[:, -1] + segment_len)
         return LocalState(
             cache=tuple(cache),
             hidden=hidden,
             ids=ids,
             continues=segment_of(grid.continues, torch.ones_like(grid.continues[:, 0])),
-            position=segment_of(grid.position, grid.position[:, -1] + segment_len) + open_len.to(device),
-            document=document,
+            position=position + open_len.to(device) if any(grid.open_len) else position,
+            document=segment_of(grid.document, grid.document[:, -1]),
             host_open=open_len,
         )
 

@@ -184,21 +184,29 @@ def test_the_agent_without_signals_is_trained_and_asked_without_them(monkeypatch
         trained.append((list(agent.memory.signals), {name for talk in talks for name in talk.signals}, moved))
         return earned
 
-    def watch_asking(agent: Agent, talk: Any, cfg: Preferences) -> Any:
+    def watch_asking(agent: Agent, talk: Any, cfg: Preferences, **options: bool) -> Any:
         asked.append((list(agent.memory.signals), list(talk.signals)))
-        return ask(agent, talk, cfg)
+        return ask(agent, talk, cfg, **options)
 
     monkeypatch.setattr(preferences, "train_controller", watch_training)
     monkeypatch.setattr(preferences, "simulate", watch_asking)
     run(model_of(adaptive()), None, SMALL)
     (without,) = (moved for known, heard, moved in trained if not known and not heard)
     assert any(name.startswith("memory.to_importance") for name in without), "zeros put before what knew signals"
-    assert sorted(asked) == sorted([([], []), *[(["hour", "tone"], ["hour", "tone"])] * 4])
+    assert sorted(asked) == sorted([([], []), *[(["hour", "tone"], ["hour", "tone"])] * 5])
+
+
+def test_a_controller_that_is_told_what_to_write_stores_no_noise(result: Result) -> None:
+    told = [row for row in result.rows if row["condition"] == "perfect"]
+    assert sum(row["stored"] for row in told) > 0
+    assert sum(row["stored_noise"] for row in told) == 0
+    assert result.metrics["right/perfect"] > result.metrics["right/on"]
 
 
 def test_figures_are_drawn_from_a_stored_result(result: Result) -> None:
     figures = plot(Result.from_dict(result.to_dict()))
     assert set(figures) == {"preferences", "over_time"}
+    assert len(figures["preferences"].axes) == 2
     assert len(figures["over_time"].axes) == 3
 
 
