@@ -458,6 +458,16 @@ def test_what_was_told_is_recalled_from_long_term_memory() -> None:
     assert right["wiped"] < 0.3
 
 
+@pytest.mark.parametrize("version", ["1.0.0", "1.1.0"])
+def test_as_the_source_a_row_depends_on_its_batch_mates_and_on_nothing_later(version: str) -> None:
+    (node,) = laws.nodes_of("memoria").values()
+    make = laws.builder({"memoria": {**node, "compat": version}})
+    laws.causal(make)
+    laws.chunk_invariant(make)
+    with pytest.raises(AssertionError, match="rows .* differ"):
+        laws.isolated(make)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
