@@ -82,9 +82,10 @@ class LongTermMemory(Memory):
         top_k: Slots that a token reads.
         write_budget: Most slots that one segment may write; None for all its tokens.
         span: Length in tokens of the window whose mean log-gate says what a slot is worth.
-        importance: What decides which slot stays: ``span`` (best mean log-gate of a span that covers it; within
-            a span its own), ``token`` (its own log-gate), ``fifo`` (the oldest goes), ``surprise`` (how badly the model predicts the token that is
-            its value from the hidden state at the memory) or ``random`` (a hash of its token and place).
+        importance: What decides which slot stays: ``span`` (best mean log-gate of a span that covers it; within a span
+            its own), ``token`` (its own log-gate), ``fifo`` (the oldest goes), ``surprise`` (how badly the model
+            predicts the token that is its value from the hidden state at the memory) or ``random`` (a hash of its
+            token and place).
         temperature: Initial inverse temperature of the read; learned.
         retrieval_threshold: Cosine similarity under which a slot is not read at all.
         recency: Initial discount, in units of the score, that a newer slot which matches the query perfectly puts on

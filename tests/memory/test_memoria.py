@@ -464,7 +464,7 @@ def test_as_the_source_a_row_depends_on_its_batch_mates_and_on_nothing_later(ver
     make = laws.builder({"memoria": {**node, "compat": version}})
     laws.causal(make)
     laws.chunk_invariant(make)
-    with pytest.raises(AssertionError, match="rows .* differ"):
+    with pytest.raises(AssertionError, match=r"rows .* differ"):
         laws.isolated(make)
 
 
