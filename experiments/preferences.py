@@ -438,8 +438,9 @@ def run(model: Any, data: Any, cfg: Preferences, progress: Callable[[float], Non
 
     Returns:
         One row per condition and user, counted after the last session over the preferences in use, which are those that
-        were told and not dropped: see `_rows`. For metrics see `summarise`. ``metadata["curves"]`` holds right answers
-        and questions by session, by sessions since a change was told and by sessions since a preference was told last;
+        were told and not dropped: see `_rows`. For metrics see `summarise`; ``half_life/...`` are sessions until a
+        preference that is not told any more is answered half as often. ``metadata["curves"]`` holds right answers and
+        questions by session, by sessions since a change was told and by sessions since a preference was told last;
         ``metadata["example"]`` what one user told and the prompt of a question.
 
     Raises:
@@ -481,7 +482,9 @@ def run(model: Any, data: Any, cfg: Preferences, progress: Callable[[float], Non
     step(1.0)
     rows = [row for name, outcome in outcomes.items() for row in _rows(users, name, outcome)]
     rows += _controls(talk, agents[main].memory, state)
+    curves = {name: _curves(users, outcome) for name, outcome in outcomes.items()}
     metrics = summarise(rows) | {"chance": float(np.mean([1 / len(aspect.values) for aspect in ASPECTS]))}
+    metrics |= {f"half_life/{name}": half_life(curve["age"]) for name, curve in curves.items()}
     memory = agents[main].memory
     metadata = {
         "settings": asdict(cfg),
@@ -491,7 +494,7 @@ def run(model: Any, data: Any, cfg: Preferences, progress: Callable[[float], Non
         "n": cfg.n_user,
         "fades_after": _fades_after(memory),
         "reward": earned,
-        "curves": {name: _curves(users, outcomes[name]) for name in outcomes},
+        "curves": curves,
         "example": _example(users, outcomes["on"]),
         "headline": _headline(metrics, main),
     }  # fmt: skip
@@ -641,7 +644,7 @@ def _curves(users: Users, outcome: Outcome) -> dict[str, list[list[int]]]:
 
 def half_life(curve: Sequence[Sequence[int]]) -> float:
     """Sessions after which fewer than half as many are right as at first; infinite if that is never seen."""
-    rates = [right / asked for right, asked in curve]
+    rates = [right / asked if asked else math.nan for right, asked in curve]
     return float(next((lag for lag, rate in enumerate(rates) if rate < rates[0] / 2), math.inf))
 
 
@@ -740,6 +743,13 @@ def _headline(metrics: Mapping[str, float], main: str) -> list[dict[str, Any]]:
             entry(name, other, LABELS[other] + certain.get((name, other), ""), True, better)
             for other in ("perfect", "everything", "recency")
         ]
+    unused = {"low": None, "high": None, "n": None, "percent": False}
+    entries.append(
+        entry("half_life", "on", "sessions until an unused preference is answered half as often", False) | unused
+    )
+    entries += [
+        entry("half_life", other, LABELS[other], True) | unused for other in ("perfect", "everything", "recency")
+    ]
     return [each for each in entries if each["metric"] in metrics]
 
 

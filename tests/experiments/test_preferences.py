@@ -201,6 +201,7 @@ def test_a_controller_that_is_told_what_to_write_stores_no_noise(result: Result)
     assert sum(row["stored"] for row in told) > 0
     assert sum(row["stored_noise"] for row in told) == 0
     assert result.metrics["right/perfect"] > result.metrics["right/on"]
+    assert result.metrics["half_life/recency"] == 1  # a turn of the last session is gone with the next
 
 
 def test_figures_are_drawn_from_a_stored_result(result: Result) -> None:
