@@ -643,8 +643,10 @@ def _curves(users: Users, outcome: Outcome) -> dict[str, list[list[int]]]:
 
 
 def half_life(curve: Sequence[Sequence[int]]) -> float:
-    """Sessions after which fewer than half as many are right as at first; infinite if that is never seen."""
+    """Sessions after which fewer than half as many are right as at first; infinite if never, NaN if none was right."""
     rates = [right / asked if asked else math.nan for right, asked in curve]
+    if not rates[0] > 0:
+        return math.nan
     return float(next((lag for lag, rate in enumerate(rates) if rate < rates[0] / 2), math.inf))
 
 
@@ -743,7 +745,7 @@ def _headline(metrics: Mapping[str, float], main: str) -> list[dict[str, Any]]:
             entry(name, other, LABELS[other] + certain.get((name, other), ""), True, better)
             for other in ("perfect", "everything", "recency")
         ]
-    unused = {"low": None, "high": None, "n": None, "percent": False}
+    unused = {"low": None, "high": None, "n": None, "percent": False, "better": "lower"}
     entries.append(
         entry("half_life", "on", "sessions until an unused preference is answered half as often", False) | unused
     )

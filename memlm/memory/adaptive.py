@@ -375,7 +375,8 @@ class AdaptiveMemory(Memory):
             cue, content = segment.hidden[:, :-1].float(), segment.embeddings[:, 1:].float()
             key, value, logit = self.encode(cue, content, segment.signals)
             decision = self.decide(logit, valid)
-            new = self.store(state, self.items(key, value, decision, position), segment.complete[:, 0])
+            written = segment.complete[:, 0] & segment.valid[:, self.lookback :].any(dim=1)  # an empty segment is none
+            new = self.store(state, self.items(key, value, decision, position), written)
             n_valid = valid.sum(dim=1).clamp(min=1)  # (B,)
             trace: Trace = {
                 "write_gate": (decision.importance * valid).sum() / n_valid.sum(),

@@ -483,6 +483,16 @@ def empty_segments(make: Make) -> None:
         assert state.local.position[0] == (5 if name == "breaks" else 0), f"{name}: position"
 
 
+@torch.no_grad()
+def closed_once(make: Make) -> None:
+    """Closing a context that is closed already changes nothing: no time passes without text."""
+    for n_open in (0, 5):
+        model = make(memory_layers="all")
+        state = model.new_context(filled(model, n_open=n_open))
+        later = text(3, 2 * T, seed=1)
+        close(logits(model, later, model.new_context(state)), logits(model, later, state), "a context closed twice")
+
+
 # --- 4: reset --------------------------------------------------------------------------------------------------------
 
 

@@ -76,6 +76,10 @@ def test_3_contexts_end_within_a_call_as_between_calls(make: laws.Make) -> None:
     laws.contexts(make)
 
 
+def test_3_contexts_are_closed_once(make: laws.Make) -> None:
+    laws.closed_once(make)
+
+
 def test_3_contexts_may_begin_with_padding(make: laws.Make) -> None:
     laws.empty_segments(make)
 

@@ -112,6 +112,7 @@ def test_counts_by_hand() -> None:
 def test_half_life() -> None:
     assert half_life([[10, 10], [6, 10], [5, 10], [4, 10]]) == 3
     assert half_life([[10, 10], [9, 10]]) == math.inf
+    assert math.isnan(half_life([[0, 10], [0, 10]]))  # what was never known cannot be forgotten
 
 
 @torch.no_grad()
