@@ -35,7 +35,7 @@ class Oracle(NamedTuple):
     promote: Callable[[SegmentModel], None]
 
 
-def span_importance(log_gate: list[float], span: int) -> list[float]:
+def span_strength(log_gate: list[float], span: int) -> list[float]:
     """By token, the best mean of the windows of ``span`` tokens that cover it; half a window inside is enough."""
     n = len(log_gate)
     best = []
@@ -47,6 +47,13 @@ def span_importance(log_gate: list[float], span: int) -> list[float]:
                 means.append(sum(inside) / len(inside))
         best.append(max(means) if means else log_gate[token])
     return best
+
+
+def importance(log_gate: list[float], span: int, kind: str) -> list[float]:
+    """By token, what it is worth: its span's strength, in which its own gate tells the tokens of a span apart."""
+    if kind != "span":
+        return list(log_gate)
+    return [best + 1e-3 * own for best, own in zip(span_strength(log_gate, span), log_gate, strict=True)]
 
 
 def keep(
@@ -62,7 +69,7 @@ def keep(
         n_slot: Size of the bank.
         kind: ``span``, ``token`` or ``fifo``.
     """
-    worth = span_importance(log_gate, span) if kind == "span" else list(log_gate)
+    worth = importance(log_gate, span, kind)
     bank: list[tuple[float, int]] = []
     for s in range((len(log_gate) + 1) // segment_len):
         written = range(max(0, s * segment_len - span), (s + 1) * segment_len - span)
@@ -114,8 +121,8 @@ def long_term_evicts(make: laws.Make, kind: str = "span", of: str = "LongTermMem
                     continue
                 found = torch.tensor(sorted(bank.priority[row].tolist()))
                 laws.close(found, torch.tensor(sorted(worth for worth, _ in expected)), f"{kind}: importance held")
-                spans = span_importance(log_gate, span)
-                worth = spans if kind == "span" else log_gate
+                spans = span_strength(log_gate, span)
+                worth = importance(log_gate, span, kind)
                 for slot, position in enumerate(held):
                     assert abs(spans[position] - float(bank.log_gate[row, slot])) < 1e-4, "strength of another token"
                     assert abs(worth[position] - float(bank.priority[row, slot])) < 1e-4, "importance of another token"
