@@ -134,7 +134,8 @@ def text(n_row: int, n_token: int, seed: int = 0, low: int = 0, high: int = N_VO
 @torch.no_grad()
 def filled(model: SegmentModel, n_row: int = 3, n_open: int = 0, n_segment: int = 7) -> ModelState:
     """A state that holds ``n_segment`` segments, and ``n_open`` tokens of the next."""
-    return model(text(n_row, n_segment * model.segment_len + n_open, seed=9), logits=False).state
+    ids = text(n_row, n_segment * model.segment_len + n_open, seed=9)
+    return model(ids.to(model.embedding.weight.device), logits=False).state
 
 
 @torch.no_grad()

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from memlm.memory.base import Segment
 from memlm.memory.memoria import (
     EMPTY,
     LONG_TERM,
@@ -24,6 +23,7 @@ from memlm.memory.memoria import (
 from memlm.memory.state import tensors
 from tests.conformance import laws
 from tests.memory import memoria_source
+from tests.memory.segments import segment_of
 
 
 class Source:
@@ -304,26 +304,6 @@ def memory_of(**settings: Any) -> MemoriaMemory:
     torch.manual_seed(0)
     small = {"n_slot": 20, "n_working": 2, "n_stm": 6, "n_reminded_stm": 3, "n_reminded_ltm": 3, "search_depth": 2}
     return MemoriaMemory(D, **(small | {"n_head": 2, "lifespan": 3} | settings))
-
-
-def segment_of(hidden: Tensor, valid: list[int] | None = None, complete: list[bool] | None = None) -> Segment:
-    """One segment per row; ``hidden`` (B, T, L, D); ``valid`` tokens of each are no padding."""
-    n_row, n_token = hidden.shape[:2]
-    yes, zero = torch.ones(n_row, 1, dtype=torch.bool), torch.zeros(n_row, 1, dtype=torch.long)
-    return Segment(
-        ids=torch.zeros(n_row, n_token, dtype=torch.long),
-        embeddings=torch.zeros_like(hidden[:, :, 0]),
-        hidden=hidden,
-        valid=torch.arange(n_token) < torch.tensor(valid or [n_token] * n_row)[:, None],
-        complete=yes if complete is None else torch.tensor(complete)[:, None],
-        continues=yes,
-        closes=~yes,
-        reset=None,
-        position=zero,
-        document=zero,
-        signals=None,
-        lookback=0,
-    )
 
 
 def hidden_of(n_row: int, seed: int, n_layer: int = 2) -> Tensor:

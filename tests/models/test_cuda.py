@@ -39,13 +39,6 @@ def on_gpu(model: SegmentModel) -> SegmentModel:
     return model
 
 
-@torch.no_grad()
-def filled(model: SegmentModel) -> ModelState:
-    """A state that holds several segments and evictions."""
-    ids = laws.text(3, 7 * model.segment_len, seed=9)
-    return model(ids.to(model.embedding.weight.device), logits=False).state
-
-
 def step(model: SegmentModel, ids: torch.Tensor, state: ModelState | None) -> tuple[torch.Tensor, ModelState, list]:
     out = model(ids, state=state)
     loss = F.cross_entropy(out.logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
@@ -55,7 +48,7 @@ def step(model: SegmentModel, ids: torch.Tensor, state: ModelState | None) -> tu
 def test_outputs_and_gradients_are_those_of_the_cpu(model: SegmentModel) -> None:
     gpu = on_gpu(model)
     ids = laws.text(3, 4 * laws.T + 5, seed=1)
-    state, moved = filled(model), filled(gpu)
+    state, moved = laws.filled(model), laws.filled(gpu)
     expected, state, gradients = step(model, ids, state)
     got, moved, moved_gradients = step(gpu, ids.cuda(), moved)
     laws.close(got.cpu(), expected, "logits", 1e-3)
@@ -77,10 +70,10 @@ def test_autocast(model: SegmentModel) -> None:
     model = on_gpu(model)
     ids = laws.text(3, 4 * laws.T, seed=1).cuda()
     with torch.autocast("cuda", torch.bfloat16):
-        logits, state, gradients = step(model, ids, filled(model))
+        logits, state, gradients = step(model, ids, laws.filled(model))
     assert torch.isfinite(logits).all()
     assert all(torch.isfinite(g).all() for g in gradients if g is not None)
-    full, _, _ = step(model, ids, filled(model))
+    full, _, _ = step(model, ids, laws.filled(model))
     error = (logits.float() - full).norm() / full.norm()
     assert error < 0.1, f"bf16 logits differ by {error:.3f} of their norm"
     assert all(t.device.type == "cuda" for name, t in laws.named_tensors(state) if "host_" not in name)
@@ -89,7 +82,7 @@ def test_autocast(model: SegmentModel) -> None:
 def test_a_training_step_does_not_wait_for_the_gpu(model: SegmentModel) -> None:
     model = on_gpu(model)
     ids = laws.text(3, 4 * laws.T, seed=1).cuda()
-    state = filled(model)
+    state = laws.filled(model)
     step(model, ids, state)
     torch.cuda.set_sync_debug_mode("error")
     try:
