@@ -106,8 +106,9 @@ class ImplicitMemory(Memory):
         loud = similarity.abs() * self.similarity_to_output.weight.norm(dim=0)
         weights = loud / loud.sum(dim=-1, keepdim=True).clamp(min=1e-12)
         if self.content_to_output is not None:
-            score = self._scores(similarity).exp() * written
-            share = score / score.sum(dim=-1, keepdim=True).clamp(min=1e-12)  # (B, T, n), 0 if nothing is written
+            score = self._scores(similarity)
+            score = score.masked_fill(~written, torch.finfo(score.dtype).min)
+            share = score.softmax(dim=-1) * written  # (B, T, n), 0 if nothing is written
             read = read + self.content_to_output(share @ unit * unit.shape[-1] ** 0.5)
             weights = (weights + share) / 2
         gate = self.read_gate(x).sigmoid() * written.any(dim=2, keepdim=True)  # (B, T, 1)
