@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
-from memlm.config import ConfigError, check_arguments, cli, config_dir, did_you_mean, instantiate, run_dir, to_dict
+from memlm.config import ConfigError, cli, config_dir, did_you_mean, run_dir, to_dict
 
 if TYPE_CHECKING:
     from memlm.models.base import LanguageModel
@@ -27,33 +27,21 @@ def changes(change: Any, model: LanguageModel) -> dict[str, Any]:
     Raises:
         ConfigError: If the model lacks such a memory, the memory refuses a value, or it would need other weights.
     """
-    import torch
+    from memlm.training.module import check_memory_settings
 
     if change is None:
         return {}
     if not isinstance(change, dict):
         raise ConfigError(f"change must be settings by name.attribute, as {{ltm.importance: fifo}}, got {change!r}")
     nodes = model.config["memory"]
-    settings: dict[str, dict[str, Any]] = {}
-    for key, value in change.items():
-        name, _, attribute = str(key).partition(".")
+    for key in change:
+        name = str(key).partition(".")[0]
         if name not in nodes:
             raise ConfigError(
                 f"change: the model has no memory {name!r} to set {key} of.{did_you_mean(name, nodes)} It has: "
                 f"{', '.join(nodes) or 'none'}"
             )
-        if attribute in nodes[name]:  # else not of the constructor: whether the memory has it is checked when it is set
-            settings.setdefault(name, {})[attribute] = value
-    for name, new in settings.items():
-        check_arguments(nodes[name]["_target_"], new, f"change.{name}", ())
-        with torch.random.fork_rng(devices=[]):
-            changed = instantiate(nodes[name] | new, f"change.{name}", model.config["model"]["d_model"])
-        old = model.memory[name][0]
-        shapes, known = ([part.shape for part in module.parameters()] for module in (changed, old))
-        fixed = shapes != known or (changed.lookback, changed.scope) != (old.lookback, old.scope)
-        if fixed or not all(hasattr(old, attribute) for attribute in new):
-            given = ", ".join(f"{name}.{attribute}" for attribute in new)
-            raise ConfigError(f"change: {given} cannot be changed after training, as the model was built around it")
+    check_memory_settings(model, change, "change")
     return change
 
 

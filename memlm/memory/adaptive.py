@@ -13,6 +13,7 @@ short-term ones first, k slots read.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Literal, NamedTuple, get_args
 
@@ -129,14 +130,14 @@ class AdaptiveMemory(Memory):
         for name, threshold in thresholds.items():
             if not 0 <= threshold <= 1:
                 raise ValueError(f"{name} must be in 0..1, got {threshold}")
-        if not temperature > 0:
+        if not 0 < temperature < math.inf:
             raise ValueError(f"temperature must be positive, got {temperature}")
         for name, weight in {"gate_penalty": gate_penalty, "exploration": exploration}.items():
-            if weight < 0:
+            if not 0 <= weight < math.inf:
                 raise ValueError(f"{name} must not be negative, got {weight}")
         for name, width in (signals or {}).items():
-            if width < 1:
-                raise ValueError(f"signals.{name} must be at least 1 number, got {width}")
+            if not isinstance(width, int) or width < 1:
+                raise ValueError(f"signals.{name} must be how many numbers it has, at least 1, got {width!r}")
         self.n_slot, self.n_short, self.d_key, self.d_value = n_slot, n_short, d_key, d_value
         self.top_k, self.write_budget, self.controller, self.decay = top_k, write_budget, controller, decay
         self.match_threshold, self.promote_at = match_threshold, promote_at

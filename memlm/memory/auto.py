@@ -9,6 +9,7 @@ Shapes: B rows, T tokens per segment, D model width, M slots, K = M + T candidat
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -71,7 +72,7 @@ class AutoMemory(Memory):
             raise ValueError(f"d_score must be at least 1, got {d_score}")
         if not 0 < budget <= 1:
             raise ValueError(f"budget must be in (0, 1], got {budget}")
-        if budget_penalty < 0:
+        if not 0 <= budget_penalty < math.inf:
             raise ValueError(f"budget_penalty must not be negative, got {budget_penalty}")
         self.n_slot, self.threshold = n_slot, threshold
         self.budget, self.budget_penalty = budget, budget_penalty

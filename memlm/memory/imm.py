@@ -8,6 +8,7 @@ Shapes: B rows, T tokens per segment, L layers that write, D model width, n slot
 
 from __future__ import annotations
 
+import math
 from typing import Literal, NamedTuple
 
 import torch
@@ -67,7 +68,7 @@ class ImplicitMemory(Memory):
         super().__init__()
         if n_slot < 1:
             raise ValueError(f"n_slot must be at least 1, got {n_slot}")
-        if temperature <= 0:
+        if not 0 < temperature < math.inf:
             raise ValueError(f"temperature must be above 0, got {temperature}")
         if not 0 < update_rate <= 1:
             raise ValueError(f"update_rate must be in (0, 1], got {update_rate}")

@@ -14,6 +14,7 @@ writes, N = S * T, k slots read per token.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -145,9 +146,11 @@ class LongTermMemory(Memory):
             raise ValueError(f"retrieval_threshold is a cosine, so in -1..1, got {retrieval_threshold}")
         if not 0 < gate_floor <= 1:
             raise ValueError(f"gate_floor must be in (0, 1], got {gate_floor}")
-        if not temperature > 0:
+        if not 0 < temperature < math.inf:
             raise ValueError(f"temperature must be positive, got {temperature}")
-        if recency is not None and not recency > 0:
+        if not 0 <= gate_penalty < math.inf:
+            raise ValueError(f"gate_penalty must not be negative, got {gate_penalty}")
+        if recency is not None and not 0 < recency < math.inf:
             raise ValueError(f"recency must be positive, or null for no discount, got {recency}")
         for name, choice, choices in (
             ("importance", importance, ("span", "token", "fifo", "surprise", "random")),

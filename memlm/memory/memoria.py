@@ -10,6 +10,7 @@ A = W + R engrams read, S engrams of short-term memory, L attached layers, H hea
 
 from __future__ import annotations
 
+import math
 from typing import Literal, NamedTuple, get_args
 
 import torch
@@ -376,7 +377,7 @@ class MemoriaMemory(Memory):
             raise ValueError(
                 f"n_slot must hold working and short-term memory, n_working + n_stm = {n_working + n_stm}, got {n_slot}"
             )
-        if not extension >= 0:
+        if not 0 <= extension < math.inf:
             raise ValueError(f"extension must be at least 0, got {extension}")
         if n_head < 1 or d_model % n_head:
             raise ValueError(f"n_head must divide d_model ({d_model}), got {n_head}")

@@ -199,8 +199,9 @@ class SegmentModel(LanguageModel):
         gradient_checkpointing: bool = False,
     ) -> None:
         super().__init__()
-        if n_layer < 1:
-            raise ValueError(f"model.n_layer must be at least 1, got {n_layer}")
+        for name, number in {"n_layer": n_layer, "d_model": d_model, "segment_len": segment_len}.items():
+            if number < 1:
+                raise ValueError(f"model.{name} must be at least 1, got {number}")
         if not 0 <= overlap <= segment_len:
             raise ValueError(f"model.overlap must be in 0..segment_len ({segment_len}), got {overlap}")
         self.n_vocab, self.d_model, self.n_layer = n_vocab, d_model, n_layer

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from memlm.checkpoint import describe
-from memlm.config import ConfigError, did_you_mean
+from memlm.config import ConfigError, check_arguments, did_you_mean, instantiate
 from memlm.data.stream import Batch
 from memlm.memory import state as states
 from memlm.models.base import LanguageModel
@@ -68,8 +68,10 @@ class LanguageModeling(lightning.LightningModule):
                 f"{self.trainer.world_size}: use trainer.devices=1, or scope=sequence"
             )
         curriculum = getattr(self.trainer.datamodule, "curriculum", None)  # type: ignore[attr-defined]
-        for phase in curriculum.phases if curriculum is not None else []:
-            _check_memory_settings(self.model, phase.memory)
+        for i, phase in enumerate(curriculum.phases if curriculum is not None else []):
+            for end in (0, -1):
+                settings = {n: v[end] if isinstance(v, list | tuple) else v for n, v in phase.memory.items()}
+                check_memory_settings(self.model, settings, f"curriculum.phases[{i}].memory")
         # Not nn.Module.compile: the model itself stays as it is for evaluation, whose shapes vary. Keys stay the same.
         self._compiled = torch.compile(self.model.forward) if self.settings.compile else None
 
@@ -283,7 +285,7 @@ def memory_settings(model: LanguageModel, settings: Mapping[str, Any]) -> Iterat
     Raises:
         ConfigError: If a memory has no such attribute.
     """
-    _check_memory_settings(model, settings)
+    _check_attributes(model, settings)
     before: list[tuple[nn.Module, str, Any]] = []
     try:
         for module, attribute, value in _places(model, settings):
@@ -308,7 +310,36 @@ def _places(model: LanguageModel, settings: Mapping[str, Any]) -> Iterator[tuple
             yield module, attribute, value
 
 
-def _check_memory_settings(model: LanguageModel, settings: Mapping[str, Any]) -> None:
+def check_memory_settings(model: LanguageModel, settings: Mapping[str, Any], key: str) -> None:
+    """Check settings of memories, ``name.attribute``, as if the memories were built with them.
+
+    Args:
+        model: The model; of memories that it lacks nothing is checked.
+        settings: The settings.
+        key: Their place in the config, for the errors.
+
+    Raises:
+        ConfigError: If a memory has no such setting, refuses the value, or would need other weights for it.
+    """
+    nodes = model.config["memory"]
+    for name in nodes:
+        new = {k.partition(".")[2]: value for k, value in settings.items() if k.partition(".")[0] == name}
+        new = {attribute: value for attribute, value in new.items() if attribute in nodes[name]}
+        if not new:
+            continue
+        check_arguments(nodes[name]["_target_"], new, f"{key}.{name}", ())
+        with torch.random.fork_rng(devices=[]):
+            changed = instantiate(nodes[name] | new, f"{key}.{name}", model.config["model"]["d_model"])
+        old = model.memory[name][0]
+        shapes, known = ([part.shape for part in module.parameters()] for module in (changed, old))
+        fixed = shapes != known or (changed.lookback, changed.scope) != (old.lookback, old.scope)
+        if fixed or not all(hasattr(old, attribute) for attribute in new):
+            given = ", ".join(f"{name}.{attribute}" for attribute in new)
+            raise ConfigError(f"{key}: {given} cannot be changed, as the model was built around it")
+    _check_attributes(model, settings)
+
+
+def _check_attributes(model: LanguageModel, settings: Mapping[str, Any]) -> None:
     """Raise unless the memories have what is to be set."""
     for module, attribute, _ in _places(model, settings):
         if not attribute or not hasattr(module, attribute):

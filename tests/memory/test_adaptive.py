@@ -225,7 +225,11 @@ def test_signals_that_are_unknown_are_refused() -> None:
         ({"temperature": 0.0}, "temperature must be positive"),
         ({"gate_penalty": -1.0}, "gate_penalty must not be negative"),
         ({"exploration": -1.0}, "exploration must not be negative"),
-        ({"signals": {"tone": 0}}, r"signals.tone must be at least 1 number, got 0"),
+        ({"temperature": math.nan}, "temperature"),
+        ({"gate_penalty": math.nan}, "gate_penalty"),
+        ({"exploration": math.inf}, "exploration"),
+        ({"signals": {"tone": 0}}, r"signals.tone must be how many numbers it has, at least 1, got 0"),
+        ({"signals": {"tone": "high"}}, r"signals.tone must be .* got 'high'"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(settings: dict[str, Any], message: str) -> None:

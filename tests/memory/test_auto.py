@@ -254,6 +254,7 @@ def test_the_budget_pulls_the_share_that_passes_from_both_sides() -> None:
         ({"budget": 0.0}, r"budget must be in \(0, 1\], got 0.0"),
         ({"budget": 1.5}, "budget"),
         ({"budget_penalty": -1.0}, "budget_penalty must not be negative, got -1.0"),
+        ({"budget_penalty": math.nan}, "budget_penalty"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(settings: dict[str, Any], message: str) -> None:

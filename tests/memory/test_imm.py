@@ -231,11 +231,24 @@ def test_every_parameter_gets_a_gradient_through_the_writes() -> None:
     assert F.cosine_similarity(memory.start.grad, memory.start, dim=1).abs().max() < 1  # not merely a rescaling
 
 
+def test_the_coldest_read_takes_the_nearest_slot_alone() -> None:
+    memory = ImplicitMemory(D, n_slot=3, temperature=1e-6)
+    torch.nn.init.zeros_(memory.similarity_to_output.weight)  # so that half of the weights are those of contents
+    slot, x = F.normalize(torch.randn(1, 3, D), dim=-1), torch.randn(1, 5, D)
+    state = memory.init_state(1)._replace(slot=slot, written=torch.tensor([[True, True, False]]))
+    read = memory.read(x, state, 0)
+    nearest = F.cosine_similarity(memory.norm(x)[:, :, None], slot[:, None, :2], dim=-1).argmax(dim=-1)
+    torch.testing.assert_close(2 * read.weights, F.one_hot(nearest, 3).float())
+    assert read.values.isfinite().all()
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"n_slot": 0}, "n_slot must be at least 1, got 0"),
         ({"temperature": 0.0}, "temperature must be above 0, got 0.0"),
+        ({"temperature": math.nan}, "temperature"),
+        ({"temperature": math.inf}, "temperature"),
         ({"update_rate": 0.0}, r"update_rate must be in \(0, 1\], got 0.0"),
         ({"update_rate": 1.5}, "update_rate"),
         ({"update": "hard"}, "update must be 'soft' or 'importance', got 'hard'"),

@@ -597,6 +597,9 @@ def test_a_shared_bank_outlives_documents() -> None:
         ({"retrieval_threshold": 1.5}, "retrieval_threshold"),
         ({"gate_floor": 0.0}, "gate_floor"),
         ({"temperature": 0.0}, "temperature"),
+        ({"temperature": math.inf}, "temperature"),
+        ({"gate_penalty": math.nan}, "gate_penalty"),
+        ({"recency": math.inf}, "recency"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(settings: dict[str, Any], message: str) -> None:

@@ -458,6 +458,7 @@ def test_as_the_source_a_row_depends_on_its_batch_mates_and_on_nothing_later(ver
         ({"search_depth": -1}, "search_depth must be at least 0"),
         ({"n_slot": 7}, "n_slot must hold working and short-term memory, n_working . n_stm = 8, got 7"),
         ({"extension": -1.0}, "extension must be at least 0"),
+        ({"extension": math.inf}, "extension"),
         ({"n_head": 3}, "n_head must divide d_model"),
         ({"compat": "2.0.0"}, "compat must be one of none, 1.0.0, 1.1.0"),
     ],

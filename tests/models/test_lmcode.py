@@ -447,6 +447,8 @@ def test_temperature_sharpens() -> None:
     ("settings", "message"),
     [
         ({"n_layer": 0}, "n_layer must be at least 1"),
+        ({"d_model": 0}, r"model\.d_model must be at least 1, got 0"),
+        ({"segment_len": 0, "overlap": 0}, r"model\.segment_len must be at least 1, got 0"),
         ({"n_head": 3}, r"n_head must divide model.d_model \(16\), got 3"),
         ({"n_head": 0}, "n_head"),
         ({"n_head": 16}, "even head width"),

@@ -252,6 +252,13 @@ def test_an_unknown_memory_setting_is_told_before_the_first_step(tmp_path: Path)
         fit(config(tmp_path, "a", phases=phases), before_step=lambda *_: pytest.fail("a step was made"))
 
 
+@pytest.mark.parametrize("value", [0, [3, 0], 2.5])
+def test_a_memory_setting_out_of_range_is_told_before_the_first_step(value: Any, tmp_path: Path) -> None:
+    phases = [SHORT, SHORT | {"memory": {"ltm.write_budget": value}}]
+    with pytest.raises(ConfigError, match=r"curriculum\.phases\[1\]\.memory\.ltm.* write_budget|write_budget must be"):
+        fit(config(tmp_path, "a", phases=phases), before_step=lambda *_: pytest.fail("a step was made"))
+
+
 def test_what_a_later_phase_cannot_do_is_told_before_the_first_step(tmp_path: Path) -> None:
     phases = [SHORT | {"steps": 2}, SHORT | {"task": {"items": 2, "kinds": {"naturl": 1.0}}}]
     with pytest.raises(ConfigError, match="no facts of kind 'naturl'"):
