@@ -244,7 +244,7 @@ def train_controller(agent: Agent, talks: Sequence[Talk], cfg: Preferences) -> l
         cfg: Settings.
 
     Returns:
-        Reward per user and session of every batch; empty if there is nothing to train.
+        Reward per user and session of every batch, before the price of writing; empty if there is nothing to train.
     """
     memory = agent.memory
     if memory.to_importance is None:
@@ -258,13 +258,13 @@ def train_controller(agent: Agent, talks: Sequence[Talk], cfg: Preferences) -> l
         # Free at first: what writes are good for must be seen before their price can be weighed.
         price = cfg.write_price * min(2 * step / cfg.n_step, 1.0)
         reward, decision, baseline, nll = _live(memory, talks[step % len(talks)])
+        earned.append(float(reward.sum(dim=2).mean()))
         if memory.controller == "policy":
             reward = reward - price * decision.chosen
             loss = sum(policy_gradient(reward, decision.log_prob, baseline).values())
             loss = loss - memory.exploration * (1 - step / cfg.n_step) * decision.entropy.mean()
         else:
             loss = nll + price * decision.importance.mean()
-        earned.append(float(reward.sum(dim=2).mean()))
         optimizer.zero_grad()
         loss.backward()  # type: ignore[union-attr]
         optimizer.step()

@@ -3,7 +3,7 @@
 A user has preferences, one value of each of a few aspects (how things are to be explained, what to cook, ...), and says
 so now and then, in ever other words. The other turns of a session are noise: greetings and small talk, questions,
 what others like (`My sister likes jazz.`), topics (`Who invented jazz?`), and irony: the words of a preference in a
-mocking tone. One preference changes its value on the way, and one is never mentioned again.
+mocking tone. One preference changes its value on the way, and one its user never tells again.
 
 Implicit signals accompany each turn: ``tone`` (from mocking, -1, to warm, 1), which is low in irony and the same in all
 else, so that it tells irony and nothing more; and ``hour`` (cosine and sine of the time of day), which tells nothing.

@@ -167,9 +167,10 @@ class AdaptiveMemory(Memory):
         else:
             nn.init.orthogonal_(self.to_value.weight)
         self.to_output.weight.data.copy_(self.to_value.weight.T)
-        for linear in filter(None, (self.read_gate, self.to_baseline)):
+        for linear in filter(None, (self.read_gate, self.to_baseline, self.to_signal)):
             nn.init.zeros_(linear.weight)
-            nn.init.zeros_(linear.bias)
+            if linear.bias is not None:
+                nn.init.zeros_(linear.bias)
         for part in self.to_importance or ():
             if isinstance(part, nn.Linear):
                 nn.init.normal_(part.weight, std=part.in_features**-0.5)

@@ -2,7 +2,8 @@
 
 Slots come from two pools: a bank that was there before the window, in which each query searches its best k, and slots
 written inside the window, which are few and searched densely so that gradients reach their keys and values cheaply.
-The scores of a bank exist for one segment of one row at a time. A bank that needs no gradient (what earlier windows
+The scores of a bank exist for a few segments of a few rows at a time: on a CPU one, so that they stay in its cache, on
+a GPU as many as keep it busy. A bank that needs no gradient (what earlier windows
 wrote) is read without a copy of what was found.
 
 Shapes: B rows, S segments, N = S * T queries, M slots of a bank, P slots of a window, k slots read.
@@ -15,6 +16,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+_ON_CPU, _ON_GPU = 2**20, 2**28  # scores that exist at a time, at most, where a segment of a row has fewer
 
 
 class Pool(NamedTuple):
@@ -116,21 +119,29 @@ def _readable(cosine: Tensor, visible: Tensor, threshold: float) -> Tensor:
 
 def _search(query: Tensor, temperature: Tensor, threshold: float, k: int, bank: Pool) -> tuple[Tensor, Tensor]:
     """Scores (B, N, k), without gradients, and indices of the best slots of a bank, in no order."""
-    n_row, n_query, _ = query.shape
+    n_row = len(query)
     hidden = torch.where(bank.visible, bank.bias[:, None], -torch.inf)  # (B, S, M)
     n_segment, n_slot = hidden.shape[1:]
     scaled = (query * temperature).unflatten(1, (n_segment, -1))  # (B, S, T, d_key)
-    best = query.new_empty(n_row, n_segment, n_query // n_segment, k)
+    keys, hidden = bank.key.expand(n_row, -1, -1), hidden.expand(n_row, -1, -1)
+    n_token = scaled.shape[2]
+    best = query.new_empty(n_row, n_segment, n_token, k)
     index = torch.empty(best.shape, dtype=torch.long, device=query.device)
-    score = query.new_empty(n_query // n_segment, n_slot)  # one buffer: fresh memory of this size is slow to get
-    for row in range(n_row):
-        own = row if len(bank.key) > 1 else 0
-        for s in range(n_segment):
-            bias = hidden[row if len(hidden) > 1 else 0, s]
-            torch.addmm(bias, scaled[row, s], bank.key[own].T, out=score)
+    limit = _ON_GPU if query.is_cuda else _ON_CPU
+    by_segment = min(n_segment, max(1, limit // (n_token * n_slot)))
+    by_row = min(n_row, max(1, limit // (by_segment * n_token * n_slot)))
+    buffer = query.new_empty(by_row, by_segment * n_token, n_slot)  # one: fresh memory of this size is slow to get
+    for row in range(0, n_row, by_row):
+        for segment in range(0, n_segment, by_segment):
+            here = slice(row, row + by_row), slice(segment, segment + by_segment)
+            part = scaled[here]  # (by_row, by_segment, T, d_key), fewer at the end
+            score = buffer[: part.shape[0], : part.shape[1] * n_token]
+            torch.bmm(part.flatten(1, 2), keys[here[0]].transpose(1, 2), out=score)
+            score = score.unflatten(1, (-1, n_token))
             if threshold > -1:
-                score.masked_fill_(score - bias < threshold * temperature, -torch.inf)
-            torch.topk(score, k, dim=1, sorted=False, out=(best[row, s], index[row, s]))
+                score.masked_fill_(score < threshold * temperature, -torch.inf)
+            score.add_(hidden[here][:, :, None])
+            best[here], index[here] = score.topk(k, dim=3, sorted=False)
     return best.flatten(1, 2), index.flatten(1, 2)
 
 

@@ -188,6 +188,7 @@ def model_of(**settings: Any) -> LMCode:
 @torch.no_grad()
 def test_signals_reach_what_is_stored_through_the_model() -> None:
     model = model_of(signals={"tone": 1, "hour": 2})
+    torch.nn.init.normal_(model.memory["adaptive"][0].to_signal.weight)  # 0 at first
     ids = torch.arange(8)[None].expand(2, -1) % 20
     tone = torch.tensor([[3.0], [-3.0]])
     plain = model(ids).state.memory["adaptive"][0]

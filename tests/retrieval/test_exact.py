@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from memlm.retrieval import exact
 from memlm.retrieval.exact import Pool, attend
 
 
@@ -60,6 +61,14 @@ def test_equals_a_loop_over_slots(pools, shared, threshold, recency):
     values = [torch.cat([p.value.expand(2, -1, -1) for p in (bank, window) if p is not None], dim=1)][0]
     picked = values.gather(1, slots.clamp(min=0).flatten(1)[..., None].expand(-1, -1, 3)).unflatten(1, slots.shape[1:])
     torch.testing.assert_close((weights[..., None] * picked).sum(2), read, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("cells", [1, 2, 3, 6, 9], ids="{} at a time".format)
+def test_however_many_cells_are_searched_at_a_time(cells, monkeypatch):
+    bank, query = pool(3, 7, 3, seed=6), F.normalize(torch.randn(3, 6, 4), dim=-1)  # 3 rows of 3 segments of 2 tokens
+    monkeypatch.setattr(exact, "_ON_CPU", cells * 2 * 7)
+    read, _, _ = attend(query, torch.tensor(3.0), torch.tensor(0.5), 0.2, 4, bank, None)
+    torch.testing.assert_close(read, naive(query, 3.0, 0.5, 0.2, 4, bank, None), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("recency", [None, 6.0])
