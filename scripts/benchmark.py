@@ -154,7 +154,7 @@ class Candidate:
         model: Any = self.model
         out = self._call(ids, state=self.state, logits=False)
         share = torch.full(ids.shape, 1 / ids.numel(), device=ids.device)
-        loss, nll = linear_cross_entropy(out.hidden, model.head_weight, targets, share)
+        loss, nll = linear_cross_entropy(out.hidden, model.head_weight, targets, share, compiled=self.setup.compile)
         extra = [
             value
             for name, modules in model.memory.items()

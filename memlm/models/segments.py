@@ -407,7 +407,8 @@ class SegmentModel(LanguageModel):
         if n_segment == 1 or all(modules[0].layerwise for modules in self.memory.values()):
             x, state, reads, trace = self._run(grid, state, read, write, signals, carry)
         else:
-            x, state, reads, trace = self._run_segments(grid, state, read, write, signals)
+            full = mask is None and grid.cell is None
+            x, state, reads, trace = self._run_segments(grid, state, read, write, signals, full)
         x = self.norm(x)
         if grid.cell is not None:
             index = (grid.cell - grid.columns.start).clamp(0, x.shape[1] - 1)
@@ -624,13 +625,16 @@ class SegmentModel(LanguageModel):
         return x.flatten(1, 2), state, reads, {name: mean_trace(parts) for name, parts in traces.items()}
 
     def _run_segments(
-        self, grid: Grid, state: ModelState, read: bool, write: bool, signals: dict[str, Tensor] | None
+        self, grid: Grid, state: ModelState, read: bool, write: bool, signals: dict[str, Tensor] | None, full: bool
     ) -> tuple[Tensor, ModelState, dict[str, Residual], dict[str, Trace]]:
-        """All layers over one segment after the other: the definition, and the only way for some memories."""
+        """All layers over one segment after the other: the definition, and the only way for some memories.
+
+        ``full``: the call is known to bring tokens for all segments of all rows, without asking the device.
+        """
         parts, all_reads, traces = [], [], []
         for s in range(grid.complete.shape[1]):
             cells = slice(s * self.segment_len, (s + 1) * self.segment_len)
-            active = grid.new[:, s].any(dim=1)
+            active = grid.new[:, s].any(dim=1)  # (B,)
             one = Grid(
                 grid.ids[:, cells],
                 *(None if part is None else part[:, s : s + 1] for part in grid[1:9]),  # type: ignore[misc, arg-type]
@@ -641,8 +645,8 @@ class SegmentModel(LanguageModel):
                 cell=None,
             )
             x, after, reads, trace = self._run(one, state, read, write, signals)
-            local = where_rows(active, after.local, state.local)
-            if s > 0:  # a context may begin with a segment that holds no token yet
+            local = after.local if full else where_rows(active, after.local, state.local)
+            if s > 0 and not full:  # a context may begin with a segment that holds no token yet
                 fresh = self._no_context(len(active))
                 fresh = fresh._replace(position=grid.position[:, s], document=grid.document[:, s])
                 local = where_rows(~active & ~grid.continues[:, s], fresh, local)

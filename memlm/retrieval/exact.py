@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 _ON_CPU, _ON_GPU = 2**20, 2**28  # scores that exist at a time, at most, where a segment of a row has fewer
+_GROUP = 32  # scores whose maximum is ranked before they are
 
 
 class Pool(NamedTuple):
@@ -141,8 +142,25 @@ def _search(query: Tensor, temperature: Tensor, threshold: float, k: int, bank: 
             if threshold > -1:
                 score.masked_fill_(score < threshold * temperature, -torch.inf)
             score.add_(hidden[here][:, :, None])
-            best[here], index[here] = score.topk(k, dim=3, sorted=False)
+            best[here], index[here] = _top(score, k)
     return best.flatten(1, 2), index.flatten(1, 2)
+
+
+def _top(score: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The ``k`` best of scores (..., M) and their indices, (..., k), in no order.
+
+    The best ``k`` lie in the ``k`` groups with the best maxima, so that few scores are ranked.
+    """
+    n_group = score.shape[-1] // _GROUP
+    if n_group < 4 * k:
+        return score.topk(k, dim=-1, sorted=False)
+    groups = score[..., : n_group * _GROUP].unflatten(-1, (n_group, _GROUP))
+    chosen = groups.amax(dim=-1).topk(k, dim=-1, sorted=False).indices[..., None]  # (..., k, 1)
+    inside = torch.arange(_GROUP, device=score.device)
+    rest = torch.arange(n_group * _GROUP, score.shape[-1], device=score.device).expand(*score.shape[:-1], -1)
+    index = torch.cat([(chosen * _GROUP + inside).flatten(-2), rest], dim=-1)
+    best = score.gather(-1, index).topk(k, dim=-1, sorted=False)
+    return best.values, index.gather(-1, best.indices)
 
 
 class _SearchBest(torch.autograd.Function):

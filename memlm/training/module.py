@@ -103,7 +103,9 @@ class LanguageModeling(lightning.LightningModule):
         )
         weight = batch.weight * (1 + (self.settings.answer_weight - 1) * batch.answer)
         share = weight / self._mean_over_ranks(weight.sum()).clamp(min=1)
-        loss, nll = linear_cross_entropy(out.hidden, self.model.head_weight, batch.targets, share)
+        loss, nll = linear_cross_entropy(
+            out.hidden, self.model.head_weight, batch.targets, share, compiled=self._compiled is not None
+        )
         by_row = (nll * weight).sum(dim=1) / weight.sum(dim=1).clamp(min=1)
         losses = {
             f"{name}/{key}": value

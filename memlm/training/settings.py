@@ -25,7 +25,7 @@ class Training:
         warmup_steps: Steps of linear warm-up.
         min_lr_ratio: Learning rate at the end of the cosine, as a share of ``lr``.
         answer_weight: Weight in the loss of answers to questions about planted facts; other tokens weigh 1.
-        compile: Compile the model's forward pass for training steps. Evaluation is never compiled.
+        compile: Compile the model's forward pass and its loss for training steps. Evaluation is never compiled.
 
     Raises:
         ConfigError: If a value cannot work; the message names it.

@@ -10,6 +10,7 @@ from memlm.memory import state as states
 from memlm.models.lmcode import LMCode
 from memlm.models.lstm import LSTM
 from memlm.models.segments import ModelState, SegmentModel
+from memlm.training.loss import linear_cross_entropy
 from tests.conformance import laws
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
@@ -77,6 +78,19 @@ def test_autocast(model: SegmentModel) -> None:
     error = (logits.float() - full).norm() / full.norm()
     assert error < 0.1, f"bf16 logits differ by {error:.3f} of their norm"
     assert all(t.device.type == "cuda" for name, t in laws.named_tensors(state) if "host_" not in name)
+
+
+def test_the_loss_is_that_of_the_cpu() -> None:
+    hidden, head = torch.randn(70, 8, requires_grad=True), torch.randn(30, 8, requires_grad=True)
+    targets, weight = torch.randint(30, (70,)), torch.rand(70)
+    expected = linear_cross_entropy(hidden, head, targets, weight)
+    gradients = torch.autograd.grad(expected[0], (hidden, head))
+    moved = [tensor.detach().cuda().requires_grad_() for tensor in (hidden, head)]
+    for compiled in (False, True):
+        found = linear_cross_entropy(*moved, targets.cuda(), weight.cuda(), compiled)
+        torch.testing.assert_close([part.cpu() for part in found], list(expected), rtol=1e-4, atol=1e-5)
+        found_gradients = [part.cpu() for part in torch.autograd.grad(found[0], moved)]
+        torch.testing.assert_close(found_gradients, list(gradients), rtol=1e-4, atol=1e-5)
 
 
 def test_a_training_step_does_not_wait_for_the_gpu(model: SegmentModel) -> None:

@@ -71,6 +71,21 @@ def test_however_many_cells_are_searched_at_a_time(cells, monkeypatch):
     torch.testing.assert_close(read, naive(query, 3.0, 0.5, 0.2, 4, bank, None), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("n_slot", [127, 128, 129, 159, 400])  # too few to group; groups, with and without a rest
+def test_the_best_of_groups_are_the_best_of_all(n_slot):
+    score = torch.randn(3, 5, n_slot, generator=torch.Generator().manual_seed(n_slot))
+    score[0, 0] = -torch.inf
+    score[0, 1, 3:] = -torch.inf
+    score[..., -1] += 5
+    values, index = exact._top(score, 1)
+    assert torch.equal(index[1:], score[1:].argmax(dim=-1, keepdim=True))
+    for k in (1, 2, 3):
+        values, index = exact._top(score, k)
+        assert torch.equal(values.sort(dim=-1, descending=True).values, score.topk(k).values)
+        assert torch.equal(score.gather(-1, index), values)
+        assert all(len(set(found.tolist())) == k for found in index.flatten(0, 1))
+
+
 @pytest.mark.parametrize("recency", [None, 6.0])
 def test_gradients_reach_keys_and_values_of_what_is_read(recency):
     bank, query = pool(2, 9, 1, seed=4), F.normalize(torch.randn(2, 3, 4), dim=-1).requires_grad_()
