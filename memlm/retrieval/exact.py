@@ -152,13 +152,13 @@ def _top(score: Tensor, k: int) -> tuple[Tensor, Tensor]:
     The best ``k`` lie in the ``k`` groups with the best maxima, so that few scores are ranked.
     """
     n_group = score.shape[-1] // _GROUP
-    if n_group < 4 * k:
+    if n_group < 8 * k:  # not worth it
         return score.topk(k, dim=-1, sorted=False)
-    groups = score[..., : n_group * _GROUP].unflatten(-1, (n_group, _GROUP))
-    chosen = groups.amax(dim=-1).topk(k, dim=-1, sorted=False).indices[..., None]  # (..., k, 1)
-    inside = torch.arange(_GROUP, device=score.device)
+    groups = score[..., : n_group * _GROUP].unflatten(-1, (_GROUP, n_group))  # members side by side: a fast maximum
+    chosen = groups.amax(dim=-2).topk(k, dim=-1, sorted=False).indices[..., None]  # (..., k, 1)
+    inside = n_group * torch.arange(_GROUP, device=score.device)
     rest = torch.arange(n_group * _GROUP, score.shape[-1], device=score.device).expand(*score.shape[:-1], -1)
-    index = torch.cat([(chosen * _GROUP + inside).flatten(-2), rest], dim=-1)
+    index = torch.cat([(chosen + inside).flatten(-2), rest], dim=-1)
     best = score.gather(-1, index).topk(k, dim=-1, sorted=False)
     return best.values, index.gather(-1, best.indices)
 

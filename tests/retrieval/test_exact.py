@@ -71,7 +71,7 @@ def test_however_many_cells_are_searched_at_a_time(cells, monkeypatch):
     torch.testing.assert_close(read, naive(query, 3.0, 0.5, 0.2, 4, bank, None), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("n_slot", [127, 128, 129, 159, 400])  # too few to group; groups, with and without a rest
+@pytest.mark.parametrize("n_slot", [255, 256, 257, 287, 800])  # too few to group; groups, with and without a rest
 def test_the_best_of_groups_are_the_best_of_all(n_slot):
     score = torch.randn(3, 5, n_slot, generator=torch.Generator().manual_seed(n_slot))
     score[0, 0] = -torch.inf
