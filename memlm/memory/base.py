@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from memlm.memory import ranks
 from memlm.memory.state import State, map_tensors, tensors, where_rows
 
 Scope = Literal["sequence", "shared"]
@@ -111,9 +112,12 @@ class Memory(nn.Module):
         layerwise: See above.
         lookback: How many tokens before the segment a write needs; at most the segment's length.
         wants_surprise: Whether writes need to know how well the model predicts each token.
+        over_ranks: Whether the rows of all processes write a shared bank, each time together; set while training. A
+            write then takes what it needs of each row through `rows_of_all`.
     """
 
     scope: Scope = "sequence"
+    over_ranks: bool = False
     layerwise: bool = True
     lookback: int = 0
     wants_surprise: bool = False
@@ -193,6 +197,10 @@ class Memory(nn.Module):
         if reset is None or self.scope == "shared":
             return state
         return where_rows(reset.any(dim=1), self.init_state(reset.shape[0]), state)
+
+    def rows_of_all(self, part: Tensor) -> Tensor:
+        """``part`` (B, ...) of the rows that write one bank together: with ``over_ranks`` those of all processes."""
+        return ranks.rows_of_all(part) if self.over_ranks else part
 
     def keep_bank(self) -> None:
         """Hold a persistent bank in buffers ``bank_<field>``, so that it is saved and moved with the module."""

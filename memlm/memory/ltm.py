@@ -223,16 +223,16 @@ class LongTermMemory(Memory):
         """Store the best slots of one segment; see `Memory.write`."""
         candidates, trace = self._candidates(segment)
         complete = segment.complete[:, 0].long()
-        record = torch.zeros_like(complete)
         if self.scope == "shared":  # rows write in order, as one row of B * K slots
-            candidates = _Candidates(*(part[:, 0].flatten(0, 1)[None] for part in candidates))
+            candidates = _Candidates(*(self.rows_of_all(part[:, 0]).flatten(0, 1)[None] for part in candidates))
+            complete = self.rows_of_all(complete)
             record = (complete.cumsum(0) - complete).repeat_interleave(candidates.priority.shape[1] // len(complete))[
                 None
             ]
             complete = complete.sum(0, keepdim=True)
         else:
             candidates = _Candidates(*(part[:, 0] for part in candidates))
-            record = record[:, None].expand_as(candidates.priority)
+            record = torch.zeros_like(candidates.position)
         start = self._age(state.priority, complete)
         victim, order, accept = _replace(start, candidates.priority)
         stored = {

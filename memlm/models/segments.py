@@ -391,10 +391,15 @@ class SegmentModel(LanguageModel):
             raise ValueError("the state is of another model: its layers, widths, segments or memories differ")
         if mask is not None and mask.shape != ids.shape:
             raise ValueError(f"mask must have the shape of ids {tuple(ids.shape)}, got {tuple(mask.shape)}")
+        together = any(modules[0].over_ranks for modules in self.memory.values())
+        if together and reset is None and breaks is None:  # other processes may have some, and all have to write
+            reset = torch.zeros(n_row, -(-ids.shape[1] // self.segment_len), dtype=torch.bool, device=ids.device)
         if reset is not None:
             state = self._begin_documents(state, reset, write)
-        if breaks is not None and breaks.shape[1] and bool((first := breaks[:, 0].cpu()).any()):
-            state = self._close(state, first, write)
+        if breaks is not None and breaks.shape[1]:
+            first = breaks[:, 0].cpu()
+            if together or bool(first.any()):
+                state = self._close(state, first, write)
         if ids.shape[1] == 0:
             if reset is not None and reset.dim() == 1:
                 state = self.map_memory(lambda module, part: module.start_documents(reset[:, None], part), state)
@@ -402,7 +407,7 @@ class SegmentModel(LanguageModel):
             hidden = self.embedding(ids)
             return Output(self.head(hidden) if logits else None, state, hidden, {}, {})
         grid = self._lay_out(ids, state.local, reset, mask, breaks)
-        write = write and any(grid.n_complete)
+        write = write and (together or any(grid.n_complete))
         n_segment = grid.complete.shape[1]
         if n_segment == 1 or all(modules[0].layerwise for modules in self.memory.values()):
             x, state, reads, trace = self._run(grid, state, read, write, signals, carry)

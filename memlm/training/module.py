@@ -10,10 +10,12 @@ from typing import Any
 import lightning
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from memlm.checkpoint import describe
 from memlm.config import ConfigError, check_arguments, did_you_mean, instantiate
 from memlm.data.stream import Batch
+from memlm.memory import ranks
 from memlm.memory import state as states
 from memlm.models.base import LanguageModel
 from memlm.training.loss import linear_cross_entropy, token_nll
@@ -60,13 +62,13 @@ class LanguageModeling(lightning.LightningModule):
         """Names of the memories whose bank all rows share."""
         return [name for name, modules in self.model.memory.items() if modules[0].scope == "shared"]
 
+    def setup(self, stage: str) -> None:
+        """Leave shared banks to the writes of all processes: sending them before each step would hide faults."""
+        banks = [name for name, _ in self.named_buffers() if name.rpartition(".")[2].startswith("bank_")]
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self, banks)
+
     def on_fit_start(self) -> None:
         """Check what only the trainer knows, before the first step."""
-        if self.shared and self.trainer.world_size > 1:
-            raise ConfigError(
-                f"memory.{self.shared[0]}.scope=shared needs one device, but trainer.devices gives "
-                f"{self.trainer.world_size}: use trainer.devices=1, or scope=sequence"
-            )
         curriculum = getattr(self.trainer.datamodule, "curriculum", None)  # type: ignore[attr-defined]
         for i, phase in enumerate(curriculum.phases if curriculum is not None else []):
             for end in (0, -1):
@@ -84,7 +86,7 @@ class LanguageModeling(lightning.LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Loss of one window."""
         torch.manual_seed((self.seed * 1_000_003 + batch.step) * 4096 + self.global_rank)
-        with memory_settings(self.model, batch.memory):
+        with memory_settings(self.model, batch.memory), self._all_ranks_write():
             return self._loss(batch)
 
     def _loss(self, batch: Batch) -> Tensor:
@@ -118,11 +120,34 @@ class LanguageModeling(lightning.LightningModule):
         for name in self.shared:
             for module, part in zip(self.model.memory[name], out.state.memory[name], strict=True):
                 module.commit(part)
+                if self._parted(part):
+                    raise RuntimeError(
+                        f"memory {name!r}: the processes hold different banks after step {self.global_step}, though "
+                        "all write the same; go on from the last checkpoint with "
+                        f"resume={self.trainer.default_root_dir}"
+                    )
         self._state = None if batch.ends else self._without_banks(states.detach(out.state))
         self.log("train/loss", loss.detach(), sync_dist=self.trainer.world_size > 1)
         if (self.global_step + 1) % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             self._log_details(batch, nll, losses, out)
         return total
+
+    @contextlib.contextmanager
+    def _all_ranks_write(self) -> Iterator[None]:
+        """Shared banks are written by the rows of all processes, in their order in the global batch."""
+        modules = [m for name in self.shared for m in self.model.memory[name]] if self.trainer.world_size > 1 else []
+        for module in modules:
+            module.over_ranks = True
+        try:
+            yield
+        finally:
+            for module in modules:
+                module.over_ranks = False
+
+    def _parted(self, bank: Any) -> bool:
+        """Whether a bank is not the same in all processes, looked at when something is logged."""
+        alone = self.trainer.world_size == 1 or self.global_step % self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        return not alone and ranks.differ(bank)
 
     def _mean_over_ranks(self, value: Tensor) -> Tensor:
         """Mean of a scalar over all processes, so that a batch that is dealt out to ranks has the loss of the whole."""

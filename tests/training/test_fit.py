@@ -9,15 +9,17 @@ import lightning
 import pytest
 import torch
 
+import memlm
 from memlm.analysis.figures import read_history
 from memlm.checkpoint import checkpoints
 from memlm.config import ConfigError
 from memlm.training import callbacks
 from memlm.training.callbacks import Progress, Throughput
 from memlm.training.fit import make_trainer, sync_hint, wandb_logger
+from memlm.training.module import LanguageModeling
 from memlm.training.resume import history_files
 from memlm.training.settings import plan_steps
-from tests.training.small import FACTS, SHORT, config, curve, fit
+from tests.training.small import FACTS, PLAIN, SHORT, config, curve, fit
 from tests.training.wandb_file import history, records
 
 # --- plans -----------------------------------------------------------------------------------------------------------
@@ -81,8 +83,34 @@ def test_two_processes_are_one_run(tmp_path: Path) -> None:
     assert found == pytest.approx(expected, abs=2e-3)
     forgot = fit(config(tmp_path, "x", *alone, "memory.ltm.top_k=1", phases=[FACTS]))[2]
     assert curve(forgot) != pytest.approx(expected, abs=2e-3)  # the bound is tight enough to tell
-    with pytest.raises(Exception, match="scope=shared needs one device"):
-        fit(config(tmp_path, "shared", *ranks, "memory.ltm.scope=shared"))
+
+
+@pytest.mark.parametrize("phase", [FACTS, SHORT, PLAIN])
+def test_two_processes_write_one_shared_bank(phase: dict[str, Any], tmp_path: Path) -> None:
+    """The rows of both write it as those of one process do, and its gradients reach the rows of both."""
+    alone = ["memory.ltm.scope=shared", "model.dropout=0", "trainer.max_steps=6"]
+    expected = curve(fit(config(tmp_path, "whole", *alone, phases=[phase]))[2])
+    two = config(tmp_path, "two", *alone, "trainer.devices=2", "trainer.strategy=ddp_fork", phases=[phase])
+    assert curve(fit(two)[2]) == pytest.approx(expected, abs=1e-4)
+    whole, shared = (memlm.load(tmp_path / name).memory["ltm"][0] for name in ("whole", "two"))
+    assert whole.bank_n_record.item() == shared.bank_n_record.item() > 0
+    found = []
+    for bank in (whole, shared):  # by origin: two slots that are worth nearly the same may change places
+        order = (bank.bank_record[0] * 10**6 + bank.bank_position[0]).argsort()
+        parts = (bank.bank_record, bank.bank_position, bank.bank_tokens, bank.bank_key)
+        found.append([part[0, order] for part in parts])
+    assert all(torch.equal(a, b) for a, b in zip(found[0][:3], found[1][:3], strict=True))
+    torch.testing.assert_close(found[0][3], found[1][3], rtol=0, atol=5e-3)
+
+
+def test_processes_whose_banks_part_stop(tmp_path: Path) -> None:
+    def spoil(module: LanguageModeling, batch: Any) -> None:
+        if batch.step == 3 and module.global_rank == 1:
+            module.model.memory["ltm"][0].bank_value[0, 0] += 1e-6
+
+    settings = ["memory.ltm.scope=shared", "trainer.devices=2", "trainer.strategy=ddp_fork"]
+    with pytest.raises(Exception, match="different banks after step 3"):
+        fit(config(tmp_path, "a", *settings), before_step=spoil)
 
 
 # --- what is kept ----------------------------------------------------------------------------------------------------
