@@ -40,6 +40,7 @@ def main(cfg: DictConfig) -> float | None:
     # From here on with lightning, which takes seconds to import: what can be wrong without it was told by now.
     from memlm.training.fit import make_trainer, save_last, sync_hint, wandb_logger
     from memlm.training.module import LanguageModeling
+    from memlm.training.replay import build_replay
 
     validate(cfg)
     data = build_data(config, tokenizer, corpus)
@@ -48,7 +49,7 @@ def main(cfg: DictConfig) -> float | None:
     data.setup()
     model = build_model(config, data.tokenizer)
     settings = {name: value for name, value in config["training"].items() if name != "_target_"}
-    module = LanguageModeling(model, Training(**settings), seed=config["seed"])
+    module = LanguageModeling(model, Training(**settings), seed=config["seed"], replay=build_replay(config))
 
     with make_trainer(config, run, origin, runner.watch(watched, data)) as (trainer, history):
         if trainer.is_global_zero:

@@ -19,6 +19,7 @@ from memlm.memory import ranks
 from memlm.memory import state as states
 from memlm.models.base import LanguageModel
 from memlm.training.loss import linear_cross_entropy, token_nll
+from memlm.training.replay import Replay, dealt, joined
 from memlm.training.settings import Training
 
 _ADVICE = "The last good checkpoint is kept. Lower training.lr, or set trainer.gradient_clip_val or precision=32-true"
@@ -43,15 +44,21 @@ class LanguageModeling(lightning.LightningModule):
         settings: How weights are trained.
         total_steps: Length of the cosine; None for the trainer's ``max_steps``.
         seed: Seed of dropout; each step draws from (seed, step, rank) alone.
+        replay: What is replayed; None for nothing. What it replays reads and writes fresh memories, discarded after.
     """
 
     def __init__(
-        self, model: LanguageModel, settings: Training | None = None, total_steps: int | None = None, seed: int = 0
+        self,
+        model: LanguageModel,
+        settings: Training | None = None,
+        total_steps: int | None = None,
+        seed: int = 0,
+        replay: Replay | None = None,
     ) -> None:
         super().__init__()
         self.model: LanguageModel = model
         self.settings = settings or Training()
-        self.total_steps, self.seed = total_steps, seed
+        self.total_steps, self.seed, self.replay = total_steps, seed, replay
         self._state: Any = None  # where the rows stopped, without shared banks
         self._val_state: Any = None
         self._compiled: Any = None  # the compiled forward pass, while it is trained
@@ -86,37 +93,39 @@ class LanguageModeling(lightning.LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Loss of one window."""
         torch.manual_seed((self.seed * 1_000_003 + batch.step) * 4096 + self.global_rank)
-        with memory_settings(self.model, batch.memory), self._all_ranks_write():
+        with memory_settings(self.model, batch.memory):
             return self._loss(batch)
 
     def _loss(self, batch: Batch) -> Tensor:
-        """The loss; goes on with the carried state and commits shared banks."""
+        """The loss; goes on with the carried state, commits shared banks, and replays earlier windows."""
         state = None if batch.fresh else self._state
         if state is not None and len(state.local.host_open) != len(batch.ids):
             state = None
-        out = (self._compiled or self.model)(
-            batch.ids,
-            state=None if state is None else self._with_banks(state),
-            reset=batch.reset,
-            mask=batch.mask,
-            breaks=batch.breaks,
-            logits=False,
-            carry=not batch.ends or bool(self.shared),
-        )
-        weight = batch.weight * (1 + (self.settings.answer_weight - 1) * batch.answer)
-        share = weight / self._mean_over_ranks(weight.sum()).clamp(min=1)
-        loss, nll = linear_cross_entropy(
-            out.hidden, self.model.head_weight, batch.targets, share, compiled=self._compiled is not None
-        )
-        by_row = (nll * weight).sum(dim=1) / weight.sum(dim=1).clamp(min=1)
-        losses = {
-            f"{name}/{key}": value
-            for name, modules in self.model.memory.items()
-            for key, value in modules[0].losses(out.trace[name], by_row).items()
-        }
-        total = loss + sum(losses.values(), torch.zeros((), device=loss.device))
+        with self._all_ranks_write():
+            out = self._forward(
+                batch,
+                state=None if state is None else self._with_banks(state),
+                carry=not batch.ends or bool(self.shared),
+            )
+        drawn = self.replay.draw(batch, self.global_rank) if self.replay is not None else None
+        own = self._weight(batch).sum()
+        weight = self._mean_over_ranks(own if drawn is None else own + self._weight(drawn[0]).sum()).clamp(min=1)
+        losses, nll, by_row = self._losses(batch, out, weight)
+        logged = losses["next-token loss"].detach()
+        if self.replay is not None:
+            logged = logged * weight / self._mean_over_ranks(own).clamp(min=1)
+        if drawn is not None:
+            again, places = drawn
+            repeated, _, of_rows = self._losses(again, self._forward(again, state=None, carry=False), weight)
+            self.replay.update(places, of_rows)  # type: ignore[union-attr]
+            losses |= {f"replayed {name}": value for name, value in repeated.items()}
+            self.log("train/replay_nll", of_rows.mean())
+        total = sum(losses.values(), torch.zeros((), device=nll.device))
         if not torch.isfinite(total):
-            raise NonFiniteLoss(self._explain(batch, loss, losses))
+            raise NonFiniteLoss(self._explain(losses))
+        if self.replay is not None:
+            n_segment = batch.ids.shape[1] // self.model.segment_len
+            self.replay.offer(batch, by_row, n_segment, self.global_rank)
         for name in self.shared:
             for module, part in zip(self.model.memory[name], out.state.memory[name], strict=True):
                 module.commit(part)
@@ -127,10 +136,43 @@ class LanguageModeling(lightning.LightningModule):
                         f"resume={self.trainer.default_root_dir}"
                     )
         self._state = None if batch.ends else self._without_banks(states.detach(out.state))
-        self.log("train/loss", loss.detach(), sync_dist=self.trainer.world_size > 1)
+        self.log("train/loss", logged, sync_dist=self.trainer.world_size > 1)
         if (self.global_step + 1) % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             self._log_details(batch, nll, losses, out)
         return total
+
+    def _forward(self, batch: Batch, state: Any, carry: bool) -> Any:
+        """The model's output for a batch."""
+        return (self._compiled or self.model)(
+            batch.ids,
+            state=state,
+            reset=batch.reset,
+            mask=batch.mask,
+            breaks=batch.breaks,
+            logits=False,
+            carry=carry,
+        )
+
+    def _weight(self, batch: Batch) -> Tensor:
+        """Weight of each target in the loss, (B, N)."""
+        return batch.weight * (1 + (self.settings.answer_weight - 1) * batch.answer)
+
+    def _losses(self, batch: Batch, out: Any, total: Tensor) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+        """Losses by name, and without gradients the next-token loss of each token (B, N) and each row (B,).
+
+        The next-token loss among the former is a mean over the weight ``total``.
+        """
+        weight = self._weight(batch)
+        loss, nll = linear_cross_entropy(
+            out.hidden, self.model.head_weight, batch.targets, weight / total, compiled=self._compiled is not None
+        )
+        by_row = (nll * weight).sum(dim=1) / weight.sum(dim=1).clamp(min=1)
+        losses = {"next-token loss": loss} | {
+            f"{name}/{key}": value
+            for name, modules in self.model.memory.items()
+            for key, value in modules[0].losses(out.trace[name], by_row).items()
+        }
+        return losses, nll, by_row
 
     @contextlib.contextmanager
     def _all_ranks_write(self) -> Iterator[None]:
@@ -181,7 +223,8 @@ class LanguageModeling(lightning.LightningModule):
             self.log("train/answer_accuracy", right.float().mean())
             self.log("train/nll_answer", nll[batch.answer].mean())
         for name, loss in losses.items():
-            self.log(f"train/{name}", loss)
+            if name.partition("/")[0] in self.model.memory:
+                self.log(f"train/{name}", loss)
         for name, trace in out.trace.items():
             for key, value in trace.items():
                 self.log(f"memory/{name}/{key}", value.mean())
@@ -194,10 +237,9 @@ class LanguageModeling(lightning.LightningModule):
             self.log(f"memory/{name}/read_entropy", (entropy * mass).sum() / mass.sum().clamp(min=1e-9))
         self.log("memory/state_bytes", float(self._state_bytes(len(batch.ids))))
 
-    def _explain(self, batch: Batch, loss: Tensor, losses: dict[str, Tensor]) -> str:
+    def _explain(self, losses: dict[str, Tensor]) -> str:
         """Where the numbers went wrong."""
-        parts = {"next-token loss": loss, **losses}
-        bad = [name for name, value in parts.items() if not torch.isfinite(value)]
+        bad = [name for name, value in losses.items() if not torch.isfinite(value)]
         weights = [name for name, value in self.model.named_parameters() if not torch.isfinite(value).all()]
         where = f"; weights that are not finite: {', '.join(weights[:5])}" if weights else "; all weights are finite"
         return f"the loss is not finite at step {self.global_step}: {', '.join(bad)}{where}. {_ADVICE}"
@@ -222,6 +264,8 @@ class LanguageModeling(lightning.LightningModule):
                 "text": None if corpus is None else corpus.fingerprint(),
             }
         checkpoint["carried"] = None if self._state is None else states.to_dict(self._of_all_ranks(self._state))
+        if self.replay is not None:
+            checkpoint["replay"] = joined(self._parts_of_all_ranks(self.replay.state_dict()))
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take up the carried state."""
@@ -232,6 +276,8 @@ class LanguageModeling(lightning.LightningModule):
             state = states.from_dict(carried, self._without_banks(self.model.init_state(n_row)))
             own = torch.arange(n_row).chunk(self.trainer.world_size)[self.global_rank]
             self._state = states.select_rows(state, own)
+        if self.replay is not None and "replay" in checkpoint:
+            self.replay.load_state_dict(dealt(checkpoint["replay"], self.global_rank, self.trainer.world_size))
 
     def on_train_start(self) -> None:
         """Bring the carried state to the device of the model."""
@@ -242,10 +288,16 @@ class LanguageModeling(lightning.LightningModule):
         """The rows of all processes, in the order of the global batch."""
         if self.trainer.world_size == 1:
             return state
-        parts: list[Any] = [None] * self.trainer.world_size
-        torch.distributed.all_gather_object(parts, states.to_dict(states.move(state, "cpu")))
+        parts = self._parts_of_all_ranks(states.to_dict(states.move(state, "cpu")))
         rows = [states.from_dict(part, state) for part in parts]
         return states.map_tensors(lambda *part: torch.cat(part), *rows)
+
+    def _parts_of_all_ranks(self, own: Any) -> list[Any]:
+        """What each process has, in rank order."""
+        parts = [own] * self.trainer.world_size
+        if self.trainer.world_size > 1:
+            torch.distributed.all_gather_object(parts, own)
+        return parts
 
     def _refuse_non_finite(self, checkpoint: Mapping[str, Any]) -> None:
         """Raise if what is to be saved can never be trained or read again."""

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 _LOCK = ".lock"  # held by the process that trains a run
 # What makes two runs the same run. The rest (loggers, paths, devices, precision) may change.
-_SAME = ("model", "memory", "data", "curriculum", "training", "seed")
+_SAME = ("model", "memory", "data", "curriculum", "training", "replay", "seed")
 _SAME_TRAINER = ("accumulate_grad_batches", "gradient_clip_val")
 # Settings of these that say how something is computed, not what.
 _FREE = ("data.n_worker", "model.gradient_checkpointing", "training.compile")
@@ -199,7 +199,11 @@ def _differences(config: Mapping[str, Any], other: Mapping[str, Any]) -> list[st
 def _what(config: Mapping[str, Any]) -> dict[str, Any]:
     """All settings that make a run what it is, by full name."""
     trainer = config.get("trainer", {})
-    parts = {key: config.get(key) for key in _SAME} | {"trainer": {key: trainer.get(key) for key in _SAME_TRAINER}}
+    parts = (
+        {key: config.get(key) for key in _SAME}
+        | {"replay": config.get("replay") or {}}
+        | {"trainer": {key: trainer.get(key) for key in _SAME_TRAINER}}
+    )
     return {key: value for key, value in _flat(parts).items() if key not in _FREE}
 
 

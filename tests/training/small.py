@@ -16,6 +16,7 @@ from memlm.build import build_corpus, build_data, build_model, build_tokenizer
 from memlm.config import compose, to_dict
 from memlm.training.fit import make_trainer
 from memlm.training.module import LanguageModeling
+from memlm.training.replay import build_replay
 from memlm.training.resume import check_text, find_origin
 from memlm.training.settings import Training, places_of_runs, plan_steps
 
@@ -69,12 +70,13 @@ def config(
     *more: str,
     memory: str = "ltm",
     logger: str = "csv",
+    replay: str = "none",
     phases: Sequence[dict[str, Any]] = (FACTS,),
 ) -> dict[str, Any]:
     """Plain settings of a tiny run in ``folder / run``. ``more`` are settings, not options of groups."""
     lines = overrides(folder, memory)
     groups = tuple(line for line in lines if line.split("=")[0] in ("data", "memory", "trainer"))
-    cfg = copy.deepcopy(_composed((*groups, "data.path=x", f"logger={logger}")))
+    cfg = copy.deepcopy(_composed((*groups, "data.path=x", f"logger={logger}", f"replay={replay}")))
     settings = [line for line in lines if line not in groups and not line.startswith("logger=")]
     cfg.merge_with_dotlist([*settings, f"paths.run_dir={folder / run}", *more])
     cfg.curriculum.phases = OmegaConf.create(list(phases))
@@ -95,7 +97,8 @@ def fit(
     if origin is not None:
         check_text(origin, data)
     training = Training(**{k: v for k, v in settings["training"].items() if k != "_target_"})
-    module = LanguageModeling(build_model(settings, data.tokenizer), training, seed=settings["seed"], **changes)
+    changes = {"seed": settings["seed"], "replay": build_replay(settings)} | changes
+    module = LanguageModeling(build_model(settings, data.tokenizer), training, **changes)
     if before_step is not None:
         step = module.training_step
 

@@ -1,0 +1,220 @@
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from memlm.analysis.figures import read_history
+from memlm.checkpoint import checkpoints, read_plain
+from memlm.config import ConfigError
+from memlm.data.stream import Batch
+from memlm.training.module import LanguageModeling
+from memlm.training.replay import Replay, dealt, joined
+from memlm.training.resume import history_files
+from tests.training.small import FACTS, PLAIN, SHORT, config, curve, fit, fit_until_killed
+
+
+def batch_of(rows: list[int], step: int = 0, n_token: int = 4, **more: Any) -> Batch:
+    """Rows whose tokens say which they are."""
+    ids = torch.tensor(rows)[:, None].expand(-1, n_token).clone()
+    parts: dict[str, Any] = {"reset": None, "breaks": None, "mask": None, "fresh": True, "ends": True, "memory": {}}
+    return Batch(ids, ids + 1, torch.ones(ids.shape), torch.zeros_like(ids).bool(), step=step, **(parts | more))
+
+
+def kept(replay: Replay) -> list[int]:
+    return sorted(int(window.ids[0]) for window in replay.windows)
+
+
+def test_a_reservoir_is_an_even_sample() -> None:
+    counts: Counter[int] = Counter()
+    for seed in range(300):
+        replay = Replay("reservoir", capacity=10, seed=seed)
+        for step in range(50):
+            replay.offer(batch_of([2 * step, 2 * step + 1], step), torch.zeros(2), n_segment=1)
+        assert len(replay) == 10
+        counts.update(kept(replay))
+    assert len(counts) == 100
+    # each of 100 is kept with probability 1/10: 30 times of 300, standard deviation 5.2
+    assert min(counts.values()) > 30 - 4.5 * 5.2
+    assert max(counts.values()) < 30 + 4.5 * 5.2
+    thirds = [sum(counts[i] for i in range(first, first + 33)) for first in (0, 33, 66)]
+    assert all(abs(third - 990) < 4 * 30 for third in thirds)  # neither early nor late ones are favoured
+
+
+def test_surprise_keeps_what_was_predicted_worst_when_last_seen() -> None:
+    replay = Replay("surprise", capacity=3)
+    replay.offer(batch_of([1, 2, 3, 4]), torch.tensor([0.5, 4.0, 1.0, 2.0]), n_segment=1)
+    assert kept(replay) == [2, 3, 4]
+    place = next(i for i, window in enumerate(replay.windows) if window.ids[0] == 2)
+    replay.update([place], torch.tensor([0.1]))  # learned since
+    replay.offer(batch_of([5], 1), torch.tensor([0.7]), n_segment=1)
+    assert kept(replay) == [3, 4, 5]
+
+
+def test_surprise_draws_in_proportion_to_loss() -> None:
+    replay = Replay("surprise", ratio=1.0, capacity=2)
+    replay.offer(batch_of([1, 2]), torch.tensor([1.0, 3.0]), n_segment=1)
+    drawn = Counter(int(replay.draw(batch_of([9], step))[0].ids[0, 0]) for step in range(400))  # type: ignore[index]
+    assert drawn[2] / 400 == pytest.approx(0.75, abs=0.09)
+
+
+def test_the_same_window_is_kept_once() -> None:
+    replay = Replay(capacity=10)
+    for step in range(5):
+        replay.offer(batch_of([7, 7, step % 2], step), torch.full((3,), float(step)), n_segment=1)
+    assert kept(replay) == [0, 1, 7]
+    assert dict(zip([int(w.ids[0]) for w in replay.windows], replay.losses, strict=True)) == {7: 4.0, 0: 4.0, 1: 3.0}
+
+
+def test_as_many_rows_as_the_ratio_says_and_as_long_as_the_batch() -> None:
+    replay = Replay(ratio=0.3, capacity=100)
+    assert replay.draw(batch_of([1])) is None
+    replay.offer(batch_of(list(range(20))), torch.zeros(20), n_segment=2)
+    replay.offer(batch_of(list(range(20, 40)), n_token=8), torch.zeros(20), n_segment=2)
+    sizes = []
+    for step in range(300):
+        drawn = replay.draw(batch_of([50, 51], step))
+        sizes.append(0 if drawn is None else len(drawn[0].ids))
+        if drawn is not None:
+            assert drawn[0].ids.shape[1] == 4
+            assert drawn[0].ids.max() < 20
+            assert torch.equal(drawn[0].targets, drawn[0].ids + 1)
+    assert set(sizes) == {0, 1}
+    assert sum(sizes) / 300 == pytest.approx(0.6, abs=0.12)
+
+
+def test_later_windows_of_a_document_are_not_kept() -> None:
+    replay = Replay()
+    breaks = torch.tensor([[True, False]])
+    replay.offer(batch_of([1], breaks=breaks, fresh=False), torch.zeros(1), n_segment=2)
+    assert len(replay) == 0
+    replay.offer(batch_of([1], breaks=breaks), torch.zeros(1), n_segment=2)
+    assert torch.equal(replay.draw(batch_of([2, 2, 2, 2, 2]))[0].breaks, breaks)  # type: ignore[index, arg-type]
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"policy": "newest"}, "replay.policy must be one of reservoir, surprise, got 'newest'"),
+        ({"ratio": 0.0}, r"replay.ratio must be in \(0, 1\], got 0.0; for none use replay=none"),
+        ({"ratio": float("nan")}, "replay.ratio"),
+        ({"capacity": 0}, "replay.capacity must be at least 1, got 0"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(settings: dict[str, Any], told: str) -> None:
+    with pytest.raises(ConfigError, match=told):
+        Replay(**settings)
+
+
+def test_a_buffer_is_dealt_out_and_joined_again() -> None:
+    replay = Replay(capacity=10)
+    replay.offer(batch_of([1, 2, 3, 4, 5]), torch.arange(5.0), n_segment=1)
+    shares = [dealt(replay.state_dict(), rank, 2) for rank in range(2)]
+    assert [len(share["windows"]) for share in shares] == [3, 2]
+    other = Replay(capacity=10)
+    other.load_state_dict(joined(shares))
+    assert kept(other) == kept(replay)
+    assert sorted(other.losses) == sorted(replay.losses)
+
+
+# --- in training -----------------------------------------------------------------------------------------------------
+
+STILL = ["training.lr=1e-12", "model.dropout=0", "replay.ratio=1.0", "trainer.max_steps=6"]
+
+
+@pytest.mark.parametrize("scope", ["sequence", "shared"])
+@pytest.mark.parametrize("phase", [SHORT, PLAIN])
+def test_replayed_rows_are_trained_and_leave_no_trace_in_memory(
+    scope: str, phase: dict[str, Any], tmp_path: Path
+) -> None:
+    states: dict[str, list[Any]] = {"none": [], "reservoir": []}
+    totals: list[tuple[float, float]] = []
+    for name, seen in states.items():
+
+        def look(module: LanguageModeling, batch: Batch, seen: list[Any] = seen) -> None:
+            bank = getattr(module.model.memory["ltm"][0], "bank_key", torch.zeros(()))
+            seen.append((module._state, bank.clone()))
+            if module.replay is not None and len(module.replay):
+                totals.append(_naive(module, batch))
+
+        settings = config(tmp_path, name, *(s for s in STILL if name != "none" or "replay" not in s),
+                          f"memory.ltm.scope={scope}", phases=[phase], replay=name)  # fmt: skip
+        _, module, rows = fit(settings, before_step=look)
+        if name == "none":
+            expected = curve(rows)
+        else:
+            # what is logged, what is carried on and what is in the bank are as without replay
+            assert curve(rows) == pytest.approx(expected, rel=1e-5)
+            assert module.replay is not None
+            assert len(module.replay) > 2
+            assert any(row.get("train/replay_nll") for row in rows)
+    for (state, bank), (replayed, other) in zip(*states.values(), strict=True):
+        assert torch.equal(bank, other)
+        assert (state is None) == (replayed is None)
+        if state is not None:
+            torch.testing.assert_close(state.memory["ltm"], replayed.memory["ltm"])
+    assert len(totals) >= 4
+    assert all(loss == pytest.approx(naive, rel=1e-4) for loss, naive in totals)
+
+
+def _naive(module: LanguageModeling, batch: Batch) -> tuple[float, float]:
+    """The loss of a step, and the mean over the weights of its rows and of those replayed, each row by itself."""
+    before = module._state, module.replay.state_dict()  # type: ignore[union-attr]
+    banks = {name: buffer.clone() for name, buffer in module.model.named_buffers()}
+    drawn = module.replay.draw(batch)  # type: ignore[union-attr]
+    assert drawn is not None
+    model, total, weights, extra = module.model, 0.0, 0.0, 0.0
+    with torch.no_grad():
+        for part, state in ((batch, None if batch.fresh else module._state), (drawn[0], None)):
+            if state is not None:
+                state = module._with_banks(state)
+            out = model(part.ids, state=state, reset=part.reset, breaks=part.breaks, mask=part.mask)
+            weight = part.weight * torch.where(part.answer, module.settings.answer_weight, 1.0)
+            nll = F.cross_entropy(out.logits.flatten(0, 1), part.targets.flatten(), reduction="none")
+            total += float((nll * weight.flatten()).sum())
+            weights += float(weight.sum())
+            extra += sum(float(value) for value in model.memory["ltm"][0].losses(out.trace["ltm"], nll).values())
+        loss = float(module._loss(batch))
+    module._state = before[0]
+    module.replay.load_state_dict(before[1])  # type: ignore[union-attr]
+    for name, buffer in model.named_buffers():
+        buffer.copy_(banks[name])
+    return loss - extra, total / weights
+
+
+@pytest.mark.parametrize("policy", ["reservoir", "surprise"])
+def test_a_killed_run_goes_on_bit_for_bit(policy: str, tmp_path: Path) -> None:
+    more = ["replay.capacity=5", "replay.ratio=0.5"]
+    whole = curve(
+        fit(
+            config(
+                tmp_path,
+                "whole",
+                *more,
+                phases=[
+                    FACTS,
+                ],
+                replay=policy,
+            )
+        )[2]
+    )
+    fit_until_killed(config(tmp_path, "killed", *more, phases=[FACTS], replay=policy), step=7)
+    fit(config(tmp_path, "on", *more, f"resume={tmp_path / 'killed'}", phases=[FACTS], replay=policy))
+    found = curve([row for file in history_files(tmp_path / "on") for row in read_history(file)])
+    assert found == whole
+    without = curve(fit(config(tmp_path, "without", phases=[FACTS]))[2])
+    assert without != whole
+
+
+def test_two_processes_have_a_buffer_each(tmp_path: Path) -> None:
+    ranks = ["trainer.devices=2", "trainer.strategy=ddp_fork", "replay.ratio=1.0"]
+    fit(config(tmp_path, "two", *ranks, "trainer.max_steps=4", phases=[SHORT], replay="reservoir"))
+    content = read_plain(checkpoints(tmp_path / "two")[-1])["replay"]
+    assert content["n_seen"] == len(content["windows"]) == 8
+    assert len({window["ids"].numpy().tobytes() for window in content["windows"]}) == 8
+    _, module, _ = fit(config(tmp_path, "on", f"resume={tmp_path / 'two'}", "replay.ratio=1.0", phases=[SHORT],
+                              replay="reservoir"))  # fmt: skip
+    assert module.replay is not None
+    assert len(module.replay) == 8 + 2 * 5  # four steps of two processes, then five of one
