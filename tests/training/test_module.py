@@ -14,6 +14,7 @@ from memlm.build import build_data, build_model, build_tokenizer
 from memlm.checkpoint import checkpoints, read
 from memlm.config import ConfigError
 from memlm.memory import state as states
+from memlm.training import loss
 from memlm.training.module import LanguageModeling, NonFiniteLoss, decay_groups, memory_settings
 from memlm.training.settings import Training
 from tests.training.small import FACTS, PLAIN, SHORT, config, curve, fit
@@ -389,11 +390,12 @@ def test_compiled_training_is_the_same_and_keeps_its_keys(
         return lambda *args, **kwargs: calls.append(1) or compiled(*args, **kwargs)
 
     monkeypatch.setattr(torch, "compile", compile_with)
+    monkeypatch.setattr(loss, "_compiled", lambda: compile_with(loss._rows))
     small = ["trainer.max_steps=2", "model.n_layer=1", "trainer.val_check_interval=1", "model.dropout=0"]
     _, _, whole = fit(config(tmp_path, "a", *small, phases=[SHORT], memory=memory))
     assert not calls
     _, module, rows = fit(config(tmp_path, "b", *small, "training.compile=true", phases=[SHORT], memory=memory))
-    assert len(calls) == 2  # training steps only
+    assert len(calls) == 2 * 2  # the model and the loss of training steps only
     assert list(curve(rows).values()) == pytest.approx(list(curve(whole).values()), abs=1e-4)
     keys = [set(read(checkpoints(tmp_path / run)[-1])["state_dict"]) for run in "ab"]
     assert keys[0] == keys[1]
