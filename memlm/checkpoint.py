@@ -7,15 +7,19 @@ loads with ``weights_only=True``: no code in it is ever run.
 from __future__ import annotations
 
 import errno
+import json
 import os
 import pickle
 import platform
 import re
+import tempfile
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 
 from memlm.config import ConfigError
 
@@ -24,6 +28,7 @@ if TYPE_CHECKING:
     from memlm.models.base import LanguageModel
 
 FOLDER = "checkpoints"
+_WEIGHTS = "model.safetensors"  # of an export
 _NAME = re.compile(r"(?:.*-)?step=(\d+)(?:-v\d+)?\.ckpt")  # also as Lightning names them: epoch=0-step=100.ckpt
 
 
@@ -73,7 +78,7 @@ def place(model: LanguageModel, device: str) -> LanguageModel:
 
 
 def find(path: str | os.PathLike[str]) -> Path:
-    """The checkpoint file that ``path`` names: itself, or the newest of a run directory.
+    """The checkpoint file that ``path`` names: itself, the newest of a run directory, or the weights of an export.
 
     Raises:
         ConfigError: If there is none.
@@ -81,6 +86,8 @@ def find(path: str | os.PathLike[str]) -> Path:
     path = Path(path)
     if path.is_file():
         return path
+    if (path / _WEIGHTS).is_file():
+        return path / _WEIGHTS
     if not path.exists():
         raise ConfigError(f"there is no run or checkpoint at {path}")
     found = checkpoints(path)
@@ -106,11 +113,55 @@ def read(path: Path, peek: bool = False) -> dict[str, Any]:
     Raises:
         ConfigError: If it is damaged, holds more than plain data, or is not one of memlm.
     """
-    content = read_plain(path, peek)
+    content = _read_export(path.parent) if path.name == _WEIGHTS else read_plain(path, peek)
     entry = content.get("memlm") if isinstance(content, dict) else None
     if not isinstance(entry, dict) or not {"config", "tokenizer"} <= set(entry) or "state_dict" not in content:
         raise ConfigError(f"{path} is not a checkpoint of memlm: it has no entry 'memlm' that describes a model")
     return content
+
+
+def export(model: LanguageModel, directory: str | os.PathLike[str]) -> list[Path]:
+    """Write a model for others to read: ``model.safetensors``, ``config.json``, ``tokenizer.json``.
+
+    The three appear together or not at all; `load` reads the directory.
+
+    Args:
+        model: The model; the banks of its shared memories are among the weights.
+        directory: Where to; it must not exist yet, or be empty.
+
+    Returns:
+        The files.
+
+    Raises:
+        ConfigError: If something is there already.
+    """
+    directory = Path(directory)
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise ConfigError(f"{directory} exists already: give the name of a new directory")
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=directory.parent, prefix=f".{directory.name}.") as folder:
+        whole = Path(folder) / "whole"  # renamed, so that what removes the folder does not find it
+        whole.mkdir()
+        entry = describe(model)
+        save_file({name: value.contiguous() for name, value in model.state_dict().items()}, whole / _WEIGHTS)
+        (whole / "tokenizer.json").write_text(entry.pop("tokenizer"), encoding="utf-8")
+        (whole / "config.json").write_text(json.dumps(entry, indent=2) + "\n", encoding="utf-8")
+        os.replace(whole, directory)
+    return sorted(directory.iterdir())
+
+
+def _read_export(directory: Path) -> dict[str, Any]:
+    """What `export` has written, as the contents of a checkpoint."""
+    try:
+        entry = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+        tokenizer = (directory / "tokenizer.json").read_text(encoding="utf-8")
+        weights = load_file(directory / _WEIGHTS)
+    except FileNotFoundError:
+        raise
+    except (ValueError, OSError, SafetensorError) as error:
+        raise ConfigError(f"{directory} cannot be read: it is damaged or cut short; export the model again") from error
+    weights = {f"model.{name}": value for name, value in weights.items()}
+    return {"memlm": {**entry, "tokenizer": tokenizer}, "state_dict": weights}
 
 
 def read_plain(path: Path, peek: bool = False) -> Any:

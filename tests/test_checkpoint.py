@@ -1,18 +1,23 @@
 import builtins
 import errno
+import json
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import lightning
 import pytest
+import safetensors.torch
+import tokenizers
 import torch
 
 import memlm
 from memlm import checkpoint
 from memlm.build import build_data, build_model, build_tokenizer
-from memlm.checkpoint import checkpoints, find, load_run, no_space, read, write
+from memlm.checkpoint import checkpoints, export, find, load_run, no_space, read, write
 from memlm.config import ConfigError
 from memlm.training.module import LanguageModeling
 from tests.training.small import FACTS, config, fit
@@ -202,3 +207,59 @@ def test_a_tokenizer_larger_than_the_model_is_refused(tmp_path: Path) -> None:
     settings = config(tmp_path, "a", "data.tokenizer.n_vocab=5")
     with pytest.raises(ConfigError, match=r"data\.tokenizer\.n_vocab \(5\) is smaller"):
         build_model(settings, build_tokenizer(settings))
+
+
+# --- exported models -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("memory", ["none", "dual"])
+def test_an_exported_model_is_the_same_without_lightning(memory: str, tmp_path: Path) -> None:
+    scope = ["memory.ltm.scope=shared"] if memory == "dual" else []  # with a bank, which is a part of the model
+    fit(config(tmp_path, "a", *scope, "trainer.max_steps=2", memory=memory, phases=[FACTS]))
+    model = memlm.load(tmp_path / "a")
+    ids = torch.arange(40)[None] % 50
+    expected = model(ids)
+    assert [path.name for path in export(model, tmp_path / "out")] == [
+        "config.json", "model.safetensors", "tokenizer.json",
+    ]  # fmt: skip
+    assert files(tmp_path) == ["a", "out", "text.txt"]  # nothing temporary is left
+    again = memlm.load(tmp_path / "out")
+    assert again.state_dict().keys() == model.state_dict().keys()
+    assert all(torch.equal(value, again.state_dict()[name]) for name, value in model.state_dict().items())
+    assert again.tokenizer.to_json() == model.tokenizer.to_json()
+    torch.save((ids, expected.logits), tmp_path / "expected.pt")
+    code = f"""
+import sys
+sys.modules["lightning"] = None  # importing it is an error
+import torch, memlm
+ids, logits = torch.load({str(tmp_path / "expected.pt")!r})
+assert torch.equal(memlm.load({str(tmp_path / "out")!r})(ids).logits, logits)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1])
+
+
+def test_what_others_read_of_an_export_is_plain(tmp_path: Path) -> None:
+    settings = config(tmp_path, "a")
+    model = build_model(settings, build_tokenizer(settings))
+    export(model, tmp_path / "out")
+    weights = safetensors.torch.load_file(tmp_path / "out" / "model.safetensors")
+    assert torch.equal(weights["embedding.weight"], model.embedding.weight)
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert written["config"]["memory"]["ltm"]["n_slot"] == 64
+    assert tokenizers.Tokenizer.from_file(str(tmp_path / "out" / "tokenizer.json")).get_vocab_size() > 0
+
+
+def test_a_damaged_export_or_a_taken_name_is_told(tmp_path: Path) -> None:
+    settings = config(tmp_path, "a")
+    model = build_model(settings, build_tokenizer(settings))
+    export(model, tmp_path / "out")
+    with pytest.raises(ConfigError, match="out exists already: give the name of a new directory"):
+        export(model, tmp_path / "out")
+    whole = (tmp_path / "out" / "model.safetensors").read_bytes()
+    (tmp_path / "out" / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ConfigError, match="damaged or cut short; export the model again"):
+        memlm.load(tmp_path / "out")
+    (tmp_path / "out" / "model.safetensors").write_bytes(whole)
+    (tmp_path / "out" / "config.json").write_text("{")
+    with pytest.raises(ConfigError, match="damaged or cut short"):
+        memlm.load(tmp_path / "out")
