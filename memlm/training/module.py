@@ -17,6 +17,7 @@ from memlm.config import ConfigError, check_arguments, did_you_mean, instantiate
 from memlm.data.stream import Batch
 from memlm.memory import ranks
 from memlm.memory import state as states
+from memlm.memory.base import Memory
 from memlm.models.base import LanguageModel
 from memlm.training.loss import linear_cross_entropy, token_nll
 from memlm.training.replay import Replay, dealt, joined
@@ -136,6 +137,9 @@ class LanguageModeling(lightning.LightningModule):
                         f"resume={self.trainer.default_root_dir}"
                     )
         self._state = None if batch.ends else self._without_banks(states.detach(out.state))
+        every = self.settings.consolidate_every
+        if every is not None and (self.global_step + 1) % every == 0:
+            self._consolidate()
         self.log("train/loss", logged, sync_dist=self.trainer.world_size > 1)
         if (self.global_step + 1) % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             self._log_details(batch, nll, losses, out)
@@ -173,6 +177,29 @@ class LanguageModeling(lightning.LightningModule):
             for key, value in modules[0].losses(out.trace[name], by_row).items()
         }
         return losses, nll, by_row
+
+    @torch.no_grad()
+    def _consolidate(self) -> None:
+        """Consolidate shared banks and what is carried on, and log the counts of what was done."""
+        counts: dict[str, float] = {}
+
+        def consolidate(name: str, module: Memory, part: Any) -> Any:
+            new, done = module.consolidate(part)
+            for key, count in done.items():
+                counts[f"memory/{name}/{key}"] = counts.get(f"memory/{name}/{key}", 0) + count
+            return new
+
+        for name, modules in self.model.memory.items():
+            if name in self.shared:
+                for module in modules:
+                    module.commit(consolidate(name, module, module.first_state(1)))
+            elif self._state is not None:
+                parts = zip(modules, self._state.memory[name], strict=True)
+                new = tuple(consolidate(name, module, part) for module, part in parts)
+                self._state = self._state._replace(memory=self._state.memory | {name: new})
+        if counts:  # not by `self.log`, which repeats a number in later steps
+            for logger in self.trainer.loggers:
+                logger.log_metrics(counts, step=self.global_step)
 
     @contextlib.contextmanager
     def _all_ranks_write(self) -> Iterator[None]:

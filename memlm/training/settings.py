@@ -25,6 +25,8 @@ class Training:
         warmup_steps: Steps of linear warm-up.
         min_lr_ratio: Learning rate at the end of the cosine, as a share of ``lr``.
         answer_weight: Weight in the loss of answers to questions about planted facts; other tokens weigh 1.
+        consolidate_every: Steps after which shared banks and the memories of documents that go on are consolidated (see
+            `memlm.memory.base.Memory.consolidate`); None for never.
         compile: Compile the model's forward pass and its loss for training steps. Evaluation is never compiled.
 
     Raises:
@@ -37,6 +39,7 @@ class Training:
     warmup_steps: int = 50
     min_lr_ratio: float = 0.05
     answer_weight: float = 5.0
+    consolidate_every: int | None = None
     compile: bool = False
 
     def __post_init__(self) -> None:
@@ -48,6 +51,10 @@ class Training:
         for name in ("weight_decay", "warmup_steps", "answer_weight"):
             if not getattr(self, name) >= 0:
                 raise ConfigError(f"training.{name} must not be negative, got {getattr(self, name)}")
+        if self.consolidate_every is not None and self.consolidate_every < 1:
+            raise ConfigError(
+                f"training.consolidate_every must be at least 1, or null for never, got {self.consolidate_every}"
+            )
         if not 0 <= self.min_lr_ratio <= 1:
             raise ConfigError(f"training.min_lr_ratio must be in 0..1, got {self.min_lr_ratio}")
 

@@ -14,6 +14,7 @@ from memlm.build import build_data, build_model, build_tokenizer
 from memlm.checkpoint import checkpoints, read
 from memlm.config import ConfigError
 from memlm.memory import state as states
+from memlm.memory.ltm import LongTermMemory
 from memlm.training import loss
 from memlm.training.module import LanguageModeling, NonFiniteLoss, decay_groups, memory_settings
 from memlm.training.settings import Training
@@ -401,3 +402,39 @@ def test_compiled_training_is_the_same_and_keeps_its_keys(
     assert keys[0] == keys[1]
     assert module._compiled is None
     memlm.load(tmp_path / "b")
+
+
+# --- consolidation ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scope", ["sequence", "shared"])
+def test_memories_are_consolidated_every_so_many_steps(
+    scope: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[int, Any, Any]] = []
+    original = LongTermMemory.consolidate
+
+    def twice(self: Any, state: Any, threshold: float = 0.1) -> Any:
+        new, counts = original(self, state, threshold=1.5)  # so wide that something is merged
+        seen.append((counts["merged"], states.detach(state), new))
+        return new, counts
+
+    monkeypatch.setattr(LongTermMemory, "consolidate", twice)
+    carried: dict[int, Any] = {}
+
+    def look(module: LanguageModeling, batch: Any) -> None:
+        if scope == "shared":
+            carried[batch.step] = module.model.memory["ltm"][0].first_state(1)
+        elif module._state is not None:
+            carried[batch.step] = module._state.memory["ltm"][0]
+
+    settings = [f"memory.ltm.scope={scope}", "training.consolidate_every=2", "trainer.max_steps=6"]
+    _, _, rows = fit(config(tmp_path, "a", *settings, phases=[FACTS | {"n_window": 5}]), before_step=look)
+    # after steps 1, 3 and 5; the document of five windows ends with step 4
+    assert len(seen) == 3
+    merged = {row["step"]: row["memory/ltm/merged"] for row in rows if row.get("memory/ltm/merged") is not None}
+    assert merged == {1: seen[0][0], 3: seen[1][0], 5: seen[2][0]}
+    assert seen[0][0] > 0
+    for (_, _, new), step in zip(seen[:2], (2, 4), strict=True):  # what the next step begins with
+        torch.testing.assert_close(carried[step].key, new.key)
+        assert torch.equal(carried[step].priority, new.priority)
