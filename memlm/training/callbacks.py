@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -13,6 +14,7 @@ import lightning
 import torch
 from lightning.pytorch.callbacks import Callback, Checkpoint, ProgressBar
 from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from tqdm import tqdm
 
 from memlm import checkpoint
@@ -34,7 +36,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 
 class Checkpoints(Checkpoint):
-    """Writes ``step=N.ckpt`` every so many steps and after the last one, and keeps the newest.
+    """Writes ``step=N.ckpt`` every so many steps, after the last one and on SIGTERM, and keeps the newest.
 
     Args:
         run: Run directory.
@@ -44,19 +46,35 @@ class Checkpoints(Checkpoint):
 
     def __init__(self, run: Path, every: int, keep: int | None) -> None:
         self.run, self.every, self.keep = run, every, keep
-        self._last = 0
+        self._last = 0  # step of the newest checkpoint
+        self._seen, self._stepped = 0, False
 
     def on_train_start(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
         """What a run goes on from is there already."""
-        self._last = trainer.global_step
+        self._last = self._seen = trainer.global_step
+        self._stepped = False
 
     def on_train_batch_end(
         self, trainer: lightning.Trainer, module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Write when it is time; with accumulated gradients only right after an optimizer step."""
         step = trainer.global_step
+        self._stepped, self._seen = step != self._seen, step
         if step != self._last and (step % self.every == 0 or step == trainer.max_steps):
             self._last = step
+            self.save(trainer)
+
+    def on_exception(
+        self, trainer: lightning.Trainer, module: lightning.LightningModule, exception: BaseException
+    ) -> None:
+        """Write what was trained before a SIGTERM, which comes between batches, and end with the exit code of one.
+
+        In the middle of accumulated gradients or of a validation the last checkpoint is what there is to go on from.
+        """
+        if not isinstance(exception, SIGTERMException):
+            return
+        exception.code = 128 + signal.SIGTERM
+        if self._stepped and trainer.global_step != self._last and not trainer.validating:
             self.save(trainer)
 
     def save(self, trainer: lightning.Trainer) -> Path:
@@ -196,7 +214,7 @@ class Progress(ProgressBar):
     ) -> None:
         """Close the bar, so that what comes next has a line of its own."""
         self._close()
-        if isinstance(exception, KeyboardInterrupt) and self._enabled:
+        if isinstance(exception, KeyboardInterrupt | SIGTERMException) and self._enabled:
             print(f"stopped after step {trainer.global_step}: go on with resume=auto", file=sys.stderr)
 
     def _close(self) -> None:

@@ -1,6 +1,7 @@
 import os
 import pickle
 import random
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from memlm.analysis.figures import read_history
 from memlm.checkpoint import checkpoints, read, write
 from memlm.config import ConfigError
 from memlm.training.resume import find_origin, history_files, remove_leftovers
@@ -215,3 +217,43 @@ with running(Path({str(tmp_path / "first")!r})):
     finally:
         other.communicate()
     assert find_origin("auto", settings, [tmp_path]) is not None
+
+
+def test_sigterm_writes_a_checkpoint_to_go_on_from(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    def stop(module: Any, batch: Any) -> None:
+        if batch.step == 4:
+            os.kill(os.getpid(), signal.SIGTERM)  # in the middle of a step, which is finished first
+
+    settings = ["checkpoint.every=100", "trainer.enable_progress_bar=true"]
+    child = os.fork()
+    if child == 0:
+        try:
+            fit(config(tmp_path, "stopped", *settings), before_step=stop)
+        except SystemExit as error:
+            os._exit(error.code)  # type: ignore[arg-type]
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 128 + signal.SIGTERM
+    assert "stopped after step 5: go on with resume=auto" in capfd.readouterr().err
+    assert [path.name for path in checkpoints(tmp_path / "stopped")] == ["step=5.ckpt"]
+    fit(config(tmp_path, "on", f"resume={tmp_path / 'stopped'}"))
+    whole = curve(fit(config(tmp_path, "whole"))[2])
+    assert curve([row for file in history_files(tmp_path / "on") for row in read_history(file)]) == whole
+
+
+def test_sigterm_within_accumulated_gradients_leaves_the_last_checkpoint(tmp_path: Path) -> None:
+    def stop(module: Any, batch: Any) -> None:
+        if batch.step == 8:  # the first of two
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    settings = ["checkpoint.every=3", "trainer.accumulate_grad_batches=2"]
+    child = os.fork()
+    if child == 0:
+        try:
+            fit(config(tmp_path, "stopped", *settings), before_step=stop)
+        except SystemExit as error:
+            os._exit(error.code)  # type: ignore[arg-type]
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 128 + signal.SIGTERM
+    assert [path.name for path in checkpoints(tmp_path / "stopped")] == ["step=3.ckpt"]
