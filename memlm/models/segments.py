@@ -630,7 +630,13 @@ class SegmentModel(LanguageModel):
         return x.flatten(1, 2), state, reads, {name: mean_trace(parts) for name, parts in traces.items()}
 
     def _run_segments(
-        self, grid: Grid, state: ModelState, read: bool, write: bool, signals: dict[str, Tensor] | None, full: bool
+        self,
+        grid: Grid,
+        state: ModelState,
+        read: bool,
+        write: bool,
+        signals: dict[str, Tensor] | None,
+        full: bool = False,
     ) -> tuple[Tensor, ModelState, dict[str, Residual], dict[str, Trace]]:
         """All layers over one segment after the other: the definition, and the only way for some memories.
 
