@@ -218,8 +218,12 @@ def _groups(loader: ConfigLoader, extra: list[str], config_name: str) -> list[st
 def _check_choice(override: Override, options: list[str]) -> None:
     group, value = override.key_or_group, override.value()
     for choice in value if isinstance(value, list) else [value]:
-        if choice is None or (override.is_delete() and choice == ""):
+        if override.is_delete() and choice in (None, ""):
             continue
+        if choice is None:
+            raise ConfigError(
+                f"{group}=null chooses nothing: give an option, or leave {group} out. {_listing(options)}"
+            )
         if not isinstance(choice, str) or choice.removesuffix(".yaml") not in options:
             raise ConfigError(
                 f"{group} has no option {str(choice)!r}.{did_you_mean(str(choice), options)} {_listing(options)}"

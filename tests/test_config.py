@@ -522,6 +522,11 @@ def test_an_empty_mapping_is_no_way_to_switch_off() -> None:
     with pytest.raises(ConfigError, match=r"watch=\{\} would change nothing.*use watch=null"):
         compose(["watch={}"])
     assert compose(["watch=null"]).watch is None
+
+
+def test_null_is_no_option() -> None:
+    with pytest.raises(ConfigError, match=r"memory=null chooses nothing: give an option, or leave .* out\. .*none"):
+        compose(["memory=null"])
     assert compose(["~watch.needle"]).watch == {}
 
 

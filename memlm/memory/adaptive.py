@@ -174,7 +174,7 @@ class AdaptiveMemory(Memory):
         for part in self.to_importance or ():
             if isinstance(part, nn.Linear):
                 nn.init.normal_(part.weight, std=part.in_features**-0.5)
-                nn.init.ones_(part.bias)  # of the last: importance begins at 0.73
+                nn.init.ones_(part.bias)  # of the last: importance begins around 0.73, spread by the seed
 
     # --- the bank ------------------------------------------------------------------------------------------------
 

@@ -152,8 +152,12 @@ class AutoMemory(Memory):
         mine = score[:, self.n_slot :]
         # Straight through: the step in what reaches the threshold, the gradient of the score.
         passes = (mine >= self.threshold).float() + mine - mine.detach()
-        share = (passes * weight).sum() / weight.sum().clamp(min=1)
-        return new, {"passes": share, "kept": self.filled(new).sum(dim=1).float().mean()}
+        share = (passes * weight).sum(dim=1) / weight.sum(dim=1).clamp(min=1)  # (B,)
+        n_wrote = wrote.sum().clamp(min=1)
+        # Of each segment by itself: a network that lets all pass and none in turn keeps to a budget on average.
+        off = ((share - self.budget).square() * wrote).sum() / n_wrote
+        kept = self.filled(new).sum(dim=1).float().mean()
+        return new, {"passes": (share * wrote).sum() / n_wrote, "off_budget": off, "kept": kept}
 
     def _choose(self, score: Tensor, ids: Tensor, there: Tensor) -> Tensor:
         """Candidates that stay, (B, M), in the order of the text; ``K`` where a slot stays empty.
@@ -177,7 +181,7 @@ class AutoMemory(Memory):
 
     def losses(self, trace: dict[str, Tensor], nll: Tensor) -> dict[str, Tensor]:
         """The price of a share other than the budget: of too many tokens, and of none, which are not missed."""
-        return {"budget": self.budget_penalty * (trace["passes"] - self.budget).square()} if "passes" in trace else {}
+        return {"budget": self.budget_penalty * trace["off_budget"]} if "off_budget" in trace else {}
 
     def filled(self, state: AutoState) -> Tensor:
         """Which slots hold a token, (B, M)."""

@@ -23,7 +23,7 @@ from memlm.analysis.figures import read_history
 from memlm.checkpoint import FOLDER, checkpoints, no_space
 from memlm.config import ConfigError
 from memlm.training.callbacks import AtomicCheckpointIO, Checkpoints, DuringTraining, Progress, Throughput
-from memlm.training.resume import Origin, history_files, keep_earlier_history, running
+from memlm.training.resume import Origin, history_files, keep_earlier_history, refuse_other_run, running
 from memlm.training.settings import sweep_dir
 
 # What libraries say that tells a user of memlm nothing.
@@ -74,6 +74,8 @@ def make_trainer(
     finished = False
     try:
         with _quiet(), running(run) if _is_first() else contextlib.nullcontext():
+            if _is_first():
+                refuse_other_run(run, origin)
             if origin is not None and _is_first():
                 keep_earlier_history(run, origin)
             loggers += _loggers(config, origin)

@@ -138,11 +138,29 @@ def _origin(path: Path, peek: bool = False) -> Origin:
 
 @contextlib.contextmanager
 def running(run: Path) -> Iterator[None]:
-    """Mark a run as alive; the mark goes with the process, however it ends."""
+    """Mark a run as alive; the mark goes with the process, however it ends.
+
+    Raises:
+        ConfigError: If another process trains it.
+    """
     run.mkdir(parents=True, exist_ok=True)
-    with open(run / _LOCK, "w") as lock:
-        fcntl.lockf(lock, fcntl.LOCK_EX)  # not flock: that would live on in loader workers
+    with open(run / _LOCK, "a") as lock:
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock: that would live on in loader workers
+        except (BlockingIOError, PermissionError):
+            raise ConfigError(f"{run} is being trained by another process: give another hydra.run.dir") from None
         yield
+
+
+def refuse_other_run(run: Path, origin: Origin | None) -> None:
+    """Refuse a directory that holds a run which is not gone on with: its checkpoints would be mixed with new ones.
+
+    Raises:
+        ConfigError: If there are checkpoints.
+    """
+    taken = (run / FOLDER).is_dir() and bool(checkpoints(run))
+    if taken and (origin is None or origin.run.resolve() != run.resolve()):
+        raise ConfigError(f"{run} holds a run already: give another hydra.run.dir, or go on with it: resume={run}")
 
 
 def _is_alive(run: Path) -> bool:

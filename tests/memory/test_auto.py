@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from memlm.memory.auto import AutoMemory, AutoState
-from memlm.memory.base import Segment
+from memlm.memory.base import Segment, mean_trace
 
 D, T, M = 8, 5, 5
 
@@ -242,6 +242,18 @@ def test_the_budget_pulls_the_share_that_passes_from_both_sides() -> None:
         loss.backward()
         gradient = float(memory.score_net[2].bias.grad)
         assert gradient * bias > 0  # downhill is towards the threshold
+
+
+def test_all_and_none_in_turn_keep_to_no_budget() -> None:
+    memory = memory_of(budget=0.5, budget_penalty=1.0)
+    traces = []
+    for bias in (5.0, -5.0):  # as a network does that looks at how full the memory is
+        with torch.no_grad():
+            memory.score_net[2].bias.fill_(bias)
+        traces.append(memory.write(segment_of(hidden_of(2), ids_of(2)), memory.init_state(2), [])[1])
+    trace = mean_trace(traces)
+    assert trace["passes"].item() == 0.5
+    assert memory.losses(trace, torch.zeros(()))["budget"].item() == pytest.approx(0.25)
 
 
 @pytest.mark.parametrize(

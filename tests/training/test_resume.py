@@ -13,7 +13,7 @@ import torch
 from memlm.analysis.figures import read_history
 from memlm.checkpoint import checkpoints, read, write
 from memlm.config import ConfigError
-from memlm.training.resume import find_origin, history_files, remove_leftovers
+from memlm.training.resume import find_origin, history_files, remove_leftovers, running
 from tests.training.small import CURRICULA, FACTS, PLAIN, SHORT, config, curve, fit, fit_until_killed, write_text
 
 
@@ -257,3 +257,28 @@ def test_sigterm_within_accumulated_gradients_leaves_the_last_checkpoint(tmp_pat
             os._exit(1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 128 + signal.SIGTERM
     assert [path.name for path in checkpoints(tmp_path / "stopped")] == ["step=3.ckpt"]
+
+
+def test_a_directory_holds_one_run(tmp_path: Path) -> None:
+    def second(module: Any, batch: Any) -> None:
+        if batch.step == 1:
+            child = os.fork()  # locks belong to a process
+            if child == 0:
+                try:
+                    with running(tmp_path / "a"):
+                        os._exit(0)
+                except ConfigError as error:
+                    os._exit(
+                        7 if "a is being trained by another process: give another hydra.run.dir" in str(error) else 1
+                    )
+            assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+
+    fit(config(tmp_path, "a", "trainer.max_steps=3"), before_step=second)
+    before = checkpoints(tmp_path / "a")
+    with pytest.raises(
+        ConfigError, match=r"a holds a run already: give another hydra.run.dir, or go on with it: resume=.*a"
+    ):
+        fit(config(tmp_path, "a", "seed=1"))
+    assert checkpoints(tmp_path / "a") == before
+    fit(config(tmp_path, "a", f"resume={tmp_path / 'a'}"))  # in its own directory
+    assert checkpoints(tmp_path / "a")[-1].name == "step=9.ckpt"
