@@ -271,8 +271,17 @@ def _walk_keys(config: DictConfig, prefix: str = "") -> Iterator[str]:
 
 
 def _check_missing(config: DictConfig) -> None:
-    if missing := sorted(OmegaConf.missing_keys(config)):
+    # Not OmegaConf.missing_keys, which follows references, and fails at one to a missing value.
+    if missing := sorted(_missing(OmegaConf.to_container(config, resolve=False))):
         raise ConfigError(_required(missing[0]))
+
+
+def _missing(value: Any, key: str = "") -> Iterator[str]:
+    if value == "???":
+        yield key
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for name, child in items:
+        yield from _missing(child, _dot(key, str(name)))
 
 
 def _required(key: str) -> str:

@@ -524,6 +524,11 @@ def test_an_empty_mapping_is_no_way_to_switch_off() -> None:
     assert compose(["watch=null"]).watch is None
 
 
+def test_a_value_that_others_refer_to_is_required_by_its_name() -> None:
+    with pytest.raises(ConfigError, match=r"data\.path is required and has no value: give it as data\.path=VALUE"):
+        compose(["data=text"])
+
+
 def test_null_is_no_option() -> None:
     with pytest.raises(ConfigError, match=r"memory=null chooses nothing: give an option, or leave .* out\. .*none"):
         compose(["memory=null"])
