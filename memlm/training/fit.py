@@ -76,8 +76,8 @@ def make_trainer(
         with _quiet(), running(run) if _is_first() else contextlib.nullcontext():
             if _is_first():
                 refuse_other_run(run, origin)
-            if origin is not None and _is_first():
-                keep_earlier_history(run, origin)
+                if origin is not None:
+                    keep_earlier_history(run, origin)
             loggers += _loggers(config, origin)
             trainer = _trainer(
                 **settings,

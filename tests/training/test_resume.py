@@ -219,21 +219,28 @@ with running(Path({str(tmp_path / "first")!r})):
     assert find_origin("auto", settings, [tmp_path]) is not None
 
 
-def test_sigterm_writes_a_checkpoint_to_go_on_from(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    def stop(module: Any, batch: Any) -> None:
-        if batch.step == 4:
-            os.kill(os.getpid(), signal.SIGTERM)  # in the middle of a step, which is finished first
+def fit_until_terminated(settings: dict[str, Any], step: int) -> None:
+    """Train in a process of its own, which gets SIGTERM in the middle of batch ``step``."""
 
-    settings = ["checkpoint.every=100", "trainer.enable_progress_bar=true"]
+    def stop(module: Any, batch: Any) -> None:
+        if batch.step == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+
     child = os.fork()
     if child == 0:
         try:
-            fit(config(tmp_path, "stopped", *settings), before_step=stop)
+            fit(settings, before_step=stop)
         except SystemExit as error:
             os._exit(error.code)  # type: ignore[arg-type]
         finally:
             os._exit(1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 128 + signal.SIGTERM
+
+
+def test_sigterm_writes_a_checkpoint_to_go_on_from(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    # the step in which it comes is finished first
+    settings = ["checkpoint.every=100", "trainer.enable_progress_bar=true"]
+    fit_until_terminated(config(tmp_path, "stopped", *settings), step=4)
     assert "stopped after step 5: go on with resume=auto" in capfd.readouterr().err
     assert [path.name for path in checkpoints(tmp_path / "stopped")] == ["step=5.ckpt"]
     fit(config(tmp_path, "on", f"resume={tmp_path / 'stopped'}"))
@@ -242,20 +249,8 @@ def test_sigterm_writes_a_checkpoint_to_go_on_from(tmp_path: Path, capfd: pytest
 
 
 def test_sigterm_within_accumulated_gradients_leaves_the_last_checkpoint(tmp_path: Path) -> None:
-    def stop(module: Any, batch: Any) -> None:
-        if batch.step == 8:  # the first of two
-            os.kill(os.getpid(), signal.SIGTERM)
-
     settings = ["checkpoint.every=3", "trainer.accumulate_grad_batches=2"]
-    child = os.fork()
-    if child == 0:
-        try:
-            fit(config(tmp_path, "stopped", *settings), before_step=stop)
-        except SystemExit as error:
-            os._exit(error.code)  # type: ignore[arg-type]
-        finally:
-            os._exit(1)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 128 + signal.SIGTERM
+    fit_until_terminated(config(tmp_path, "stopped", *settings), step=8)  # the first batch of two
     assert [path.name for path in checkpoints(tmp_path / "stopped")] == ["step=3.ckpt"]
 
 
