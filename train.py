@@ -64,7 +64,8 @@ def main(cfg: DictConfig) -> float | None:
         results, files, skipped = runner.run_all(model, data, experiments, run, logger)
         files += emit(*training_result(model, data, history()), run / "training", logger)
         hint = sync_hint(logger, origin)
-    print("\n" + summary(results))
+    if results:
+        print("\n" + summary(results))
     if skipped:
         print("\n" + not_measured(skipped))
     print("\nWritten:", *(f"  {path}" for path in [*written, *files]), sep="\n")

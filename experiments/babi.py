@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter, StrMethodFormatter
 
 from experiments.base import PALETTE, Result, Row, check_settings, evaluating, style
-from experiments.recall import CONDITIONS, Document, Haystack, ask, part_of, rates, tell, visit
+from experiments.recall import CONDITIONS, Document, Haystack, ask, draw_interval, part_of, rates, tell, visit
 from memlm.analysis.figures import CONTROLS
 from memlm.config import ConfigError
 from memlm.data.babi import N_WORD, TASKS, Question, Story
@@ -326,7 +326,7 @@ def plot(result: Result) -> dict[str, Figure]:
         panels[0].yaxis.set_major_formatter(PercentFormatter(xmax=1, symbol=" %"))
         handles, labels = panels[0].get_legend_handles_labels()
         count = int(result.metrics[f"n/on/{'/'.join(suffixes[0])}"])
-        title = f"band: 95 % Wilson interval, n = {count:,} per point"
+        title = f"bands, bars: 95 % Wilson interval, n = {count:,} per point"
         figure.legend(handles, labels, loc="outside lower center", ncols=4, title=title)
         panels[len(panels) // 2].set_xlabel("tokens of noise")
     return {"babi": figure}
@@ -345,7 +345,7 @@ def _panel(axes: Any, metrics: Mapping[str, float], task: int, vocabularies: lis
         keys = [f"/{name}/qa{task}/{vocabulary}/{n}" for n in noise]
         rate, low, high = ([metrics[part + key] for key in keys] for part in ("exact_match", "low", "high"))
         tint, on = PALETTE[color], name == "on"
-        axes.fill_between(noise, low, high, color=tint, alpha=0.18 if on else 0.05, linewidth=0)
+        draw_interval(axes, noise, low, high, tint, band=on)
         axes.plot(
             noise, rate, color=tint, marker=marker, linestyle=dash, markersize=size, linewidth=width, label=label,
             markerfacecolor=tint if on else "none", clip_on=False, zorder=5 if on else 3,

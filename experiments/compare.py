@@ -249,10 +249,15 @@ def _brief(value: Any) -> str:
 
 
 def _name(groups: Sequence[Group], differences: Sequence[tuple[str, list[Any]]]) -> None:
-    """Label groups by name or memories, and by the fewest settings that tell apart those which are alike in that."""
-    for group in groups:
-        config = group.runs[0].trained.config
-        group.label = str(config.get("name") or "+".join(config.get("memory") or ()) or "none")
+    """Label groups by name or memories, and by the fewest settings that tell apart those which are alike in that.
+
+    Where models of several kinds are compared, their kind stands before the memories.
+    """
+    configs = [group.runs[0].trained.config for group in groups]
+    kinds = [str(config["model"]["_target_"]).rpartition(".")[2].lower() for config in configs]
+    for group, config, kind in zip(groups, configs, kinds, strict=True):
+        memories = "+".join(config.get("memory") or ()) or "none"
+        group.label = str(config.get("name") or (f"{kind}-{memories}" if len(set(kinds)) > 1 else memories))
     settings = [(key, [_brief(value) for value in values]) for key, values in differences]
     for label in {group.label for group in groups}:
         alike = [i for i, group in enumerate(groups) if group.label == label]

@@ -22,7 +22,7 @@ from matplotlib.ticker import PercentFormatter
 
 from experiments.base import PALETTE, Result, Row, check_settings, evaluating, style, wilson
 from experiments.headline import recall_entries
-from experiments.recall import CONDITIONS, Document, Haystack, answer, ask, rates, tell, visit
+from experiments.recall import CONDITIONS, Document, Haystack, answer, ask, draw_interval, rates, tell, visit
 from memlm.analysis.figures import CONTROLS
 from memlm.config import ConfigError
 from memlm.data.facts import Fact
@@ -207,7 +207,7 @@ def plot(result: Result) -> dict[str, Figure]:
             keys = ("stale/on", "stale_low/on", "stale_high/on") if name == "stale" else _keys(name)
             rate, low, high = ([metrics[f"{key}/{n}"] for n in updates] for key in keys)
             measured = name in ("on", "stale")
-            axes.fill_between(x, low, high, color=color, alpha=0.18 if measured else 0.06, linewidth=0)
+            draw_interval(axes, x, low, high, color, band=measured)
             axes.plot(
                 x, rate, color=color, marker=marker, markersize=sizes.get(name, 6), clip_on=False, label=label,
                 linestyle="-" if measured else "--", linewidth=2.5 if measured else 1.2,
@@ -222,7 +222,9 @@ def plot(result: Result) -> dict[str, Figure]:
         axes.set_xlabel("updates after the fact was first told")
         axes.yaxis.set_major_formatter(PercentFormatter(xmax=1, symbol=" %"))
         n = int(metrics[f"n/on/{updates[0]}"])
-        figure.legend(loc="outside lower center", ncols=2, title=f"band: 95 % Wilson interval, n = {n:,} per point")
+        figure.legend(
+            loc="outside lower center", ncols=2, title=f"bands, bars: 95 % Wilson intervals, n = {n:,} per point"
+        )
     return {"overwrite": figure}
 
 

@@ -41,7 +41,7 @@ from torch.nn import functional as F
 from experiments import streams
 from experiments.base import PALETTE, Result, Row, evaluating, mean_interval, style, wilson
 from experiments.needle import Needle, draw
-from experiments.recall import CONDITIONS, Document, question
+from experiments.recall import CONDITIONS, Document, draw_interval, question
 from memlm.analysis.figures import CONTROLS
 from memlm.build import untrained
 from memlm.config import ConfigError
@@ -337,7 +337,7 @@ def summarise(rows: Sequence[Row]) -> dict[str, float]:
 
     Returns:
         ``top1/<condition>`` with ``low/...`` and ``high/...`` (95 % Wilson interval) and ``n/<condition>``;
-        ``mrr/<condition>`` with ``low/...`` and ``high/...`` (95 % t interval over documents);
+        ``mrr/<condition>`` with ``low/...`` and ``high/...`` (95 % t interval over documents, cut at 0 and 1);
         ``evidence/<condition>``, mean nats for the right candidate. These are for the most patterns stored, and with
         ``/<n_stored>`` for each number. ``likelihood_top1/on`` and ``/off``, ``likelihood_mrr/...``.
         ``chance/top1`` and ``chance/mrr``. And
@@ -379,7 +379,7 @@ def _rates(rows: Sequence[Row], name: str) -> dict[str, float]:
     mean, half = mean_interval(_by_document(rows, "reciprocal_rank"))
     metrics = {
         f"top1/{name}": k / n, f"low/top1/{name}": low, f"high/top1/{name}": high, f"n/{name}": n,
-        f"mrr/{name}": mean, f"low/mrr/{name}": mean - half, f"high/mrr/{name}": mean + half,
+        f"mrr/{name}": mean, f"low/mrr/{name}": max(mean - half, 0.0), f"high/mrr/{name}": min(mean + half, 1.0),
         f"evidence/{name}": math.fsum(row["evidence"] for row in rows) / n,
     }  # fmt: skip
     if "likelihood_top1" in rows[0]:
@@ -458,6 +458,10 @@ def _finding(result: Result) -> Figure:
                 label = {"on": "memory on", **CONTROLS}[condition] + (", untrained model" if suffix else "")
                 _curve(line[0], numbers, [result.metrics[key] for key in keys], low, high, condition, suffix, label)
                 mine = [row for row in last if row["condition"] == condition and row["lag"] is not None]
+                if condition == "unseen":  # which has no age
+                    line[1].axhline(
+                        result.metrics[keys[-1]], color=PALETTE[_COLORS["unseen"]], linestyle="--", linewidth=1.2
+                    )
                 _over_lag(
                     line[1], [r for r in mine if (r["model"] == "trained") != bool(suffix)], name, condition, suffix
                 )
@@ -481,7 +485,7 @@ def _finding(result: Result) -> Figure:
         handles, labels = grid[0, 0].get_legend_handles_labels()
         figure.legend(
             handles, labels, loc="outside lower center", ncols=4,
-            title=f"which of {n_candidate} rests belongs to a cue; {n:,} cues per number stored; bands: 95 % intervals",
+            title=f"which of {n_candidate} rests fits a cue; {n:,} cues per number stored; band, bars: 95 % intervals",
         )  # fmt: skip
     return figure
 
@@ -500,7 +504,7 @@ def _curve(
     color = "#777777" if suffix else PALETTE[_COLORS[condition]]
     marker = dict(zip(CONDITIONS, ("o", "s", "o", "^", "x"), strict=True))[condition]
     size = dict(zip(CONDITIONS, (6, 10, 7, 5, 4), strict=True))[condition]  # nested: controls often coincide
-    axes.fill_between(x, low, high, color=color, alpha=0.18 if on else 0.07, linewidth=0)
+    draw_interval(axes, x, low, high, color, band=on)
     axes.plot(
         x, y, color=color, linestyle="-" if on else "--", linewidth=2.5 if on else 1.2, marker=marker, markersize=size,
         markerfacecolor=color if on else "none", zorder=5 if on else 3, label=label, clip_on=False,

@@ -47,8 +47,10 @@ class Perplexity:
 
     Attributes:
         split: Which text: ``val``, or ``test`` for final numbers.
-        limit: Tokens to predict, at least, unless the text is shorter; None for all of it.
-        n_row: Streams read side by side, each through its own share of the documents.
+        limit: Tokens to predict, unless the text is shorter: reading stops after the first whole windows that hold as
+            many. None for all of it, but for what is left when its segments are dealt out to the streams evenly.
+        n_row: Streams read side by side, each through its own share of the documents; no more than there are documents,
+            which are cut where a share begins.
 
     Raises:
         ConfigError: If a setting cannot work.
@@ -78,7 +80,7 @@ def run(model: Any, data: Any, cfg: Perplexity, progress: Callable[[float], None
         ``nll`` in nats. A document may be cut short where a stream begins or stops. For metrics see `summarise`.
     """
     stream = TextStream(data.tokens(cfg.split), model.segment_len, data.tokenizer.pad_id, seed=None)
-    n_row = min(cfg.n_row, stream.n_segment)  # more streams than segments would read some text twice
+    n_row = min(cfg.n_row, stream.corpus.n_document)
     windows, n_token = [], 0
     for first in range(0, stream.n_segment // n_row, _WINDOW):
         windows.append(_window(stream, n_row, first, min(_WINDOW, stream.n_segment // n_row - first)))
@@ -96,10 +98,11 @@ def run(model: Any, data: Any, cfg: Perplexity, progress: Callable[[float], None
         "settings": asdict(cfg),
         "n_token": n_token,
         "n_document": len(rows) // len(CONDITIONS),
+        "n_token_with_past": sum(int(part.weight[~part.reset].sum()) for part in windows),
         "segment_len": model.segment_len,
         "memories": list(model.memory.keys()),
         "headline": [
-            {"label": label, "metric": f"perplexity/{name}", "n": "n_token", "control": name != "on"}
+            {"label": f"perplexity, {label}", "metric": f"perplexity/{name}", "n": "n_token", "control": name != "on"}
             | {"low": None, "high": None, "percent": False, "better": "lower"}
             for name, label in CONDITIONS.items()
         ]

@@ -434,7 +434,7 @@ def draw_rates(axes: Axes, metrics: Mapping[str, float], values: Sequence[int]) 
         values: What was varied, ascending: ends of the names of the metrics.
 
     Returns:
-        What the legend says of the bands.
+        What the legend says of the intervals.
     """
     markers = dict(zip(CONDITIONS, ("o", "s", "o", "^", "x"), strict=True))
     sizes = dict(zip(CONDITIONS, (6, 10, 7, 5, 4), strict=True))  # nested, so that four controls at 0 % stay visible
@@ -448,7 +448,7 @@ def draw_rates(axes: Axes, metrics: Mapping[str, float], values: Sequence[int]) 
         )
         counts |= set(map(int, n))
         color, on = PALETTE[COLORS[condition]], condition == "on"
-        axes.fill_between(x, low, high, color=color, alpha=0.18 if on else 0.08, linewidth=0)
+        draw_interval(axes, x, low, high, color, band=on)
         axes.plot(
             x, rate, color=color, linestyle="-" if on else "--", linewidth=2.5 if on else 1.2,
             marker=markers[condition], markersize=sizes[condition], markerfacecolor=color if on else "none",
@@ -465,7 +465,17 @@ def draw_rates(axes: Axes, metrics: Mapping[str, float], values: Sequence[int]) 
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     axes.yaxis.set_major_formatter(PercentFormatter(xmax=1, symbol=" %"))
     n_each = " to ".join(f"{n:,}" for n in sorted({min(counts), max(counts)}))
-    return f"band: 95 % Wilson interval, n = {n_each}"
+    return f"band, bars: 95 % Wilson intervals, n = {n_each}"
+
+
+def draw_interval(
+    axes: Axes, x: Sequence[float], low: Sequence[float], high: Sequence[float], color: str, band: bool
+) -> None:
+    """Draw the intervals of a curve: a band, or thin bars where bands of many curves would blend."""
+    if band:
+        axes.fill_between(x, low, high, color=color, alpha=0.18, linewidth=0)
+    else:
+        axes.vlines(x, low, high, color=color, alpha=0.6, linewidth=1.2)
 
 
 def n_row_of(model: Any, wanted: int) -> int:

@@ -75,10 +75,13 @@ def _perplexity(result: Result) -> str:
     # As many decimals as leave the largest four significant digits.
     decimals = 3 - math.floor(math.log10(max((value for _, value, _ in lines if math.isfinite(value)), default=1)))
     lines = [(label, round(perplexity, decimals), nll) for label, perplexity, nll in lines]
-    title = f"Perplexity of held-out text ({n_token:,} tokens, {n_document:,} documents)"
+    documents = f"{n_document:,} document{'s' if n_document > 1 else ''}"
+    title = f"Perplexity of held-out text ({n_token:,} tokens, {documents})"
     text = table(("condition", "perplexity", "nats per token"), lines, title)
     if result.metadata.get("memories") == []:
         return text + "\nThe model has no memory: all conditions are the same."
+    if result.metadata.get("n_token_with_past") == 0:
+        text += "\nNo document goes on after its first segment: memory had nothing to tell."
     if "difference/on-off" in metrics:
         mean, low, high = (metrics[f"difference{part}/on-off"] for part in ("", "_low", "_high"))
         interval = "no interval, one document" if math.isnan(low) else f"95 % interval {low:+.4f} to {high:+.4f}"

@@ -128,14 +128,14 @@ def write_evaluation(directory: Path, trained: Trained) -> Path:
 
 
 def find_runs(paths: Sequence[str | Path]) -> tuple[list[Run], list[str]]:
-    """The runs in directories, and directories of a sweep that were left out because nothing was measured there.
+    """The runs in directories, and those directories that were left out because nothing was measured there.
 
     Args:
         paths: Directories of runs or of evaluations, or directories of these, such as that of a sweep. What was
             measured of one checkpoint in several places is put together, unless it is the same experiment twice.
 
     Raises:
-        ConfigError: If there is no such directory, nothing was measured there, or a file cannot be read.
+        ConfigError: If there is no such directory, nothing was measured in any, or a file cannot be read.
     """
     runs: list[Run] = []
     left_out: list[str] = []
@@ -143,14 +143,9 @@ def find_runs(paths: Sequence[str | Path]) -> tuple[list[Run], list[str]]:
         folders = _expand(Path(given))
         for folder in folders:
             results = _results(folder)
-            if not results and len(folders) > 1:
+            if not results:
                 left_out.append(str(folder))
                 continue
-            if not results:
-                raise ConfigError(
-                    f"there is no result in {folder}: expected EXPERIMENT/result.json, as training writes at its end; "
-                    f"measure it with python scripts/evaluate.py checkpoint={folder}, which says where its results are"
-                )
             run = Run(folder, _trained(folder), results)
             for i, known in enumerate(runs):
                 both = known.results.keys() & results.keys()
@@ -160,6 +155,11 @@ def find_runs(paths: Sequence[str | Path]) -> tuple[list[Run], list[str]]:
                     break
             else:
                 runs.append(run)
+    if not runs:
+        raise ConfigError(
+            f"there is no result in {', '.join(left_out)}: expected EXPERIMENT/result.json, as training writes at its "
+            f"end; measure with python scripts/evaluate.py checkpoint={left_out[0]}, which says where its results are"
+        )
     return runs, left_out
 
 

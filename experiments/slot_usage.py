@@ -29,7 +29,7 @@ import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter, StrMethodFormatter
+from matplotlib.ticker import MaxNLocator, PercentFormatter, StrMethodFormatter
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -409,8 +409,9 @@ def _heatmaps(result: Result) -> Figure:
             panels = {"read": (relative, "times the even share"), "write": (write, "share of the segment's writes")}
             for axes, (key, (values, name)) in zip(line, panels.items(), strict=True):
                 top = np.nanquantile(values, 0.99) if np.isfinite(values).any() else 1.0
+                edges = np.array([*y, n_used]) - 0.5  # so that the number of a slot stands at its middle
                 mesh = axes.pcolormesh(
-                    [*x, x[-1] + result.metadata["segment_len"]], [*y, n_used], values.T, vmin=0, vmax=max(top, 1e-9),
+                    [*x, x[-1] + result.metadata["segment_len"]], edges, values.T, vmin=0, vmax=max(top, 1e-9),
                     cmap="cividis",
                 )  # fmt: skip
                 form = PercentFormatter(xmax=1, symbol=" %") if key == "write" else "{x:g}\N{MULTIPLICATION SIGN}"
@@ -419,6 +420,7 @@ def _heatmaps(result: Result) -> Figure:
                 bar.outline.set_visible(False)
                 axes.set(title=f"{key.capitalize()}s of {label}", xlabel="tokens so far", ylabel="slot")
                 axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+                axes.yaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
                 axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
                 axes.grid(visible=False)
             if n_used < n_slot:

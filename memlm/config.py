@@ -156,6 +156,11 @@ def _compose(
             base.append(line)
         elif options := _options(loader, override.key_or_group, extra, config_name):
             _check_choice(override, options)
+            groups = _groups(loader, config_name, extra)
+            if override.type.name == "CHANGE" and override.key_or_group not in groups:
+                raise ConfigError(
+                    f"{override.key_or_group} is no choice of {config_name}, which has {', '.join(groups)}. See --help."
+                )
             base.append(line)
         elif override.type.name != "CHANGE":  # +key, ++key and ~key may name what is not there
             base.append(line)
@@ -164,7 +169,7 @@ def _compose(
     # First only what decides which settings there are, so that each of the others can be looked up.
     if settings:
         known = _hydra_compose(config_name, base)
-        groups = _groups(loader, extra, config_name)
+        groups = _groups(loader, config_name, extra)
         for override in settings:
             _check_key(known, override, groups)
     return _hydra_compose(config_name, extra + overrides)
@@ -208,11 +213,13 @@ def _options(loader: ConfigLoader, group: str, extra: list[str], config_name: st
         return sorted(set(loader.get_group_options(group, config_name=config_name, overrides=extra)))
 
 
-def _groups(loader: ConfigLoader, extra: list[str], config_name: str) -> list[str]:
-    from hydra.core.object_type import ObjectType
-
-    found = loader.get_group_options("", results_filter=ObjectType.GROUP, config_name=config_name, overrides=extra)
-    return sorted({g for g in found if g != "hydra"})
+def _groups(loader: ConfigLoader, config_name: str, extra: list[str]) -> list[str]:
+    """The groups of which a config chooses an option."""
+    with _told_in_a_sentence():
+        defaults = loader.compute_defaults_list(config_name, extra, RunMode.RUN)
+    chosen = {str(path).rpartition("/")[0] for path in (part.config_path for part in defaults.defaults) if path}
+    chosen |= set(defaults.overrides.known_choices)  # also where the option is null
+    return sorted(group for group in chosen if group and group.partition("/")[0] != "hydra")
 
 
 def _check_choice(override: Override, options: list[str]) -> None:

@@ -57,6 +57,8 @@ def main(cfg: DictConfig) -> None:
 
     config = to_dict(cfg)
     experiments = runner.chosen(config)
+    if not experiments:
+        raise ConfigError("experiment selects nothing to measure: give a name, a list of names, or all.")
     checkpoint, directory = find(cfg.checkpoint), Path(run_dir())
     model, data = load_run(checkpoint, paths={"cache_dir": cfg.paths.cache_dir})
     place(model, cfg.device)

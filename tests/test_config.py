@@ -529,6 +529,15 @@ def test_a_value_that_others_refer_to_is_required_by_its_name() -> None:
         compose(["data=text"])
 
 
+def test_a_group_that_a_config_does_not_choose_from_is_told() -> None:
+    for override in ("memory=ltm", "trainer=cpu"):  # a checkpoint tells its memory, and is not trained
+        name = override.partition("=")[0]
+        with pytest.raises(ConfigError, match=f"{name} is no choice of evaluate, which has experiment, logger, paths"):
+            compose(["checkpoint=RUN", override], "evaluate")
+    with pytest.raises(ConfigError, match=r"no setting .trainer.\. The settings are"):
+        compose(["checkpoint=RUN", "trainer.max_steps=3"], "evaluate")
+
+
 def test_null_is_no_option() -> None:
     with pytest.raises(ConfigError, match=r"memory=null chooses nothing: give an option, or leave .* out\. .*none"):
         compose(["memory=null"])

@@ -75,6 +75,11 @@ def test_other_steps_or_other_measurements_are_other_groups() -> None:
     assert dict(found.differences) == {"step": ["500", "500", "400"], "needle.distance": ["100", "9", "absent"]}
 
 
+def test_models_of_several_kinds_are_named() -> None:
+    found = compare([run(0), run(0, changes={"model._target_": "memlm.models.lstm.LSTM"})])
+    assert [group.label for group in found.groups] == ["lmcode-ltm", "lstm-ltm"]
+
+
 def test_groups_are_told_apart_by_few_settings() -> None:
     many = {**SMALL, "training.lr": 0.5, "training.warmup_steps": 3, "trainer.max_steps": 4}
     found = compare([run(0), run(0, changes=many), run(0, changes={**many, "training.lr": 0.25})])

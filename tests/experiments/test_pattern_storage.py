@@ -172,6 +172,14 @@ def test_contents_of_another_width_have_no_similarity(data):
     assert list(plot(result)) == ["pattern_storage", "pattern_similarity"]
 
 
+def test_intervals_of_ranks_stay_within_their_range():
+    probe = {"model": "trained", "kind": "probe", "condition": "on", "n_stored": 8, "n_candidate": 4, "evidence": 0.0}
+    ranks = [1.0, 1.0, 0.25]  # of three documents: 0.75 ± 1.08 by Student's t
+    rows = [probe | {"document": i, "top1": rank == 1, "reciprocal_rank": rank} for i, rank in enumerate(ranks)]
+    metrics = summarise(rows)
+    assert [metrics[f"{end}mrr/on"] for end in ("low/", "", "high/")] == [0.0, 0.75, 1.0]
+
+
 def test_without_memory_everything_is_chance(data):
     result = run(tiny(data.tokenizer), data, SMALL)
     for condition in CONDITIONS:

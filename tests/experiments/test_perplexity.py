@@ -147,8 +147,12 @@ def test_limit_and_streams(known):
     whole = run(known, data, Perplexity(limit=None, n_row=1))
     assert whole.metrics["n_token"] == 10 * 199
     assert run(known, data, Perplexity(limit=10**9, n_row=1)).metrics == whole.metrics
-    # fewer segments than streams: nothing is read twice
-    assert run(known, make_data([20, 9]), Perplexity(n_row=8)).metrics["n_token"] == 19 + 8
+    # no more streams than documents: a text of one document is read from end to end, and nothing is read twice
+    alone = run(known, make_data([200]), Perplexity(n_row=8))
+    assert alone.metrics["n_token"] == 199
+    assert alone.metadata["n_token_with_past"] == 199 - T
+    assert {row["stream"] for row in alone.rows} == {0}
+    assert run(known, make_data([16, 9]), Perplexity(n_row=8)).metadata["n_token_with_past"] == 0
     assert run(known, make_data([1, 9]), Perplexity(n_row=1)).metrics["n_document"] == 1
     with pytest.raises(ConfigError, match="one token only"):
         run(known, make_data([1, 1]), Perplexity())

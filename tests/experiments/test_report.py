@@ -309,7 +309,7 @@ def test_evaluate_measures_writes_and_prints(run, capsys, tmp_path):
     assert summary([stored]).partition("\n\nMain numbers")[0] in printed
     main = printed[printed.index("Main numbers") :]
     assert [line.split()[:3] for line in main.splitlines() if "memory on" in line] == [
-        ["perplexity", "memory", "on"],
+        ["perplexity", "perplexity,", "memory"],
         ["needle", "memory", "on"],
     ]
 

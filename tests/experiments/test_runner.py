@@ -117,6 +117,10 @@ def test_what_recipes_measure_exists(recipe: str) -> None:
     runner.watched(config["watch"])
 
 
+def test_a_run_may_measure_nothing() -> None:
+    assert runner.chosen(to_dict(compose(["experiment=[]"]))) == {}
+
+
 def test_one_that_does_not_apply_costs_no_other_its_result(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def refuse(model: Any, data: Any, cfg: Any, progress: Any = None) -> Result:
         raise ConfigError("no facts are planted in this text")

@@ -76,6 +76,8 @@ def test_a_sweep_stands_for_its_jobs_in_their_order(trained: Path, tmp_path: Pat
     runs, left_out = find_runs([tmp_path])
     assert [run.trained.checkpoint for run in runs] == ["0", "2", "10"]
     assert left_out == [str(tmp_path / "1-job")]
+    runs, left_out = find_runs([tmp_path / "0-job", tmp_path / "1-job"])  # given one by one, too
+    assert ([run.trained.checkpoint for run in runs], left_out) == (["0"], [str(tmp_path / "1-job")])
 
 
 def test_what_is_no_run_is_told(trained: Path, tmp_path: Path) -> None:
