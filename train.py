@@ -58,10 +58,10 @@ def main(cfg: DictConfig) -> float | None:
                   + (f", going on after step {origin.step} of {origin.path}" if origin else ""))  # fmt: skip
         trainer.fit(module, data, ckpt_path=origin.path if origin else None)
         written = [save_last(trainer, run)]
-        if not trainer.is_global_zero:  # one process measures and reports
-            return None
-        logger = wandb_logger(trainer.loggers)
+        logger = wandb_logger(trainer.loggers) if trainer.is_global_zero else None
         results, files, skipped = runner.run_all(model, data, experiments, run, logger)
+        if not trainer.is_global_zero:  # all processes measure, the first one reports
+            return None
         files += emit(*training_result(model, data, history()), run / "training", logger)
         hint = sync_hint(logger, origin)
     if results:

@@ -30,7 +30,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from experiments.base import PALETTE, Result, Row, evaluating, style, wilson
+from experiments.base import ALONE, PALETTE, Result, Row, Share, evaluating, style, wilson
 from experiments.recall import device_of, n_row_of
 from memlm.analysis.figures import CONTROLS
 from memlm.config import ConfigError
@@ -87,7 +87,9 @@ class AssociativeRecall:
         return [self.n_pair] if isinstance(self.n_pair, int) else sorted(set(self.n_pair))
 
 
-def run(model: Any, data: Any, cfg: AssociativeRecall, progress: Callable[[float], None] | None = None) -> Result:
+def run(
+    model: Any, data: Any, cfg: AssociativeRecall, progress: Callable[[float], None] | None = None, share: Share = ALONE
+) -> Result:
     """Measure recall and its controls.
 
     Args:
@@ -95,6 +97,7 @@ def run(model: Any, data: Any, cfg: AssociativeRecall, progress: Callable[[float
         data: What gives the ``task``, which must be an `MQAR`, such as `memlm.data.datamodule.TextData`.
         cfg: Settings.
         progress: Called now and then with the share of the text that is read, in 0..1.
+        share: What of it this process does, if several run it together.
 
     Returns:
         One row per question, by number of pairs, condition, document and pair: ``gap`` is the number of tokens from the
@@ -112,7 +115,6 @@ def run(model: Any, data: Any, cfg: AssociativeRecall, progress: Callable[[float
             "was trained on other data: train one with recipe=mqar"
         )
     n_token = -(-cfg.n_token // model.segment_len) * model.segment_len
-    n_row = n_row_of(model, cfg.n_row)
     rows: list[Row] = []
     with evaluating(model):
         for i, n_pair in enumerate(cfg.n_pairs):
@@ -123,11 +125,11 @@ def run(model: Any, data: Any, cfg: AssociativeRecall, progress: Callable[[float
             never = [
                 _exchange(task, document, [cfg.seed, _STREAM + 1, n_pair, d]) for d, document in enumerate(documents)
             ]
-            for first in range(0, cfg.n_document, n_row):
-                numbers = list(range(first, min(first + n_row, cfg.n_document)))
+            for numbers in share.groups(cfg.n_document, n_row_of(model, cfg.n_row)):
                 rows += [row | {"n_value": len(task.values)} for row in _read(model, documents, never, numbers)]
                 if progress is not None:
                     progress((i + (numbers[-1] + 1) / cfg.n_document) / len(cfg.n_pairs))
+    rows = share.join(rows)
     rows.sort(key=lambda row: (row["n_pair"], list(LABELS).index(row["condition"]), row["document"], row["pair"]))
     metrics = summarise(rows)
     metadata = {
@@ -157,7 +159,7 @@ def _exchange(task: MQAR, document: Recall, seed: Sequence[int]) -> np.ndarray:
     return tokens
 
 
-def _read(model: Any, documents: Sequence[Recall], never: Sequence[np.ndarray], numbers: list[int]) -> list[Row]:
+def _read(model: Any, documents: Sequence[Recall], never: Sequence[np.ndarray], numbers: range) -> list[Row]:
     """Read the documents ``numbers`` side by side, and answer their questions under every condition."""
     segment_len, device = model.segment_len, device_of(model)
     own = [documents[i].tokens for i in numbers]

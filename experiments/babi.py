@@ -20,7 +20,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter, StrMethodFormatter
 
-from experiments.base import PALETTE, Result, Row, check_settings, evaluating, style
+from experiments.base import ALONE, PALETTE, Result, Row, Share, check_settings, evaluating, style
 from experiments.recall import CONDITIONS, Document, Haystack, ask, draw_interval, part_of, rates, tell, visit
 from memlm.analysis.figures import CONTROLS
 from memlm.config import ConfigError
@@ -116,7 +116,9 @@ class Stories(Document):
         return self.begins[fact] // segment_len != (self.end(fact) - 1) // segment_len
 
 
-def run(model: Any, data: Any, cfg: Babi, progress: Callable[[float], None] | None = None) -> Result:
+def run(
+    model: Any, data: Any, cfg: Babi, progress: Callable[[float], None] | None = None, share: Share = ALONE
+) -> Result:
     """Measure how well questions about stories are answered, against the length of the text around them.
 
     Args:
@@ -124,6 +126,7 @@ def run(model: Any, data: Any, cfg: Babi, progress: Callable[[float], None] | No
         data: What gives ``tokens(split)`` and, as ``task``, the stories, such as `memlm.data.datamodule.TextData`.
         cfg: Settings.
         progress: Called now and then with the share of the text that is read, in 0..1.
+        share: What of it this process does, if several run it together.
 
     Returns:
         One row per vocabulary, noise length, condition, document and question: ``task``, ``n_support`` statements that
@@ -146,7 +149,7 @@ def run(model: Any, data: Any, cfg: Babi, progress: Callable[[float], None] | No
         for vocabulary, noise in itertools.product(cfg.vocabularies, cfg.noise):
             documents, unseen, length = draw(task, text, cfg, vocabulary, noise, model.segment_len)
             show = part_of(progress, done, cfg.n_document * noise, total)
-            for numbers, _, state in visit(model, documents, [length], cfg.n_row, show):
+            for numbers, _, state in visit(model, documents, [length], cfg.n_row, show, share):
                 for row in ask(model, state, documents, unseen, numbers, length):
                     i, k = row["document"], row["fact"]
                     asked: Any = unseen[i][k] if row["condition"] == "unseen" else documents[i].facts[k]
@@ -154,6 +157,7 @@ def run(model: Any, data: Any, cfg: Babi, progress: Callable[[float], None] | No
                     known = {"n_support": len(asked.question.support), "candidates": asked.question.candidates}
                     rows.append(about | row | known)
             done += cfg.n_document * noise
+    rows = share.join(rows)
     order: list[Callable[[Any], int]] = [
         cfg.vocabularies.index, cfg.noise.index, cfg.tasks.index, CONDITIONS.index
     ]  # fmt: skip

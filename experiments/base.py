@@ -13,7 +13,7 @@ import re
 import shutil
 import sys
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from numbers import Integral, Real
@@ -28,7 +28,19 @@ from memlm.config import ConfigError
 if TYPE_CHECKING:
     from lightning.pytorch.loggers import Logger
 
-__all__ = ["PALETTE", "Result", "check_settings", "emit", "evaluating", "mean_interval", "style", "table", "wilson"]
+__all__ = [
+    "ALONE",
+    "PALETTE",
+    "Result",
+    "Share",
+    "check_settings",
+    "emit",
+    "evaluating",
+    "mean_interval",
+    "style",
+    "table",
+    "wilson",
+]
 
 Row = dict[str, Any]
 
@@ -48,7 +60,7 @@ _T95 = (
 
 @dataclass(frozen=True, eq=False)
 class Result:
-    """What an experiment found. Plain values only, so that it can be sent between ranks and stored as JSON.
+    """What an experiment found. Plain values only, so that it can be stored as JSON.
 
     Numpy and torch scalars become Python numbers, tuples become lists; two results are equal when their stored forms
     are (so NaN equals NaN).
@@ -58,7 +70,7 @@ class Result:
         metrics: Metric name -> value, e.g. "exact_match/on".
         rows: One dict of scalars per measured item, holding what identifies the item, the condition and the outcome,
             e.g. {"condition": "on", "document": 0, "fact": 3, "distance": 4100, "correct": True}.
-        metadata: What was run: seed, n, settings. It describes the whole experiment, not the share of one rank.
+        metadata: What was run: seed, n, settings.
 
     Raises:
         ValueError: If a value is no plain value, with the place where it stands.
@@ -86,55 +98,6 @@ class Result:
     def __eq__(self, other: object) -> bool:
         return self.to_dict() == other.to_dict() if isinstance(other, Result) else NotImplemented
 
-    @staticmethod
-    def merge(results: Iterable["Result"], summarise: Callable[[tuple[Row, ...]], Mapping[str, float]]) -> "Result":
-        """Joins the items that several ranks measured.
-
-        Rows are sorted, so the outcome depends neither on the order of the results nor on how the items were split.
-
-        Args:
-            results: The results of the ranks, in any order.
-            summarise: The experiment's rows -> metrics; rates of unequal shares cannot be averaged, so metrics are
-                computed anew from all rows.
-
-        Returns:
-            The result of the whole.
-
-        Raises:
-            ValueError: If there is no result, names or metadata differ, or two results hold the same row: a sampler
-                that pads ranks to equal length would count an item twice.
-        """
-        results = list(results)
-        if not results:
-            raise ValueError("Result.merge got no results; expected at least one")
-        first = results[0]
-        for other in results[1:]:
-            if other.name != first.name:
-                raise ValueError(f"cannot merge results of different experiments: {first.name!r} and {other.name!r}")
-            ours, theirs = _encode(first.metadata), _encode(other.metadata)
-            if ours != theirs:
-                keys = [key for key in {**ours, **theirs} if _lookup(ours, key) != _lookup(theirs, key)]
-                pairs = "; ".join(f"{key}: {_lookup(ours, key)} and {_lookup(theirs, key)}" for key in keys)
-                raise ValueError(
-                    f"cannot merge results of {first.name!r} with different metadata ({pairs}); expected shares of "
-                    "one experiment, run with one seed and the same settings, whose metadata describes the whole"
-                )
-        seen: dict[str, int] = {}
-        for i, result in enumerate(results):
-            for key in {_canonical(row) for row in result.rows}:
-                if seen.setdefault(key, i) != i:
-                    raise ValueError(
-                        f"results {seen[key]} and {i} of {first.name!r} both hold the row {key}; expected every item "
-                        "in one share only (no padding by a distributed sampler), and in each row what identifies it"
-                    )
-        rows = [row for result in results for row in result.rows]
-        if len({tuple(row) for row in rows}) == 1:
-            columns = list(rows[0])  # the experiment's own order reads best
-        else:
-            columns = sorted({column for row in rows for column in row})
-        rows.sort(key=lambda row: ([_rank(row, column) for column in columns], _canonical(row)))
-        return Result(first.name, summarise(tuple(rows)), tuple(rows), first.metadata)
-
     def to_dict(self) -> dict[str, Any]:
         """Plain dict for strict JSON; NaN and infinities become "NaN", "Infinity", "-Infinity"."""
         return {
@@ -157,6 +120,46 @@ class Result:
             raise ValueError(f"not a stored Result: missing keys {missing}, unknown keys {unknown}")
         rows = tuple(_decode(row) for row in data["rows"])
         return cls(data["name"], _decode(data["metrics"]), rows, _decode(data["metadata"]))
+
+
+@dataclass(frozen=True)
+class Share:
+    """The items of an experiment that fall to one of several processes, which all run it at the same time.
+
+    Attributes:
+        rank: Number of this process.
+        n_rank: Number of processes.
+    """
+
+    rank: int = 0
+    n_rank: int = 1
+
+    @classmethod
+    def here(cls) -> "Share":
+        """That of this process."""
+        from torch import distributed
+
+        if not (distributed.is_available() and distributed.is_initialized()):
+            return cls()
+        return cls(distributed.get_rank(), distributed.get_world_size())
+
+    def groups(self, n_item: int, size: int) -> list[range]:
+        """Numbers of the items that are its own, at most ``size`` of them at a time."""
+        begin, end = (n_item * rank // self.n_rank for rank in (self.rank, self.rank + 1))
+        return [range(first, min(first + size, end)) for first in range(begin, end, size)]
+
+    def join(self, rows: list[Any]) -> list[Any]:
+        """The rows of all processes, in their order. Every process has to ask."""
+        if self.n_rank == 1:
+            return rows
+        from torch import distributed
+
+        parts: list[Any] = [None] * self.n_rank
+        distributed.all_gather_object(parts, rows)
+        return [row for part in parts for row in part]
+
+
+ALONE = Share()
 
 
 def mean_interval(values: Iterable[float]) -> tuple[float, float]:
@@ -385,26 +388,6 @@ def _decode(value: Any) -> Any:
     if isinstance(value, list):
         return [_decode(item) for item in value]
     return _NOT_FINITE.get(value, value) if isinstance(value, str) else value
-
-
-def _lookup(metadata: Mapping[str, Any], key: str) -> str:
-    return repr(metadata[key]) if key in metadata else "absent"
-
-
-def _canonical(row: Row) -> str:
-    return json.dumps(_encode(row), sort_keys=True, ensure_ascii=False)
-
-
-def _rank(row: Row, column: str) -> tuple[int, float, str]:
-    """Total order over cells of any kind: absent, None, numbers, NaN, text."""
-    if column not in row:
-        return 0, 0.0, ""
-    value = row[column]
-    if value is None:
-        return 1, 0.0, ""
-    if isinstance(value, str):
-        return 4, 0.0, value
-    return (3, 0.0, "") if math.isnan(value) else (2, value, "")
 
 
 def _write(path: Path, data: bytes) -> Path:

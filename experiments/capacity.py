@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from matplotlib.figure import Figure
 
-from experiments.base import PALETTE, Result, Row, check_settings, style
+from experiments.base import ALONE, PALETTE, Result, Row, Share, check_settings, style
 from experiments.headline import recall_entries
 from experiments.needle import Needle
 from experiments.needle import run as run_needle
@@ -61,7 +61,9 @@ class Capacity:
             raise ConfigError(f"capacity.n_fact must be numbers from 1 in ascending order, got {self.n_fact}")
 
 
-def run(model: Any, data: Any, cfg: Capacity, progress: Callable[[float], None] | None = None) -> Result:
+def run(
+    model: Any, data: Any, cfg: Capacity, progress: Callable[[float], None] | None = None, share: Share = ALONE
+) -> Result:
     """Measure recall against the number of facts told.
 
     Args:
@@ -69,6 +71,7 @@ def run(model: Any, data: Any, cfg: Capacity, progress: Callable[[float], None] 
         data: What gives ``tokens(split)`` and the ``maker`` of facts, such as `memlm.data.datamodule.TextData`.
         cfg: Settings.
         progress: Called now and then with the share of the text that is read, in 0..1.
+        share: What of it this process does, if several run it together.
 
     Returns:
         One row per question, by number of facts told, condition, document and fact asked for: see
@@ -82,7 +85,8 @@ def run(model: Any, data: Any, cfg: Capacity, progress: Callable[[float], None] 
             n_document=cfg.n_document, n_fact=n_ask, n_other=n_fact - n_ask, distance=0,
             facts_per_segment=cfg.facts_per_segment, split=cfg.split, seed=cfg.seed, n_row=cfg.n_row,
         )  # fmt: skip
-        found = run_needle(model, data, told, part_of(progress, sum(cfg.n_fact[:i]), n_fact, sum(cfg.n_fact)))
+        show = part_of(progress, sum(cfg.n_fact[:i]), n_fact, sum(cfg.n_fact))
+        found = run_needle(model, data, told, show, share)
         rows += [{"n_fact": n_fact} | {key: row[key] for key in row if key not in _FIXED} for row in found.rows]
         repetition = max(repetition, found.metadata["haystack_repetition"])
     n_byte = states.n_byte(model.init_state(1).memory)

@@ -32,7 +32,7 @@ import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter, StrMethodFormatter
 
-from experiments.base import PALETTE, Result, Row, check_settings, evaluating, style
+from experiments.base import ALONE, PALETTE, Result, Row, Share, check_settings, evaluating, style
 from experiments.recall import Document, Haystack, answer, device_of, is_shared, n_row_of, rate, read, tell
 from memlm.analysis.figures import CONTROLS
 from memlm.build import untrained
@@ -111,7 +111,9 @@ class Item(NamedTuple):
     false: dict[str, Fact]
 
 
-def run(model: Any, data: Any, cfg: ModernFacts, progress: Callable[[float], None] | None = None) -> Result:
+def run(
+    model: Any, data: Any, cfg: ModernFacts, progress: Callable[[float], None] | None = None, share: Share = ALONE
+) -> Result:
     """Measure recall of true facts and its controls.
 
     Args:
@@ -119,6 +121,7 @@ def run(model: Any, data: Any, cfg: ModernFacts, progress: Callable[[float], Non
         data: What gives ``tokens(split)`` and a ``tokenizer``, such as `memlm.data.datamodule.TextData`.
         cfg: Settings.
         progress: Called now and then with the share of the work that is done, in 0..1.
+        share: What of it this process does, if several run it together.
 
     Returns:
         One row per fact, condition and cue: ``document`` is where the fact was told, ``expected`` the value that
@@ -151,9 +154,7 @@ def run(model: Any, data: Any, cfg: ModernFacts, progress: Callable[[float], Non
     rows: list[Row] = []
     curves: list[dict[str, Any]] = []
     with evaluating(model):
-        n_row = n_row_of(model, cfg.n_row)
-        for first in range(0, cfg.n_document, n_row):
-            numbers = list(range(first, min(first + n_row, cfg.n_document)))
+        for numbers in share.groups(cfg.n_document, n_row_of(model, cfg.n_row)):
             told = [shares[i] for i in numbers]
             others = [shares[i - 1] for i in numbers]  # what the document before told: no other memory need be at hand
             for twin in Twins._fields:
@@ -169,6 +170,7 @@ def run(model: Any, data: Any, cfg: ModernFacts, progress: Callable[[float], Non
             if blank is not None:
                 _watch(blank, [documents[i].true for i in numbers], told, length, "untrained", curves)
                 show(len(numbers))
+    rows, curves = share.join(rows), share.join(curves)
     known = {row["fact"] for row in rows if row["condition"] == "off" and row["correct"]}
     for row in rows:
         row["flag"] = "text" if row["fact"] in near else "known" if row["fact"] in known else ""

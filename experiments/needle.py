@@ -24,7 +24,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from experiments.base import PALETTE, Result, Row, check_settings, evaluating, style
+from experiments.base import ALONE, PALETTE, Result, Row, Share, check_settings, evaluating, style
 from experiments.headline import recall_entries
 from experiments.recall import (
     COLORS,
@@ -110,7 +110,9 @@ def _several(value: Any) -> list[Any]:
     return list(value) if isinstance(value, list | tuple) else [value]
 
 
-def run(model: Any, data: Any, cfg: Needle, progress: Callable[[float], None] | None = None) -> Result:
+def run(
+    model: Any, data: Any, cfg: Needle, progress: Callable[[float], None] | None = None, share: Share = ALONE
+) -> Result:
     """Measure recall and its controls.
 
     Args:
@@ -118,6 +120,7 @@ def run(model: Any, data: Any, cfg: Needle, progress: Callable[[float], None] | 
         data: What gives ``tokens(split)`` and the ``maker`` of facts, such as `memlm.data.datamodule.TextData`.
         cfg: Settings.
         progress: Called now and then with the share of the text that is read, in 0..1.
+        share: What of it this process does, if several run it together.
 
     Returns:
         One row per question, by kind, number of other facts, length, condition, document and fact: ``distance`` is the
@@ -132,11 +135,12 @@ def run(model: Any, data: Any, cfg: Needle, progress: Callable[[float], None] | 
         for plan, (documents, unseen, lengths) in zip(plans, drawn, strict=True):
             more = cfg.n_document * lengths[-1]
             show = part_of(progress, done, more, n_token)
-            for numbers, i, state in visit(model, documents, lengths, cfg.n_row, show):
+            for numbers, i, state in visit(model, documents, lengths, cfg.n_row, show, share):
                 given = {"kind": plan.kind, "n_other": plan.n_other, "distance": plan.distances[i]}
                 asked = ask(model, state, documents, unseen, numbers, lengths[i], plan.kind == "paraphrased")
                 rows += [given | row for row in asked]
             done += more
+    rows = share.join(rows)
     rows.sort(key=lambda row: (cfg.kinds.index(row["kind"]), row["n_other"], row["distance"],
                                CONDITIONS.index(row["condition"]), row["document"], row["fact"]))  # fmt: skip
     n_haystack = max(

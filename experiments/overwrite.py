@@ -20,7 +20,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from experiments.base import PALETTE, Result, Row, check_settings, evaluating, style, wilson
+from experiments.base import ALONE, PALETTE, Result, Row, Share, check_settings, evaluating, style, wilson
 from experiments.headline import recall_entries
 from experiments.recall import CONDITIONS, Document, Haystack, answer, ask, draw_interval, rates, tell, visit
 from memlm.analysis.figures import CONTROLS
@@ -62,7 +62,9 @@ class Overwrite:
             raise ConfigError(f"overwrite.updates must be numbers from 0 in ascending order, got {self.updates}")
 
 
-def run(model: Any, data: Any, cfg: Overwrite, progress: Callable[[float], None] | None = None) -> Result:
+def run(
+    model: Any, data: Any, cfg: Overwrite, progress: Callable[[float], None] | None = None, share: Share = ALONE
+) -> Result:
     """Measure how often the latest value is recalled, against the number of updates.
 
     Args:
@@ -70,6 +72,7 @@ def run(model: Any, data: Any, cfg: Overwrite, progress: Callable[[float], None]
         data: What gives ``tokens(split)`` and the ``maker`` of facts, such as `memlm.data.datamodule.TextData`.
         cfg: Settings.
         progress: Called now and then with the share of the text that is read, in 0..1.
+        share: What of it this process does, if several run it together.
 
     Returns:
         One row per condition, document and fact: ``n_update``; ``stale``, with the memory on, how many updates ago the
@@ -81,13 +84,14 @@ def run(model: Any, data: Any, cfg: Overwrite, progress: Callable[[float], None]
     length += -length % model.segment_len
     rows: list[Row] = []
     with evaluating(model):
-        for numbers, _, state in visit(model, documents, [length], cfg.n_row, progress):
+        for numbers, _, state in visit(model, documents, [length], cfg.n_row, progress, share):
             asked = ask(model, state, documents, unseen, numbers, length)
             stale = _stale(model, state, numbers, older, asked)
             for row in asked:
                 key = (row["document"], row["fact"])
                 known = {"stale": stale.get(key) if row["condition"] == "on" else None}
                 rows.append({"n_update": cfg.updates[row["fact"] // cfg.n_fact]} | row | known)
+    rows = share.join(rows)
     rows.sort(key=lambda row: (CONDITIONS.index(row["condition"]), row["document"], row["fact"]))
     metadata = {
         "settings": asdict(cfg),

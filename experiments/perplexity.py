@@ -19,7 +19,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from experiments.base import PALETTE, Result, Row, check_settings, evaluating, mean_interval, style
+from experiments.base import ALONE, PALETTE, Result, Row, Share, check_settings, evaluating, mean_interval, style
 from memlm.config import ConfigError
 from memlm.data.stream import TextStream
 from memlm.training.loss import token_nll
@@ -66,7 +66,9 @@ class Perplexity:
             raise ConfigError(f"perplexity.limit must be at least 1 or null, got {self.limit}")
 
 
-def run(model: Any, data: Any, cfg: Perplexity, progress: Callable[[float], None] | None = None) -> Result:
+def run(
+    model: Any, data: Any, cfg: Perplexity, progress: Callable[[float], None] | None = None, share: Share = ALONE
+) -> Result:
     """Measure perplexity under each condition on the same tokens.
 
     Args:
@@ -74,6 +76,7 @@ def run(model: Any, data: Any, cfg: Perplexity, progress: Callable[[float], None
         data: What gives ``tokens(split)`` and a ``tokenizer``, such as `memlm.data.datamodule.TextData`.
         cfg: Settings.
         progress: Called now and then with the share of the work that is done, in 0..1.
+        share: What of it this process does, if several run it together.
 
     Returns:
         One row per condition and document (by ``stream`` and number within it): ``n_token`` predicted and their mean
@@ -92,8 +95,10 @@ def run(model: Any, data: Any, cfg: Perplexity, progress: Callable[[float], None
     rows: list[Row] = []
     with evaluating(model):
         for i, condition in enumerate(CONDITIONS):
-            share = _scaled(progress, i, len(CONDITIONS))
-            rows += _measure(model, windows, condition, share)
+            for streams in share.groups(n_row, n_row):  # one group at most
+                rows += _measure(model, windows, streams, condition, _scaled(progress, i, len(CONDITIONS)))
+    rows = share.join(rows)
+    rows.sort(key=lambda row: (list(CONDITIONS).index(row["condition"]), row["stream"], row["document"]))
     metadata = {
         "settings": asdict(cfg),
         "n_token": n_token,
@@ -126,14 +131,17 @@ def _window(stream: TextStream, n_row: int, first: int, n: int) -> _Window:
     return _Window(*(torch.from_numpy(np.stack(part)) for part in zip(*parts, strict=True)))
 
 
-def _measure(model: Any, windows: Sequence[_Window], condition: str, progress: Callable[[float], None]) -> list[Row]:
-    """Rows of one condition."""
+def _measure(
+    model: Any, windows: Sequence[_Window], streams: range, condition: str, progress: Callable[[float], None]
+) -> list[Row]:
+    """Rows of some streams under one condition."""
     device = next(model.parameters(), torch.empty(0)).device
-    n_row = len(windows[0].ids)
+    n_row = len(streams)
     state: Any = None
     document = [-1] * n_row
     sums: dict[tuple[int, int], list[float]] = {}
-    for done, whole in enumerate(windows):
+    for done, window in enumerate(windows):
+        whole = _Window(*(part[streams.start : streams.stop] for part in window))
         n_segment = whole.ids.shape[1]
         step = 1 if condition == "wiped" else n_segment  # segments per call
         for s in range(0, n_segment, step):
@@ -162,7 +170,7 @@ def _measure(model: Any, windows: Sequence[_Window], condition: str, progress: C
                     found[1] += count[i][k]
         progress((done + 1) / len(windows))
     return [
-        {"condition": condition, "stream": i, "document": k, "n_token": int(n), "nll": total / n}
+        {"condition": condition, "stream": streams[i], "document": k, "n_token": int(n), "nll": total / n}
         for (i, k), (total, n) in sorted(sums.items())
         if n
     ]

@@ -26,7 +26,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import PercentFormatter, StrMethodFormatter
 from torch import Tensor
 
-from experiments.base import PALETTE, Row, wilson
+from experiments.base import ALONE, PALETTE, Row, Share, wilson
 from memlm.analysis.figures import CONTROLS
 from memlm.data.facts import Fact
 from memlm.data.sentences import LEVELS
@@ -185,8 +185,9 @@ def visit(
     lengths: Sequence[int],
     n_row: int,
     progress: Callable[[float], None] | None = None,
+    share: Share = ALONE,
 ) -> Iterator[tuple[range, int, Any]]:
-    """Read all documents, some side by side.
+    """Read documents, some side by side.
 
     Args:
         model: A language model.
@@ -194,19 +195,19 @@ def visit(
         lengths: See `read`.
         n_row: Documents to read at once, where rows do not share a memory.
         progress: Called with the share of the text that is read, in 0..1.
+        share: Which of the documents.
 
     Yields:
         Numbers of the documents that were read side by side, which of the lengths was reached, and their memories
         there, without local context.
     """
-    n_row = n_row_of(model, n_row)
-    n_token = len(documents) * lengths[-1]
-    for first in range(0, len(documents), n_row):
-        numbers = range(first, min(first + n_row, len(documents)))
+    groups = share.groups(len(documents), n_row_of(model, n_row))
+    n_token = sum(map(len, groups)) * lengths[-1]
+    for numbers in groups:
 
-        def show(place: int, first: int = first, n: int = len(numbers)) -> None:
+        def show(place: int, before: int = numbers[0] - groups[0][0], n: int = len(numbers)) -> None:
             if progress is not None:
-                progress((first * lengths[-1] + n * place) / n_token)
+                progress((before * lengths[-1] + n * place) / n_token)
 
         states = read(model, [documents[i] for i in numbers], lengths, show)
         yield from ((numbers, i, state) for i, state in enumerate(states))

@@ -23,7 +23,7 @@ from typing import Any, Literal
 import numpy as np
 from matplotlib.figure import Figure
 
-from experiments.base import PALETTE, Result, Row, check_settings, evaluating, style
+from experiments.base import ALONE, PALETTE, Result, Row, Share, check_settings, evaluating, style
 from experiments.headline import recall_entries
 from experiments.recall import (
     CONDITIONS,
@@ -89,7 +89,9 @@ class Retention:
         return [self.filler] if isinstance(self.filler, str) else list(self.filler)
 
 
-def run(model: Any, data: Any, cfg: Retention, progress: Callable[[float], None] | None = None) -> Result:
+def run(
+    model: Any, data: Any, cfg: Retention, progress: Callable[[float], None] | None = None, share: Share = ALONE
+) -> Result:
     """Measure recall against the number of writes.
 
     Args:
@@ -97,6 +99,7 @@ def run(model: Any, data: Any, cfg: Retention, progress: Callable[[float], None]
         data: What gives ``tokens(split)`` and the ``maker`` of facts, such as `memlm.data.datamodule.TextData`.
         cfg: Settings.
         progress: Called now and then with the share of the text that is read, in 0..1.
+        share: What of it this process does, if several run it together.
 
     Returns:
         One row per question, by filler, number of writes, condition, document and fact: ``n_write`` is the setting,
@@ -109,12 +112,13 @@ def run(model: Any, data: Any, cfg: Retention, progress: Callable[[float], None]
         for k, filler in enumerate(cfg.fillers):
             documents, unseen, lengths = draw(data, cfg, model.segment_len, filler)
             show = part_of(progress, k, 1, len(cfg.fillers))
-            for numbers, i, state in visit(model, documents, lengths, cfg.n_row, show):
+            for numbers, i, state in visit(model, documents, lengths, cfg.n_row, show, share):
                 for row in ask(model, state, documents, unseen, numbers, lengths[i]):
                     since = {"writes": None if row["since"] is None else row["since"] // model.segment_len}
                     rows.append({"filler": filler, "n_write": cfg.n_write[i]} | row | since)
             told = min(len(document.head) - document.taken for document in documents)
             n_haystack = max(n_haystack, lengths[-1] - told)
+    rows = share.join(rows)
     rows.sort(key=lambda row: (cfg.fillers.index(row["filler"]), row["n_write"], CONDITIONS.index(row["condition"]),
                                row["document"], row["fact"]))  # fmt: skip
     metadata = {

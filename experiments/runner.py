@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping
+import inspect
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from experiments.base import Result, emit
+from experiments.base import Result, Share, emit
 from experiments.headline import headline
 from experiments.needle import Needle
 from experiments.recall import CONDITIONS
@@ -28,6 +31,9 @@ def run_all(
 ) -> tuple[list[Result], list[Path], dict[str, str]]:
     """All experiments one after the other, with a progress bar.
 
+    Where several processes run them together, experiments whose ``run`` takes a share are dealt out to all of them; the
+    others are left to the first, which also writes.
+
     Args:
         model: A language model.
         data: Its data.
@@ -37,14 +43,15 @@ def run_all(
 
     Returns:
         The results, the paths of all that was written, and by name why an experiment does not apply to this model or
-        its data.
+        its data; in other processes than the first, nothing.
     """
     from rich.progress import Progress
 
     results: list[Result] = []
     written: list[Path] = []
     skipped: dict[str, str] = {}
-    with Progress(transient=True) as bar:
+    first = Share.here().rank == 0
+    with Progress(transient=True, disable=not first) as bar:
         for name, settings in experiments.items():
             task = bar.add_task(name, total=1.0)
 
@@ -52,13 +59,45 @@ def run_all(
                 bar.update(task, completed=done)
 
             try:
-                result = _module(settings).run(model, data, settings, progress=show)
+                result = _run(model, data, settings, show)
             except ConfigError as error:
                 skipped[name] = str(error)
+                continue
+            if result is None or not first:
                 continue
             results.append(result)
             written += emit(result, _module(settings).plot(result), directory / name, logger=logger)
     return results, written, skipped
+
+
+@contextmanager
+def together(directory: Path) -> Iterator[Share]:
+    """Let the processes that torchrun started measure together.
+
+    Args:
+        directory: Where this process would write.
+
+    Yields:
+        What falls to this process.
+
+    Raises:
+        ConfigError: If the processes would not write into one directory.
+    """
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        yield Share()
+        return
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    torch.distributed.init_process_group("gloo")  # what is exchanged is on the CPU
+    try:
+        share = Share.here()
+        if len(set(share.join([str(directory)]))) > 1:
+            raise ConfigError("several processes write into one directory: name it by hydra.run.dir=DIRECTORY")
+        yield share
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def watched(nodes: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -108,13 +147,22 @@ def watch(experiments: Mapping[str, Any], data: Any) -> Callable[[Any], dict[str
         numbers: dict[str, float] = {}
         for name, settings in list(left.items()):
             try:
-                numbers |= _logged(name, _module(settings).run(model, data, settings))
+                result = _run(model, data, settings)
+                numbers |= {} if result is None else _logged(name, result)
             except ConfigError as error:
                 del left[name]
                 print(f"watch.{name} is left out: {error}")
         return numbers
 
     return measure
+
+
+def _run(model: Any, data: Any, settings: Any, progress: Callable[[float], None] | None = None) -> Result | None:
+    """The result of an experiment; None where it is left to another process."""
+    run, share = _module(settings).run, Share.here()
+    if "share" in inspect.signature(run).parameters:
+        return run(model, data, settings, progress=progress, share=share)
+    return run(model, data, settings, progress=progress) if share.rank == 0 else None
 
 
 def _logged(name: str, result: Result) -> dict[str, float]:

@@ -34,7 +34,7 @@ from matplotlib.figure import Figure
 
 from experiments.associative_recall import LABELS as RECALL_LABELS
 from experiments.associative_recall import Points, curves
-from experiments.base import PALETTE, Result, Row, evaluating, mean_interval, style, wilson
+from experiments.base import ALONE, PALETTE, Result, Row, Share, evaluating, mean_interval, style, wilson
 from experiments.recall import device_of, n_row_of
 from memlm.config import ConfigError
 from memlm.data.sorting import Sequence as Symbols
@@ -80,7 +80,9 @@ class Sorting:
         return [self.n_token] if isinstance(self.n_token, int) else sorted(set(self.n_token))
 
 
-def run(model: Any, data: Any, cfg: Sorting, progress: Callable[[float], None] | None = None) -> Result:
+def run(
+    model: Any, data: Any, cfg: Sorting, progress: Callable[[float], None] | None = None, share: Share = ALONE
+) -> Result:
     """Measure how well symbols are sorted, and all controls.
 
     Args:
@@ -88,6 +90,7 @@ def run(model: Any, data: Any, cfg: Sorting, progress: Callable[[float], None] |
         data: What gives the ``task``, which must be a `memlm.data.sorting.Sorting`.
         cfg: Settings.
         progress: Called now and then with the share of the text that is read, in 0..1.
+        share: What of it this process does, if several run it together.
 
     Returns:
         One row per length, condition, document and place of the answer: ``count`` is how often the right symbol
@@ -110,7 +113,6 @@ def run(model: Any, data: Any, cfg: Sorting, progress: Callable[[float], None] |
             f"an answer of {len(task.symbols)} symbols must fit into a segment with its question: model.segment_len is "
             f"{model.segment_len}"
         )
-    n_row = n_row_of(model, cfg.n_row)
     lengths = {n_token: -(-n_token // model.segment_len) * model.segment_len for n_token in cfg.n_tokens}
     rows: list[Row] = []
     done = 0
@@ -119,13 +121,13 @@ def run(model: Any, data: Any, cfg: Sorting, progress: Callable[[float], None] |
             documents = [
                 task.draw(np.random.default_rng([cfg.seed, _STREAM, n_token, d]), length) for d in range(cfg.n_document)
             ]
-            for first in range(0, cfg.n_document, n_row):
-                numbers = list(range(first, min(first + n_row, cfg.n_document)))
+            for numbers in share.groups(cfg.n_document, n_row_of(model, cfg.n_row)):
                 state = _read(model, [documents[i].tokens for i in numbers])
                 rows += [row | {"n_token": n_token} for row in _question(model, task, state, documents, numbers)]
                 done += len(numbers) * length
                 if progress is not None:
                     progress(done / (sum(lengths.values()) * cfg.n_document))
+    rows = share.join(rows)
     rows.sort(key=lambda row: (row["n_token"], list(LABELS).index(row["condition"]), row["document"], row["place"]))
     metadata = {
         "settings": asdict(cfg),
@@ -150,7 +152,7 @@ def _read(model: Any, texts: Sequence[np.ndarray]) -> Any:
     return model.new_context(state)
 
 
-def _question(model: Any, task: Task, state: Any, documents: Sequence[Symbols], numbers: list[int]) -> list[Row]:
+def _question(model: Any, task: Task, state: Any, documents: Sequence[Symbols], numbers: range) -> list[Row]:
     """Ask for the order of the documents ``numbers``, whose memories are the rows of ``state``; nothing is written."""
     before = [(i - 1) % len(documents) for i in numbers]  # so that no other memory need be at hand
     wiped = model.wipe(state)

@@ -47,7 +47,7 @@ def changes(change: Any, model: LanguageModel) -> dict[str, Any]:
 
 @cli("evaluate")
 def main(cfg: DictConfig) -> None:
-    """Run the chosen experiments, write their results and print the summary."""
+    """Run the chosen experiments, write their results and print the summary; several processes do it together."""
     from experiments import runner
     from experiments.report import not_measured, summary
     from experiments.runs import describe, write_evaluation
@@ -60,15 +60,20 @@ def main(cfg: DictConfig) -> None:
     if not experiments:
         raise ConfigError("experiment selects nothing to measure: give a name, a list of names, or all.")
     checkpoint, directory = find(cfg.checkpoint), Path(run_dir())
-    model, data = load_run(checkpoint, paths={"cache_dir": cfg.paths.cache_dir})
-    place(model, cfg.device)
-    print(f"{checkpoint}: measured by {', '.join(experiments)} into {directory}")
-    changed = changes(config["change"], model)
-    trained = describe(checkpoint, model)._replace(memory=changed)
-    about = write_evaluation(directory, trained)
-    with evaluation_logger(config, trained.config) as logger, memory_settings(model, changed):
-        results, written, skipped = runner.run_all(model, data, experiments, directory, logger)
-        hint = sync_hint(logger)
+    with runner.together(directory) as share:
+        model, data = load_run(checkpoint, paths={"cache_dir": cfg.paths.cache_dir})
+        place(model, cfg.device)
+        changed = changes(config["change"], model)
+        if share.rank > 0:
+            with memory_settings(model, changed):
+                runner.run_all(model, data, experiments, directory)
+            return
+        print(f"{checkpoint}: measured by {', '.join(experiments)} into {directory}")
+        trained = describe(checkpoint, model)._replace(memory=changed)
+        about = write_evaluation(directory, trained)
+        with evaluation_logger(config, trained.config) as logger, memory_settings(model, changed):
+            results, written, skipped = runner.run_all(model, data, experiments, directory, logger)
+            hint = sync_hint(logger)
     print("\n" + summary(results))
     print("\nWritten:", *(f"  {path}" for path in [about, *written]), sep="\n")
     if hint:

@@ -8,12 +8,13 @@ import torch
 
 from experiments import associative_recall
 from experiments.associative_recall import LABELS, AssociativeRecall, plot, run, summarise
-from experiments.base import Result
+from experiments.base import ALONE, Result, Share
 from memlm.config import ConfigError, compose
 from memlm.data.curriculum import Curriculum
 from memlm.data.mqar import MQAR
 from memlm.data.sorting import Sorting
 from memlm.data.stream import TrainingBatches
+from tests.experiments.shares import check_shares
 from tests.experiments.symbol_models import Fake, real_model, symbol_data
 
 SEGMENT_LEN = 16
@@ -212,13 +213,11 @@ def test_a_real_model_is_left_as_it_was_and_the_run_repeats(data, memory):
     assert found == pytest.approx(expected.tolist(), rel=1e-3)
 
 
-def test_ranks_that_share_the_documents_agree_with_one(data):
-    whole = run(Remembers(402, SEGMENT_LEN), data, SMALL)
-    shares = [
-        Result(whole.name, {}, tuple(row for row in whole.rows if row["document"] % 2 == i), whole.metadata)
-        for i in range(2)
-    ]
-    assert Result.merge(shares, summarise).metrics == pytest.approx(dict(whole.metrics))
+def test_several_processes_find_what_one_does(data):
+    def measure(share: Share = ALONE) -> Result:
+        return run(Remembers(402, SEGMENT_LEN), data, SMALL, share=share)
+
+    check_shares(measure, measure())
 
 
 def test_headline_names_metrics_that_are_there_and_its_controls(data):

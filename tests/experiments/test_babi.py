@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from experiments.babi import Babi, plot, run, summarise
-from experiments.base import Result
+from experiments.base import ALONE, Result, Share
 from experiments.headline import headline
 from experiments.recall import CONDITIONS
 from memlm.config import ConfigError
@@ -19,6 +19,7 @@ from memlm.data.tokens import TokenizedCorpus
 from memlm.memory.ltm import LongTermMemory
 from memlm.models.lmcode import LMCode
 from tests.data.test_babi import TEMPLATES, answer
+from tests.experiments.shares import check_shares
 from tests.experiments.test_needle import Fake
 
 SMALL = Babi(noise=[200, 900], n_document=3, n_story=1, n_row=2)
@@ -166,3 +167,10 @@ def test_nothing_to_summarise_gives_nothing():
 def test_impossible_settings_are_refused(settings, message):
     with pytest.raises(ConfigError, match=message):
         Babi(**settings)
+
+
+def test_several_processes_find_what_one_does(data):
+    def measure(share: Share = ALONE) -> Result:
+        return run(Reader(data.tokenizer), data, SMALL, share=share)
+
+    check_shares(measure, measure())

@@ -6,13 +6,12 @@ import json
 import math
 import os
 import pickle
-import random
 
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from experiments.base import PALETTE, Result, emit, mean_interval, style, table, wilson
+from experiments.base import PALETTE, Result, Share, emit, mean_interval, style, table, wilson
 
 
 def summarise(rows):
@@ -144,42 +143,13 @@ def test_from_dict_names_missing_and_unknown_keys():
         Result.from_dict({"name": "needle", "metrics": {}, "row": []})
 
 
-def test_merge_does_not_depend_on_order_or_split():
-    whole = make_result()
-    expected = Result.merge([whole], summarise)
-    assert expected.metrics == {"exact_match/on": 0.75}
-    for seed in range(5):
-        rows = list(make_rows())
-        random.Random(seed).shuffle(rows)
-        cut = 3 + seed  # unequal shares, one of them empty
-        results = [make_result(tuple(part)) for part in (rows[:cut], rows[cut:20], rows[20:], [])]
-        random.Random(seed + 9).shuffle(results)
-        merged = Result.merge(results, summarise)
-        assert merged.to_dict() == expected.to_dict()
-    # rows come in the experiment's own column order: condition, then fact
-    assert [(row["condition"], row["fact"]) for row in merged.rows[:3]] == [("off", 0), ("off", 1), ("off", 2)]
-
-
-def test_merge_sorts_mixed_and_missing_cells():
-    rows = [{"a": "x"}, {"a": 2}, {"a": math.nan}, {"a": None}, {"b": 1}, {"a": 1.5}, {"a": True}]
-    orders = []
-    for seed in range(4):
-        random.Random(seed).shuffle(rows)
-        results = [Result("t", {}, tuple(rows[:3])), Result("t", {}, tuple(rows[3:]))]
-        orders.append(repr(Result.merge(results, lambda rows: {}).rows))
-    assert len(set(orders)) == 1
-
-
-def test_merge_refuses_what_does_not_belong_together():
-    result = make_result()
-    with pytest.raises(ValueError, match=r"seed: 0 and 1.*memory: absent and 'ltm'"):
-        Result.merge([result, make_result((), seed=1, memory="ltm")], summarise)
-    with pytest.raises(ValueError, match="'needle' and 'recall'"):
-        Result.merge([result, Result("recall", {}, (), result.metadata)], summarise)
-    with pytest.raises(ValueError, match="no results"):
-        Result.merge([], summarise)
-    with pytest.raises(ValueError, match=r"results 0 and 1 .* both hold the row"):
-        Result.merge([result, make_result(make_rows()[:1])], summarise)
+@pytest.mark.parametrize(("n_item", "n_rank", "size"), [(8, 1, 3), (8, 2, 3), (7, 4, 8), (3, 4, 1), (0, 2, 4)])
+def test_every_item_falls_to_one_process(n_item, n_rank, size):
+    groups = [group for rank in range(n_rank) for group in Share(rank, n_rank).groups(n_item, size)]
+    assert [item for group in groups for item in group] == list(range(n_item))
+    assert all(0 < len(group) <= size for group in groups)
+    shares = [sum(map(len, Share(rank, n_rank).groups(n_item, size))) for rank in range(n_rank)]
+    assert max(shares) - min(shares) <= 1
 
 
 def test_emit_writes_files_that_read_back(tmp_path):

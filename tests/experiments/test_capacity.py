@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from experiments.base import Result
+from experiments.base import ALONE, Result, Share
 from experiments.capacity import Capacity, plot, run, summarise
 from experiments.headline import headline
 from experiments.recall import CONDITIONS
@@ -15,6 +15,7 @@ from experiments.report import summary
 from memlm.config import ConfigError, compose
 from memlm.memory.ltm import LongTermMemory
 from memlm.models.lmcode import LMCode
+from tests.experiments.shares import check_shares
 from tests.experiments.test_needle import Cheat, Data, Fake
 
 SMALL = Capacity(n_fact=[4, 8, 16], n_ask=8, n_document=10, facts_per_segment=4.0)
@@ -189,3 +190,10 @@ def test_yaml_and_settings_agree():
     assert node.pop("_target_") == "experiments.capacity.Capacity"
     assert Capacity(**node) == Capacity()
     assert set(node) == set(Capacity.__dataclass_fields__)
+
+
+def test_several_processes_find_what_one_does(data):
+    def measure(share: Share = ALONE) -> Result:
+        return run(Bounded(data, 9), data, replace(SMALL, n_document=3), share=share)
+
+    check_shares(measure, measure())

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from experiments import modern_facts
+from experiments.base import ALONE, Result, Share
 from experiments.modern_facts import (
     CONDITIONS,
     CUES,
@@ -32,6 +33,7 @@ from memlm.data.tokens import TokenizedCorpus
 from memlm.memory.ltm import LongTermMemory
 from memlm.memory.stm import ShortTermMemory
 from memlm.models.lmcode import LMCode
+from tests.experiments.shares import check_shares
 
 SEGMENT_LEN = 32
 SMALL = ModernFacts(n_document=3, distance=60, n_row=2)
@@ -432,3 +434,10 @@ def test_yaml_and_settings_agree():
     assert node.pop("_target_") == "experiments.modern_facts.ModernFacts"
     assert ModernFacts(**node) == ModernFacts()
     assert set(node) == set(ModernFacts.__dataclass_fields__)
+
+
+def test_several_processes_find_what_one_does(data):
+    def measure(share: Share = ALONE) -> Result:
+        return run(Fake(data), data, SMALL, share=share)
+
+    check_shares(measure, measure())

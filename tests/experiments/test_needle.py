@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from experiments import needle, recall
-from experiments.base import Result
+from experiments.base import ALONE, Result, Share
 from experiments.headline import headline
 from experiments.needle import Needle, draw, plot, run, summarise
 from experiments.recall import CONDITIONS, answer
@@ -24,6 +24,7 @@ from memlm.data.tokenizer import train_tokenizer
 from memlm.data.tokens import TokenizedCorpus
 from memlm.memory.ltm import LongTermMemory
 from memlm.models.lmcode import LMCode
+from tests.experiments.shares import check_shares
 
 SEGMENT_LEN = 32
 SMALL = Needle(n_document=4, n_fact=8, distance=100, n_row=3)
@@ -450,13 +451,11 @@ def test_without_memory_and_with_a_shared_one(data, memories, monkeypatch):
     assert (nll["on"] == nll["off"] == nll["wiped"] == nll["swapped"]) == (not memories)
 
 
-def test_ranks_that_share_the_documents_agree_with_one(data):
-    whole = run(Oracle(data.tokenizer.vocab_size), data, SMALL)
-    shares = [
-        Result(whole.name, {}, tuple(row for row in whole.rows if row["document"] % 2 == i), whole.metadata)
-        for i in range(2)
-    ]
-    assert Result.merge(shares, summarise).metrics == pytest.approx(dict(whole.metrics))
+def test_several_processes_find_what_one_does(data):
+    def measure(share: Share = ALONE) -> Result:
+        return run(Oracle(data.tokenizer.vocab_size), data, SMALL, share=share)
+
+    check_shares(measure, measure())
 
 
 def test_figures(data):

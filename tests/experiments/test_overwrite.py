@@ -8,13 +8,14 @@ import pytest
 import torch
 
 from experiments import overwrite
-from experiments.base import Result
+from experiments.base import ALONE, Result, Share
 from experiments.headline import headline
 from experiments.overwrite import Overwrite, draw, plot, run, summarise
 from experiments.recall import CONDITIONS
 from memlm.config import ConfigError
 from memlm.memory.ltm import LongTermMemory
 from memlm.models.lmcode import LMCode
+from tests.experiments.shares import check_shares
 from tests.experiments.test_needle import Data, Fake
 
 SMALL = Overwrite(n_document=3, n_fact=3, updates=[0, 2, 4], distance=50, n_row=2)
@@ -169,3 +170,10 @@ def test_chance_is_met_by_a_memory_that_recalls_any_version(data):
     result = run(Any(data.tokenizer.vocab_size), data, replace(SMALL, n_fact=40, updates=[4], n_document=4))
     assert result.metrics["low/on"] < 0.2 < result.metrics["high/on"]
     assert result.metrics["stale/on"] == pytest.approx(1 - result.metrics["exact_match/on"])
+
+
+def test_several_processes_find_what_one_does(data):
+    def measure(share: Share = ALONE) -> Result:
+        return run(Latest(data.tokenizer.vocab_size), data, SMALL, share=share)
+
+    check_shares(measure, measure())

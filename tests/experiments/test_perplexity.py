@@ -1,5 +1,6 @@
 """Perplexity, against models of known loss and a document-by-document recomputation."""
 
+import copy
 import functools
 import math
 from types import SimpleNamespace
@@ -10,12 +11,13 @@ import torch
 from torch import nn
 
 from experiments import perplexity
-from experiments.base import Result, mean_interval
+from experiments.base import ALONE, Result, Share, mean_interval
 from experiments.perplexity import CONDITIONS, Perplexity, plot, run, summarise
 from memlm.config import ConfigError, compose
 from memlm.data.tokens import TokenizedCorpus
 from memlm.memory.ltm import LongTermMemory
 from memlm.models.lmcode import LMCode
+from tests.experiments.shares import check_shares
 
 T = 16
 N_VOCAB = 50
@@ -219,3 +221,12 @@ def test_yaml_and_settings_agree():
     for settings in ({"split": "train"}, {"limit": 0}, {"n_row": 0}):
         with pytest.raises(ConfigError, match=f"perplexity.{next(iter(settings))}"):
             Perplexity(**settings)
+
+
+def test_several_processes_find_what_one_does(real):
+    texts = make_data([200] * 10)
+
+    def measure(share: Share = ALONE) -> Result:
+        return run(copy.deepcopy(real), texts, Perplexity(limit=400, n_row=3), share=share)
+
+    check_shares(measure, measure())

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from experiments.base import Result
+from experiments.base import ALONE, Result, Share
 from experiments.headline import headline
 from experiments.recall import CONDITIONS
 from experiments.report import summary
@@ -15,6 +15,7 @@ from experiments.retention import Retention, draw, half_life, plot, run, summari
 from memlm.config import ConfigError, compose
 from memlm.memory.ltm import LongTermMemory
 from memlm.models.lmcode import LMCode
+from tests.experiments.shares import check_shares
 from tests.experiments.test_needle import SEGMENT_LEN, Cheat, Data, Fake
 
 SMALL = Retention(n_document=3, n_fact=4, n_write=[0, 1, 3, 7, 15], n_row=2)
@@ -126,9 +127,6 @@ def test_interval_over_documents():
     many = summarise(by_hand([1, 4] * 50))
     assert many["half_life_low"] > metrics["half_life_low"]
     assert many == summarise(by_hand([1, 4] * 50))
-    rows = by_hand([1, 4])
-    shares = [Result("retention", {}, tuple(row for row in rows if row["document"] == i)) for i in (0, 1)]
-    assert Result.merge(shares, summarise).metrics == pytest.approx(metrics)
 
 
 def test_what_is_told_read_back_from_the_tokens_fed(data):
@@ -239,3 +237,10 @@ def test_yaml_and_settings_agree():
     assert node.pop("_target_") == "experiments.retention.Retention"
     assert Retention(**node) == Retention()
     assert set(node) == set(Retention.__dataclass_fields__)
+
+
+def test_several_processes_find_what_one_does(data):
+    def measure(share: Share = ALONE) -> Result:
+        return run(Segments(data, 5), data, SMALL, share=share)
+
+    check_shares(measure, measure())

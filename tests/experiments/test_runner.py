@@ -5,9 +5,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from experiments import needle, perplexity, runner
-from experiments.base import Result
+from experiments.base import Result, Share
 from memlm.config import ConfigError, compose, config_dir, to_dict, validate
 
 RATES = {"on": 0.75, "off": 0.125, "wiped": 0.25, "swapped": 0.0, "unseen": 0.5}
@@ -115,6 +116,21 @@ def test_what_recipes_measure_exists(recipe: str) -> None:
     config = to_dict(compose([f"recipe={recipe}"]))
     assert runner.chosen(config)
     runner.watched(config["watch"])
+
+
+def test_processes_that_would_write_apart_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Other(Share):
+        def join(self, rows: list[Any]) -> list[Any]:
+            return [*rows, "elsewhere"]
+
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name in ("init_process_group", "destroy_process_group"):
+        monkeypatch.setattr(torch.distributed, name, lambda *_: None)
+    monkeypatch.setattr(Share, "here", classmethod(lambda cls: Other(0, 2)))
+    with pytest.raises(ConfigError, match="several processes write into one directory"), runner.together(Path("here")):
+        pass
+    with runner.together(Path("elsewhere")) as share:
+        assert share == Other(0, 2)
 
 
 def test_a_run_may_measure_nothing() -> None:

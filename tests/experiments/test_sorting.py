@@ -8,13 +8,14 @@ import pytest
 import torch
 
 from experiments import sorting
-from experiments.base import Result
+from experiments.base import ALONE, Result, Share
 from experiments.sorting import LABELS, Sorting, kendall, plot, run, summarise
 from memlm.config import ConfigError, compose
 from memlm.data.curriculum import Curriculum
 from memlm.data.mqar import MQAR
 from memlm.data.sorting import Sorting as Task
 from memlm.data.stream import TrainingBatches
+from tests.experiments.shares import check_shares
 from tests.experiments.symbol_models import Fake, real_model, symbol_data
 
 SEGMENT_LEN = 16
@@ -221,13 +222,11 @@ def test_headline_and_figures(data):
     assert plot(Result("sorting", {})) == {}
 
 
-def test_ranks_that_share_the_documents_agree_with_one(data):
-    whole = run(Counts(data.task, SEGMENT_LEN), data, SMALL)
-    shares = [
-        Result(whole.name, {}, tuple(row for row in whole.rows if row["document"] % 2 == i), whole.metadata)
-        for i in range(2)
-    ]
-    assert Result.merge(shares, summarise).metrics == pytest.approx(dict(whole.metrics))
+def test_several_processes_find_what_one_does(data):
+    def measure(share: Share = ALONE) -> Result:
+        return run(Counts(data.task, SEGMENT_LEN), data, SMALL, share=share)
+
+    check_shares(measure, measure())
 
 
 def test_models_and_settings_that_cannot_work_are_refused_in_a_sentence(data):

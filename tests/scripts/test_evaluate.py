@@ -1,6 +1,7 @@
 """The same numbers three ways: during training, by evaluating a checkpoint, in a sweep over checkpoints."""
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -190,3 +191,17 @@ def test_a_change_that_would_do_nothing_or_break_is_refused(change: Any, message
     with pytest.raises(ConfigError, match=message):
         evaluate.changes(change, model)
     assert evaluate.changes(None, model) == {}
+
+
+def test_several_processes_measure_one_checkpoint_together(
+    folder: Path, at: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run = folder / "a=1,b"
+    start = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", evaluate.__file__]
+    settings = [f"checkpoint={run}", "experiment=[needle,pattern_storage]", *MEASURED[:-1], "device=cpu"]
+    small = ["pattern_storage.n_stored=[8]", "pattern_storage.n_document=2", "pattern_storage.n_probe=2"]
+    subprocess.run([*start, *settings, *small, "hydra.run.dir=both"], check=True)
+    whole, both = metrics(run, "needle"), metrics(at / "both", "needle")
+    assert both == pytest.approx(whole, rel=1e-4, abs=1e-5)
+    assert (at / "both/pattern_storage/result.json").exists()  # which is left to the first process
+    assert capfd.readouterr().out.count("measured by needle, pattern_storage") == 1
