@@ -21,6 +21,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter, StrMethodFormatter
 
 from experiments.base import ALONE, PALETTE, Result, Row, Share, check_settings, evaluating, style
+from experiments.headline import recall_entries
 from experiments.recall import CONDITIONS, Document, Haystack, ask, draw_interval, part_of, rates, tell, visit
 from memlm.analysis.figures import CONTROLS
 from memlm.config import ConfigError
@@ -290,25 +291,19 @@ def _chance(rows: Sequence[Row]) -> float:
 
 
 def _headline(cfg: Babi) -> list[dict[str, Any]]:
-    """What the terminal's table and comparisons of runs show: the first task, its controls, the other tasks."""
+    """What the terminal's table and comparisons of runs show: every task and vocabulary beside its own controls."""
     main = "open" if "open" in cfg.vocabularies else "closed"
     longest, first = cfg.noise[-1], min(cfg.tasks)
-    at = f"{longest:,} tokens of noise"
-    labels = {"on": f"qa{first}, {main} vocabulary, {at}"} | {c: f"qa{first}, {label}" for c, label in CONTROLS.items()}
-    parts = [(name, "", label) for name, label in labels.items()]
-    parts += [
-        ("on", f"/qa{task}/{vocabulary}/{longest}", f"qa{task}, {vocabulary} vocabulary, {at}")
-        for vocabulary, task in itertools.product(cfg.vocabularies, sorted(cfg.tasks))
-        if (task, vocabulary) != (first, main)
-    ]
-    lines = [
-        {"label": label, "metric": f"exact_match/{name}{suffix}", "low": f"low/{name}{suffix}",
-         "high": f"high/{name}{suffix}", "n": f"n/{name}{suffix}", "percent": True, "better": "higher",
-         "control": name != "on"}
-        for name, suffix, label in parts
-    ]  # fmt: skip
-    chance = {"label": f"qa{first}, guess among the story's words", "metric": "chance", "low": None, "high": None}
-    lines.insert(len(labels), lines[len(labels) - 1] | chance | {"n": None})
+    pairs = list(itertools.product(cfg.vocabularies, sorted(cfg.tasks)))
+    pairs.sort(key=lambda pair: pair != (main, first))
+    lines = []
+    for vocabulary, task in pairs:
+        about = f"qa{task}, {vocabulary} vocabulary"
+        entries = recall_entries(f"{about}, {longest:,} tokens of noise", f"/qa{task}/{vocabulary}/{longest}")
+        chance = entries[-1] | {"label": "guess among the story's words", "low": None, "high": None, "n": None}
+        chance["metric"] = f"chance/qa{task}/{vocabulary}/{longest}"
+        controls = [line | {"label": f"{about}, {line['label']}"} for line in (*entries[1:], chance)]
+        lines += [entries[0], *controls]
     return lines
 
 
@@ -331,7 +326,7 @@ def plot(result: Result) -> dict[str, Figure]:
         handles, labels = panels[0].get_legend_handles_labels()
         count = int(result.metrics[f"n/on/{'/'.join(suffixes[0])}"])
         title = f"bands, bars: 95 % Wilson interval, n = {count:,} per point"
-        figure.legend(handles, labels, loc="outside lower center", ncols=4, title=title)
+        figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(tasks)), title=title)
         panels[len(panels) // 2].set_xlabel("tokens of noise")
     return {"babi": figure}
 
@@ -344,7 +339,7 @@ def _panel(axes: Any, metrics: Mapping[str, float], task: int, vocabularies: lis
     controls |= {"unseen": ("green", "x", 4)}  # nested, so that controls at one height stay visible
     own = vocabularies[0]
     for name, (color, marker, size) in controls.items():
-        lines.append((name, own, CONTROLS[name], color, marker, "--", size, 1.2))
+        lines += [(name, v, CONTROLS[name] if v == own else "", color, marker, "--", size, 1.2) for v in vocabularies]
     for name, vocabulary, label, color, marker, dash, size, width in lines:
         keys = [f"/{name}/qa{task}/{vocabulary}/{n}" for n in noise]
         rate, low, high = ([metrics[part + key] for key in keys] for part in ("exact_match", "low", "high"))
@@ -355,9 +350,11 @@ def _panel(axes: Any, metrics: Mapping[str, float], task: int, vocabularies: lis
             markerfacecolor=tint if on else "none", clip_on=False, zorder=5 if on else 3,
         )  # fmt: skip
     chance = [metrics[f"chance/qa{task}/{own}/{n}"] for n in noise]
-    axes.plot(
-        noise, chance, color=PALETTE["black"], linestyle=":", linewidth=1.2, label="guess among the story's words"
-    )
+    level = {"color": PALETTE["black"], "linestyle": ":", "linewidth": 1.2, "label": "guess among the story's words"}
+    if len(noise) > 1:
+        axes.plot(noise, chance, **level)
+    else:
+        axes.axhline(chance[0], **level)
     axes.set(title=f"qa{task}: {TASKS[task].replace(' ', chr(10), 1)}", ylim=(0, 1))
     if len(noise) > 1:
         axes.set_xscale("log")

@@ -273,7 +273,13 @@ def _name(groups: Sequence[Group], differences: Sequence[tuple[str, list[Any]]])
                     groups[i].label += f" ({number})"
                 break
             for i in alike:
-                groups[i].label += f" {key.rpartition('.')[2]}={dict(settings)[key][i]}"
+                groups[i].label += f" {_short(key)}={dict(settings)[key][i]}"
+
+
+def _short(key: str) -> str:
+    """The name of a setting without where it is, but for a part of a list, such as a phase of a curriculum."""
+    *_, above, name = ["", *key.split(".")]
+    return key if above.isdigit() else name
 
 
 def _costs(groups: Sequence[Group]) -> list[Line]:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from experiments.base import Result
-from memlm.analysis.figures import CONTROLS
+from experiments.recall import LABELS
 
 _KEYS = ("label", "metric", "low", "high", "n", "percent", "better", "control")
 
@@ -66,12 +66,13 @@ def headline(result: Result) -> list[Number]:
     return numbers
 
 
-def recall_entries(label: str, suffix: str = "") -> list[dict[str, Any]]:
+def recall_entries(label: str, suffix: str = "", stranger: bool = False) -> list[dict[str, Any]]:
     """Entries about a rate of recall and its controls.
 
     Args:
         label: What the rate with the memory on is called.
         suffix: End of the names of the metrics, which are those of `experiments.recall.tabulate`.
+        stranger: Whether the same was asked of subjects that nobody was told of.
     """
     return [
         {
@@ -84,7 +85,8 @@ def recall_entries(label: str, suffix: str = "") -> list[dict[str, Any]]:
             "better": "higher",
             "control": condition != "on",
         }
-        for condition, name in {"on": label, **CONTROLS}.items()
+        for condition, name in {**LABELS, "on": label}.items()
+        if condition != "stranger" or stranger
     ]
 
 

@@ -28,7 +28,7 @@ from experiments.base import ALONE, PALETTE, Result, Row, Share, check_settings,
 from experiments.headline import recall_entries
 from experiments.recall import (
     COLORS,
-    CONDITIONS,
+    LABELS,
     Document,
     Haystack,
     ask,
@@ -39,12 +39,12 @@ from experiments.recall import (
     tell,
     visit,
 )
-from memlm.analysis.figures import CONTROLS
 from memlm.config import ConfigError
 from memlm.data.facts import Fact, FactMaker, SentenceMaker
 
 _AXES: dict[str, Callable[[list[Any]], Any]] = {"kind": itemgetter(0), "n_other": min, "distance": max}
 # What a list of settings varies, and whose rates are the main ones.
+_ORDER = list(LABELS)  # of conditions
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Needle:
         n_fact: Facts asked for per document, and as many that are told in none.
         distance: Fewest tokens between the end of any fact and the questions. With a list the same documents go on
             and questions are asked at each length.
-        spread: Facts are told all over the document, which is as long as ``distance`` (and what the facts need); with a
+        spread: Facts are told all over the document, which is as long as ``distance``, or what the facts need; with a
             list there are other documents for each length.
         n_other: Further facts told per document, for which nobody asks; a list: other documents for each number.
         kind: ``random``, ``native``, ``natural`` or ``paraphrased``; a list: other documents for each.
@@ -135,14 +135,15 @@ def run(
         for plan, (documents, unseen, lengths) in zip(plans, drawn, strict=True):
             more = cfg.n_document * lengths[-1]
             show = part_of(progress, done, more, n_token)
+            others = _strangers(data, cfg, plan, documents)
             for numbers, i, state in visit(model, documents, lengths, cfg.n_row, show, share):
                 given = {"kind": plan.kind, "n_other": plan.n_other, "distance": plan.distances[i]}
-                asked = ask(model, state, documents, unseen, numbers, lengths[i], plan.kind == "paraphrased")
+                asked = ask(model, state, documents, unseen, numbers, lengths[i], plan.kind == "paraphrased", others)
                 rows += [given | row for row in asked]
             done += more
     rows = share.join(rows)
     rows.sort(key=lambda row: (cfg.kinds.index(row["kind"]), row["n_other"], row["distance"],
-                               CONDITIONS.index(row["condition"]), row["document"], row["fact"]))  # fmt: skip
+                               _ORDER.index(row["condition"]), row["document"], row["fact"]))  # fmt: skip
     n_haystack = max(
         lengths[-1] - min(len(document.head) - document.taken for document in documents)
         for documents, _, lengths in drawn
@@ -173,9 +174,13 @@ def run(
 def _headline(cfg: Needle) -> list[dict[str, Any]]:
     """Recall of every kind, at the longest distance and among the fewest other facts."""
     if len(cfg.kinds) == 1:
-        return recall_entries("memory on")
+        return recall_entries("memory on", stranger=_is_told_in_sentences(cfg.kinds[0]))
     end = "".join(f"/{values[place]}" for values, place in ((cfg.n_others, 0), (cfg.distances, -1)) if len(values) > 1)
-    return [entry for kind in cfg.kinds for entry in recall_entries(f"{kind} facts, memory on", f"/{kind}{end}")]
+    return [
+        entry
+        for kind in cfg.kinds
+        for entry in recall_entries(f"{kind} facts, memory on", f"/{kind}{end}", _is_told_in_sentences(kind))
+    ]
 
 
 class _Plan(NamedTuple):
@@ -226,6 +231,21 @@ def draw(
     return documents, [unseen[i * cfg.n_fact : (i + 1) * cfg.n_fact] for i in range(cfg.n_document)], lengths
 
 
+def _strangers(data: Any, cfg: Needle, plan: _Plan, documents: Sequence[Document]) -> list[list[Fact]] | None:
+    """The asked facts of each document as if of subjects that nobody was told of, where facts have subjects."""
+    if not _is_told_in_sentences(plan.kind):
+        return None
+    maker = KINDS[plan.kind](data, cfg.split)
+    assert isinstance(maker, SentenceMaker)
+    rng = np.random.default_rng([cfg.seed, 1 + cfg.n_document])
+    taken = {fact.name for document in documents for fact in (*document.facts, *document.others)}
+    return [[maker.of_another(rng, fact, "evaluation", taken) for fact in document.facts] for document in documents]
+
+
+def _is_told_in_sentences(kind: str) -> bool:
+    return kind in ("natural", "paraphrased")
+
+
 def _random(data: Any, split: str) -> FactMaker:
     return data.maker
 
@@ -266,6 +286,7 @@ def plot(result: Result) -> dict[str, Figure]:
     """
     figures: dict[str, Figure] = {}
     kinds = list(dict.fromkeys(row["kind"] for row in result.rows))
+    lengths, spread = result.metadata.get("lengths", []), result.metadata.get("settings", {}).get("spread")
     for kind in kinds:
         rows = [row for row in result.rows if row["kind"] == kind]
         n_others, distances = ([*dict.fromkeys(row[axis] for row in rows)] for axis in ("n_other", "distance"))
@@ -274,12 +295,15 @@ def plot(result: Result) -> dict[str, Figure]:
         end = f"_{kind}" if len(kinds) > 1 else ""
         about = f", {kind} facts" if len(kinds) > 1 else ""
         if len(distances) == 1:
-            figures[f"recall{end}"] = _bars(metrics, distances[0], about)
+            told = f"told all over {lengths[0]:,} tokens" if spread else f"told {distances[0]:,} or more tokens before"
+            figures[f"recall{end}"] = _bars(metrics, f"Recall of facts {told}{about}")
         else:
             title, label = f"Recall by distance{about}", "tokens between fact and question, at least"
+            if spread:
+                title, label = f"Recall by length{about}", "tokens of the text, in which facts are told everywhere"
             figures[f"recall{end}"] = _lines(metrics, distances, title, label)
-        if result.metadata["settings"]["spread"]:
-            figures[f"length_depth{end}"] = _heat_map(fewest, about)
+        if spread:
+            figures[f"length_depth{end}"] = _heat_map(fewest, lengths, about)
         if len(n_others) > 1:
             longest = [row for row in rows if row["distance"] == distances[-1]]
             title, label = f"Recall by number of facts{about}", "other facts told in the document"
@@ -290,8 +314,8 @@ def plot(result: Result) -> dict[str, Figure]:
 _N_DEPTH = 5  # bands of depth in the heat map
 
 
-def _heat_map(rows: Sequence[Row], about: str) -> Figure:
-    """Recall with memory on by length of the text and depth of the fact; rows are lengths."""
+def _heat_map(rows: Sequence[Row], lengths: Sequence[int], about: str) -> Figure:
+    """Recall with memory on by length of the text, at most, and depth of the fact; rows are lengths."""
     distances = sorted({row["distance"] for row in rows})
     counts = np.zeros((2, len(distances), _N_DEPTH))
     for row in rows:
@@ -311,7 +335,7 @@ def _heat_map(rows: Sequence[Row], about: str) -> Figure:
             axes.annotate(text, (x, y), ha="center", va="center", fontsize=9, color=color)
         edges = [f"{100 * i // _N_DEPTH}-{100 * (i + 1) // _N_DEPTH} %" for i in range(_N_DEPTH)]
         axes.set_xticks(range(_N_DEPTH), edges)
-        axes.set_yticks(range(len(distances)), [f"{distance:,}" for distance in distances])
+        axes.set_yticks(range(len(distances)), [f"{length:,}" for length in lengths])
         axes.set(title=f"Recall by length and depth{about}", ylabel="tokens of text")
         axes.set_xlabel("depth: where the fact was told (0 %: at the beginning)")
         axes.grid(visible=False)
@@ -319,8 +343,8 @@ def _heat_map(rows: Sequence[Row], about: str) -> Figure:
     return figure
 
 
-def _bars(metrics: Mapping[str, float], distance: int, about: str) -> Figure:
-    names = {"on": "memory on", "_straddling/on": "memory on, facts across\na segment boundary", **CONTROLS}
+def _bars(metrics: Mapping[str, float], title: str) -> Figure:
+    names = {"on": LABELS["on"], "_straddling/on": "memory on, facts across\na segment boundary"} | LABELS
     keys = {name: name if "/" in name else f"/{name}" for name in names}
     shown = [name for name in names if f"exact_match{keys[name]}" in metrics]
     with style():
@@ -329,7 +353,7 @@ def _bars(metrics: Mapping[str, float], distance: int, about: str) -> Figure:
         for y, name in enumerate(shown):
             rate, n = metrics[f"exact_match{keys[name]}"], int(metrics[f"n{keys[name]}"])
             low, high = metrics[f"low{keys[name]}"], metrics[f"high{keys[name]}"]
-            color = PALETTE[COLORS.get(name, "sky")]
+            color = PALETTE[COLORS.get(name, "blue")]
             axes.barh(y, rate, height=0.6, color=color, alpha=0.85)
             bounds = [[max(rate - low, 0)], [max(high - rate, 0)]]
             axes.errorbar(rate, y, xerr=bounds, color=PALETTE["black"], capsize=4, linewidth=1.4, clip_on=False)
@@ -338,12 +362,12 @@ def _bars(metrics: Mapping[str, float], distance: int, about: str) -> Figure:
                 textcoords="offset points", va="center", fontsize=10,
             )  # fmt: skip
         if "chance" in metrics:
-            label = f"guess among the document's facts, {100 * metrics['chance']:.2g} %"
+            label = f"guess among told facts of the kind, {100 * metrics['chance']:.2g} %"
             axes.axvline(metrics["chance"], color=PALETTE["black"], linewidth=1.2, linestyle=":", label=label)
             figure.legend(loc="outside lower right")
         axes.set_yticks(range(len(shown)), [names[name] for name in shown])
         axes.invert_yaxis()
-        axes.set(title=f"Recall of facts told {distance:,} or more tokens before{about}", xlim=(0, 1))
+        axes.set(title=title, xlim=(0, 1))
         axes.set_xlabel("recalled exactly, with 95 % Wilson interval")
         axes.grid(axis="x")
         axes.grid(visible=False, axis="y")

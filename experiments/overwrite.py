@@ -26,6 +26,7 @@ from experiments.recall import CONDITIONS, Document, Haystack, answer, ask, draw
 from memlm.analysis.figures import CONTROLS
 from memlm.config import ConfigError
 from memlm.data.facts import Fact
+from memlm.data.overwrite import Overwrite as Task
 from memlm.data.overwrite import retell
 
 
@@ -78,7 +79,15 @@ def run(
         One row per condition, document and fact: ``n_update``; ``stale``, with the memory on, how many updates ago the
         value was told that was given instead of the latest (None if none of the fact's); for the rest see
         `experiments.recall.ask`, where a fact is its latest telling. For metrics see `summarise`.
+
+    Raises:
+        ConfigError: If the model was not trained on facts that change.
     """
+    if not isinstance(getattr(data, "task", None), Task):
+        raise ConfigError(
+            "experiment=overwrite asks for the latest of several values, which this model was not trained for: use "
+            "a run whose curriculum has the task memlm.data.overwrite.Overwrite; train one with recipe=overwrite"
+        )
     documents, older, unseen = draw(data, cfg, model.segment_len)
     length = max(len(document.head) for document in documents) + cfg.distance
     length += -length % model.segment_len
@@ -218,9 +227,12 @@ def plot(result: Result) -> dict[str, Figure]:
                 markerfacecolor=color if measured else "none", zorder=5 if measured else 3,
             )  # fmt: skip
         chance = [metrics[f"chance/{n}"] for n in updates]
-        axes.plot(
-            x, chance, color=PALETTE["black"], linestyle=":", linewidth=1.2, label="guess among the fact's values"
-        )
+        level: dict[str, Any] = {"color": PALETTE["black"], "linestyle": ":", "linewidth": 1.2}
+        level["label"] = "guess among the fact's values"
+        if len(updates) > 1:
+            axes.plot(x, chance, **level)
+        else:
+            axes.axhline(chance[0], **level)
         axes.set_xticks(x, [str(n) for n in updates])
         axes.set(title="Facts whose value changes", ylim=(0, 1), ylabel="given exactly")
         axes.set_xlabel("updates after the fact was first told")

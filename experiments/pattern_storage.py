@@ -137,6 +137,11 @@ class Passages:
     def __init__(self, text: TokenizedCorpus, passage_len: int) -> None:
         self.passage_len, self.n_cue = passage_len, passage_len // 3
         half = text.n_token // 2
+        if passage_len > half:
+            raise ConfigError(
+                f"pattern_storage.passage_len is {passage_len}, but half of the text has {half} tokens: use shorter "
+                "passages or more text"
+            )
         self._source, self._rest = text.tokens[:half], text.tokens[half:]
         self._once = _occur_once(text.tokens, passage_len)
         self.maker = self

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -34,7 +35,11 @@ from memlm.data.sentences import LEVELS
 CONDITIONS = ("on", *CONTROLS)
 """The memory as it is, then its controls: see `memlm.analysis.figures.CONTROLS`."""
 
-COLORS = dict(zip(CONDITIONS, ("blue", "vermillion", "purple", "orange", "green"), strict=True))
+LABELS = {"on": "memory on", **CONTROLS, "stranger": "same question, subject never told"}
+"""What each condition is called, and a control of sentences alone: the told answer to a question about another subject,
+which a memory gives that goes by what is asked and not by whom."""
+
+COLORS = dict(zip(LABELS, ("blue", "vermillion", "purple", "orange", "green", "sky"), strict=True))
 """What of `PALETTE` draws each condition."""
 
 _WINDOW = 16  # segments read per call
@@ -83,6 +88,7 @@ class Document(NamedTuple):
         head: Token ids up to the end of the last fact.
         haystack: The text around facts.
         taken: Tokens of it within the head.
+        others: What is told too, but not asked for.
     """
 
     facts: list[Fact]
@@ -90,6 +96,7 @@ class Document(NamedTuple):
     head: np.ndarray
     haystack: Haystack
     taken: int
+    others: Sequence[Fact] = ()
 
     def tokens(self, begin: int, end: int) -> np.ndarray:
         """Token ids of a part of the document, (end - begin,)."""
@@ -146,7 +153,7 @@ def tell(
         if number < len(facts):
             begins[number] = place + space
         place, taken = place + space + len(told), taken + space
-    return Document(list(facts), begins, np.concatenate(parts), haystack, taken)
+    return Document(list(facts), begins, np.concatenate(parts), haystack, taken, others)
 
 
 def read(
@@ -233,6 +240,7 @@ def ask(
     numbers: Sequence[int],
     length: int,
     paraphrase: bool = False,
+    strangers: Sequence[Sequence[Fact]] | None = None,
 ) -> list[Row]:
     """Ask for every fact of the documents ``numbers``, under every condition.
 
@@ -244,14 +252,17 @@ def ask(
         numbers: Which document each row is.
         length: Tokens that were read.
         paraphrase: Whether to ask in other words than the fact was told in: fact i with its i-th paraphrase, in turn.
+        strangers: For each document its facts as if they were of subjects that nobody was told of.
 
     Returns:
         One row per condition, document and fact: ``text``, ``since`` (tokens between the fact's end and the question),
         ``depth`` (place of the fact in the text, 0 at its beginning, 1 right before the question), ``straddles``
-        (whether it lies across a segment boundary), ``stored`` (whether a memory holds every token of its answer; None
-        where memories do not tell what they hold, or share a bank with other text), ``correct``, ``nll`` (of the
-        answer, nats per token). In a ``swapped`` row ``document`` is where the fact was told, while the memory is that
-        of the next document.
+        (whether it lies across a segment boundary), ``alike`` (facts told there that answer such a question: of the
+        same relation, itself included), ``stored`` (whether a memory holds every token of its answer; None where
+        memories do not tell what they hold, or share a bank with other text), ``correct``, ``nll`` (of the answer, nats
+        per token). In a ``stranger`` row the fact is what was told, the question is about somebody else, and
+        ``correct`` says that the fact is given all the same. In a ``swapped`` row ``document`` is where the fact was
+        told, while the memory is that of the next document.
     """
     n_fact = len(documents[0].facts)
     wiped = model.wipe(state)
@@ -266,6 +277,9 @@ def ask(
         "swapped": (state, True, others),
         "unseen": (state, True, never),
     }
+    if strangers is not None:
+        questions["stranger"] = (state, True, [(i, strangers[i]) for i in numbers])
+    alike = {i: Counter(map(_relation, (*documents[i].facts, *documents[i].others))) for i, _ in (*own, *others)}
     # A shared bank also holds what was written in training, whose places say nothing about these documents.
     held = [] if is_shared(model) else _held(model.places(state), len(numbers))
     rows: list[Row] = []
@@ -286,12 +300,18 @@ def ask(
                         "depth": None if document is None else document.begins[i] / length,
                         "straddles": None if document is None else document.straddles(i, model.segment_len),
                         "level": None if (said := other[row]) is None else said.level,
+                        "alike": None if document is None else alike[number][_relation(facts[i])],
                         "stored": _stored(documents[number], i, held[row]) if held and condition == "on" else None,
                         "correct": correct,
                         "nll": nll,
                     }
                 )
     return rows
+
+
+def _relation(fact: Any) -> str:
+    """What a fact says of its subject; facts of words, and those of tasks with their own, are all alike."""
+    return getattr(fact, "relation", "")
 
 
 def _held(places: Sequence[Tensor], n_row: int) -> list[list[set[int]]]:
@@ -355,7 +375,7 @@ def rates(rows: Sequence[Row]) -> dict[str, float]:
         ``nll``; the same of facts across a segment boundary, ``exact_match_straddling/...``, of the others,
         ``exact_match_inside/...``, and of paraphrases by level, ``exact_match_<level>/...``; ``stored``, the share of
         facts whose answers memory still holds; and ``chance``, the rate of one who knows what the document told and
-        guesses which fact is meant.
+        guesses which of the facts that could be an answer is meant.
     """
     metrics: dict[str, float] = {}
     kinds: dict[str, Callable[[Row], bool]] = {
@@ -365,7 +385,7 @@ def rates(rows: Sequence[Row]) -> dict[str, float]:
     }
     kinds |= {f"_{level}": lambda row, level=level: row.get("level") == level for level in LEVELS}  # type: ignore[misc]
     for kind, belongs in kinds.items():
-        for condition in CONDITIONS:
+        for condition in LABELS:
             part = [row for row in rows if row["condition"] == condition and belongs(row)]
             if not part:
                 continue
@@ -375,7 +395,8 @@ def rates(rows: Sequence[Row]) -> dict[str, float]:
     if stored:
         metrics["stored"] = sum(stored) / len(stored)
     if told:
-        metrics["chance"] = len({row["document"] for row in told}) / len(told)
+        of_document = Counter(row["document"] for row in told)
+        metrics["chance"] = math.fsum(1 / row.get("alike", of_document[row["document"]]) for row in told) / len(told)
     return metrics
 
 
@@ -437,10 +458,10 @@ def draw_rates(axes: Axes, metrics: Mapping[str, float], values: Sequence[int]) 
     Returns:
         What the legend says of the intervals.
     """
-    markers = dict(zip(CONDITIONS, ("o", "s", "o", "^", "x"), strict=True))
-    sizes = dict(zip(CONDITIONS, (6, 10, 7, 5, 4), strict=True))  # nested, so that four controls at 0 % stay visible
+    markers = dict(zip(LABELS, ("o", "s", "o", "^", "x", "D"), strict=True))
+    sizes = dict(zip(LABELS, (6, 10, 7, 5, 4, 6), strict=True))  # nested, so that controls at 0 % stay visible
     counts = set()
-    for condition in CONDITIONS:
+    for condition in LABELS:
         x = [value for value in values if f"exact_match/{condition}/{value}" in metrics]
         if not x:
             continue
@@ -453,13 +474,16 @@ def draw_rates(axes: Axes, metrics: Mapping[str, float], values: Sequence[int]) 
         axes.plot(
             x, rate, color=color, linestyle="-" if on else "--", linewidth=2.5 if on else 1.2,
             marker=markers[condition], markersize=sizes[condition], markerfacecolor=color if on else "none",
-            clip_on=False, zorder=5 if on else 3, label="memory on" if on else CONTROLS[condition],
+            clip_on=False, zorder=5 if on else 3, label=LABELS[condition],
         )  # fmt: skip
     chance = [metrics[f"chance/{value}"] for value in values if f"chance/{value}" in metrics]
     if len(chance) == len(values):
         share = f", {100 * chance[0]:.2g} %" if len(set(chance)) == 1 else ""
-        label = f"guess among the document's facts{share}"
-        axes.plot(values, chance, color=PALETTE["black"], linewidth=1.2, linestyle=":", label=label)
+        label = f"guess among told facts of the kind{share}"
+        if len(values) == 1:
+            axes.axhline(chance[0], color=PALETTE["black"], linewidth=1.2, linestyle=":", label=label)
+        else:
+            axes.plot(values, chance, color=PALETTE["black"], linewidth=1.2, linestyle=":", label=label)
     axes.set(ylabel="recalled exactly", ylim=(0, 1))
     axes.set_xticks(values)
     axes.minorticks_off()
@@ -472,8 +496,8 @@ def draw_rates(axes: Axes, metrics: Mapping[str, float], values: Sequence[int]) 
 def draw_interval(
     axes: Axes, x: Sequence[float], low: Sequence[float], high: Sequence[float], color: str, band: bool
 ) -> None:
-    """Draw the intervals of a curve: a band, or thin bars where bands of many curves would blend."""
-    if band:
+    """Draw the intervals of a curve: a band, or thin bars where bands of many curves would blend, or at a single x."""
+    if band and len(x) > 1:
         axes.fill_between(x, low, high, color=color, alpha=0.18, linewidth=0)
     else:
         axes.vlines(x, low, high, color=color, alpha=0.6, linewidth=1.2)

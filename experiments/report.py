@@ -8,6 +8,7 @@ from typing import Any
 
 from experiments.base import Result, table
 from experiments.headline import Number, headline, in_percent, shown
+from experiments.recall import LABELS
 from memlm.analysis.figures import CONTROLS
 from memlm.data.sentences import LEVELS
 
@@ -100,7 +101,7 @@ def _recall(result: Result) -> str:
     for suffix in given if axes and given else [""]:
         values = [int(part) if part.isdigit() else part for part in suffix.split("/")[1:]]
         names = {f"{kind}/on{suffix}": label for kind, label in _KINDS.items()}
-        names |= {f"/{control}{suffix}": label for control, label in CONTROLS.items()}
+        names |= {f"/{control}{suffix}": label for control, label in LABELS.items() if control != "on"}
         _require_controls(result, suffix)
         lines += [
             dict(zip(axes, values, strict=False))
@@ -124,7 +125,8 @@ def _recall(result: Result) -> str:
         title += f", {distances[0]:,} or more tokens before"
     text = table(list(lines[0]), lines, f"{title})")
     if "chance" in metrics:
-        text += f"\nA guess among the facts of the document would be right in {100 * metrics['chance']:.2g} %."
+        chance = f"{100 * metrics['chance']:.2g} %"
+        text += f"\nA guess among the told facts that answer such a question would be right in {chance}."
     if (repetition := result.metadata.get("haystack_repetition", 0)) > 1:
         text += f"\nThe text around the facts is repeated: a document goes {repetition:.1f} times through all there is."
     return text

@@ -72,14 +72,18 @@ class Run:
 
     @property
     def training(self) -> dict[str, Any]:
-        """The settings that make it what it is, but for the seed."""
+        """The settings that make it what it is, with those that were changed for an evaluation, but for the seed."""
         config = {
             name: node
             for name, node in self.trained.config.items()
             if name not in _ASIDE
             and not (isinstance(node, Mapping) and str(node.get("_target_")).startswith("experiments."))
         }
-        return config | {"step": self.trained.step, "changed": dict(self.trained.memory)}
+        memory = {name: dict(node) for name, node in config.get("memory", {}).items()}
+        for key, value in self.trained.memory.items():
+            name, _, setting = key.partition(".")
+            memory[name][setting] = value
+        return config | {"memory": memory, "step": self.trained.step}
 
     @property
     def measured(self) -> dict[str, dict[str, Any]]:

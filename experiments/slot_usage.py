@@ -361,7 +361,7 @@ def _interval(name: str, values: Sequence[float]) -> dict[str, float]:
 
 def _headline(metrics: Mapping[str, float], shapes: Mapping[str, int], share: float) -> list[dict[str, Any]]:
     """What the terminal and a comparison show first."""
-    part = f"{100 * share:g} % of the slots"
+    part = f"{100 * share:g} % of the slots (at least one)"
     lines: list[tuple[str, str, str | None, bool]] = []
     for suffix, who in (("", ""), ("/untrained", ", untrained")):
         for probe, what in (("answer", "answers"), ("text", "text")):
@@ -451,7 +451,7 @@ def _panels(result: Result) -> Figure:
                         markerfacecolor=color if slots == "top" else "white", label=f"{what} slots, {who} model",
                     )  # fmt: skip
             axes.axhline(0, color=PALETTE["black"], linewidth=1, linestyle=":")
-            axes.set(title=f"Loss of {title}", xlabel="share of filled slots forgotten")
+            axes.set(title=f"Loss of {title}", xlabel="share of filled slots forgotten, at least one")
             axes.set_ylabel("rise of the NLL, nats per token")
             axes.set_xscale("log")
             axes.minorticks_off()

@@ -69,7 +69,8 @@ def main(cfg: DictConfig) -> None:
                 runner.run_all(model, data, experiments, directory)
             return
         print(f"{checkpoint}: measured by {', '.join(experiments)} into {directory}")
-        trained = describe(checkpoint, model)._replace(memory=changed)
+        with memory_settings(model, changed):
+            trained = describe(checkpoint, model)._replace(memory=changed)
         about = write_evaluation(directory, trained)
         with evaluation_logger(config, trained.config) as logger, memory_settings(model, changed):
             results, written, skipped = runner.run_all(model, data, experiments, directory, logger)

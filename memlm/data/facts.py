@@ -12,7 +12,7 @@ import itertools
 import re
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
@@ -56,6 +56,8 @@ class Fact(NamedTuple):
         answer: Token ids of what follows: ``is`` and the value, or the value and what ends the sentence.
         sentence: The fact as it is told, if that is a sentence.
         paraphrases: Other cues with the same answer.
+        relation: Name of what a sentence says of its subject.
+        phrasing: Which of the relation's phrasings that tell it is told in.
     """
 
     name: tuple[str, ...]
@@ -64,6 +66,8 @@ class Fact(NamedTuple):
     answer: tuple[int, ...]
     sentence: str = ""
     paraphrases: tuple[Paraphrase, ...] = ()
+    relation: str = ""
+    phrasing: int = 0
 
     @property
     def tokens(self) -> tuple[int, ...]:
@@ -95,8 +99,9 @@ class FactMaker:
         train: Training text; its frequent words become names and values, and no pair of neighbours in it becomes
             neighbours in a name or value.
         n_word: Words to draw from, at most.
-        native: A text: words are drawn from it as often as they occur there, and no pair of neighbours in it becomes
-            neighbours in a name or value either, so that a name stands nowhere but in its fact.
+        native: A text: words are drawn from it by their frequency there (common words end up somewhat rarer in facts
+            than in the text, as names and values repeat no word and no pair of neighbours), and no pair of neighbours
+            in it becomes neighbours in a name or value either, so that a name stands nowhere but in its fact.
 
     Raises:
         ConfigError: If the training text has too few words.
@@ -271,7 +276,18 @@ class SentenceMaker(FactMaker):
             if asked != sentences.tell[told] and (split == "evaluation" or level == "trained"):
                 paraphrases.append(Paraphrase(before + name_tokens + after, level))
         sentence = self._tokenizer.decode(cue + answer).strip()
-        return Fact(name, value, cue, answer, sentence, tuple(paraphrases))
+        return Fact(name, value, cue, answer, sentence, tuple(paraphrases), sentences.relation.name, told)
+
+    def of_another(
+        self, rng: np.random.Generator, fact: Fact, split: Split, taken: Collection[tuple[str, ...]]
+    ) -> Fact:
+        """The same said of another subject, none of those ``taken``; who goes by the relation alone confuses them."""
+        (sentences,) = (found for found in self._sentences if found.relation.name == fact.relation)
+        name, name_tokens = fact.name, fact.cue
+        while name in taken or name == fact.name:
+            name, name_tokens = self._name(rng, None, sentences.relation.subject, split)
+        value_tokens = fact.answer[: len(fact.answer) - len(sentences.end)]
+        return self._fact(sentences, fact.phrasing, name, name_tokens, fact.value, value_tokens, split)
 
     def _name(
         self, rng: np.random.Generator, pool: np.ndarray | None, form: Form, split: Split

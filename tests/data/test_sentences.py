@@ -60,6 +60,23 @@ def test_there_are_enough_relations_of_different_forms():
     assert len(texts) == len(set(texts))
 
 
+def test_the_same_is_said_of_another_subject(bpe):
+    tokenizer, train, _ = bpe
+    maker = SentenceMaker(tokenizer, train)
+    facts = maker.draw(np.random.default_rng(0), 60, "evaluation")
+    taken = {fact.name for fact in facts}
+    for fact in facts:
+        other = maker.of_another(np.random.default_rng(1), fact, "evaluation", taken)
+        assert other.name not in taken
+        assert (other.value, other.answer, other.relation) == (fact.value, fact.answer, fact.relation)
+        assert len(other.paraphrases) == len(fact.paraphrases)
+        (relation,) = (relation for relation in RELATIONS if relation.name == fact.relation)
+        texts = [
+            relation.phrasings[fact.phrasing].format(write(name, relation.subject)) for name in (fact.name, other.name)
+        ]
+        assert [tokenizer.decode(f.cue).strip() for f in (fact, other)] == texts
+
+
 def test_forms():
     assert write(("frame", "codec"), "person") == "Frame Codec"
     assert write(("frame", "codec"), "place") == "Framecodec"

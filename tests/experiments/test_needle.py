@@ -24,6 +24,7 @@ from memlm.data.tokenizer import train_tokenizer
 from memlm.data.tokens import TokenizedCorpus
 from memlm.memory.ltm import LongTermMemory
 from memlm.models.lmcode import LMCode
+from tests.data.test_sentences import corpus, tokenized
 from tests.experiments.shares import check_shares
 
 SEGMENT_LEN = 32
@@ -281,21 +282,50 @@ def test_facts_lost_at_boundaries_and_with_distance_show(data):
 
 
 def test_every_kind_is_put_forward_with_its_controls(data, monkeypatch):
-    monkeypatch.setitem(needle.KINDS, "natural", needle.KINDS["random"])  # this text has no sentences
+    monkeypatch.setitem(needle.KINDS, "native", needle.KINDS["random"])  # whatever this text has
     model = Oracle(data.tokenizer.vocab_size)
-    settings = Needle(n_document=2, n_fact=3, distance=[60, 30], kind=["natural", "random", "natural"])
+    settings = Needle(n_document=2, n_fact=3, distance=[60, 30], kind=["native", "random", "native"])
     result = run(model, data, settings)
     assert result.metrics["n/on"] == 6  # a kind that is named twice counts once
     numbers = headline(result)
     assert [number.metric for number in numbers if not number.control] == [
-        "exact_match/on/natural/60",
+        "exact_match/on/native/60",
         "exact_match/on/random/60",
     ]
     assert [number.control for number in numbers] == [False, True, True, True, True] * 2
-    more = Needle(n_document=2, n_fact=3, distance=30, n_other=[4, 0], kind=["random", "natural"])
-    assert headline(run(model, data, more))[5].metric == "exact_match/on/natural/0"
+    more = Needle(n_document=2, n_fact=3, distance=30, n_other=[4, 0], kind=["random", "native"])
+    assert headline(run(model, data, more))[5].metric == "exact_match/on/native/0"
     (one,) = [number for number in headline(run(model, data, SMALL)) if not number.control]
     assert (one.label, one.metric) == ("memory on", "exact_match/on")
+
+
+def test_a_memory_that_goes_by_what_is_asked_is_found_out():
+    class Careless(Fake):
+        """Answers with what followed the words before the last one: whoever is asked for, in sentences of one form."""
+
+        def next_token(self, text, memory):
+            for n in range(3, 0, -1):
+                for place in range(len(memory) - n):
+                    if memory[place : place + n] == text[-n:]:
+                        return memory[place + n]
+            return 0
+
+    tokenizer, train = tokenized("bpe", corpus())
+    data = SimpleNamespace(tokenizer=tokenizer, tokens=lambda split: train, maker=None)
+    result = run(Careless(tokenizer.vocab_size), data, Needle(n_document=2, n_fact=12, distance=100, kind="natural"))
+    rows = {name: [row for row in result.rows if row["condition"] == name] for name in ("on", "stranger", "unseen")}
+    assert [(row["document"], row["fact"]) for row in rows["stranger"]] == [(i, k) for i in range(2) for k in range(12)]
+    # the told answer, given to a question about somebody of whom nothing was told; no other control sees it
+    assert 0 < sum(row["correct"] for row in rows["stranger"]) <= sum(row["correct"] for row in rows["on"])
+    assert result.metrics["exact_match/unseen"] == 0
+    assert result.metrics["exact_match/stranger"] == sum(row["correct"] for row in rows["stranger"]) / 24
+    assert [number.metric for number in headline(result)][-1] == "exact_match/stranger"
+    # a guess among the told values of the relation that is asked for, and not among all 12
+    relations = Counter()
+    documents, _, _ = draw(data, Needle(n_document=2, n_fact=12, distance=100, kind="natural"), SEGMENT_LEN)
+    for i, document in enumerate(documents):
+        relations.update((i, fact.relation) for fact in document.facts)
+    assert result.metrics["chance"] == pytest.approx(len(relations) / 24)
 
 
 def test_stored_is_told_of_banks_of_one_document_alone(data):

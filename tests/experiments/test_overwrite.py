@@ -13,6 +13,7 @@ from experiments.headline import headline
 from experiments.overwrite import Overwrite, draw, plot, run, summarise
 from experiments.recall import CONDITIONS
 from memlm.config import ConfigError
+from memlm.data.overwrite import Overwrite as Task
 from memlm.memory.ltm import LongTermMemory
 from memlm.models.lmcode import LMCode
 from tests.experiments.shares import check_shares
@@ -23,7 +24,9 @@ SMALL = Overwrite(n_document=3, n_fact=3, updates=[0, 2, 4], distance=50, n_row=
 
 @pytest.fixture(scope="module")
 def data():
-    return Data()
+    data = Data()
+    data.task = Task(data.tokenizer, data.splits["train"])
+    return data
 
 
 class Latest(Fake):

@@ -12,6 +12,7 @@ import torch
 import memlm.checkpoint
 from experiments import needle, perplexity, runs
 from experiments.base import Result
+from experiments.recall import CONDITIONS
 from experiments.report import summary
 from memlm.config import ConfigError, check_command_line, compose, config_dir
 from memlm.data.facts import FactMaker
@@ -29,7 +30,7 @@ def entry(label, metric, n="n", percent=True, control=False, better="higher", **
     }  # fmt: skip
 
 
-def needle_result(conditions=needle.CONDITIONS, distances=(100,), correct=None, straddling=True):
+def needle_result(conditions=CONDITIONS, distances=(100,), correct=None, straddling=True):
     rows = [
         {
             "condition": condition,
@@ -129,9 +130,9 @@ def test_summary_tells_repeated_text_and_levels_of_paraphrases():
     assert "through all there is" not in summary([Result("needle", needle.summarise(rows), (), {"distances": [100]})])
 
 
-@pytest.mark.parametrize("lost", needle.CONDITIONS[1:])
+@pytest.mark.parametrize("lost", CONDITIONS[1:])
 def test_recall_without_a_control_is_refused(lost):
-    conditions = [condition for condition in needle.CONDITIONS if condition != lost]
+    conditions = [condition for condition in CONDITIONS if condition != lost]
     with pytest.raises(ValueError, match=rf"'needle' claims recall without {lost}.*only beside all of its controls"):
         summary([perplexity_result(), needle_result(conditions)])
 
@@ -159,7 +160,7 @@ def test_percentages_are_never_rounded_to_the_ends():
             "correct": i > 0,
             "nll": 0.0,
         }
-        for c in needle.CONDITIONS
+        for c in CONDITIONS
         for i in range(3000)
     ]
     text = summary([Result("needle", needle.summarise(rows), (), {"distances": [1]})])
