@@ -145,7 +145,8 @@ class DuringTraining(Callback):
         if (batch_idx + 1) % self.every:
             return
         with self.clock.paused() if self.clock is not None else contextlib.nullcontext():
-            numbers = {name: float(value) for name, value in self.run(module.model).items()}  # type: ignore[operator, arg-type]
+            with module.whole_banks():  # type: ignore[operator]
+                numbers = {name: float(value) for name, value in self.run(module.model).items()}  # type: ignore[operator, arg-type]
         if not numbers:
             return
         for name, value in numbers.items():

@@ -63,6 +63,7 @@ class LanguageModeling(lightning.LightningModule):
         self._state: Any = None  # where the rows stopped, without shared banks
         self._val_state: Any = None
         self._compiled: Any = None  # the compiled forward pass, while it is trained
+        self._whole = contextlib.ExitStack()  # during validation, banks that are dealt out at other times
         self._bytes: dict[int, int] = {}  # of all memories, by number of rows
 
     @property
@@ -71,9 +72,33 @@ class LanguageModeling(lightning.LightningModule):
         return [name for name, modules in self.model.memory.items() if modules[0].scope == "shared"]
 
     def setup(self, stage: str) -> None:
-        """Leave shared banks to the writes of all processes: sending them before each step would hide faults."""
+        """Leave shared banks to the writes of all processes: sending them before each step would hide faults.
+
+        Banks of memories with ``shard`` are dealt out to the processes, until training ends.
+
+        Raises:
+            ConfigError: If a bank cannot be dealt out.
+        """
         banks = [name for name, _ in self.named_buffers() if name.rpartition(".")[2].startswith("bank_")]
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self, banks)
+        n_rank = self.trainer.world_size
+        if stage != "fit" or n_rank == 1:
+            return
+        for name in self.shared:
+            for module in self.model.memory[name]:
+                if not module.shard:
+                    continue
+                if module.n_slot < n_rank:
+                    raise ConfigError(
+                        f"memory.{name}.n_slot ({module.n_slot}) must be at least the number of processes ({n_rank}), "
+                        f"which share the slots: raise it, or set memory.{name}.shard=false"
+                    )
+                if self.replay is not None:
+                    raise ConfigError(
+                        f"memory.{name}.shard=true cannot be had with replay, whose rows write a copy of the bank in "
+                        f"each process: set replay=none, or memory.{name}.shard=false"
+                    )
+                module.deal(self.global_rank, n_rank)
 
     def on_fit_start(self) -> None:
         """Check what only the trainer knows, before the first step."""
@@ -84,6 +109,36 @@ class LanguageModeling(lightning.LightningModule):
                 check_memory_settings(self.model, settings, f"curriculum.phases[{i}].memory")
         # Not nn.Module.compile: the model itself stays as it is for evaluation, whose shapes vary. Keys stay the same.
         self._compiled = torch.compile(self.model.forward) if self.settings.compile else None
+
+    @property
+    def _dealt(self) -> dict[str, Memory]:
+        """The memories whose bank is dealt out to processes now, by the prefix of their weights."""
+        return {
+            f"model.memory.{name}.{i}.": module
+            for name in self.shared
+            for i, module in enumerate(self.model.memory[name])
+            if module.dealt
+        }
+
+    @contextlib.contextmanager
+    def whole_banks(self) -> Iterator[None]:
+        """Hold banks that are dealt out to processes as a whole in each of them, for what is no training step.
+
+        All processes have to enter. Banks that are dealt out so need room for a whole one for as long as it takes.
+        """
+        dealt = list(self._dealt.values())
+        for module in dealt:
+            module.gather(self.device)
+        try:
+            yield
+        finally:
+            for module in dealt:
+                module.deal(self.global_rank, self.trainer.world_size)
+
+    def on_train_end(self) -> None:
+        """Put banks that were dealt out together again, in the main memory of every process."""
+        for module in self._dealt.values():
+            module.gather("cpu")
 
     def on_fit_end(self) -> None:
         """Let go of what only training needs."""
@@ -130,7 +185,7 @@ class LanguageModeling(lightning.LightningModule):
         for name in self.shared:
             for module, part in zip(self.model.memory[name], out.state.memory[name], strict=True):
                 module.commit(part)
-                if self._parted(part):
+                if self._parted(part.n_record if module.dealt else part):
                     raise RuntimeError(
                         f"memory {name!r}: the processes hold different banks after step {self.global_step}, though "
                         "all write the same; go on from the last checkpoint with "
@@ -180,7 +235,10 @@ class LanguageModeling(lightning.LightningModule):
 
     @torch.no_grad()
     def _consolidate(self) -> None:
-        """Consolidate shared banks and what is carried on, and log the counts of what was done."""
+        """Consolidate shared banks and what is carried on, and log the counts of what was done.
+
+        A bank that is dealt out to processes is gathered for it: each consolidates the whole and keeps its share.
+        """
         counts: dict[str, float] = {}
 
         def consolidate(name: str, module: Memory, part: Any) -> Any:
@@ -191,8 +249,9 @@ class LanguageModeling(lightning.LightningModule):
 
         for name, modules in self.model.memory.items():
             if name in self.shared:
-                for module in modules:
-                    module.commit(consolidate(name, module, module.first_state(1)))
+                with self.whole_banks():
+                    for module in modules:
+                        module.commit(consolidate(name, module, module.first_state(1)))
             elif self._state is not None:
                 parts = zip(modules, self._state.memory[name], strict=True)
                 new = tuple(consolidate(name, module, part) for module, part in parts)
@@ -290,12 +349,19 @@ class LanguageModeling(lightning.LightningModule):
                 "wandb_id": ids[0] if ids else None,
                 "text": None if corpus is None else corpus.fingerprint(),
             }
+        for prefix, module in self._dealt.items():
+            bank = module.whole_bank(keep=self.trainer.is_global_zero)  # the process that writes
+            checkpoint["state_dict"] |= {f"{prefix}{name}": part for name, part in bank.items()}
         checkpoint["carried"] = None if self._state is None else states.to_dict(self._of_all_ranks(self._state))
         if self.replay is not None:
             checkpoint["replay"] = joined(self._parts_of_all_ranks(self.replay.state_dict()))
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take up the carried state."""
+        """Take up the carried state, and of banks that are dealt out the share of this process."""
+        for prefix, module in self._dealt.items():
+            rank, n_rank = module.share
+            for name in module.by_slot():
+                checkpoint["state_dict"][prefix + name] = checkpoint["state_dict"][prefix + name][:, rank::n_rank]
         carried = checkpoint.get("carried")
         self._state = None
         if carried is not None:
@@ -340,6 +406,10 @@ class LanguageModeling(lightning.LightningModule):
                 f"{_ADVICE}"
             )
 
+    def on_validation_start(self) -> None:
+        """Every process validates by itself, so that it needs the whole of a bank that is dealt out."""
+        self._whole.enter_context(self.whole_banks())
+
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Perplexity of plain text, memories read and written as the text goes on."""
         state = None if batch_idx == 0 else self._val_state
@@ -351,6 +421,7 @@ class LanguageModeling(lightning.LightningModule):
     def on_validation_end(self) -> None:
         """Let go of the state: the next validation begins anew."""
         self._val_state = None
+        self._whole.close()
 
     # --- optimisation ----------------------------------------------------------------------------------------------
 
@@ -438,7 +509,9 @@ def check_memory_settings(model: LanguageModel, settings: Mapping[str, Any], key
             changed = instantiate(nodes[name] | new, f"{key}.{name}", model.config["model"]["d_model"])
         old = model.memory[name][0]
         shapes, known = ([part.shape for part in module.parameters()] for module in (changed, old))
-        fixed = shapes != known or (changed.lookback, changed.scope) != (old.lookback, old.scope)
+        fixed = shapes != known or any(
+            getattr(changed, part) != getattr(old, part) for part in ("lookback", "scope", "shard")
+        )
         if fixed or not all(hasattr(old, attribute) for attribute in new):
             given = ", ".join(f"{name}.{attribute}" for attribute in new)
             raise ConfigError(f"{key}: {given} cannot be changed, as the model was built around it")
