@@ -85,18 +85,22 @@ def attend(
         found.append(torch.arange(offset, offset + dense.shape[2], device=query.device).expand_as(dense))
     score = torch.cat(scores, dim=2)
     best = score.detach().topk(min(top_k, score.shape[2]), dim=2)
-    slots, time = torch.cat(found, dim=2).gather(2, best.indices), None
+    score = score.masked_fill(score < best.values[..., -1:], -torch.inf)
+    slots = torch.cat(found, dim=2).gather(2, best.indices)
     if recency is not None:
         times = [pool.time.expand(len(query), -1) for pool in (bank, window) if pool is not None]  # type: ignore[union-attr]
         time = torch.cat(times, dim=1).gather(1, slots.flatten(1)).view_as(slots)
-    weight = _weights(score, best, time, temperature, null_score, recency)
+        score = _discount(score, best.indices, time, temperature, recency)
+    weight = _softmax(score, null_score)
     n_bank = scores[0].shape[2] if bank is not None else 0
     read = query.new_zeros(())
     if bank is not None:
         read = read + _weighted_sum(weight[..., :n_bank], bank.value, found[0])
     if window is not None:
         read = read + weight[..., n_bank:] @ window.value
-    return read, *_told(slots, weight, best, top_k)
+    slots = slots.masked_fill(best.values == -torch.inf, -1)
+    missing = (0, top_k - slots.shape[2])  # so that reads of few slots and of many can be joined
+    return read, F.pad(slots, missing, value=-1), F.pad(weight.gather(2, best.indices), missing)
 
 
 def attend_dealt(
@@ -136,38 +140,24 @@ def attend_dealt(
         parts = ranks.exchange(F.pad(found, missing, value=-torch.inf if found.is_floating_point() else 0))
         return torch.cat(parts.chunk(n_rank), dim=2)
 
-    scores, slots = for_own(score), for_own(index * n_rank + rank)
-    best = scores.detach().topk(top_k, dim=2)
-    slots, time = slots.gather(2, best.indices), None
+    scores = for_own(score)
+    best = scores.detach().topk(top_k, dim=2).indices  # (B, N, k)
+    score = scores.gather(2, best)
+    slots = for_own(index * n_rank + rank).gather(2, best).masked_fill(score.detach() == -torch.inf, -1)
     if recency is not None:
         assert share.time is not None
-        time = for_own(share.time[0][index]).gather(2, best.indices)
-    weight = _weights(scores, best, time, temperature, null_score, recency)
-    back = ranks.exchange(torch.cat(weight.chunk(n_rank, dim=2)))[..., : index.shape[2]]  # (R * B, N, k) of own slots
-    read = ranks.sum_of_all(_weighted_sum(back.contiguous(), share.value, index))
-    return read, *_told(slots, weight, best, top_k)
+        time = for_own(share.time[0][index]).gather(2, best)
+        score = _discount(score, torch.arange(top_k, device=best.device).expand_as(best), time, temperature, recency)
+    weight = _softmax(score, null_score)
+    sent = torch.zeros_like(scores).scatter(2, best, weight).chunk(n_rank, dim=2)  # by who has the slots
+    weight_of_all = ranks.exchange(torch.cat(sent))[..., : index.shape[2]].contiguous()  # (R * B, N, k)
+    return ranks.sum_of_all(_weighted_sum(weight_of_all, share.value, index)), slots, weight
 
 
-def _weights(
-    score: Tensor, best: Any, time: Tensor | None, temperature: Tensor, null_score: Tensor, recency: Tensor | None
-) -> Tensor:
-    """Weights of slots of some ``score``, both (B, N, M), of which the ``best`` (a result of topk) are read.
-
-    ``time`` is when the best ones were written, (B, N, k).
-    """
-    score = score.masked_fill(score < best.values[..., -1:], -torch.inf)
-    if recency is not None:
-        assert time is not None
-        score = _discount(score, best.indices, time, temperature, recency)
+def _softmax(score: Tensor, null_score: Tensor) -> Tensor:
+    """Weights (B, N, M) of slots beside a null slot."""
     null = null_score.to(score.dtype).expand(*score.shape[:2], 1)
     return torch.cat([null, score], dim=2).softmax(dim=2)[..., 1:]
-
-
-def _told(slots: Tensor, weight: Tensor, best: Any, top_k: int) -> tuple[Tensor, Tensor]:
-    """Number and weight of the ``best`` slots, (B, N, top_k): number -1 where none."""
-    missing = (0, top_k - slots.shape[2])  # so that reads of few slots and of many can be joined
-    slots = slots.masked_fill(best.values == -torch.inf, -1)
-    return F.pad(slots, missing, value=-1), F.pad(weight.gather(2, best.indices), missing)
 
 
 def _discount(score: Tensor, best: Tensor, time: Tensor, temperature: Tensor, recency: Tensor) -> Tensor:
