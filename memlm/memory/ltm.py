@@ -232,8 +232,7 @@ class LongTermMemory(Memory):
         candidates, trace = self._candidates(segment)
         complete = segment.complete[:, 0].long()
         if self.scope == "shared":  # rows write in order, as one row of B * K slots
-            candidates = _Candidates(*(self.rows_of_all(part[:, 0]).flatten(0, 1)[None] for part in candidates))
-            complete = self.rows_of_all(complete)
+            candidates, complete = self._of_all_rows(_Candidates(*(part[:, 0] for part in candidates)), complete)
             record = (complete.cumsum(0) - complete).repeat_interleave(candidates.priority.shape[1] // len(complete))[
                 None
             ]
@@ -318,6 +317,23 @@ class LongTermMemory(Memory):
             host_used=(start.host_used + flat.priority.shape[1]).clamp(max=self.n_slot),
         )
         return reads, new, trace
+
+    def _of_all_rows(self, candidates: _Candidates, complete: Tensor) -> tuple[_Candidates, Tensor]:
+        """Candidates (B, K, ...) of all rows that write the bank, as those of one, and which are ``complete``, (B,).
+
+        What is sent to other processes is put side by side: each sending costs time by itself.
+        """
+        if self.over_ranks:
+            key, value, log_gate, priority, position, document, tokens = candidates
+            ended = complete[:, None].expand_as(position)
+            reals = torch.cat([key, value, torch.stack([log_gate, priority], dim=2)], dim=2)
+            numbers = torch.cat([torch.stack([position, document, ended], dim=2), tokens.long()], dim=2)
+            key, value, of_slot = self.rows_of_all(reals).split([self.d_key, self.d_value, 2], dim=2)
+            of_token, tokens = self.rows_of_all(numbers).split([3, self.span + 1], dim=2)
+            (log_gate, priority), (position, document, ended) = of_slot.unbind(dim=2), of_token.unbind(dim=2)
+            candidates = _Candidates(key, value, log_gate, priority, position, document, tokens.int())
+            complete = ended[:, 0]
+        return _Candidates(*(part.flatten(0, 1)[None] for part in candidates)), complete
 
     @property
     def _slots(self) -> tuple[int, int, int]:

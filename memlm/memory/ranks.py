@@ -20,19 +20,17 @@ def _gather(part: Tensor) -> Tensor:
     return torch.cat(parts)
 
 
-def _sum(part: Tensor) -> Tensor:
-    """Own rows (B, ...) of the sum of what all processes have for all rows, (R * B, ...)."""
-    part = part.clone(memory_format=torch.contiguous_format)
-    distributed.all_reduce(part)
-    return part.chunk(distributed.get_world_size())[distributed.get_rank()]
-
-
 def _exchange(part: Tensor) -> Tensor:
     """Chunk r of (R * B, ...) goes to process r; what came from process r is chunk r."""
     part = part.contiguous()
     received = torch.empty_like(part)
     distributed.all_to_all_single(received, part)
     return received
+
+
+def _sum(part: Tensor) -> Tensor:
+    """Own rows (B, ...) of the sum of what all processes have for all rows, (R * B, ...), in rank order."""
+    return _exchange(part).unflatten(0, (distributed.get_world_size(), -1)).sum(dim=0)
 
 
 class _RowsOfAll(torch.autograd.Function):

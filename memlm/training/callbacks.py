@@ -144,9 +144,9 @@ class DuringTraining(Callback):
         """Run when it is time."""
         if (batch_idx + 1) % self.every:
             return
-        with self.clock.paused() if self.clock is not None else contextlib.nullcontext():
-            with module.whole_banks():  # type: ignore[operator]
-                numbers = {name: float(value) for name, value in self.run(module.model).items()}  # type: ignore[operator, arg-type]
+        pause = self.clock.paused() if self.clock is not None else contextlib.nullcontext()
+        with pause, module.whole_banks():  # type: ignore[operator]
+            numbers = {name: float(value) for name, value in self.run(module.model).items()}  # type: ignore[operator, arg-type]
         if not numbers:
             return
         for name, value in numbers.items():

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, distributed, multiprocessing, nn
+from torch import distributed, multiprocessing, nn
 
 from memlm.memory.base import Memory
 from memlm.memory.ltm import LongTermMemory

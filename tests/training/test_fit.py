@@ -112,7 +112,11 @@ def test_a_dealt_bank_is_saved_whole_and_goes_on_with_any_number_of_processes(
     """Losses, bank and what is measured on the way are those of one process that keeps it whole, from end to end."""
     same = ["memory.ltm.scope=shared", "memory.ltm.n_slot=63", "memory.ltm.importance=token", "model.dropout=0"]
     same += ["memory.ltm.top_k=63"]  # all: of slots with equal keys any may be read
-    same += ["training.consolidate_every=3", "training.min_lr_ratio=1", "training.lr=1e-6"]  # a step multiplies rounding
+    same += [
+        "training.consolidate_every=3",
+        "training.min_lr_ratio=1",
+        "training.lr=1e-6",
+    ]  # a step multiplies rounding
     phases = [FACTS | {"n_row": 4}]
 
     def watch(model: Any) -> dict[str, float]:
@@ -141,11 +145,11 @@ def test_a_dealt_bank_is_saved_whole_and_goes_on_with_any_number_of_processes(
 
 def test_what_cannot_be_dealt_out_is_refused(tmp_path: Path) -> None:
     dealt = ["memory.ltm.scope=shared", "memory.ltm.shard=true", "trainer.devices=2", "trainer.strategy=ddp_fork"]
-    with pytest.raises(Exception, match="memory.ltm.n_slot .1. must be at least the number of processes .2."):
+    with pytest.raises(Exception, match=r"memory.ltm.n_slot .1. must be at least the number of processes .2."):
         fit(config(tmp_path, "a", *dealt, "memory.ltm.n_slot=1"))
-    with pytest.raises(Exception, match="memory.ltm.shard=true cannot be had with replay"):
+    with pytest.raises(Exception, match=r"memory.ltm.shard=true cannot be had with replay"):
         fit(config(tmp_path, "b", *dealt, "replay.ratio=1.0", replay="reservoir"))
-    with pytest.raises(ConfigError, match="memory.ltm: shard .* needs scope=shared, got 'sequence'"):
+    with pytest.raises(ConfigError, match=r"memory.ltm: shard .* needs scope=shared, got 'sequence'"):
         fit(config(tmp_path, "c", "memory.ltm.shard=true"))
 
 
