@@ -121,14 +121,15 @@ class LanguageModeling(lightning.LightningModule):
     def configure_model(self) -> None:
         """Under ``trainer=fsdp`` deal the weights of the layers out to the processes of a machine.
 
-        All else (embedding, memories, last norm) is used outside of calls of modules, so that each process keeps a copy.
+        All else (embedding, memories, last norm) is used outside of calls of modules: each process keeps a copy of it.
         """
         if self.device_mesh is None or self._plain_layers:
             return
-        for i, layer in enumerate(self.model.layers):
+        layers: Any = self.model.layers
+        for layer in layers:
             self._plain_layers.append(_skeleton(layer))
             fully_shard(layer.feed_forward, mesh=self.device_mesh)
-            self.model.layers[i] = fully_shard(layer, mesh=self.device_mesh)
+            fully_shard(layer, mesh=self.device_mesh)
             for method in ("mix", "carry"):
                 register_fsdp_forward_method(layer, method)
 
@@ -186,11 +187,12 @@ class LanguageModeling(lightning.LightningModule):
         """Put banks and layers that were dealt out together again, in every process."""
         for module in self._dealt.values():
             module.gather("cpu")
+        layers: Any = self.model.layers
         for i, plain in enumerate(self._plain_layers):
-            weights = self.model.layers[i].state_dict()
+            weights = layers[i].state_dict()
             whole = {name: w.full_tensor() if isinstance(w, DTensor) else w for name, w in weights.items()}
             plain.load_state_dict(whole, assign=True)
-            self.model.layers[i] = plain
+            layers[i] = plain
         self._plain_layers = []
 
     def on_fit_end(self) -> None:
