@@ -108,16 +108,22 @@ class Memory(nn.Module):
     all segments of a window through one layer before the next. Others have one state for all attached layers.
 
     Attributes:
+        n_slot: Slots of a bank; a memory that can be dealt out has it.
         scope: ``sequence``, one bank per row that is reset at document starts; ``shared``, one bank for all rows.
         layerwise: See above.
         lookback: How many tokens before the segment a write needs; at most the segment's length.
         wants_surprise: Whether writes need to know how well the model predicts each token.
         over_ranks: Whether the rows of all processes write a shared bank, each time together; set while training. A
             write then takes what it needs of each row through `rows_of_all`.
+        shard: Whether training in several processes deals the slots of a shared bank out to them (`deal`).
+        share: Rank and number of processes among which the bank is dealt out now; (0, 1) if it is whole.
     """
 
+    n_slot: int
     scope: Scope = "sequence"
     over_ranks: bool = False
+    shard: bool = False
+    share: tuple[int, int] = (0, 1)
     layerwise: bool = True
     lookback: int = 0
     wants_surprise: bool = False
@@ -219,6 +225,37 @@ class Memory(nn.Module):
         """Make ``state`` the persistent bank."""
         for name, tensor in state._asdict().items():
             getattr(self, f"bank_{name}").copy_(tensor.detach())
+
+    @property
+    def dealt(self) -> bool:
+        """Whether this process holds a share of the bank only; then states are shares too, numbered within it."""
+        return self.share[1] > 1
+
+    def deal(self, rank: int, n_rank: int) -> None:
+        """Keep of the persistent bank slots ``rank``, ``rank + n_rank``, ... alone: the share of one process."""
+        for name, part in self.by_slot().items():
+            setattr(self, name, part[:, rank::n_rank].clone())
+        self.share = (rank, n_rank)
+
+    def gather(self, device: torch.device | str) -> None:
+        """Hold the whole bank again, its slots on ``device``. All processes have to ask."""
+        for name, part in self.by_slot().items():
+            setattr(self, name, ranks.whole(part, self.n_slot, device))
+        self.share = (0, 1)
+
+    def whole_bank(self, keep: bool) -> dict[str, Tensor | None]:
+        """All slots of a bank that is dealt out, by name of the buffer, on the CPU; the bank stays dealt out.
+
+        All processes have to ask; those that do not ``keep`` it get None for each.
+        """
+        return {name: ranks.whole(part, self.n_slot, "cpu", keep) for name, part in self.by_slot().items()}
+
+    def by_slot(self) -> dict[str, Tensor]:
+        """The buffers of the persistent bank that have a slot in each column, by name: those that are dealt out."""
+        state = self.init_state(1)
+        shape = self.filled(state).shape
+        names = [f"bank_{name}" for name, part in state._asdict().items() if part.shape[:2] == shape]
+        return {name: getattr(self, name) for name in names}
 
     def losses(self, trace: dict[str, Tensor], nll: Tensor) -> dict[str, Tensor]:
         """Losses of the mechanism beside next-token prediction, by name.

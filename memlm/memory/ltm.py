@@ -22,9 +22,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from memlm.memory import ranks
 from memlm.memory.base import Memory, Residual, Scope, Segment, Trace
 from memlm.memory.state import take
-from memlm.retrieval.exact import Pool, attend
+from memlm.retrieval.exact import Pool, attend, attend_dealt
 
 _EMPTY = -(2.0**23)  # priority of the first empty slot; slot i has _EMPTY + i, so that banks fill from the front
 _USED = -(2.0**22)  # every used slot has a priority above this
@@ -94,6 +95,9 @@ class LongTermMemory(Memory):
         gate_floor: Least factor by which the write gate may weaken a slot in the read.
         gate_penalty: Weight of the mean write gate in the loss: what makes writing selective.
         scope: ``sequence`` (one bank per row) or ``shared`` (one bank for all).
+        shard: Whether training in several processes deals the slots of a shared bank out to them, so that it may be
+            larger than what one device holds. Reads and writes are those of the whole bank, but that of slots which
+            are worth exactly the same another may go.
 
     Attributes:
         distractors: While training, a row also reads what the other rows' segments of the window write: slots that can
@@ -127,6 +131,7 @@ class LongTermMemory(Memory):
         gate_floor: float = 0.005,
         gate_penalty: float = 0.03,
         scope: Scope = "sequence",
+        shard: bool = False,
     ) -> None:
         super().__init__()
         for name, number in {
@@ -161,7 +166,9 @@ class LongTermMemory(Memory):
         self.n_slot, self.d_key, self.d_value, self.top_k = n_slot, d_key, d_value, top_k
         self.write_budget, self.span, self.importance = write_budget, span, importance
         self.retrieval_threshold, self.gate_floor, self.gate_penalty = retrieval_threshold, gate_floor, gate_penalty
-        self.scope = scope
+        if shard and scope != "shared":
+            raise ValueError(f"shard deals out a bank that all rows share, so it needs scope=shared, got {scope!r}")
+        self.scope, self.shard = scope, shard
         self.lookback = 2 * span
 
         self.norm = nn.RMSNorm(d_model)
@@ -196,21 +203,22 @@ class LongTermMemory(Memory):
         """An empty bank for ``n_row`` rows of text."""
         weight = self.to_key.weight
         n_bank = 1 if self.scope == "shared" else n_row
+        number = torch.arange(*self._slots, device=weight.device, dtype=torch.float32)
+        n_slot = len(number)
 
         def full(*shape: int, value: float = 0.0, dtype: torch.dtype = torch.float32) -> Tensor:
             # A view of one number: an empty bank takes no memory before its first write.
             return torch.full((), value, dtype=dtype, device=weight.device).expand(shape)
 
-        empty = _EMPTY + torch.arange(self.n_slot, device=weight.device, dtype=torch.float32)
         return LongTermState(
-            key=full(n_bank, self.n_slot, self.d_key),
-            value=full(n_bank, self.n_slot, self.d_value),
-            log_gate=full(n_bank, self.n_slot),
-            priority=empty.expand(n_bank, -1).clone(),
-            record=full(n_bank, self.n_slot, value=-1, dtype=torch.long),
-            document=full(n_bank, self.n_slot, value=-1, dtype=torch.long),
-            position=full(n_bank, self.n_slot, value=-1, dtype=torch.long),
-            tokens=full(n_bank, self.n_slot, self.span + 1, value=-1, dtype=torch.int32),
+            key=full(n_bank, n_slot, self.d_key),
+            value=full(n_bank, n_slot, self.d_value),
+            log_gate=full(n_bank, n_slot),
+            priority=(_EMPTY + number).expand(n_bank, -1).clone(),
+            record=full(n_bank, n_slot, value=-1, dtype=torch.long),
+            document=full(n_bank, n_slot, value=-1, dtype=torch.long),
+            position=full(n_bank, n_slot, value=-1, dtype=torch.long),
+            tokens=full(n_bank, n_slot, self.span + 1, value=-1, dtype=torch.int32),
             n_record=full(n_bank, dtype=torch.long),
             host_used=torch.zeros(n_bank, dtype=torch.long),
         )
@@ -224,8 +232,7 @@ class LongTermMemory(Memory):
         candidates, trace = self._candidates(segment)
         complete = segment.complete[:, 0].long()
         if self.scope == "shared":  # rows write in order, as one row of B * K slots
-            candidates = _Candidates(*(self.rows_of_all(part[:, 0]).flatten(0, 1)[None] for part in candidates))
-            complete = self.rows_of_all(complete)
+            candidates, complete = self._of_all_rows(_Candidates(*(part[:, 0] for part in candidates)), complete)
             record = (complete.cumsum(0) - complete).repeat_interleave(candidates.priority.shape[1] // len(complete))[
                 None
             ]
@@ -234,7 +241,7 @@ class LongTermMemory(Memory):
             candidates = _Candidates(*(part[:, 0] for part in candidates))
             record = torch.zeros_like(candidates.position)
         start = self._age(state.priority, complete)
-        victim, order, accept = _replace(start, candidates.priority)
+        victim, order, accept = (self._replace_dealt if self.dealt else _replace)(start, candidates.priority)
         stored = {
             name: _put(getattr(state, name), victim, accept, take(part, order))
             for name, part in candidates._asdict().items()
@@ -244,7 +251,7 @@ class LongTermMemory(Memory):
             **stored,
             record=_put(state.record, victim, accept, state.n_record[:, None] + take(record, order)),
             n_record=state.n_record + complete,
-            host_used=(state.host_used + victim.shape[1]).clamp(max=self.n_slot),
+            host_used=(state.host_used + candidates.priority.shape[1]).clamp(max=self.n_slot),
         )
         return new, trace
 
@@ -311,6 +318,52 @@ class LongTermMemory(Memory):
         )
         return reads, new, trace
 
+    def _of_all_rows(self, candidates: _Candidates, complete: Tensor) -> tuple[_Candidates, Tensor]:
+        """Candidates (B, K, ...) of all rows that write the bank, as those of one, and which are ``complete``, (B,).
+
+        What is sent to other processes is put side by side: each sending costs time by itself.
+        """
+        if self.over_ranks:
+            key, value, log_gate, priority, position, document, tokens = candidates
+            ended = complete[:, None].expand_as(position)
+            reals = torch.cat([key, value, torch.stack([log_gate, priority], dim=2)], dim=2)
+            numbers = torch.cat([torch.stack([position, document, ended], dim=2), tokens.long()], dim=2)
+            key, value, of_slot = self.rows_of_all(reals).split([self.d_key, self.d_value, 2], dim=2)
+            of_token, tokens = self.rows_of_all(numbers).split([3, self.span + 1], dim=2)
+            (log_gate, priority), (position, document, ended) = of_slot.unbind(dim=2), of_token.unbind(dim=2)
+            candidates = _Candidates(key, value, log_gate, priority, position, document, tokens.int())
+            complete = ended[:, 0]
+        return _Candidates(*(part.flatten(0, 1)[None] for part in candidates)), complete
+
+    @property
+    def _slots(self) -> tuple[int, int, int]:
+        """First, end and step of the numbers of the slots that this process holds."""
+        rank, n_rank = self.share
+        return rank, self.n_slot, n_rank
+
+    def _replace_dealt(self, bank: Tensor, new: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """`_replace` where ``bank`` (1, M) is the share of one process; ``new`` (1, K) is known to all.
+
+        All tell the worst of their shares, so that each knows the worst of the whole, and which of those are its own.
+
+        Returns:
+            As many of its worst slots as can be replaced; which new slot each meets; whether that is accepted.
+        """
+        rank, n_rank = self.share
+        n_new = min(new.shape[1], self.n_slot)
+        n_worst = min(n_new, -(-self.n_slot // n_rank))
+        own = bank.topk(min(n_worst, bank.shape[1]), dim=1, largest=False)
+        n_own = own.values.shape[1]
+        worst = ranks.rows_of_all(F.pad(own.values, (0, n_worst - n_own), value=torch.inf)).view(1, -1)
+        met = worst.topk(n_new, dim=1, largest=False)
+        best = new.topk(n_new, dim=1)
+        accept = best.values > met.values
+        turn = torch.full_like(worst, -1, dtype=torch.long)  # of each of the worst, when it is met
+        turn = turn.scatter(1, met.indices, torch.arange(n_new, device=bank.device)[None])
+        turn = turn[:, rank * n_worst : rank * n_worst + n_own]
+        index = turn.clamp(min=0)
+        return own.indices, best.indices.gather(1, index), accept.gather(1, index) & (turn >= 0)
+
     def _age(self, priority: Tensor, n_written: Tensor) -> Tensor:
         """Priorities before the next write: under ``fifo`` what is stored gets older, else they stay."""
         if self.importance != "fifo":
@@ -374,8 +427,8 @@ class LongTermMemory(Memory):
 
     def contents(self, state: LongTermState) -> Tensor:
         """What each slot adds to the residual stream if it alone is read through an open gate, (B, M, D)."""
-        n_used = int(state.host_used.max())
-        return F.pad(self.to_output(state.value[:, :n_used]), (0, 0, 0, self.n_slot - n_used))
+        n_used = self._n_used(state)
+        return F.pad(self.to_output(state.value[:, :n_used]), (0, 0, 0, state.value.shape[1] - n_used))
 
     def flops_per_token(self) -> int:
         """Projections of read and write, and the search of a full bank."""
@@ -394,9 +447,13 @@ class LongTermMemory(Memory):
         """When slots were written: by record, then by place in the document. None if reads need not know."""
         return None if self.log_recency is None else record * 2**32 + position
 
+    def _n_used(self, state: LongTermState) -> int:
+        """How many slots from the first on may hold something; of a bank that is dealt out, of this process's share."""
+        return min(-(-int(state.host_used.max()) // self.share[1]), state.key.shape[1])
+
     def _bank(self, state: LongTermState, visible: Tensor | None = None) -> Pool | None:
         """The part of the bank that may hold something; None if there is none."""
-        n_used = int(state.host_used.max())
+        n_used = self._n_used(state)
         if n_used == 0:
             return None
         if visible is None:
@@ -420,9 +477,12 @@ class LongTermMemory(Memory):
             temperature = self.log_temperature.exp() * self.temperature_scale
             null = temperature * self.null_similarity
             recency = None if self.log_recency is None else self.log_recency.exp()
-            read, slots, weights = attend(
-                query, temperature, null, self.retrieval_threshold, self.top_k, bank, window, recency
-            )
+            how = (query, temperature, null, self.retrieval_threshold, self.top_k)
+            if self.dealt:
+                assert bank is not None
+                read, slots, weights = attend_dealt(*how, bank, recency)
+            else:
+                read, slots, weights = attend(*how, bank, window, recency)
         return Residual(gate * self.to_output(read.to(x.dtype)), slots, weights, gate[..., 0])
 
     def _worth(self, strength: Tensor, log_gate: Tensor, ids: Tensor, position: Tensor, segment: Segment) -> Tensor:
@@ -515,6 +575,7 @@ class LongTermMemory(Memory):
 
         Every slot joins its most important similar slot, unless that one joins another itself. The survivor keeps its
         place, id and origin; its key and value become the importance-weighted means; the joined slots become empty.
+        It needs the whole bank: one that is dealt out to processes has to be gathered first.
 
         Args:
             state: The bank.
@@ -528,6 +589,8 @@ class LongTermMemory(Memory):
         """
         if not 0 <= threshold <= 2:
             raise ValueError(f"threshold is a cosine distance, so in 0..2, got {threshold}")
+        if self.dealt:
+            raise ValueError("this bank is dealt out to several processes: gather it before it is consolidated")
         n_used = int(state.host_used.max())
         if n_used == 0:
             return state, {"merged": 0}

@@ -13,20 +13,60 @@ from torch import Tensor, distributed
 from memlm.memory.state import State, tensors
 
 
+def _gather(part: Tensor) -> Tensor:
+    """The rows (B, ...) of all processes, (R * B, ...)."""
+    parts = [torch.empty_like(part) for _ in range(distributed.get_world_size())]
+    distributed.all_gather(parts, part)
+    return torch.cat(parts)
+
+
+def _exchange(part: Tensor) -> Tensor:
+    """Chunk r of (R * B, ...) goes to process r; what came from process r is chunk r."""
+    part = part.contiguous()
+    received = torch.empty_like(part)
+    distributed.all_to_all_single(received, part)
+    return received
+
+
+def _sum(part: Tensor) -> Tensor:
+    """Own rows (B, ...) of the sum of what all processes have for all rows, (R * B, ...), in rank order."""
+    return _exchange(part).unflatten(0, (distributed.get_world_size(), -1)).sum(dim=0)
+
+
 class _RowsOfAll(torch.autograd.Function):
-    """The rows of all processes; a row's gradient is the sum of what all of them found."""
+    """`_gather`; a row's gradient is the sum of what all processes found."""
 
     @staticmethod
     def forward(ctx: Any, part: Tensor) -> Tensor:
-        parts = [torch.empty_like(part) for _ in range(distributed.get_world_size())]
-        distributed.all_gather(parts, part)
-        return torch.cat(parts)
+        return _gather(part)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
-        grad = grad.clone(memory_format=torch.contiguous_format)
-        distributed.all_reduce(grad)
-        return grad.chunk(distributed.get_world_size())[distributed.get_rank()]
+        return _sum(grad)
+
+
+class _SumOfAll(torch.autograd.Function):
+    """`_sum`; its gradient is that of all rows, for all processes."""
+
+    @staticmethod
+    def forward(ctx: Any, part: Tensor) -> Tensor:
+        return _sum(part)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+        return _gather(grad.contiguous())
+
+
+class _Exchange(torch.autograd.Function):
+    """`_exchange`; gradients go back the same way."""
+
+    @staticmethod
+    def forward(ctx: Any, part: Tensor) -> Tensor:
+        return _exchange(part)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+        return _exchange(grad)
 
 
 def rows_of_all(part: Tensor) -> Tensor:
@@ -34,6 +74,45 @@ def rows_of_all(part: Tensor) -> Tensor:
     if part.dtype == torch.bool:
         return _RowsOfAll.apply(part.to(torch.uint8).contiguous()).bool()
     return _RowsOfAll.apply(part.contiguous())
+
+
+def sum_of_all(part: Tensor) -> Tensor:
+    """Own rows (B, ...) of the sum over processes of ``part`` (R * B, ...), in rank order. Every process has to ask."""
+    return _SumOfAll.apply(part)
+
+
+def exchange(part: Tensor) -> Tensor:
+    """For own rows what each process found, (R * B, ...), of what this one found for the rows of each, (R * B, ...).
+
+    Every process has to ask. Applied twice it is nothing.
+    """
+    return _Exchange.apply(part)
+
+
+def whole(share: Tensor, n_slot: int, device: torch.device | str, keep: bool = True) -> Tensor | None:
+    """All slots of a field (1, n_slot, ...) of which each process holds a share: see `Memory.deal`.
+
+    Shares come one by one, so that no more than two are on the device of ``share``. Every process has to ask.
+
+    Args:
+        share: What this process holds.
+        n_slot: Slots in all.
+        device: Where the whole is put together.
+        keep: Whether this process wants it.
+
+    Returns:
+        The field in the order of slots; None where it is not kept.
+    """
+    n_rank = distributed.get_world_size()
+    found = torch.empty(1, n_slot, *share.shape[2:], dtype=share.dtype, device=device) if keep else None
+    for rank in range(n_rank):
+        own = rank == distributed.get_rank()
+        shape = (1, len(range(rank, n_slot, n_rank)), *share.shape[2:])
+        part = share.contiguous() if own else torch.empty(shape, dtype=share.dtype, device=share.device)
+        distributed.broadcast(part, rank)
+        if found is not None:
+            found[:, rank::n_rank] = part.to(device)
+    return found
 
 
 def differ(state: State) -> bool:

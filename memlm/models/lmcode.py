@@ -109,7 +109,8 @@ class Layer(SegmentLayer):
         """
         attention, weight = self.attention, self.attention.to_qkv.weight
         n_cell, width = len(attention.own), weight.shape[1] // attention.n_head
-        return weight.new_zeros(n_row, n_cell, 2, attention.n_head, width)
+        shape = (n_row, n_cell, 2, attention.n_head, width)
+        return torch.zeros(shape, dtype=weight.dtype, device=weight.device)  # no part of a weight that is dealt out
 
     def mix(self, x: Tensor, cache: Tensor, grid: Grid) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """Self-attention with its residual; see `Attention`."""

@@ -13,6 +13,7 @@ the recurrent state.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Literal, NamedTuple
 
@@ -70,8 +71,8 @@ class Layer(SegmentLayer):
     def init_cache(self, n_row: int) -> LSTMCache:
         """No inputs, and the state zero."""
         weight = self.to_output.weight
-        inputs = weight.new_zeros(n_row, self.segment_len, weight.shape[0])
-        return LSTMCache(inputs, weight.new_zeros(n_row, 2, self.d_hidden))
+        zeros = functools.partial(torch.zeros, dtype=weight.dtype, device=weight.device)
+        return LSTMCache(zeros(n_row, self.segment_len, weight.shape[0]), zeros(n_row, 2, self.d_hidden))
 
     def mix(self, x: Tensor, cache: LSTMCache, grid: Grid) -> tuple[Tensor, Kept]:
         """The LSTM with its residual; see `SegmentLayer.mix`."""

@@ -144,7 +144,8 @@ class DuringTraining(Callback):
         """Run when it is time."""
         if (batch_idx + 1) % self.every:
             return
-        with self.clock.paused() if self.clock is not None else contextlib.nullcontext():
+        pause = self.clock.paused() if self.clock is not None else contextlib.nullcontext()
+        with pause, module.whole_banks():  # type: ignore[operator]
             numbers = {name: float(value) for name, value in self.run(module.model).items()}  # type: ignore[operator, arg-type]
         if not numbers:
             return

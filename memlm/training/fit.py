@@ -21,7 +21,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from memlm.analysis.figures import read_history
 from memlm.checkpoint import FOLDER, checkpoints, no_space
-from memlm.config import ConfigError
+from memlm.config import ConfigError, instantiate
 from memlm.training.callbacks import AtomicCheckpointIO, Checkpoints, DuringTraining, Progress, Throughput
 from memlm.training.resume import Origin, history_files, keep_earlier_history, refuse_other_run, running
 from memlm.training.settings import sweep_dir
@@ -145,6 +145,8 @@ def save_last(trainer: lightning.Trainer, run: Path) -> Path:
 
 def _trainer(**settings: Any) -> lightning.Trainer:
     """A trainer; what it refuses is told as a mistake in the settings."""
+    if isinstance(settings["strategy"], Mapping):
+        settings["strategy"] = instantiate(settings["strategy"], "trainer.strategy")
     try:
         trainer = lightning.Trainer(**settings)
     except (MisconfigurationException, ValueError, TypeError, ModuleNotFoundError) as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import math
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -10,6 +11,8 @@ from typing import Any
 import lightning
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from memlm.checkpoint import describe
@@ -63,6 +66,8 @@ class LanguageModeling(lightning.LightningModule):
         self._state: Any = None  # where the rows stopped, without shared banks
         self._val_state: Any = None
         self._compiled: Any = None  # the compiled forward pass, while it is trained
+        self._plain_layers: list[nn.Module] = []  # without weights, of the layers that are dealt out
+        self._whole = contextlib.ExitStack()  # during validation, banks that are dealt out at other times
         self._bytes: dict[int, int] = {}  # of all memories, by number of rows
 
     @property
@@ -71,9 +76,37 @@ class LanguageModeling(lightning.LightningModule):
         return [name for name, modules in self.model.memory.items() if modules[0].scope == "shared"]
 
     def setup(self, stage: str) -> None:
-        """Leave shared banks to the writes of all processes: sending them before each step would hide faults."""
+        """Leave shared banks to the writes of all processes: sending them before each step would hide faults.
+
+        Banks of memories with ``shard`` are dealt out to the processes, until training ends.
+
+        Raises:
+            ConfigError: If a bank cannot be dealt out.
+        """
         banks = [name for name, _ in self.named_buffers() if name.rpartition(".")[2].startswith("bank_")]
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self, banks)
+        n_rank = self.trainer.world_size
+        if stage != "fit" or n_rank == 1:
+            return
+        for name in self.shared:
+            for module in self.model.memory[name]:
+                if not module.shard:
+                    continue
+                if self.device_mesh is not None:
+                    raise ConfigError(
+                        f"memory.{name}.shard=true needs trainer=ddp: other strategies read checkpoints whole"
+                    )
+                if module.n_slot < n_rank:
+                    raise ConfigError(
+                        f"memory.{name}.n_slot ({module.n_slot}) must be at least the number of processes ({n_rank}), "
+                        f"which share the slots: raise it, or set memory.{name}.shard=false"
+                    )
+                if self.replay is not None:
+                    raise ConfigError(
+                        f"memory.{name}.shard=true cannot be had with replay, whose rows write a copy of the bank in "
+                        f"each process: set replay=none, or memory.{name}.shard=false"
+                    )
+                module.deal(self.global_rank, n_rank)
 
     def on_fit_start(self) -> None:
         """Check what only the trainer knows, before the first step."""
@@ -84,6 +117,83 @@ class LanguageModeling(lightning.LightningModule):
                 check_memory_settings(self.model, settings, f"curriculum.phases[{i}].memory")
         # Not nn.Module.compile: the model itself stays as it is for evaluation, whose shapes vary. Keys stay the same.
         self._compiled = torch.compile(self.model.forward) if self.settings.compile else None
+
+    def configure_model(self) -> None:
+        """Under ``trainer=fsdp`` deal the weights of the layers out to the processes of a machine.
+
+        All else (embedding, memories, last norm) is used outside of calls of modules: each process keeps a copy of it.
+        """
+        if self.device_mesh is None or self._plain_layers:
+            return
+        layers: Any = self.model.layers
+        for layer in layers:
+            self._plain_layers.append(_skeleton(layer))
+            fully_shard(layer.feed_forward, mesh=self.device_mesh)
+            fully_shard(layer, mesh=self.device_mesh)
+            for method in ("mix", "carry"):
+                register_fsdp_forward_method(layer, method)
+
+    def on_after_backward(self) -> None:
+        """Average the gradients of what every process has a copy of beside layers that are dealt out."""
+        if not self._plain_layers:
+            return
+        grads = [p.grad for p in self.parameters() if p.grad is not None and not isinstance(p, DTensor)]
+        joined = torch.cat([grad.flatten() for grad in grads])
+        torch.distributed.all_reduce(joined)
+        joined /= self.trainer.world_size
+        for grad, mean in zip(grads, joined.split([grad.numel() for grad in grads]), strict=True):
+            grad.copy_(mean.view_as(grad))
+
+    def configure_gradient_clipping(
+        self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
+    ) -> None:
+        """Clip as Lightning does; it cannot where only some of the weights are dealt out."""
+        if not self._plain_layers or gradient_clip_val is None:
+            return super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        grads = [p.grad for p in self.parameters() if p.grad is not None]
+        norms = [torch.linalg.vector_norm(grad) for grad in grads]
+        total = torch.stack([n.full_tensor() if isinstance(n, DTensor) else n for n in norms]).norm()
+        scale = (gradient_clip_val / (total + 1e-6)).clamp(max=1)
+        for grad in grads:
+            grad.mul_(scale)
+        return None
+
+    @property
+    def _dealt(self) -> dict[str, Memory]:
+        """The memories whose bank is dealt out to processes now, by the prefix of their weights."""
+        return {
+            f"model.memory.{name}.{i}.": module
+            for name in self.shared
+            for i, module in enumerate(self.model.memory[name])
+            if module.dealt
+        }
+
+    @contextlib.contextmanager
+    def whole_banks(self) -> Iterator[None]:
+        """Hold banks that are dealt out to processes as a whole in each of them, for what is no training step.
+
+        All processes have to enter. Banks that are dealt out so need room for a whole one for as long as it takes.
+        """
+        dealt = list(self._dealt.values())
+        for module in dealt:
+            module.gather(self.device)
+        try:
+            yield
+        finally:
+            for module in dealt:
+                module.deal(self.global_rank, self.trainer.world_size)
+
+    def on_train_end(self) -> None:
+        """Put banks and layers that were dealt out together again, in every process."""
+        for module in self._dealt.values():
+            module.gather("cpu")
+        layers: Any = self.model.layers
+        for i, plain in enumerate(self._plain_layers):
+            weights = layers[i].state_dict()
+            whole = {name: w.full_tensor() if isinstance(w, DTensor) else w for name, w in weights.items()}
+            plain.load_state_dict(whole, assign=True)
+            layers[i] = plain
+        self._plain_layers = []
 
     def on_fit_end(self) -> None:
         """Let go of what only training needs."""
@@ -130,7 +240,7 @@ class LanguageModeling(lightning.LightningModule):
         for name in self.shared:
             for module, part in zip(self.model.memory[name], out.state.memory[name], strict=True):
                 module.commit(part)
-                if self._parted(part):
+                if self._parted(part.n_record if module.dealt else part):
                     raise RuntimeError(
                         f"memory {name!r}: the processes hold different banks after step {self.global_step}, though "
                         "all write the same; go on from the last checkpoint with "
@@ -180,7 +290,10 @@ class LanguageModeling(lightning.LightningModule):
 
     @torch.no_grad()
     def _consolidate(self) -> None:
-        """Consolidate shared banks and what is carried on, and log the counts of what was done."""
+        """Consolidate shared banks and what is carried on, and log the counts of what was done.
+
+        A bank that is dealt out to processes is gathered for it: each consolidates the whole and keeps its share.
+        """
         counts: dict[str, float] = {}
 
         def consolidate(name: str, module: Memory, part: Any) -> Any:
@@ -191,8 +304,9 @@ class LanguageModeling(lightning.LightningModule):
 
         for name, modules in self.model.memory.items():
             if name in self.shared:
-                for module in modules:
-                    module.commit(consolidate(name, module, module.first_state(1)))
+                with self.whole_banks():
+                    for module in modules:
+                        module.commit(consolidate(name, module, module.first_state(1)))
             elif self._state is not None:
                 parts = zip(modules, self._state.memory[name], strict=True)
                 new = tuple(consolidate(name, module, part) for module, part in parts)
@@ -290,12 +404,21 @@ class LanguageModeling(lightning.LightningModule):
                 "wandb_id": ids[0] if ids else None,
                 "text": None if corpus is None else corpus.fingerprint(),
             }
+        for prefix, module in self._dealt.items():
+            bank = module.whole_bank(keep=self.trainer.is_global_zero)  # the process that writes
+            checkpoint["state_dict"] |= {f"{prefix}{name}": part for name, part in bank.items()}
+        if not self._plain_layers and "optimizer_states" in checkpoint:
+            self._number_by_place(checkpoint["optimizer_states"])
         checkpoint["carried"] = None if self._state is None else states.to_dict(self._of_all_ranks(self._state))
         if self.replay is not None:
             checkpoint["replay"] = joined(self._parts_of_all_ranks(self.replay.state_dict()))
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take up the carried state."""
+        """Take up the carried state, and of banks that are dealt out the share of this process."""
+        for prefix, module in self._dealt.items():
+            rank, n_rank = module.share
+            for name in module.by_slot():
+                checkpoint["state_dict"][prefix + name] = checkpoint["state_dict"][prefix + name][:, rank::n_rank]
         carried = checkpoint.get("carried")
         self._state = None
         if carried is not None:
@@ -310,6 +433,17 @@ class LanguageModeling(lightning.LightningModule):
         """Bring the carried state to the device of the model."""
         if self._state is not None:
             self._state = states.move(self._state, self.device)
+
+    def _number_by_place(self, optimizer_states: list[dict[str, Any]]) -> None:
+        """Number parameters by their place in the model, not in the optimizer: as layers that are dealt out expect."""
+        place = {id(p): i for i, p in enumerate(self.parameters())}
+        for optimizer, content in zip(self.trainer.optimizers, optimizer_states, strict=True):
+            places = [[place[id(p)] for p in group["params"]] for group in optimizer.param_groups]
+            flat = [i for group in places for i in group]
+            content["state"] = {flat[i]: entry for i, entry in content["state"].items()}
+            content["param_groups"] = [
+                group | {"params": numbers} for group, numbers in zip(content["param_groups"], places, strict=True)
+            ]
 
     def _of_all_ranks(self, state: Any) -> Any:
         """The rows of all processes, in the order of the global batch."""
@@ -328,10 +462,10 @@ class LanguageModeling(lightning.LightningModule):
 
     def _refuse_non_finite(self, checkpoint: Mapping[str, Any]) -> None:
         """Raise if what is to be saved can never be trained or read again."""
-        bad = [name for name, value in self.model.named_parameters() if not torch.isfinite(value).all()]
+        bad = [name for name, value in self.model.named_parameters() if not _finite(value)]
         bad += [name for name, value in self.model.named_buffers() if value.is_floating_point() and value.isnan().any()]
         for optimizer in checkpoint.get("optimizer_states", []):
-            parts = [value for entry in optimizer["state"].values() for value in entry.values()]
+            parts = [value for entry in optimizer.get("state", {}).values() for value in entry.values()]
             if not all(torch.isfinite(value).all() for value in parts if isinstance(value, Tensor)):
                 bad.append("the state of the optimizer")
         if bad:
@@ -339,6 +473,10 @@ class LanguageModeling(lightning.LightningModule):
                 f"the update of step {self.global_step} left numbers that are not finite: {', '.join(bad[:5])}. "
                 f"{_ADVICE}"
             )
+
+    def on_validation_start(self) -> None:
+        """Every process validates by itself, so that it needs the whole of a bank that is dealt out."""
+        self._whole.enter_context(self.whole_banks())
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Perplexity of plain text, memories read and written as the text goes on."""
@@ -351,6 +489,7 @@ class LanguageModeling(lightning.LightningModule):
     def on_validation_end(self) -> None:
         """Let go of the state: the next validation begins anew."""
         self._val_state = None
+        self._whole.close()
 
     # --- optimisation ----------------------------------------------------------------------------------------------
 
@@ -371,6 +510,18 @@ class LanguageModeling(lightning.LightningModule):
 
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, scale)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+def _skeleton(layer: nn.Module) -> nn.Module:
+    """A copy of a layer whose weights take no memory."""
+    memo = {id(p): nn.Parameter(torch.empty_like(p, device="meta")) for p in layer.parameters()}
+    return copy.deepcopy(layer, memo)
+
+
+def _finite(weight: Tensor) -> bool:
+    """Whether all numbers of a weight are finite. If it is dealt out, every process has to ask."""
+    finite = torch.isfinite(weight).all()
+    return bool(finite.full_tensor() if isinstance(finite, DTensor) else finite)
 
 
 def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -438,7 +589,9 @@ def check_memory_settings(model: LanguageModel, settings: Mapping[str, Any], key
             changed = instantiate(nodes[name] | new, f"{key}.{name}", model.config["model"]["d_model"])
         old = model.memory[name][0]
         shapes, known = ([part.shape for part in module.parameters()] for module in (changed, old))
-        fixed = shapes != known or (changed.lookback, changed.scope) != (old.lookback, old.scope)
+        fixed = shapes != known or any(
+            getattr(changed, part) != getattr(old, part) for part in ("lookback", "scope", "shard")
+        )
         if fixed or not all(hasattr(old, attribute) for attribute in new):
             given = ", ".join(f"{name}.{attribute}" for attribute in new)
             raise ConfigError(f"{key}: {given} cannot be changed, as the model was built around it")

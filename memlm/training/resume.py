@@ -22,7 +22,7 @@ _LOCK = ".lock"  # held by the process that trains a run
 _SAME = ("model", "memory", "data", "curriculum", "training", "replay", "seed")
 _SAME_TRAINER = ("accumulate_grad_batches", "gradient_clip_val")
 # Settings of these that say how something is computed, not what.
-_FREE = ("data.n_worker", "model.gradient_checkpointing", "training.compile")
+_FREE = ("data.n_worker", "model.gradient_checkpointing", "training.compile", "memory.ltm.shard")
 _EARLIER = "earlier-{}.csv"  # what was logged before a run was resumed, oldest first
 
 

@@ -85,6 +85,12 @@ def test_two_processes_are_one_run(tmp_path: Path) -> None:
     assert curve(forgot) != pytest.approx(expected, abs=2e-3)  # the bound is tight enough to tell
 
 
+def by_origin(bank: Any) -> list[torch.Tensor]:
+    """What a bank holds in the order of where it came from: slots worth nearly the same may change places."""
+    order = (bank.bank_record[0] * 10**6 + bank.bank_position[0]).argsort()
+    return [part[0, order] for part in (bank.bank_record, bank.bank_position, bank.bank_tokens, bank.bank_key)]
+
+
 @pytest.mark.parametrize("phase", [FACTS, SHORT, PLAIN])
 def test_two_processes_write_one_shared_bank(phase: dict[str, Any], tmp_path: Path) -> None:
     """The rows of both write it as those of one process do, and its gradients reach the rows of both."""
@@ -94,13 +100,54 @@ def test_two_processes_write_one_shared_bank(phase: dict[str, Any], tmp_path: Pa
     assert curve(fit(two)[2]) == pytest.approx(expected, abs=1e-4)
     whole, shared = (memlm.load(tmp_path / name).memory["ltm"][0] for name in ("whole", "two"))
     assert whole.bank_n_record.item() == shared.bank_n_record.item() > 0
-    found = []
-    for bank in (whole, shared):  # by origin: two slots that are worth nearly the same may change places
-        order = (bank.bank_record[0] * 10**6 + bank.bank_position[0]).argsort()
-        parts = (bank.bank_record, bank.bank_position, bank.bank_tokens, bank.bank_key)
-        found.append([part[0, order] for part in parts])
+    found = [by_origin(bank) for bank in (whole, shared)]
     assert all(torch.equal(a, b) for a, b in zip(found[0][:3], found[1][:3], strict=True))
     torch.testing.assert_close(found[0][3], found[1][3], rtol=0, atol=5e-3)
+
+
+@pytest.mark.parametrize(("before", "after"), [(2, 1), (2, 4)])
+def test_a_dealt_bank_is_saved_whole_and_goes_on_with_any_number_of_processes(
+    before: int, after: int, tmp_path: Path
+) -> None:
+    """Losses, bank and what is measured on the way are those of one process that keeps it whole, from end to end."""
+    same = ["memory.ltm.scope=shared", "memory.ltm.n_slot=63", "memory.ltm.importance=token", "model.dropout=0"]
+    same += ["memory.ltm.top_k=63"]  # all: of slots with equal keys any may be read
+    same += ["training.consolidate_every=3", "training.min_lr_ratio=1", "training.lr=1e-6"]  # steps multiply rounding
+    phases = [FACTS | {"n_row": 4}]
+
+    def watch(model: Any) -> dict[str, float]:
+        bank = model.memory["ltm"][0]
+        return {"filled": float(bank.filled(bank.first_state(1)).sum()), "slots": float(bank.bank_key.shape[1])}
+
+    whole = fit(config(tmp_path, "whole", *same, "trainer.max_steps=7", phases=phases), watch)
+    for run, n_rank, more in (("a", before, "trainer.max_steps=3"), ("b", after, f"resume={tmp_path / 'a'}")):
+        ranks = [f"trainer.devices={n_rank}", "trainer.strategy=ddp_fork"] if n_rank > 1 else []
+        settings = config(
+            tmp_path, run, *same, "memory.ltm.shard=true", *ranks, "trainer.max_steps=7", more, phases=phases
+        )
+        _, module, _ = fit(settings, watch)
+        bank = module.model.memory["ltm"][0]
+        assert bank.bank_key.shape[1] == 63  # after training as before
+    found = [row for file in history_files(tmp_path / "b") for row in read_history(file)]
+    for name in ("train/loss", "val/nll", "filled", "slots", "memory/ltm/merged"):
+        assert curve(whole[2], name), name
+        assert curve(found, name) == pytest.approx(curve(whole[2], name), abs=1e-4), name
+    expected, loaded = (memlm.load(tmp_path / name).memory["ltm"][0] for name in ("whole", "b"))
+    assert expected.filled(expected.first_state(1)).sum() > 40
+    assert loaded.bank_n_record.item() == expected.bank_n_record.item() > 20
+    for a, b in zip(by_origin(loaded), by_origin(expected), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+    assert torch.equal(loaded.bank_key, bank.bank_key)  # what the program goes on with is what was saved
+
+
+def test_what_cannot_be_dealt_out_is_refused(tmp_path: Path) -> None:
+    dealt = ["memory.ltm.scope=shared", "memory.ltm.shard=true", "trainer.devices=2", "trainer.strategy=ddp_fork"]
+    with pytest.raises(Exception, match=r"memory.ltm.n_slot .1. must be at least the number of processes .2."):
+        fit(config(tmp_path, "a", *dealt, "memory.ltm.n_slot=1"))
+    with pytest.raises(Exception, match=r"memory.ltm.shard=true cannot be had with replay"):
+        fit(config(tmp_path, "b", *dealt, "replay.ratio=1.0", replay="reservoir"))
+    with pytest.raises(ConfigError, match=r"memory.ltm: shard .* needs scope=shared, got 'sequence'"):
+        fit(config(tmp_path, "c", "memory.ltm.shard=true"))
 
 
 def test_processes_whose_banks_part_stop(tmp_path: Path) -> None:

@@ -1,0 +1,88 @@
+"""Layers dealt out to processes (``trainer=fsdp``), against the run of one process."""
+
+import os
+import socket
+import traceback
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch.utilities import rank_zero_only
+
+import memlm
+from memlm.analysis.figures import read_history
+from memlm.checkpoint import FOLDER
+from memlm.config import compose, to_dict
+from memlm.training.resume import history_files
+from tests.training.small import FACTS, config, curve, fit
+
+# Without the price of writing, which is a mean over the tokens of each process.
+SAME = ["model.dropout=0", "memory.ltm.gate_penalty=0", "training.min_lr_ratio=1", "trainer.max_steps=20"]
+SAME += ["checkpoint.every=10", "checkpoint.keep=null"]
+
+
+def fit_dealt(settings: dict[str, Any], n_rank: int = 2) -> None:
+    """Train in processes as torchrun starts them; the first writes the outputs of its model after training."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    settings["trainer"] |= {"devices": n_rank, "strategy": to_dict(compose(["trainer=fsdp"]))["trainer"]["strategy"]}
+    children = []
+    for rank in range(n_rank):
+        children.append(os.fork())
+        if children[-1]:
+            continue
+        try:
+            places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": n_rank, "LOCAL_WORLD_SIZE": n_rank}
+            places |= {"GROUP_RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "x"}
+            os.environ |= {name: str(value) for name, value in places.items()}
+            rank_zero_only.rank = rank
+            model = fit(settings)[1].model
+            if rank == 0:  # alone, as the experiments are run
+                torch.save(outputs(model), Path(settings["paths"]["run_dir"]) / "outputs.pt")
+            os._exit(0)
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(1)
+    assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children] == [0] * n_rank
+
+
+@torch.no_grad()
+def outputs(model: Any) -> torch.Tensor:
+    return model.eval()(torch.arange(64)[None] % model.n_vocab).logits
+
+
+@pytest.mark.parametrize("model", ["lmcode", "lstm"])
+def test_dealt_layers_are_the_run_of_one_process(model: str, tmp_path: Path) -> None:
+    """Losses over 20 steps and weights to rounding; from either's checkpoint the other goes on."""
+
+    def settings(run: str, *more: str) -> dict[str, Any]:
+        made = config(tmp_path, run, *SAME, *more, phases=[FACTS | {"n_row": 4}])
+        if model == "lstm":
+            node = to_dict(compose(["model=lstm"]))["model"]
+            made["model"] = node | {k: v for k, v in made["model"].items() if k in node and k != "_target_"}
+        return made
+
+    fit(settings("one"))
+    fit_dealt(settings("two"))
+    half = {run: f"resume={tmp_path / run / FOLDER / 'step=10.ckpt'}" for run in ("one", "two")}
+    if model == "lmcode":
+        fit(settings("two then one", half["two"]))
+        fit_dealt(settings("two then two", half["two"]))
+        fit_dealt(settings("one then two", half["one"]))
+    curves = {}
+    for run in tmp_path.glob("*/csv"):
+        rows = [row for file in history_files(run.parent) for row in read_history(file)]
+        curves[run.parent.name] = curve(rows)
+    assert len(curves) == (5 if model == "lmcode" else 2)
+    expected = memlm.load(tmp_path / "one")
+    for run, found in curves.items():
+        assert len(found) == 20
+        assert found == pytest.approx(curves["one"], abs=1e-4), run
+        loaded = memlm.load(tmp_path / run)
+        for (name, a), b in zip(expected.named_parameters(), loaded.parameters(), strict=True):
+            torch.testing.assert_close(b, a, rtol=1e-3, atol=1e-4, msg=f"{run}: {name}")
+        if (tmp_path / run / "outputs.pt").exists():
+            assert torch.equal(torch.load(tmp_path / run / "outputs.pt"), outputs(loaded))
