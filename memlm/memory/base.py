@@ -229,8 +229,12 @@ class Memory(nn.Module):
         """
         return {}
 
-    def consolidate(self, state: State) -> tuple[State, dict[str, int]]:
+    def consolidate(self, state: State, *, turn: int = 0) -> tuple[State, dict[str, int]]:
         """Merge, decay, promote, evict. Default: nothing to do.
+
+        Args:
+            state: The state; never changed in place.
+            turn: Number of the call. What is too large to be looked at in one call may be looked at in turns.
 
         Returns:
             The new state and exact counts of what was done, by name.

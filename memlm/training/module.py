@@ -149,7 +149,7 @@ class LanguageModeling(lightning.LightningModule):
         self._state = None if batch.ends else self._without_banks(states.detach(out.state))
         every = self.settings.consolidate_every
         if every is not None and (self.global_step + 1) % every == 0:
-            self._consolidate()
+            self._consolidate((self.global_step + 1) // every - 1)
         self.log("train/loss", logged, sync_dist=self.trainer.world_size > 1)
         if (self.global_step + 1) % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             self._log_details(batch, nll, losses, out)
@@ -189,12 +189,12 @@ class LanguageModeling(lightning.LightningModule):
         return losses, nll, by_row
 
     @torch.no_grad()
-    def _consolidate(self) -> None:
+    def _consolidate(self, turn: int) -> None:
         """Consolidate shared banks and what is carried on, and log the counts of what was done."""
         counts: dict[str, float] = {}
 
         def consolidate(name: str, module: Memory, part: Any) -> Any:
-            new, done = module.consolidate(part)
+            new, done = module.consolidate(part, turn=turn)
             for key, count in done.items():
                 counts[f"memory/{name}/{key}"] = counts.get(f"memory/{name}/{key}", 0) + count
             return new
