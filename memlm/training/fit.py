@@ -73,7 +73,7 @@ def make_trainer(
     loggers: list[Logger] = []
     finished = False
     try:
-        with _quiet(), running(run) if _is_first() else contextlib.nullcontext():
+        with quiet(), running(run) if _is_first() else contextlib.nullcontext():
             if _is_first():
                 refuse_other_run(run, origin)
                 if origin is not None:
@@ -225,7 +225,7 @@ def _is_first() -> bool:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Silence what says nothing to a user of memlm."""
     loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
     levels = [logger.level for logger in loggers]
