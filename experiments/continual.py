@@ -34,7 +34,7 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from experiments.base import PALETTE, Result, Row, evaluating, mean_interval, style
 from memlm.config import ConfigError
@@ -93,8 +93,8 @@ class Continual:
     replay: Sequence[Policy] = ("none", "reservoir", "retrieved")
     consolidate: Sequence[bool] = (False, True)
     seeds: Sequence[int] = (0, 1, 2)
-    n_step: int = 150
-    n_row: int = 8
+    n_step: int = 120
+    n_row: int = 6
     n_segment: int = 4
     lr: float = 3e-3
     ratio: float = 0.25
@@ -512,7 +512,7 @@ def _over_seeds(name: str, condition: str, values: Sequence[float]) -> dict[str,
 
 
 def _headline(metrics: Mapping[str, float], cfg: Continual) -> list[dict[str, Any]]:
-    """Final accuracy, forgetting and backward transfer of every condition beside those without replay; then savings."""
+    """Final accuracy and forgetting of every condition beside those without replay; then what replay saves."""
 
     def entry(name: str, condition: str, label: str, control: bool, better: str, percent: bool) -> dict[str, Any]:
         key = f"{name}/{condition}"
@@ -523,7 +523,7 @@ def _headline(metrics: Mapping[str, float], cfg: Continual) -> list[dict[str, An
 
     entries = []
     plain = ("none", False)
-    for name, better in {"final": "higher", "forgetting": "lower", "backward": "higher"}.items():
+    for name, better in {"final": "higher", "forgetting": "lower"}.items():
         for condition, of in cfg.conditions.items():
             entries.append(entry(name, condition, f"{SCORES[name]}, {condition}", of == plain, better, name == "final"))
     entries += [
@@ -570,16 +570,14 @@ def _matrices(result: Result, cfg: Continual) -> Figure:
             panel.set_xticks(range(len(cfg.tasks)), cfg.tasks)
             panel.set_yticks(range(len(cfg.tasks) + 1), ["before any", *(f"after {name}" for name in cfg.tasks)])
             panel.grid(False)
-        bar = figure.colorbar(
-            image, ax=panels.ravel().tolist(), label="accuracy of held-out documents, mean over seeds"
-        )
+        bar = figure.colorbar(image, ax=panels.ravel().tolist(), label="accuracy, mean over seeds")
         bar.ax.yaxis.set_major_formatter(PercentFormatter(xmax=1, symbol=" %"))
         panels[-1, n_column // 2].set_xlabel("task that is asked")
     return figure
 
 
 def _scores_figure(result: Result, cfg: Continual) -> Figure:
-    """Final accuracy, forgetting and backward transfer of each condition, with intervals over seeds."""
+    """Final accuracy, forgetting and backward transfer of each condition; lines: 95 % intervals over seeds."""
     names = list(cfg.conditions)
     with style():
         figure = Figure(figsize=(11, 0.42 * len(names) + 1.8))
@@ -589,19 +587,18 @@ def _scores_figure(result: Result, cfg: Continual) -> Figure:
                 np.array([result.metrics[f"{end}{name}/{condition}"] for condition in names])
                 for end in ("", "low_", "high_")
             )
-            panel.barh(
+            bars = panel.barh(
                 range(len(names)), value, xerr=np.nan_to_num([value - low, high - value]), capsize=3,
-                color=[PALETTE["sky" if merge else _COLORS[policy]] if policy == "none" or merge else
-                       PALETTE[_COLORS[policy]] for policy, merge in cfg.conditions.values()],
+                color=[PALETTE[_COLORS[policy]] for policy, _ in cfg.conditions.values()],
             )  # fmt: skip
+            for bar, (_, merge) in zip(bars, cfg.conditions.values(), strict=True):
+                bar.set_alpha(0.5 if merge else 1.0)
             panel.axvline(0, color=PALETTE["black"], linewidth=0.8)
-            panel.set(title=SCORES[name], xlabel="mean over tasks")
+            panel.set(title=SCORES[name], xlabel=f"mean over tasks, {len(cfg.seeds)} seeds")
+            panel.xaxis.set_major_locator(MaxNLocator(5))
             panel.xaxis.set_major_formatter(PercentFormatter(xmax=1, symbol=" %"))
         panels[0].set_yticks(range(len(names)), names)
         panels[0].invert_yaxis()
-        figure.text(
-            0.5, 0.01, f"bars: 95 % interval (Student's t) over {len(cfg.seeds)} seeds", ha="center", fontsize=8
-        )
     return figure
 
 
