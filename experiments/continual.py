@@ -62,7 +62,7 @@ SCORES = {
 
 _N_SYMBOL = 64
 _HELD_OUT = 1_000_003  # added to the seed of documents that are only asked
-_COLORS = {"none": "black", "reservoir": "blue", "surprise": "orange", "retrieved": "vermillion"}
+_COLORS = {"none": "green", "reservoir": "blue", "surprise": "orange", "retrieved": "vermillion"}
 
 
 @dataclass(frozen=True)
