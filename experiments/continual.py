@@ -199,7 +199,7 @@ def streams(tokenizer: Any, texts: Mapping[str, Any], cfg: Continual, segment_le
     from memlm.data.curriculum import Curriculum
     from memlm.data.stream import TrainingBatches, ValidationBatches
 
-    found = {}
+    found: dict[str, Stream] = {}
     for name in cfg.tasks:
         target, settings = TASKS[name]
         phase = {"steps": cfg.n_step, "n_row": cfg.n_row, "n_segment": cfg.n_segment}
@@ -522,7 +522,7 @@ def _headline(metrics: Mapping[str, float], cfg: Continual) -> list[dict[str, An
         }  # fmt: skip
 
     entries = []
-    plain = ("none", False)
+    plain = ("none", min(cfg.consolidate))  # what the others are compared with
     for name, better in {"final": "higher", "forgetting": "lower"}.items():
         for condition, of in cfg.conditions.items():
             entries.append(entry(name, condition, f"{SCORES[name]}, {condition}", of == plain, better, name == "final"))
