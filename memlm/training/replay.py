@@ -247,8 +247,8 @@ def retrieved(model: LanguageModel, before: Any, after: Any, reads: Mapping[str,
                 slots, weights = (part.detach().reshape(len(tokens), -1) for part in (read.slots, read.weights.float()))
                 weight = weight.scatter_add(1, slots.clamp(min=0), weights * (slots >= 0))
             same = (tokens == module.tokens(new)).all(dim=2) & module.filled(old)
-            read_at = (weight * same).cpu()
-            found.append(Read(tokens.cpu()[read_at > 0], read_at[read_at > 0]))
+            held = same & (weight > 0)
+            found.append(Read(tokens[held].cpu(), weight[held].cpu()))
     return found
 
 
