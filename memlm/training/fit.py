@@ -35,6 +35,7 @@ _NOISE = (
     ".*exists and is not empty.*",
     ".*dataloader is not resumable.*",  # it is: a batch is a function of its number
     ".*found in eval mode at the start of training.*",
+    ".*have no `val_dataloader`.*",  # an experiment that trains measures by itself
 )
 
 
@@ -73,7 +74,7 @@ def make_trainer(
     loggers: list[Logger] = []
     finished = False
     try:
-        with _quiet(), running(run) if _is_first() else contextlib.nullcontext():
+        with quiet(), running(run) if _is_first() else contextlib.nullcontext():
             if _is_first():
                 refuse_other_run(run, origin)
                 if origin is not None:
@@ -227,7 +228,7 @@ def _is_first() -> bool:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Silence what says nothing to a user of memlm."""
     loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
     levels = [logger.level for logger in loggers]

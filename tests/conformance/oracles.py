@@ -324,13 +324,13 @@ def adaptive_evicts(make: laws.Make) -> None:
         for modules in model.memory.values():
             for module in modules:
                 if isinstance(module, AdaptiveMemory):
-                    store, seen = module.store, offers.setdefault(id(module), [])
+                    settle, seen = module._settle, offers.setdefault(id(module), [])
 
-                    def record(state: Any, items: Any, rows: Any, store: Any = store, seen: Any = seen) -> Any:
+                    def record(state: Any, items: Any, settle: Any = settle, seen: Any = seen) -> Any:
                         seen.append(items)
-                        return store(state, items, rows)
+                        return settle(state, items)
 
-                    module.store = record  # type: ignore[method-assign]
+                    module._settle = record  # type: ignore[method-assign]
         state = laws.filled(model, n_segment=9).memory
         for name, modules in model.memory.items():
             for module, bank in zip(modules, state[name], strict=True):

@@ -460,9 +460,9 @@ class Duplicates(AdaptiveMemory):
 class NeverFades(AdaptiveMemory):
     """Its long-term slots do not decay."""
 
-    def store(self, state: AdaptiveState, items: AdaptiveState, rows: Tensor) -> AdaptiveState:
+    def _settle(self, state: AdaptiveState, items: AdaptiveState) -> tuple[AdaptiveState, Tensor]:
         long = torch.arange(state.strength.shape[1]) >= self.n_short
-        return super().store(state._replace(strength=state.strength / torch.where(long, self.decay, 1.0)), items, rows)
+        return super()._settle(state._replace(strength=state.strength / torch.where(long, self.decay, 1.0)), items)
 
 
 @pytest.mark.parametrize("cls", [AdaptiveMemory, Duplicates, NeverFades])
