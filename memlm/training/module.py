@@ -20,7 +20,7 @@ from memlm.memory import state as states
 from memlm.memory.base import Memory
 from memlm.models.base import LanguageModel
 from memlm.training.loss import linear_cross_entropy, token_nll
-from memlm.training.replay import Replay, dealt, joined
+from memlm.training.replay import Replay
 from memlm.training.settings import Training
 
 _ADVICE = "The last good checkpoint is kept. Lower training.lr, or set trainer.gradient_clip_val or precision=32-true"
@@ -137,8 +137,8 @@ class LanguageModeling(lightning.LightningModule):
                         f"resume={self.trainer.default_root_dir}"
                     )
         self._state = None if batch.ends else self._without_banks(states.detach(out.state))
-        every = self.settings.consolidate_every
-        if every is not None and (self.global_step + 1) % every == 0:
+        every, batches = self.settings.consolidate_every, self.trainer.accumulate_grad_batches
+        if every is not None and (batch.step + 1) % batches == 0 and (self.global_step + 1) % every == 0:
             self._consolidate()
         self.log("train/loss", logged, sync_dist=self.trainer.world_size > 1)
         if (self.global_step + 1) % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
@@ -292,19 +292,28 @@ class LanguageModeling(lightning.LightningModule):
             }
         checkpoint["carried"] = None if self._state is None else states.to_dict(self._of_all_ranks(self._state))
         if self.replay is not None:
-            checkpoint["replay"] = joined(self._parts_of_all_ranks(self.replay.state_dict()))
+            checkpoint["replay"] = self._parts_of_all_ranks(self.replay.state_dict())
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take up the carried state."""
+        """Take up the carried state and the replay buffer; of other processes than before, each gets its rows.
+
+        Raises:
+            ConfigError: If the rows of a batch cannot be dealt out to so many processes.
+        """
         carried = checkpoint.get("carried")
         self._state = None
         if carried is not None:
-            n_row = len(carried["local"]["host_open"])
+            n_row, n_rank = len(carried["local"]["host_open"]), self.trainer.world_size
+            if n_row % n_rank:
+                raise ConfigError(
+                    f"the checkpoint carries {n_row} rows, which cannot be dealt out evenly to {n_rank} processes: set "
+                    f"trainer.devices to a divisor of {n_row}"
+                )
             state = states.from_dict(carried, self._without_banks(self.model.init_state(n_row)))
             own = torch.arange(n_row).chunk(self.trainer.world_size)[self.global_rank]
             self._state = states.select_rows(state, own)
         if self.replay is not None and "replay" in checkpoint:
-            self.replay.load_state_dict(dealt(checkpoint["replay"], self.global_rank, self.trainer.world_size))
+            self.replay.take_up(checkpoint["replay"], self.global_rank, self.trainer.world_size)
 
     def on_train_start(self) -> None:
         """Bring the carried state to the device of the model."""
