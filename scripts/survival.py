@@ -192,6 +192,7 @@ def differences(run: Path, other: Path) -> list[str]:
     for place in (run, other):
         content = read(checkpoints(place)[-1])
         content["memlm"] = {k: v for k, v in content["memlm"].items() if k not in ("config", "wandb_id")}
+        content["loops"]["fit_loop"].pop("epoch_loop.val_loop.batch_progress", None)
         logged: dict[str, list[Any]] = {}
         for file in history_files(place):
             for row in read_history(file):

@@ -47,14 +47,18 @@ _NOISE = (
 )
 
 
-# What is told where a process of the run was lost, by what torch says of it.
+# What is told where a process of the run was lost, by what torch and lightning say of it.
 _LOST = {
-    r"DataLoader worker \(pid.*?\) (?:is killed|exited)": "a loader process was killed, most often because memory ran out "
-    "(in a container also that of /dev/shm): free some, or lower data.n_worker",
-    r"process \d+ terminated with|Child process with PID \d+ terminated": "a process of this run ended, killed or with an "
-    "error of its own (see above; often memory ran out), so all have to",
-    r"Connection (?:closed|reset) by peer|Broken pipe|NCCL|ncclRemoteError": "the connection to another process of this "
-    "run broke, which was killed or ended with an error of its own (see above; often memory ran out), so all have to",
+    r"DataLoader worker \(pid.*?\) (?:is killed|exited)": (
+        "a loader process was killed, most often because memory ran out (in a container: /dev/shm): lower data.n_worker"
+    ),
+    r"process \d+ terminated with|Child process with PID \d+ terminated": (
+        "a process of this run was killed, most often because memory ran out, or failed (see above); so all end"
+    ),
+    r"Connection (?:closed|reset) by peer|Broken pipe|NCCL": (
+        "another process of this run is gone: it was killed, most often because memory ran out, or failed (see above); "
+        "so all end"
+    ),
 }
 _OBSERVER = "lightning.fabric.strategies.launchers.subprocess_script"  # ends a run of which a process ended
 
@@ -279,8 +283,8 @@ def _wandb(config: Mapping[str, Any], settings: dict[str, Any], origin: Origin |
                 if "timed out" not in str(error).lower():
                     raise
                 print(
-                    f"W&B cannot be reached ({str(error).splitlines()[0]}): this run is logged offline, in {folder}/wandb, "
-                    "and can be uploaded later with wandb sync",
+                    f"W&B cannot be reached ({str(error).splitlines()[0]}): this run is logged offline, to be "
+                    f"uploaded later with wandb sync {folder}/wandb/offline-run-*",
                     file=sys.stderr,
                 )
                 offline = True

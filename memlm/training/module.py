@@ -120,7 +120,6 @@ class LanguageModeling(lightning.LightningModule):
             repeated, _, of_rows = self._losses(again, self._forward(again, state=None, carry=False), weight)
             self.replay.update(places, of_rows)  # type: ignore[union-attr]
             losses |= {f"replayed {name}": value for name, value in repeated.items()}
-            self.log("train/replay_nll", of_rows.mean())
         total = sum(losses.values(), torch.zeros((), device=nll.device))
         if not torch.isfinite(total):
             raise NonFiniteLoss(self._explain(losses))
@@ -137,12 +136,15 @@ class LanguageModeling(lightning.LightningModule):
                         f"resume={self.trainer.default_root_dir}"
                     )
         self._state = None if batch.ends else self._without_banks(states.detach(out.state))
-        every, batches = self.settings.consolidate_every, self.trainer.accumulate_grad_batches
-        if every is not None and (batch.step + 1) % batches == 0 and (self.global_step + 1) % every == 0:
-            self._consolidate()
         self.log("train/loss", logged, sync_dist=self.trainer.world_size > 1)
-        if (self.global_step + 1) % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
-            self._log_details(batch, nll, losses, out)
+        if (batch.step + 1) % self.trainer.accumulate_grad_batches == 0:  # the last batch of an optimizer step
+            every = self.settings.consolidate_every
+            if every is not None and (self.global_step + 1) % every == 0:
+                self._consolidate()
+            if (self.global_step + 1) % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+                self._log_details(batch, nll, losses, out)
+                if drawn is not None:
+                    self._log_once({"train/replay_nll": of_rows.mean()})
         return total
 
     def _forward(self, batch: Batch, state: Any, carry: bool) -> Any:
@@ -197,9 +199,14 @@ class LanguageModeling(lightning.LightningModule):
                 parts = zip(modules, self._state.memory[name], strict=True)
                 new = tuple(consolidate(name, module, part) for module, part in parts)
                 self._state = self._state._replace(memory=self._state.memory | {name: new})
-        if counts:  # not by `self.log`, which repeats a number in later steps
-            for logger in self.trainer.loggers:
-                logger.log_metrics(counts, step=self.global_step)
+        if counts:
+            self._log_once(counts)
+
+    def _log_once(self, numbers: Mapping[str, float | Tensor]) -> None:
+        """Log what not every step has. Not by `self.log`, which repeats a number in later steps until the next one."""
+        plain = {name: float(value) for name, value in numbers.items()}
+        for logger in self.trainer.loggers:
+            logger.log_metrics(plain, step=self.global_step)
 
     @contextlib.contextmanager
     def _all_ranks_write(self) -> Iterator[None]:
@@ -247,8 +254,8 @@ class LanguageModeling(lightning.LightningModule):
         self.log("train/nll_text", (nll * text).sum() / text.sum().clamp(min=1))
         if batch.answer.any():
             right = self.model.head(out.hidden[batch.answer]).argmax(dim=-1) == batch.targets[batch.answer]
-            self.log("train/answer_accuracy", right.float().mean())
-            self.log("train/nll_answer", nll[batch.answer].mean())
+            accuracy, answered = right.float().mean(), nll[batch.answer].mean()
+            self._log_once({"train/answer_accuracy": accuracy, "train/nll_answer": answered})
         for name, loss in losses.items():
             if name.partition("/")[0] in self.model.memory:
                 self.log(f"train/{name}", loss)
