@@ -262,7 +262,9 @@ def _wandb(config: Mapping[str, Any], settings: dict[str, Any], origin: Origin |
     run: Any = None
     if _is_first():
         folder.mkdir(parents=True, exist_ok=True)
-        patience = {} if "WANDB_INIT_TIMEOUT" in os.environ else {"init_timeout": _WANDB_PATIENCE}
+        quiet = wandb.Settings(silent=True)
+        if "WANDB_INIT_TIMEOUT" not in os.environ:
+            quiet.init_timeout = _WANDB_PATIENCE
 
         def start(offline: bool) -> Any:
             # Not left to Lightning, which passes settings that W&B has given up and so earns a warning.
@@ -273,7 +275,7 @@ def _wandb(config: Mapping[str, Any], settings: dict[str, Any], origin: Origin |
                 resume="allow" if run_id and not offline else None,
                 mode="offline" if offline and os.environ.get("WANDB_MODE") != "disabled" else None,
                 config=dict(config),
-                settings=wandb.Settings(silent=True, **patience),
+                settings=quiet,
             )
 
         try:
