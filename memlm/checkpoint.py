@@ -14,6 +14,7 @@ import platform
 import re
 import tempfile
 import warnings
+import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -165,11 +166,22 @@ def _read_export(directory: Path) -> dict[str, Any]:
 
 
 def read_plain(path: Path, peek: bool = False) -> Any:
-    """Contents of any file of plain data that torch has written; see `read`."""
+    """Contents of any file of plain data that torch has written; see `read`.
+
+    Unless it is only peeked at, its checksums are verified, which torch does not do itself.
+    """
     try:
+        if not peek and zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as parts:
+                if (bad := parts.testzip()) is not None:
+                    raise ConfigError(
+                        f"{path} is damaged ({bad} is not as written); use an earlier checkpoint of the run"
+                    )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about files that are refused in a moment
             return torch.load(path, map_location="cpu", weights_only=True, mmap=peek)
+    except ConfigError:
+        raise
     except pickle.UnpicklingError as error:
         raise ConfigError(
             f"{path} was refused: it is damaged, or holds more than tensors and plain values (code is never loaded)"
@@ -190,7 +202,7 @@ def write(content: dict[str, Any], path: str | os.PathLike[str]) -> None:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}.tmp")
+    temporary = unfinished(path)
     try:
         with open(temporary, "wb") as file:
             torch.save(content, file)
@@ -206,6 +218,11 @@ def write(content: dict[str, Any], path: str | os.PathLike[str]) -> None:
         raise
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def unfinished(path: Path) -> Path:
+    """The name of a file of this process that is not to be taken for ``path`` yet; see `remove_leftovers`."""
+    return path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}.tmp")
 
 
 def no_space(error: BaseException | None) -> bool:

@@ -429,7 +429,10 @@ def instantiate(node: Mapping[str, Any], key: str, *arguments: Any, **injected: 
     except ConfigError:
         raise
     except ValueError as error:
-        raise ConfigError(f"{key}: {error}") from error
+        text = str(error)
+        if text.partition(" ")[0].partition(".")[0] in settings:  # "n_slot must be ..."
+            text = f"{key}.{text}"
+        raise ConfigError(text if text.startswith(f"{key}.") else f"{key}: {text}") from error
 
 
 def _dot(key: str, name: str) -> str:

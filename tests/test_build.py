@@ -49,11 +49,13 @@ def test_mistakes_are_told_before_anything_is_built(tmp_path: Path) -> None:
         "n_parameter=abc": "n_parameter must be an int or null",
         "n_parameter=true": "n_parameter must be an int or null",
         "model.dropout=nan": r"model.dropout must be a float, got nan \(not a finite number\)",
-        "memory.ltm.n_slot=0": "memory.ltm: n_slot must be at least 1",
+        "memory=auto memory.auto.threshold=2": "memory.auto.threshold must be in 0..1, got 2",
+        "memory=imm memory.imm.temperature=1e-30": "memory.imm.temperature must be in 1e-6..1e6, got 1e-30",
+        "memory.ltm.n_slot=0": "memory.ltm.n_slot must be at least 1",
         "model.n_head=3": "model.n_head must divide",
     }.items():
         with pytest.raises(ConfigError, match=told):
-            memlm.build(*SMALL, path, wrong)
+            memlm.build(*SMALL, path, *wrong.split())
     with pytest.raises(ConfigError, match="does not exist"):
         memlm.build(*SMALL, "data.path=/no/such/file.txt")
 

@@ -7,6 +7,8 @@ Shapes: B rows, S consecutive segments, T tokens per segment, D model width.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -37,7 +39,7 @@ class Segment(NamedTuple):
         reset: Segments that begin a new document, (B, S); None if there is none.
         position: Place of the segment's first token in its document, (B, S).
         document: Number of the document within its row, (B, S).
-        signals: Implicit signals of the text by name, each (B, n), or None.
+        signals: Implicit signals of the text by name, each (B, n), those that the memory uses; None if there are none.
         lookback: ``C``.
         surprise: How badly the model's head predicts the token after each cell from ``hidden``, in nats, (B, C + N),
             without gradients; None unless the memory sets ``wants_surprise``.
@@ -113,6 +115,7 @@ class Memory(nn.Module):
         layerwise: See above.
         lookback: How many tokens before the segment a write needs; at most the segment's length.
         wants_surprise: Whether writes need to know how well the model predicts each token.
+        signals: Implicit signals of the text that it uses, by name, and how many numbers each has.
         over_ranks: Whether the rows of all processes write a shared bank, each time together; set while training. A
             write then takes what it needs of each row through `rows_of_all`.
         shard: Whether training in several processes deals the slots of a shared bank out to them (`deal`).
@@ -127,6 +130,7 @@ class Memory(nn.Module):
     layerwise: bool = True
     lookback: int = 0
     wants_surprise: bool = False
+    signals: Mapping[str, int] = MappingProxyType({})
 
     def init_linears(self) -> None:
         """Initial values of all linear maps of the module: weights of variance 1 / fan-in, biases of zero."""

@@ -8,7 +8,6 @@ Shapes: B rows, T tokens per segment, L layers that write, D model width, n slot
 
 from __future__ import annotations
 
-import math
 from typing import Literal, NamedTuple
 
 import torch
@@ -68,8 +67,8 @@ class ImplicitMemory(Memory):
         super().__init__()
         if n_slot < 1:
             raise ValueError(f"n_slot must be at least 1, got {n_slot}")
-        if not 0 < temperature < math.inf:
-            raise ValueError(f"temperature must be above 0, got {temperature}")
+        if not 1e-6 <= temperature <= 1e6:  # far below, scores of 32 bits have no gradients that are finite
+            raise ValueError(f"temperature must be in 1e-6..1e6, got {temperature}")
         if not 0 < update_rate <= 1:
             raise ValueError(f"update_rate must be in (0, 1], got {update_rate}")
         if update not in ("soft", "importance"):

@@ -364,7 +364,7 @@ class SegmentModel(LanguageModel):
                 is a whole number of segments it may be (B, S): segments that begin a new document.
             read: Whether memories are read.
             write: Whether memories are written.
-            signals: Implicit signals of the text by name, each (B, n).
+            signals: Implicit signals of the text by name, each (B, n), for the memories that use them.
             mask: Tokens that are no padding, (B, L); None if all are.
             breaks: Segments that begin a new context within their document, as `new_context` does between calls,
                 (B, S); only where ``reset`` may be given by segment.
@@ -375,7 +375,7 @@ class SegmentModel(LanguageModel):
             An `Output`.
 
         Raises:
-            ValueError: If shapes do not fit.
+            ValueError: If shapes do not fit, or a signal is used by no memory.
         """
         if ids.dim() != 2 or not len(ids):
             raise ValueError(f"ids must be (rows, tokens) with at least one row, got shape {tuple(ids.shape)}")
@@ -383,6 +383,7 @@ class SegmentModel(LanguageModel):
         for name, flags in (("mask", mask), ("reset", reset), ("breaks", breaks)):
             if flags is not None and flags.dtype != torch.bool:
                 raise ValueError(f"{name} must be bool, got {flags.dtype}")
+        self._check_signals(signals or {}, n_row)
         if state is None:
             state = self.init_state(n_row)
         elif len(state.local.host_open) != n_row:
@@ -419,6 +420,23 @@ class SegmentModel(LanguageModel):
             index = (grid.cell - grid.columns.start).clamp(0, x.shape[1] - 1)
             x = x.gather(1, index[..., None].expand(-1, -1, x.shape[2]))
         return Output(self.head(x) if logits else None, state if carry else None, x, reads, trace)
+
+    def _check_signals(self, signals: Mapping[str, Tensor], n_row: int) -> None:
+        """Refuse what no memory uses, other shapes than (B, n), and NaN, which is looked for on a CPU alone."""
+        known = {name: width for modules in self.memory.values() for name, width in modules[0].signals.items()}
+        for name, given in signals.items():
+            if name not in known:
+                width = given.shape[-1] if given.dim() else 1
+                raise ValueError(
+                    f"signals: {name!r} is used by no memory of this model, which know {', '.join(known) or 'none'}: "
+                    f"leave it out, or set memory=adaptive 'memory.adaptive.signals={{{name}: {width}}}'"
+                )
+            if given.shape != (n_row, known[name]):
+                raise ValueError(
+                    f"signals.{name} must be (rows, numbers) = {(n_row, known[name])}, got shape {tuple(given.shape)}"
+                )
+            if given.device.type == "cpu" and not torch.compiler.is_compiling() and bool(given.isnan().any()):
+                raise ValueError(f"signals.{name} holds NaN: give 0 where it is unknown")
 
     def absorb(self, ids: Tensor, state: ModelState | None = None) -> ModelState:
         """See `LanguageModel.absorb`. Memories are as `forward` leaves them, for less work.
@@ -544,7 +562,7 @@ class SegmentModel(LanguageModel):
             reset=grid.reset,
             position=grid.position,
             document=grid.document,
-            signals=signals,
+            signals=None if signals is None else {name: signals[name] for name in module.signals if name in signals},
             lookback=module.lookback,
             surprise=self._surprise(hidden, ids)[:, skip:] if module.wants_surprise else None,
         )

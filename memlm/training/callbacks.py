@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import sys
 import time
@@ -38,6 +39,9 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 class Checkpoints(Checkpoint):
     """Writes ``step=N.ckpt`` every so many steps, after the last one and on SIGTERM, and keeps the newest.
 
+    A file gets its name only when all of its step is logged and validated, so that a run which goes on from it has lost
+    no number.
+
     Args:
         run: Run directory.
         every: Optimizer steps between checkpoints.
@@ -48,6 +52,7 @@ class Checkpoints(Checkpoint):
         self.run, self.every, self.keep = run, every, keep
         self._last = 0  # step of the newest checkpoint
         self._seen, self._stepped = 0, False
+        self._written: Path | None = None  # the checkpoint that has yet to get its name
 
     def on_train_start(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
         """What a run goes on from is there already."""
@@ -62,7 +67,17 @@ class Checkpoints(Checkpoint):
         self._stepped, self._seen = step != self._seen, step
         if step != self._last and (step % self.every == 0 or step == trainer.max_steps):
             self._last = step
-            self.save(trainer)
+            self._write(trainer)
+
+    def on_train_batch_start(
+        self, trainer: lightning.Trainer, module: lightning.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """All of the step before is logged."""
+        self._publish(trainer)
+
+    def on_train_end(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
+        """All of the last step is logged."""
+        self._publish(trainer)
 
     def on_exception(
         self, trainer: lightning.Trainer, module: lightning.LightningModule, exception: BaseException
@@ -71,20 +86,32 @@ class Checkpoints(Checkpoint):
 
         In the middle of accumulated gradients or of a validation the last checkpoint is what there is to go on from.
         """
+        self._publish(trainer)
         if not isinstance(exception, SIGTERMException):
             return
         exception.code = 128 + signal.SIGTERM
         if self._stepped and trainer.global_step != self._last and not trainer.validating:
-            self.save(trainer)
+            self._write(trainer)
+            self._publish(trainer)
 
-    def save(self, trainer: lightning.Trainer) -> Path:
-        """Write a checkpoint, then remove what is too old."""
+    def _write(self, trainer: lightning.Trainer) -> None:
+        """Write a checkpoint under a name by which it is not taken for one."""
         path = self.run / checkpoint.FOLDER / f"step={trainer.global_step}.ckpt"
-        trainer.save_checkpoint(path)
-        if trainer.is_global_zero and self.keep is not None:
+        self._written = path
+        trainer.save_checkpoint(checkpoint.unfinished(path))
+
+    def _publish(self, trainer: lightning.Trainer) -> None:
+        """Give the checkpoint that was written its name, then remove what is too old."""
+        path, self._written = self._written, None
+        if path is None or not trainer.is_global_zero:
+            return
+        try:
+            os.replace(checkpoint.unfinished(path), path)
+        finally:
+            checkpoint.unfinished(path).unlink(missing_ok=True)
+        if self.keep is not None:
             for old in checkpoint.checkpoints(self.run)[: -self.keep]:
                 old.unlink()
-        return path
 
 
 class Throughput(Callback):

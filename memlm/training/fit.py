@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import csv
+import io
 import logging
 import os
+import re
 import secrets
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -17,15 +21,20 @@ from hydra.core.hydra_config import HydraConfig
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
+from lightning.pytorch.loggers.csv_logs import ExperimentWriter
+from lightning.pytorch.loggers.logger import rank_zero_experiment
 from lightning.pytorch.utilities import rank_zero_only
+from torch.multiprocessing import ProcessRaisedException
 
 from memlm.analysis.figures import read_history
 from memlm.checkpoint import FOLDER, checkpoints, no_space
 from memlm.config import ConfigError, instantiate
+from memlm.data.tokens import atomic_file
 from memlm.training.callbacks import AtomicCheckpointIO, Checkpoints, DuringTraining, Progress, Throughput
 from memlm.training.resume import Origin, history_files, keep_earlier_history, refuse_other_run, running
 from memlm.training.settings import sweep_dir
 
+_WANDB_PATIENCE = 20.0  # seconds until a run goes on offline; WANDB_INIT_TIMEOUT sets another
 # What libraries say that tells a user of memlm nothing.
 _NOISE = (
     ".*LeafSpec.*",  # torch 2.13 renamed an internal that lightning still uses
@@ -37,6 +46,22 @@ _NOISE = (
     ".*found in eval mode at the start of training.*",
     ".*have no `val_dataloader`.*",  # an experiment that trains measures by itself
 )
+
+
+# What is told where a process of the run was lost, by what torch and lightning say of it.
+_LOST = {
+    r"DataLoader worker \(pid.*?\) (?:is killed|exited)": (
+        "a loader process was killed, most often because memory ran out (in a container: /dev/shm): lower data.n_worker"
+    ),
+    r"process \d+ terminated with|Child process with PID \d+ terminated": (
+        "a process of this run was killed, most often because memory ran out, or failed (see above); so all end"
+    ),
+    r"Connection (?:closed|reset) by peer|Broken pipe|NCCL": (
+        "another process of this run is gone: it was killed, most often because memory ran out, or failed (see above); "
+        "so all end"
+    ),
+}
+_OBSERVER = "lightning.fabric.strategies.launchers.subprocess_script"  # ends a run of which a process ended
 
 
 @contextlib.contextmanager
@@ -58,7 +83,7 @@ def make_trainer(
         The trainer, and a function that returns all that was logged, by step.
 
     Raises:
-        ConfigError: If a setting of the trainer or a logger does not work here, or no space is left.
+        ConfigError: If a setting of the trainer or a logger does not work here, no space is left, or a process is lost.
     """
     settings = {name: value for name, value in config["trainer"].items() if name != "_target_"}
     clock = Throughput()
@@ -90,9 +115,11 @@ def make_trainer(
             )
             yield trainer, history
             finished = True
-    except OSError as error:
+    except Exception as error:
         if no_space(error):
             raise ConfigError(f"no space is left in {run}: free some and go on with resume=auto") from error
+        if (told := _fault(error)) is not None:
+            raise ConfigError(told) from error
         raise
     finally:
         for logger in loggers:
@@ -144,6 +171,35 @@ def save_last(trainer: lightning.Trainer, run: Path) -> Path:
     return newest[0]
 
 
+def _fault(error: BaseException) -> str | None:
+    """What to tell of an error that came from another process; None of any other error."""
+    text = str(error)
+    if (lost := _lost(text)) is not None:
+        return lost
+    if isinstance(error, ProcessRaisedException) or "in DataLoader worker process" in text:
+        # What a process told comes with its traceback, whose last line it is.
+        name, _, told = text.strip().rpartition("\n")[2].partition(": ")
+        if name.rpartition(".")[2] in ("ConfigError", "NonFiniteLoss"):
+            return told
+    return None
+
+
+def _lost(text: str) -> str | None:
+    """What to tell where ``text`` says that a process was lost."""
+    for pattern, told in _LOST.items():
+        if re.search(pattern, text):
+            return f"{told}. What was saved is whole: go on with resume=auto"
+    return None
+
+
+class _TellLost(logging.Handler):
+    """Tells that a process was lost, before the others are killed."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if (told := _lost(record.getMessage())) is not None:
+            print(f"error: {told}", file=sys.stderr, flush=True)
+
+
 def _trainer(**settings: Any) -> lightning.Trainer:
     """A trainer; what it refuses is told as a mistake in the settings."""
     if isinstance(settings["strategy"], Mapping):
@@ -160,20 +216,45 @@ def _trainer(**settings: Any) -> lightning.Trainer:
     return trainer
 
 
+class _Rows(ExperimentWriter):
+    """Rows of a CSV file, which is never without what was logged before."""
+
+    def _rewrite_with_new_header(self, fieldnames: list[str]) -> None:
+        """Add columns; Lightning empties the file first, and a process killed right then would lose all."""
+        with open(self.metrics_file_path, newline="") as file:
+            rows = list(csv.DictReader(file))
+        with atomic_file(Path(self.metrics_file_path)) as target, io.TextIOWrapper(target, newline="") as text:
+            writer = csv.DictWriter(text, fieldnames=fieldnames)
+            writer.writeheader()
+            writer.writerows(rows)
+
+
+class _History(CSVLogger):
+    """`CSVLogger` with `_Rows`."""
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> ExperimentWriter:
+        """What writes the rows."""
+        if self._experiment is None:
+            self._experiment = _Rows(log_dir=self.log_dir)
+        return self._experiment  # type: ignore[return-value]
+
+
 def _loggers(config: Mapping[str, Any], origin: Origin | None) -> list[Logger]:
     """CSV and W&B loggers of ``config["logger"]``."""
     loggers: list[Logger] = []
     for kind, node in (config["logger"] or {}).items():
         settings = {name: value for name, value in node.items() if name != "_target_"}
         if kind == "csv":
-            loggers.append(CSVLogger(**settings))
+            loggers.append(_History(**settings))
         else:
             loggers.append(_wandb(config, settings, origin))
     return loggers
 
 
 def _wandb(config: Mapping[str, Any], settings: dict[str, Any], origin: Origin | None) -> WandbLogger:
-    """A W&B logger whose run goes on when training does; offline unless told otherwise."""
+    """A W&B logger whose run goes on when training does; offline unless told otherwise, or if W&B cannot be reached."""
     import wandb
 
     offline, log_model, folder = settings.pop("offline"), settings.pop("log_model"), Path(settings.pop("save_dir"))
@@ -184,17 +265,35 @@ def _wandb(config: Mapping[str, Any], settings: dict[str, Any], origin: Origin |
     run: Any = None
     if _is_first():
         folder.mkdir(parents=True, exist_ok=True)
-        try:
+        quiet = wandb.Settings(silent=True)
+        if "WANDB_INIT_TIMEOUT" not in os.environ:
+            quiet.init_timeout = _WANDB_PATIENCE
+
+        def start(offline: bool) -> Any:
             # Not left to Lightning, which passes settings that W&B has given up and so earns a warning.
-            run = wandb.init(
+            return wandb.init(
                 **settings,
                 dir=folder,
                 id=run_id or secrets.token_hex(4),
                 resume="allow" if run_id and not offline else None,
                 mode="offline" if offline and os.environ.get("WANDB_MODE") != "disabled" else None,
                 config=dict(config),
-                settings=wandb.Settings(silent=True),
+                settings=quiet,
             )
+
+        try:
+            try:
+                run = start(offline)
+            except wandb.errors.CommError as error:
+                if "timed out" not in str(error).lower():
+                    raise
+                print(
+                    f"W&B cannot be reached ({str(error).splitlines()[0]}): this run is logged offline, to be "
+                    f"uploaded later with wandb sync {folder}/wandb/offline-run-*",
+                    file=sys.stderr,
+                )
+                offline = True
+                run = start(offline)
         except wandb.errors.Error as error:
             raise ConfigError(f"W&B cannot start: {error}; use logger.wandb.offline=true or logger=csv") from error
         run.define_metric("trainer/global_step")
@@ -232,6 +331,10 @@ def quiet() -> Iterator[None]:
     """Silence what says nothing to a user of memlm."""
     loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
     levels = [logger.level for logger in loggers]
+    observer, tell = logging.getLogger(_OBSERVER), _TellLost()
+    observer.addHandler(tell)
+    observer.setLevel(logging.INFO)
+    observer.propagate = False
     with warnings.catch_warnings():
         for message in _NOISE:
             warnings.filterwarnings("ignore", message=message)
@@ -243,6 +346,7 @@ def quiet() -> Iterator[None]:
                     logger.propagate = True
             yield
         finally:
+            observer.removeHandler(tell)
             for logger, level in zip(loggers, levels, strict=True):
                 logger.setLevel(level)
 

@@ -23,7 +23,7 @@ from memlm.memory import state as states
 from memlm.memory.base import Memory
 from memlm.models.base import LanguageModel
 from memlm.training.loss import linear_cross_entropy, token_nll
-from memlm.training.replay import Replay, check_sources, dealt, joined, retrieved
+from memlm.training.replay import Replay, check_sources, retrieved
 from memlm.training.settings import Training
 
 _ADVICE = "The last good checkpoint is kept. Lower training.lr, or set trainer.gradient_clip_val or precision=32-true"
@@ -240,7 +240,6 @@ class LanguageModeling(lightning.LightningModule):
             repeated, _, of_rows = self._losses(again, self._forward(again, state=None, carry=False), weight)
             self.replay.update(places, of_rows)  # type: ignore[union-attr]
             losses |= {f"replayed {name}": value for name, value in repeated.items()}
-            self.log("train/replay_nll", of_rows.mean())
         total = sum(losses.values(), torch.zeros((), device=nll.device))
         if not torch.isfinite(total):
             raise NonFiniteLoss(self._explain(losses))
@@ -257,12 +256,15 @@ class LanguageModeling(lightning.LightningModule):
                         f"resume={self.trainer.default_root_dir}"
                     )
         self._state = None if batch.ends else self._without_banks(states.detach(out.state))
-        every = self.settings.consolidate_every
-        if every is not None and (self.global_step + 1) % every == 0:
-            self._consolidate((self.global_step + 1) // every - 1)
         self.log("train/loss", logged, sync_dist=self.trainer.world_size > 1)
-        if (self.global_step + 1) % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
-            self._log_details(batch, nll, losses, out)
+        if (batch.step + 1) % self.trainer.accumulate_grad_batches == 0:  # the last batch of an optimizer step
+            every = self.settings.consolidate_every
+            if every is not None and (self.global_step + 1) % every == 0:
+                self._consolidate((self.global_step + 1) // every - 1)
+            if (self.global_step + 1) % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+                self._log_details(batch, nll, losses, out)
+                if drawn is not None:
+                    self._log_once({"train/replay_nll": of_rows.mean()})
         return total
 
     def _forward(self, batch: Batch, state: Any, carry: bool) -> Any:
@@ -321,9 +323,14 @@ class LanguageModeling(lightning.LightningModule):
                 parts = zip(modules, self._state.memory[name], strict=True)
                 new = tuple(consolidate(name, module, part) for module, part in parts)
                 self._state = self._state._replace(memory=self._state.memory | {name: new})
-        if counts:  # not by `self.log`, which repeats a number in later steps
-            for logger in self.trainer.loggers:
-                logger.log_metrics(counts, step=self.global_step)
+        if counts:
+            self._log_once(counts)
+
+    def _log_once(self, numbers: Mapping[str, float | Tensor]) -> None:
+        """Log what not every step has. Not by `self.log`, which repeats a number in later steps until the next one."""
+        plain = {name: float(value) for name, value in numbers.items()}
+        for logger in self.trainer.loggers:
+            logger.log_metrics(plain, step=self.global_step)
 
     @contextlib.contextmanager
     def _all_ranks_write(self) -> Iterator[None]:
@@ -371,8 +378,8 @@ class LanguageModeling(lightning.LightningModule):
         self.log("train/nll_text", (nll * text).sum() / text.sum().clamp(min=1))
         if batch.answer.any():
             right = self.model.head(out.hidden[batch.answer]).argmax(dim=-1) == batch.targets[batch.answer]
-            self.log("train/answer_accuracy", right.float().mean())
-            self.log("train/nll_answer", nll[batch.answer].mean())
+            accuracy, answered = right.float().mean(), nll[batch.answer].mean()
+            self._log_once({"train/answer_accuracy": accuracy, "train/nll_answer": answered})
         for name, loss in losses.items():
             if name.partition("/")[0] in self.model.memory:
                 self.log(f"train/{name}", loss)
@@ -421,10 +428,16 @@ class LanguageModeling(lightning.LightningModule):
             self._number_by_place(checkpoint["optimizer_states"])
         checkpoint["carried"] = None if self._state is None else states.to_dict(self._of_all_ranks(self._state))
         if self.replay is not None:
-            checkpoint["replay"] = joined(self._parts_of_all_ranks(self.replay.state_dict()))
+            checkpoint["replay"] = self._parts_of_all_ranks(self.replay.state_dict())
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take up the carried state, and of banks that are dealt out the share of this process."""
+        """Take up the carried state, the replay buffer, and of banks that are dealt out the share of this process.
+
+        Of other processes than before, each gets its rows.
+
+        Raises:
+            ConfigError: If the rows of a batch cannot be dealt out to so many processes.
+        """
         for prefix, module in self._dealt.items():
             rank, n_rank = module.share
             for name in module.by_slot():
@@ -432,12 +445,17 @@ class LanguageModeling(lightning.LightningModule):
         carried = checkpoint.get("carried")
         self._state = None
         if carried is not None:
-            n_row = len(carried["local"]["host_open"])
+            n_row, n_rank = len(carried["local"]["host_open"]), self.trainer.world_size
+            if n_row % n_rank:
+                raise ConfigError(
+                    f"the checkpoint carries {n_row} rows, which cannot be dealt out evenly to {n_rank} processes: set "
+                    f"trainer.devices to a divisor of {n_row}"
+                )
             state = states.from_dict(carried, self._without_banks(self.model.init_state(n_row)))
             own = torch.arange(n_row).chunk(self.trainer.world_size)[self.global_rank]
             self._state = states.select_rows(state, own)
         if self.replay is not None and "replay" in checkpoint:
-            self.replay.load_state_dict(dealt(checkpoint["replay"], self.global_rank, self.trainer.world_size))
+            self.replay.take_up(checkpoint["replay"], self.global_rank, self.trainer.world_size)
 
     def on_train_start(self) -> None:
         """Bring the carried state to the device of the model."""

@@ -192,6 +192,35 @@ class Replay:
             total += np.bincount(once[0], worth[once[1]], minlength=len(places))
         return total
 
+    def take_up(self, parts: list[dict[str, Any]], rank: int, n_rank: int) -> None:
+        """Go on with the buffers of all processes.
+
+        As many processes as there were have their own again. Else each gets a share in which every window is kept once;
+        of more than fit, those with the greatest loss (``surprise``) or an even sample (``reservoir``).
+
+        Args:
+            parts: `state_dict` of each process, by rank.
+            rank: Of this process.
+            n_rank: Processes there are now.
+        """
+        if len(parts) == n_rank:
+            self.load_state_dict(parts[rank])
+            return
+        n_seen = sum(part["n_seen"] for part in parts)
+        pairs = [pair for part in parts for pair in zip(part["windows"], part["losses"], strict=True)]
+        once = list({_name(Window(**window)): (window, loss) for window, loss in pairs}.values())
+        once = [once[i] for i in self._rng(n_seen, 0, 2).permutation(len(once))]
+        if self.policy == "surprise":
+            once.sort(key=lambda pair: -pair[1])
+        share = once[rank::n_rank]
+        self.load_state_dict(
+            {
+                "windows": [window for window, _ in share],
+                "losses": [loss for _, loss in share],
+                "n_seen": n_seen // n_rank + (rank < n_seen % n_rank),
+            }
+        )
+
     def _put(self, place: int, window: Window, loss: float) -> None:
         if place == len(self):
             self.windows.append(window)
@@ -256,21 +285,6 @@ def build_replay(config: Mapping[str, Any]) -> Replay | None:
     """The buffer of ``config["replay"]``; None if there is none."""
     settings = {name: value for name, value in config["replay"].items() if name != "_target_"}
     return Replay(**settings, seed=config["seed"]) if settings else None
-
-
-def joined(parts: list[dict[str, Any]]) -> dict[str, Any]:
-    """The buffers of several processes as one."""
-    return {
-        "windows": [window for part in parts for window in part["windows"]],
-        "losses": [loss for part in parts for loss in part["losses"]],
-        "n_seen": sum(part["n_seen"] for part in parts),
-    }
-
-
-def dealt(content: dict[str, Any], rank: int, n_rank: int) -> dict[str, Any]:
-    """A process's share of a joined buffer."""
-    share = {name: content[name][rank::n_rank] for name in ("windows", "losses")}
-    return share | {"n_seen": content["n_seen"] // n_rank}
 
 
 def _spans(ids: np.ndarray, n: int) -> np.ndarray:

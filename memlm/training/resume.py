@@ -105,12 +105,15 @@ def check_text(origin: Origin, data: TextData) -> None:
 
 def keep_earlier_history(run: Path, origin: Origin) -> None:
     """Copy what was logged before the checkpoint into the run that goes on."""
-    for i, source in enumerate(history_files(origin.run)):
+    sources = history_files(origin.run)
+    if sources and run.resolve() == origin.run.resolve():  # at once: a run killed in between would have it twice
+        sources.append(sources.pop().replace(run / "csv" / _EARLIER.format(len(sources))))
+    for i, source in enumerate(sources):
         with open(source, newline="", encoding="utf-8") as file:
             reader = csv.DictReader(file)
             columns = list(reader.fieldnames or [])
             # A process that was killed may have left half a line.
-            rows = [row for row in reader if None not in row and (row.get("step") or "").isdigit()]
+            rows = [row for row in reader if None not in (*row, *row.values()) and (row.get("step") or "").isdigit()]
         with atomic_file(run / "csv" / _EARLIER.format(i)) as target:
             lines = [columns, *([row[c] for c in columns] for row in rows if int(row["step"]) < origin.step)]
             target.write("".join(",".join(_quoted(cell) for cell in line) + "\n" for line in lines).encode())

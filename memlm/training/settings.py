@@ -63,7 +63,7 @@ def plan_steps(config: dict[str, Any]) -> dict[str, Any]:
     """``config`` with ``trainer.max_steps`` filled in from the curriculum, and the rest checked.
 
     Raises:
-        ConfigError: If a device is asked for that is not there, or a number is out of range.
+        ConfigError: If a device or signal is asked for that is not there, or a number is out of range.
     """
     trainer = dict(config["trainer"])
     for key in ("checkpoint.every", "checkpoint.keep", "trainer.accumulate_grad_batches", "trainer.log_every_n_steps",
@@ -76,6 +76,12 @@ def plan_steps(config: dict[str, Any]) -> dict[str, Any]:
             raise ConfigError(f"{key} must be a whole number of at least 1, got {value!r}")
     if not 0 <= config["seed"] < 2**31:
         raise ConfigError(f"seed must be in 0..2147483647, got {config['seed']}")
+    for name, node in config["memory"].items():
+        if node.get("signals"):
+            raise ConfigError(
+                f"memory.{name}.signals names {', '.join(node['signals'])}, but the data of train.py is text and has "
+                "none: leave it null (from Python, each call may bring some: model(ids, signals=...))"
+            )
     Training(**{name: value for name, value in config["training"].items() if name != "_target_"})
     if trainer["max_steps"] in (None, -1):
         batches = Curriculum(config["curriculum"]["phases"], config["curriculum"]["task"]).steps

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+import memlm
 from memlm.memory.adaptive import AdaptiveMemory, AdaptiveState, policy_gradient
 from memlm.memory.base import Segment
 from memlm.models.lmcode import LMCode
@@ -236,14 +237,25 @@ def test_signals_reach_what_is_stored_through_the_model() -> None:
 @torch.no_grad()
 def test_signals_that_are_unknown_are_refused() -> None:
     ids = torch.zeros(1, 8, dtype=torch.long)
-    with pytest.raises(
-        ValueError, match=r"'mood' is unknown to this memory, which knows tone: set memory.adaptive.sig"
+    model = model_of(signals={"tone": 1})
+    for given, told in (
+        (
+            {"mood": torch.zeros(1, 3)},
+            r"'mood' is used by no memory of this model, which know tone: .*signals=.mood: 3",
+        ),
+        ({"tone": torch.zeros(1, 2)}, r"signals.tone must be \(rows, numbers\) = \(1, 1\), got shape \(1, 2\)"),
+        ({"tone": torch.zeros(2, 1)}, r"signals.tone must be \(rows, numbers\) = \(1, 1\), got shape \(2, 1\)"),
+        ({"tone": torch.tensor(0.5)}, r"signals.tone must be .* got shape \(\)"),
+        ({"tone": torch.full((1, 1), torch.nan)}, "signals.tone holds NaN: give 0 where it is unknown"),
     ):
-        model_of(signals={"tone": 1})(ids, signals={"mood": torch.zeros(1, 3)})
-    with pytest.raises(ValueError, match="which knows none"):
+        with pytest.raises(ValueError, match=told):
+            model(ids, signals=given)
+    with pytest.raises(ValueError, match="used by no memory of this model, which know none"):
         model_of()(ids, signals={"tone": torch.zeros(1, 1)})
-    with pytest.raises(ValueError, match=r"signals.tone must have 1 numbers, got 2"):
-        model_of(signals={"tone": 1})(ids, signals={"tone": torch.zeros(1, 2)})
+    with pytest.raises(ValueError, match="used by no memory of this model, which know none"):
+        memlm.build("memory=stm", "model.d_model=8", "model.n_head=1")(ids, signals={"tone": torch.zeros(1, 1)})
+    with pytest.raises(ValueError, match=r"'mood' is unknown to this memory, which knows tone"):
+        memory_of(signals={"tone": 1}).encode(torch.zeros(1, 2, 8), torch.zeros(1, 2, 8), {"mood": torch.zeros(1, 3)})
 
 
 @pytest.mark.parametrize(

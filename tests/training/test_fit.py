@@ -50,6 +50,13 @@ def test_impossible_plans_are_refused(setting: str, told: str, tmp_path: Path, m
         config(tmp_path, "a", setting)
 
 
+def test_signals_that_no_data_has_are_refused(tmp_path: Path) -> None:
+    settings = config(tmp_path, "a", memory="none")
+    settings["memory"] = {"adaptive": {"signals": {"tone": 1, "hour": 2}}}
+    with pytest.raises(ConfigError, match=r"adaptive\.signals names tone, hour, but .* has none: leave it null"):
+        plan_steps(settings)
+
+
 def test_settings_reach_the_trainer(tmp_path: Path) -> None:
     more = [
         "trainer.devices=2",

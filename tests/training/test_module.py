@@ -442,3 +442,22 @@ def test_memories_are_consolidated_every_so_many_steps(
     for (_, _, new), step in zip(seen[:2], (2, 4), strict=True):  # what the next step begins with
         torch.testing.assert_close(carried[step].key, new.key)
         assert torch.equal(carried[step].priority, new.priority)
+
+
+def test_accumulated_batches_are_one_step_to_consolidation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+    original = LongTermMemory.consolidate
+
+    def counted(self: Any, state: Any, threshold: float = 0.1) -> Any:
+        seen.append(step)
+        return original(self, state, threshold)
+
+    def look(module: LanguageModeling, batch: Any) -> None:
+        nonlocal step
+        step = batch.step
+
+    step = -1
+    monkeypatch.setattr(LongTermMemory, "consolidate", counted)
+    settings = ["memory.ltm.scope=shared", "training.consolidate_every=2", "trainer.max_steps=4"]
+    fit(config(tmp_path, "a", *settings, "trainer.accumulate_grad_batches=3"), before_step=look)
+    assert seen == [5, 11]  # with the last batch of the second and of the fourth step

@@ -11,7 +11,7 @@ from memlm.checkpoint import checkpoints, read_plain
 from memlm.config import ConfigError
 from memlm.data.stream import Batch
 from memlm.training.module import LanguageModeling
-from memlm.training.replay import Read, Replay, dealt, joined
+from memlm.training.replay import Read, Replay
 from memlm.training.resume import history_files
 from tests.training.small import FACTS, PLAIN, SHORT, config, curve, fit, fit_until_killed
 
@@ -137,15 +137,66 @@ def test_settings_that_cannot_work_are_refused(settings: dict[str, Any], told: s
         Replay(**settings)
 
 
-def test_a_buffer_is_dealt_out_and_joined_again() -> None:
-    replay = Replay(capacity=10)
-    replay.offer(batch_of([1, 2, 3, 4, 5]), torch.arange(5.0), n_segment=1)
-    shares = [dealt(replay.state_dict(), rank, 2) for rank in range(2)]
-    assert [len(share["windows"]) for share in shares] == [3, 2]
+def test_each_process_has_its_own_buffer_again() -> None:
+    parts = []
+    for rank in range(2):
+        replay = Replay(capacity=3)
+        for step in range(4):
+            replay.offer(batch_of([10 * rank + 2 * step, 10 * rank + 2 * step + 1], step), torch.rand(2), 1, rank)
+        parts.append(replay.state_dict())
+    for rank in range(2):
+        again = Replay(capacity=3)
+        again.take_up(parts, rank, 2)
+        assert again.state_dict() == parts[rank]  # in the same places, which later steps draw from
+
+
+def _seen(rows: list[int], losses: list[float], **settings: Any) -> dict[str, Any]:
+    replay = Replay(**settings)
+    for step, (row, loss) in enumerate(zip(rows, losses, strict=True)):
+        replay.offer(batch_of([row], step), torch.tensor([loss]), n_segment=1)
+    return replay.state_dict()
+
+
+def test_a_buffer_is_dealt_out_to_more_processes_and_joined_again() -> None:
+    whole = _seen([1, 2, 3, 4, 5], [1.0, 2.0, 3.0, 4.0, 5.0], capacity=10)
+    shares = [Replay(capacity=10) for _ in range(2)]
+    for rank, share in enumerate(shares):
+        share.take_up([whole], rank, 2)
+    assert [len(share) for share in shares] == [share.n_seen for share in shares] == [3, 2]
     other = Replay(capacity=10)
-    other.load_state_dict(joined(shares))
-    assert kept(other) == kept(replay)
-    assert sorted(other.losses) == sorted(replay.losses)
+    other.take_up([share.state_dict() for share in shares], 0, 1)
+    assert (kept(other), other.n_seen) == ([1, 2, 3, 4, 5], 5)
+    assert {int(w.ids[0]): loss for w, loss in zip(other.windows, other.losses, strict=True)} == {
+        i: float(i) for i in range(1, 6)
+    }
+
+
+def test_what_two_processes_both_kept_is_kept_once() -> None:
+    parts = [_seen([1, 2], [1.0, 2.0], capacity=2), _seen([2, 3], [4.0, 3.0], capacity=2)]
+    replay = Replay("surprise", capacity=3)
+    replay.take_up(parts, 0, 1)
+    assert kept(replay) == [1, 2, 3]
+    for step in range(9, 30):  # what replaces them finds each in its place
+        replay.offer(batch_of([step], step), torch.tensor([float(step)]), n_segment=1)
+    assert kept(replay) == [27, 28, 29]
+
+
+def test_of_more_than_fit_the_worst_predicted_or_an_even_sample_stay() -> None:
+    parts = [_seen([1, 2, 3], [9.0, 1.0, 8.0], capacity=3), _seen([4, 5, 6], [2.0, 7.0, 3.0], capacity=3)]
+    replay = Replay("surprise", capacity=3)
+    replay.take_up(parts, 0, 1)
+    assert kept(replay) == [1, 3, 5]
+    counts: Counter[int] = Counter()
+    for seed in range(400):
+        parts = [_seen(list(range(n, n + 8)), [0.0] * 8, capacity=4, seed=2 * seed + n // 8) for n in (0, 8)]
+        replay = Replay(capacity=4, seed=seed)
+        replay.take_up(parts, 0, 1)
+        assert len(replay) == 4
+        counts.update(kept(replay))
+    # each of 16 is kept with probability 1/4: 100 times of 400, standard deviation 8.7
+    assert len(counts) == 16
+    assert min(counts.values()) > 100 - 4 * 8.7
+    assert max(counts.values()) < 100 + 4 * 8.7
 
 
 # --- in training -----------------------------------------------------------------------------------------------------
@@ -306,9 +357,9 @@ def test_two_processes_have_a_buffer_each(policy: str, tmp_path: Path) -> None:
     bank = "memory.ltm.scope=shared"
     ranks = ["trainer.devices=2", "trainer.strategy=ddp_fork", "replay.ratio=1.0", bank]
     fit(config(tmp_path, "two", *ranks, "trainer.max_steps=4", phases=[SHORT], replay=policy))
-    content = read_plain(checkpoints(tmp_path / "two")[-1])["replay"]
-    assert content["n_seen"] == len(content["windows"]) == 8
-    assert len({window["ids"].numpy().tobytes() for window in content["windows"]}) == 8
+    parts = read_plain(checkpoints(tmp_path / "two")[-1])["replay"]
+    assert [(part["n_seen"], len(part["windows"])) for part in parts] == [(4, 4), (4, 4)]
+    assert len({window["ids"].numpy().tobytes() for part in parts for window in part["windows"]}) == 8
     _, module, _ = fit(config(tmp_path, "on", f"resume={tmp_path / 'two'}", "replay.ratio=1.0", bank, phases=[SHORT],
                               replay=policy))  # fmt: skip
     assert module.replay is not None
