@@ -16,11 +16,13 @@ import collections.abc
 import difflib
 import functools
 import importlib
+import importlib.util
 import inspect
 import math
 import os
 import re
 import shlex
+import shutil
 import sys
 import traceback
 import types
@@ -52,6 +54,7 @@ INJECTED = frozenset({"d_model", "memories", "model", "n_vocab", "tokenizer", "t
 # Packages that take seconds to import: their nodes are checked last, and before a run only if the command line
 # touches them.
 _SLOW = ("lightning", "pytorch_lightning", "wandb")
+_LAUNCHERS = ("joblib", "submitit")  # packages that start the jobs of a sweep, and tell when one of them dies
 _HYDRA_KEYS = frozenset({"_target_", "_partial_", "_recursive_", "_convert_", "_args_"})
 # Settings that belong to the run as a whole, and so to no constructor.
 _TOP_LEVEL: dict[str, Any] = {"name": str | None, "resume": str | None, "seed": int, "n_parameter": int | None}
@@ -611,6 +614,7 @@ def check_command_line(
     *,
     directory: str | Path | None = None,
     injected: Collection[str] = INJECTED,
+    check: Callable[[DictConfig], None] | None = None,
 ) -> None:
     """Check a command line before Hydra acts on it.
 
@@ -622,17 +626,18 @@ def check_command_line(
         config_name: the primary config, unless `argv` names another.
         directory: the config tree; the shipped one by default.
         injected: see `validate`.
+        check: what else a config is put before.
 
     Raises:
-        ConfigError: what `compose` and `validate` raise.
+        ConfigError: what `compose`, `validate` and `check` raise.
     """
+    _check_options(argv)
     # A newer Hydra may know further flags: they are its own business.
     flags, rest = get_args_parser().parse_known_intermixed_args(list(argv))
     if flags.help or flags.hydra_help or flags.shell_completion or flags.experimental_rerun or flags.info:
         return
     if unknown := [a for a in rest if a.startswith("-")]:
-        known = [o for action in get_args_parser()._actions for o in action.option_strings]
-        raise ConfigError(f"There is no option {unknown[0]!r}.{did_you_mean(unknown[0], known)} See --help.")
+        raise _no_option(unknown[0])
     if flags.config_path is not None:
         if not os.path.isabs(flags.config_path):
             return  # relative to the script, which only Hydra knows
@@ -648,6 +653,8 @@ def check_command_line(
             o.key_or_group == "hydra.mode" and str(o.value()).upper().endswith("MULTIRUN") for o in parsed
         )
         touched = {o.key_or_group.partition(".")[0].partition("/")[0] for o in parsed}
+        if multirun and (lines := [str(o.input_line) for o in parsed if o.key_or_group == "hydra/launcher"]):
+            _check_launcher(config_name, lines)
         for overrides in _jobs(parsed) if multirun else [list(flags.overrides)]:
             config = _compose(loader, overrides, config_name, searchpath)
             if flags.cfg:  # to be looked at, complete or not
@@ -660,6 +667,41 @@ def check_command_line(
             }
             idle = {key.partition(".")[0].partition("[")[0] for key in slow} - touched
             validate(config, injected=injected, skip=idle)
+            if check is not None:
+                check(config)
+
+
+def _check_options(argv: Sequence[str]) -> None:
+    """Refuse an option that does not exist, which `argparse` may take for the beginning of another."""
+    known = _known_options()
+    for argument in argv:
+        option = argument.partition("=")[0]
+        if option.startswith("--") and option not in known:
+            raise _no_option(option)
+
+
+def _known_options() -> list[str]:
+    return [option for action in get_args_parser()._actions for option in action.option_strings]
+
+
+def _no_option(option: str) -> ConfigError:
+    name = option.lstrip("-")
+    return ConfigError(
+        f"There is no option {option!r}.{did_you_mean(option, _known_options())} "
+        f"Settings have no dashes, as {name}=VALUE. See --help."
+    )
+
+
+def _check_launcher(config_name: str, lines: list[str]) -> None:
+    """Refuse a launcher whose package is not installed."""
+    with _told_in_a_sentence():
+        node = hydra.compose(config_name, lines, return_hydra_config=True).hydra.launcher
+    package = ".".join(str(node._target_).split(".")[:2])
+    if importlib.util.find_spec(package) is None:
+        raise ConfigError(
+            f"{lines[0]} needs a package that is not installed: pip install 'memlm[launchers]' "
+            "(in a checkout: pip install -e '.[launchers]')"
+        )
 
 
 def _jobs(parsed: Sequence[Override]) -> Iterator[list[str]]:
@@ -685,7 +727,20 @@ def _jobs(parsed: Sequence[Override]) -> Iterator[list[str]]:
             yield [line if j == i else c[0] for j, c in enumerate(choices)]
 
 
-def cli(config_name: str, *, directory: str | Path | None = None) -> Callable[[Callable[[DictConfig], Any]], Any]:
+class JobFailed(Exception):
+    """A job of a sweep has failed, and `ERROR` in its directory says why; the argument is the first line of it."""
+
+
+ERROR = "error.txt"
+"""File in the directory of a failed job: one sentence, and the traceback if it was no mistake of the user."""
+
+
+def cli(
+    config_name: str,
+    check: Callable[[DictConfig], None] | None = None,
+    *,
+    directory: str | Path | None = None,
+) -> Callable[[Callable[[DictConfig], Any]], Any]:
     """Make a function of a config the main function of a script.
 
         @cli("train")
@@ -696,11 +751,12 @@ def cli(config_name: str, *, directory: str | Path | None = None) -> Callable[[C
 
     The command line is checked first. A mistake of the user ends the program with `error: <sentence>` on stderr and
     exit code 2; `MEMLM_TRACEBACK=1` (or Hydra's `HYDRA_FULL_ERROR=1`) shows the traceback instead. Of a sweep the
-    other jobs still run, and every failed one is reported when it fails. Called with a config, `main(cfg)` is the
-    bare function.
+    other jobs still run; the failed ones are reported when they fail, and listed at the end. A run that leaves
+    nothing leaves no directory. Called with a config, `main(cfg)` is the bare function.
 
     Args:
         config_name: the primary config.
+        check: what refuses a config before anything is run, see `check_command_line`.
         directory: the config tree; the shipped one by default.
     """
 
@@ -710,22 +766,20 @@ def cli(config_name: str, *, directory: str | Path | None = None) -> Callable[[C
             # What _quiet_hydra() sets must not reach the processes that this job starts.
             os.environ.pop("HYDRA_FULL_ERROR", None)
             try:
+                if _is_sweep():
+                    (Path(run_dir()) / ERROR).unlink(missing_ok=True)
                 return function(cfg)
             except Exception as error:
-                if not _is_sweep():
-                    if _is_user_error(error):
-                        _report(error)
-                        # Not an Exception, so Hydra adds no report of its own.
-                        raise SystemExit(2) from error
-                    raise
+                if _is_sweep():
+                    raise _job_failed(error) from error
                 if _is_user_error(error):
-                    _report(error, f"job {HydraConfig.get().job.num}: ")
-                else:
-                    traceback.print_exc()
-                error._memlm_reported = True  # type: ignore[attr-defined]
+                    _report(error)
+                    # Not an Exception, so Hydra adds no report of its own.
+                    raise SystemExit(2) from error
                 raise
             finally:
                 os.environ["HYDRA_FULL_ERROR"] = "1"
+                _remove_if_bare(Path(run_dir()))
 
         @functools.wraps(function)
         def main(cfg: DictConfig | None = None) -> Any:
@@ -736,26 +790,78 @@ def cli(config_name: str, *, directory: str | Path | None = None) -> Callable[[C
             run = hydra.main(version_base="1.3", config_path=path, config_name=config_name)
             if _wants_traceback():
                 os.environ["HYDRA_FULL_ERROR"] = "1"
-                check_command_line(sys.argv[1:], config_name, directory=directory)
+                check_command_line(sys.argv[1:], config_name, directory=directory, check=check)
                 return run(function)()
             try:
-                check_command_line(sys.argv[1:], config_name, directory=directory)
+                check_command_line(sys.argv[1:], config_name, directory=directory, check=check)
                 with _quiet_hydra():
                     run(job)()
-            except KeyboardInterrupt:
-                print("interrupted", file=sys.stderr)
-                raise SystemExit(130) from None
+            except (KeyboardInterrupt, SystemExit) as stop:
+                raise SystemExit(_end_of_stopped(stop)) from None
             except Exception as error:
-                user = _is_user_error(error)
-                if not getattr(error, "_memlm_reported", False):
-                    if not user:
-                        raise
-                    _report(error)
-                raise SystemExit(2 if user else 1) from None
+                raise SystemExit(_end_of_failed(error)) from None
 
         return main
 
     return decorate
+
+
+def _job_failed(error: Exception) -> JobFailed:
+    """Report why a job of a sweep has failed, and write it into its directory."""
+    sentence, user = _message(error), _is_user_error(error)
+    lines = sentence if user else f"{sentence}\n\n{''.join(traceback.format_exception(error))}"
+    (Path(run_dir()) / ERROR).write_text(lines + "\n", encoding="utf-8")
+    if user:
+        _report(error, f"job {HydraConfig.get().job.num}: ")
+    else:
+        sys.stdout.flush()
+        print(lines.partition("\n\n")[2], file=sys.stderr)
+    return JobFailed(sentence)
+
+
+def _end_of_failed(error: Exception) -> int:
+    """Say what is not said yet of what ended a program; returns its exit code."""
+    user = _is_user_error(error)
+    sweep = Path(HydraConfig.get().sweep.dir) if _is_sweep() else None
+    failed = sorted(sweep.rglob(ERROR)) if sweep is not None else []
+    died = type(error).__module__.partition(".")[0] in _LAUNCHERS
+    if died:
+        print(f"error: the process of a job has died: {_sentence(error)}", file=sys.stderr)
+    elif user:
+        _report(error)
+    elif not isinstance(error, JobFailed):
+        raise error
+    texts = {path.parent: path.read_text(encoding="utf-8").splitlines() for path in failed}
+    if texts:
+        lines = [f"  {place}: {text[0]}" for place, text in texts.items()]
+        print(f"\nerror: {len(lines)} failed of the jobs in {sweep}:", *lines, sep="\n", file=sys.stderr)
+        print(_again(), file=sys.stderr)
+    return 1 if died or any(len(text) > 1 for text in texts.values()) else 2
+
+
+def _end_of_stopped(stop: KeyboardInterrupt | SystemExit) -> Any:
+    """Say how to go on with what was stopped; returns the exit code."""
+    # Lightning leaves with code 1 on Ctrl-C.
+    interrupted = isinstance(stop, KeyboardInterrupt) or isinstance(stop.__context__, KeyboardInterrupt)
+    if interrupted:
+        print("interrupted", file=sys.stderr)
+    code = 130 if interrupted else stop.code  # type: ignore[union-attr]
+    if _is_sweep() and code not in (0, 2, None):
+        print(f"The sweep was stopped. {_again()}", file=sys.stderr)
+    return code
+
+
+def _again() -> str:
+    """How a sweep is started again."""
+    return f"To run what is left, repeat the command with hydra.sweep.dir={shlex.quote(HydraConfig.get().sweep.dir)}"
+
+
+def _remove_if_bare(run: Path) -> None:
+    """Remove a run directory in which there is nothing but what Hydra and a lock have put there."""
+    if run.resolve() == Path.cwd() or not (run / ".hydra").is_dir():
+        return
+    if {path.name for path in run.iterdir()} <= {".hydra", ".lock", f"{HydraConfig.get().job.name}.log"}:
+        shutil.rmtree(run, ignore_errors=True)
 
 
 def _quoted(argument: str) -> str:
@@ -826,12 +932,16 @@ def _root(error: BaseException) -> BaseException:
     return error
 
 
-def _report(error: BaseException, prefix: str = "") -> None:
+def _message(error: BaseException) -> str:
+    """What an error says, on one line."""
     error = _root(error)
-    text = str(error) if isinstance(error, ConfigError) else _sentence(error)
-    if isinstance(error, OSError):
-        text = f"{error.strerror}: {error.filename}"
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.strerror}: {error.filename}"
+    return str(error) if isinstance(error, ConfigError) else _sentence(error)
+
+
+def _report(error: BaseException, prefix: str = "") -> None:
     sys.stdout.flush()
-    print(f"error: {prefix}{text}", file=sys.stderr)
-    if not isinstance(error, ConfigError):
+    print(f"error: {prefix}{_message(error)}", file=sys.stderr)
+    if not isinstance(_root(error), ConfigError):
         print("(MEMLM_TRACEBACK=1 shows where it was raised)", file=sys.stderr)

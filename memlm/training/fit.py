@@ -14,6 +14,7 @@ from typing import Any
 import lightning
 import torch
 from hydra.core.hydra_config import HydraConfig
+from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
@@ -23,8 +24,9 @@ from memlm.analysis.figures import read_history
 from memlm.checkpoint import FOLDER, checkpoints, no_space
 from memlm.config import ConfigError
 from memlm.training.callbacks import AtomicCheckpointIO, Checkpoints, DuringTraining, Progress, Throughput
-from memlm.training.resume import Origin, history_files, keep_earlier_history, refuse_other_run, running
+from memlm.training.resume import Origin, forget_finished, history_files, keep_earlier_history, refuse_other_run, running
 from memlm.training.settings import sweep_dir
+from memlm.training.stopping import Stopped
 
 # What libraries say that tells a user of memlm nothing.
 _NOISE = (
@@ -72,23 +74,28 @@ def make_trainer(
 
     loggers: list[Logger] = []
     finished = False
+    stopped: Stopped | None = None
     try:
         with _quiet(), running(run) if _is_first() else contextlib.nullcontext():
             if _is_first():
                 refuse_other_run(run, origin)
                 if origin is not None:
                     keep_earlier_history(run, origin)
+                forget_finished(run)
             loggers += _loggers(config, origin)
-            trainer = _trainer(
+            trainer = trainer_of(
                 **settings,
                 logger=loggers,
                 callbacks=callbacks,
-                plugins=[AtomicCheckpointIO()],
+                plugins=[AtomicCheckpointIO(), *_slurm()],
                 default_root_dir=run,
                 use_distributed_sampler=False,
             )
             yield trainer, history
             finished = True
+    except Stopped as signal:
+        stopped = signal
+        raise
     except OSError as error:
         if no_space(error):
             raise ConfigError(f"no space is left in {run}: free some and go on with resume=auto") from error
@@ -99,6 +106,8 @@ def make_trainer(
                 logger.finalize("success" if finished else "failed")
             if isinstance(logger, WandbLogger) and _is_first():
                 logger.experiment.finish(exit_code=0 if finished else 1)
+        if stopped is not None:
+            stopped.hand_on()
 
 
 @contextlib.contextmanager
@@ -143,18 +152,21 @@ def save_last(trainer: lightning.Trainer, run: Path) -> Path:
     return newest[0]
 
 
-def _trainer(**settings: Any) -> lightning.Trainer:
-    """A trainer; what it refuses is told as a mistake in the settings."""
+def trainer_of(**settings: Any) -> lightning.Trainer:
+    """A trainer of Lightning; what it refuses is told as a mistake in the settings.
+
+    Raises:
+        ConfigError: If a setting does not work here.
+    """
     try:
-        trainer = lightning.Trainer(**settings)
+        return lightning.Trainer(**settings)
     except (MisconfigurationException, ValueError, TypeError, ModuleNotFoundError) as error:
         raise ConfigError(f"trainer: {' '.join(str(error).split())}") from error
-    if trainer.world_size > 1 and sweep_dir() is not None:
-        raise ConfigError(
-            f"the jobs of a sweep train on one device each, but trainer.devices={settings['devices']} gives "
-            f"{trainer.world_size}: add trainer.devices=1, or run them one by one without -m"
-        )
-    return trainer
+
+
+def _slurm() -> list[SLURMEnvironment]:
+    """The environment of a SLURM job, which leaves it to others to queue it again: a run stops only between steps."""
+    return [SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else []
 
 
 def _loggers(config: Mapping[str, Any], origin: Origin | None) -> list[Logger]:
