@@ -16,7 +16,6 @@ import collections.abc
 import difflib
 import functools
 import importlib
-import importlib.util
 import inspect
 import math
 import os
@@ -41,7 +40,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
 from hydra.core.utils import JobRuntime
-from hydra.errors import HydraException
+from hydra.errors import HydraException, MissingConfigException
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, ListConfig, OmegaConf
@@ -88,7 +87,22 @@ def run_dir() -> str:
     return "."
 
 
+def device_of_job(num: int) -> str:
+    """Return what `CUDA_VISIBLE_DEVICES` is for a job of a sweep, so that jobs side by side use different GPUs.
+
+    A process that does several jobs keeps the GPU of its first one, as CUDA does not look again.
+    """
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
+        import torch
+
+        visible = ",".join(map(str, range(torch.cuda.device_count())))
+    devices = [device for device in visible.split(",") if device]
+    return devices[num % len(devices)] if devices else ""
+
+
 OmegaConf.register_new_resolver("run_dir", run_dir, replace=True)
+OmegaConf.register_new_resolver("device_of_job", device_of_job, replace=True)
 
 
 # ---------------------------------------------------------------------------------------------------- composing
@@ -653,8 +667,9 @@ def check_command_line(
             o.key_or_group == "hydra.mode" and str(o.value()).upper().endswith("MULTIRUN") for o in parsed
         )
         touched = {o.key_or_group.partition(".")[0].partition("/")[0] for o in parsed}
-        if multirun and (lines := [str(o.input_line) for o in parsed if o.key_or_group == "hydra/launcher"]):
-            _check_launcher(config_name, lines)
+        for override in parsed:
+            if override.key_or_group == "hydra/launcher":
+                _check_launcher(loader, config_name, override)
         for overrides in _jobs(parsed) if multirun else [list(flags.overrides)]:
             config = _compose(loader, overrides, config_name, searchpath)
             if flags.cfg:  # to be looked at, complete or not
@@ -692,16 +707,16 @@ def _no_option(option: str) -> ConfigError:
     )
 
 
-def _check_launcher(config_name: str, lines: list[str]) -> None:
-    """Refuse a launcher whose package is not installed."""
-    with _told_in_a_sentence():
-        node = hydra.compose(config_name, lines, return_hydra_config=True).hydra.launcher
-    package = ".".join(str(node._target_).split(".")[:2])
-    if importlib.util.find_spec(package) is None:
+def _check_launcher(loader: ConfigLoader, config_name: str, override: Override) -> None:
+    """Refuse a launcher that does not exist, or whose package is not installed."""
+    _check_choice(override, _options(loader, "hydra/launcher", [], config_name))
+    try:
+        hydra.compose(config_name, [str(override.input_line)], return_hydra_config=True)
+    except MissingConfigException as error:
         raise ConfigError(
-            f"{lines[0]} needs a package that is not installed: pip install 'memlm[launchers]' "
+            f"{override.input_line} needs a package that is not installed: pip install 'memlm[launchers]' "
             "(in a checkout: pip install -e '.[launchers]')"
-        )
+        ) from error
 
 
 def _jobs(parsed: Sequence[Override]) -> Iterator[list[str]]:

@@ -17,7 +17,7 @@ from memlm.training.resume import read_finished
 from memlm.training.stopping import Signals
 
 # What a job of a sweep was told that a run of its own must not be: how the sweep goes, and its place in it.
-_OF_THE_SWEEP = ("hydra.mode", "hydra.sweep", "hydra.run", "hydra.launcher", "hydra.job", "hydra/launcher", "hydra/sweep")
+_OF_THE_SWEEP = ("hydra.mode", "hydra.sweep", "hydra.run", "hydra.launcher", "hydra/launcher", "hydra/sweep")
 
 
 def starts_processes(config: Mapping[str, Any]) -> bool:

@@ -248,7 +248,7 @@ class Progress(ProgressBar):
         """Close the bar, so that what comes next has a line of its own."""
         self._close()
         if isinstance(exception, Stopped) and self._enabled:
-            print(f"stopped after step {trainer.global_step}, with a checkpoint: go on with resume=auto", file=sys.stderr)
+            print(f"stopped after step {trainer.global_step}, with a checkpoint: resume=auto goes on", file=sys.stderr)
 
     def _close(self) -> None:
         if self._bar is not None:

@@ -24,7 +24,14 @@ from memlm.analysis.figures import read_history
 from memlm.checkpoint import FOLDER, checkpoints, no_space
 from memlm.config import ConfigError
 from memlm.training.callbacks import AtomicCheckpointIO, Checkpoints, DuringTraining, Progress, Throughput
-from memlm.training.resume import Origin, forget_finished, history_files, keep_earlier_history, refuse_other_run, running
+from memlm.training.resume import (
+    Origin,
+    forget_finished,
+    history_files,
+    keep_earlier_history,
+    refuse_other_run,
+    running,
+)
 from memlm.training.settings import sweep_dir
 from memlm.training.stopping import Stopped
 

@@ -253,7 +253,7 @@ def test_asked_to_stop_writes_a_checkpoint_to_go_on_from(
     # the step in which it comes is finished first
     settings = ["checkpoint.every=100", "trainer.enable_progress_bar=true"]
     assert fit_until_asked(config(tmp_path, "stopped", *settings), 4, signum) == 128 + signum
-    assert "stopped after step 5, with a checkpoint: go on with resume=auto" in capfd.readouterr().err
+    assert "stopped after step 5, with a checkpoint: resume=auto goes on" in capfd.readouterr().err
     assert [path.name for path in checkpoints(tmp_path / "stopped")] == ["step=5.ckpt"]
     fit(config(tmp_path, "on", f"resume={tmp_path / 'stopped'}"))
     whole = curve(fit(config(tmp_path, "whole"))[2])
