@@ -76,7 +76,8 @@ def main(cfg: DictConfig) -> float | None:
     with make_trainer(config, run, origin, runner.watch(watched, data)) as (trainer, history):
         if trainer.is_global_zero:
             n_parameter = sum(parameter.numel() for parameter in model.parameters())
-            print(f"{run}: {n_parameter:,} parameters, {trainer.max_steps} steps"
+            n_process = f" on {trainer.world_size} processes" if trainer.world_size > 1 else ""
+            print(f"{run}: {n_parameter:,} parameters, {trainer.max_steps} steps{n_process}"
                   + (f", going on after step {origin.step} of {origin.path}" if origin else ""))  # fmt: skip
         trainer.fit(module, data, ckpt_path=origin.path if origin else None)
         written = [save_last(trainer, run)]

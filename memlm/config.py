@@ -700,11 +700,9 @@ def _known_options() -> list[str]:
 
 
 def _no_option(option: str) -> ConfigError:
-    name = option.lstrip("-")
-    return ConfigError(
-        f"There is no option {option!r}.{did_you_mean(option, _known_options())} "
-        f"Settings have no dashes, as {name}=VALUE. See --help."
-    )
+    close = difflib.get_close_matches(option, _known_options(), n=1, cutoff=0.8)
+    hint = f" Did you mean {close[0]!r}?" if close else f" A setting is written {option.lstrip('-')}=VALUE."
+    return ConfigError(f"There is no option {option!r}.{hint} See --help.")
 
 
 def _check_launcher(loader: ConfigLoader, config_name: str, override: Override) -> None:
@@ -743,7 +741,10 @@ def _jobs(parsed: Sequence[Override]) -> Iterator[list[str]]:
 
 
 class JobFailed(Exception):
-    """A job of a sweep has failed, and `ERROR` in its directory says why; the argument is the first line of it."""
+    """A job of a sweep has failed, and `ERROR` in its directory says why.
+
+    Arguments are the first line of that, and the directory of the sweep.
+    """
 
 
 ERROR = "error.txt"
@@ -792,6 +793,11 @@ def cli(
                     # Not an Exception, so Hydra adds no report of its own.
                     raise SystemExit(2) from error
                 raise
+            except (KeyboardInterrupt, SystemExit) as stop:
+                if _is_sweep() and (code := _exit_code(stop)) > 128:
+                    print(f"The sweep was stopped. {_again(HydraConfig.get().sweep.dir)}", file=sys.stderr)
+                    raise SystemExit(code) from stop
+                raise
             finally:
                 os.environ["HYDRA_FULL_ERROR"] = "1"
                 _remove_if_bare(Path(run_dir()))
@@ -812,7 +818,7 @@ def cli(
                 with _quiet_hydra():
                     run(job)()
             except (KeyboardInterrupt, SystemExit) as stop:
-                raise SystemExit(_end_of_stopped(stop)) from None
+                raise SystemExit(_exit_code(stop)) from None
             except Exception as error:
                 raise SystemExit(_end_of_failed(error)) from None
 
@@ -831,44 +837,36 @@ def _job_failed(error: Exception) -> JobFailed:
     else:
         sys.stdout.flush()
         print(lines.partition("\n\n")[2], file=sys.stderr)
-    return JobFailed(sentence)
+    return JobFailed(sentence, HydraConfig.get().sweep.dir)
 
 
 def _end_of_failed(error: Exception) -> int:
     """Say what is not said yet of what ended a program; returns its exit code."""
-    user = _is_user_error(error)
-    sweep = Path(HydraConfig.get().sweep.dir) if _is_sweep() else None
-    failed = sorted(sweep.rglob(ERROR)) if sweep is not None else []
-    died = type(error).__module__.partition(".")[0] in _LAUNCHERS
-    if died:
-        print(f"error: the process of a job has died: {_sentence(error)}", file=sys.stderr)
-    elif user:
-        _report(error)
-    elif not isinstance(error, JobFailed):
-        raise error
-    texts = {path.parent: path.read_text(encoding="utf-8").splitlines() for path in failed}
-    if texts:
+    if isinstance(error, JobFailed):
+        sweep = error.args[1]
+        texts = {path.parent: path.read_text(encoding="utf-8").splitlines() for path in sorted(Path(sweep).rglob(ERROR))}
         lines = [f"  {place}: {text[0]}" for place, text in texts.items()]
-        print(f"\nerror: {len(lines)} failed of the jobs in {sweep}:", *lines, sep="\n", file=sys.stderr)
-        print(_again(), file=sys.stderr)
-    return 1 if died or any(len(text) > 1 for text in texts.values()) else 2
+        print(f"\nerror: {len(lines)} of the jobs in {sweep} failed:", *lines, _again(sweep), sep="\n", file=sys.stderr)
+        return 1 if any(len(text) > 1 for text in texts.values()) else 2
+    if type(error).__module__.partition(".")[0] in _LAUNCHERS:
+        print(f"error: the process of a job has died: {_sentence(error)}", file=sys.stderr)
+        return 1
+    if _is_user_error(error):
+        _report(error)
+        return 2
+    raise error
 
 
-def _end_of_stopped(stop: KeyboardInterrupt | SystemExit) -> Any:
-    """Say how to go on with what was stopped; returns the exit code."""
-    # Lightning leaves with code 1 on Ctrl-C.
-    interrupted = isinstance(stop, KeyboardInterrupt) or isinstance(stop.__context__, KeyboardInterrupt)
-    if interrupted:
-        print("interrupted", file=sys.stderr)
-    code = 130 if interrupted else stop.code  # type: ignore[union-attr]
-    if _is_sweep() and code not in (0, 2, None):
-        print(f"The sweep was stopped. {_again()}", file=sys.stderr)
-    return code
+def _exit_code(stop: KeyboardInterrupt | SystemExit) -> Any:
+    """What a program that was stopped leaves with. Lightning exits with code 1 on Ctrl-C."""
+    if isinstance(stop, KeyboardInterrupt) or isinstance(stop.__context__, KeyboardInterrupt):
+        return 130
+    return stop.code
 
 
-def _again() -> str:
+def _again(sweep: str) -> str:
     """How a sweep is started again."""
-    return f"To run what is left, repeat the command with hydra.sweep.dir={shlex.quote(HydraConfig.get().sweep.dir)}"
+    return f"To run what is left, repeat the command with hydra.sweep.dir={shlex.quote(sweep)}"
 
 
 def _remove_if_bare(run: Path) -> None:

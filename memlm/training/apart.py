@@ -38,11 +38,9 @@ def starts_processes(config: Mapping[str, Any]) -> bool:
         raise ConfigError("torchrun starts one run: start a sweep without it, each job starts its processes itself")
     if int(os.environ.get("SLURM_NTASKS", "1")) > 1:  # a task for each process, all with the overrides of the job
         return False
-    from lightning.fabric.plugins.environments import LightningEnvironment
+    from memlm.training.fit import count_processes
 
-    from memlm.training.fit import trainer_of
-
-    return trainer_of(**settings, plugins=[LightningEnvironment()], logger=False).world_size > 1
+    return count_processes(settings) > 1
 
 
 def job_overrides() -> list[str]:

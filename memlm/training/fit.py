@@ -14,7 +14,7 @@ from typing import Any
 import lightning
 import torch
 from hydra.core.hydra_config import HydraConfig
-from lightning.fabric.plugins.environments import SLURMEnvironment
+from lightning.fabric.plugins.environments import LightningEnvironment, SLURMEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
@@ -90,7 +90,7 @@ def make_trainer(
                     keep_earlier_history(run, origin)
                 forget_finished(run)
             loggers += _loggers(config, origin)
-            trainer = trainer_of(
+            trainer = _trainer(
                 **settings,
                 logger=loggers,
                 callbacks=callbacks,
@@ -159,12 +159,21 @@ def save_last(trainer: lightning.Trainer, run: Path) -> Path:
     return newest[0]
 
 
-def trainer_of(**settings: Any) -> lightning.Trainer:
-    """A trainer of Lightning; what it refuses is told as a mistake in the settings.
+def count_processes(settings: Mapping[str, Any]) -> int:
+    """How many processes a run on this machine would train with.
+
+    Args:
+        settings: Of the trainer.
 
     Raises:
-        ConfigError: If a setting does not work here.
+        ConfigError: If one of them does not work here.
     """
+    with _quiet():
+        return _trainer(**settings, plugins=[LightningEnvironment()], logger=False).world_size
+
+
+def _trainer(**settings: Any) -> lightning.Trainer:
+    """A trainer; what it refuses is told as a mistake in the settings."""
     try:
         return lightning.Trainer(**settings)
     except (MisconfigurationException, ValueError, TypeError, ModuleNotFoundError) as error:
