@@ -22,6 +22,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import sys
 import traceback
 import types
@@ -53,6 +54,7 @@ INJECTED = frozenset({"d_model", "memories", "model", "n_vocab", "tokenizer", "t
 # Packages that take seconds to import: their nodes are checked last, and before a run only if the command line
 # touches them.
 _SLOW = ("lightning", "pytorch_lightning", "wandb")
+_STOPPED = frozenset(128 + signum for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2))
 _LAUNCHERS = ("joblib", "submitit")  # packages that start the jobs of a sweep, and tell when one of them dies
 _HYDRA_KEYS = frozenset({"_target_", "_partial_", "_recursive_", "_convert_", "_args_"})
 # Settings that belong to the run as a whole, and so to no constructor.
@@ -794,7 +796,7 @@ def cli(
                     raise SystemExit(2) from error
                 raise
             except (KeyboardInterrupt, SystemExit) as stop:
-                if _is_sweep() and (code := _exit_code(stop)) > 128:
+                if _is_sweep() and (code := _exit_code(stop)) in _STOPPED:
                     print(f"The sweep was stopped. {_again(HydraConfig.get().sweep.dir)}", file=sys.stderr)
                     raise SystemExit(code) from stop
                 raise
@@ -844,7 +846,9 @@ def _end_of_failed(error: Exception) -> int:
     """Say what is not said yet of what ended a program; returns its exit code."""
     if isinstance(error, JobFailed):
         sweep = error.args[1]
-        texts = {path.parent: path.read_text(encoding="utf-8").splitlines() for path in sorted(Path(sweep).rglob(ERROR))}
+        texts = {
+            path.parent: path.read_text(encoding="utf-8").splitlines() for path in sorted(Path(sweep).rglob(ERROR))
+        }
         lines = [f"  {place}: {text[0]}" for place, text in texts.items()]
         print(f"\nerror: {len(lines)} of the jobs in {sweep} failed:", *lines, _again(sweep), sep="\n", file=sys.stderr)
         return 1 if any(len(text) > 1 for text in texts.values()) else 2

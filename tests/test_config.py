@@ -451,9 +451,7 @@ def test_a_fault_in_a_job_is_no_mistake_of_the_user(tree: Path, monkeypatch: pyt
     assert left.value.code == 1
 
 
-@pytest.mark.parametrize(
-    ("stop", "code"), [(SystemExit(143), 143), (KeyboardInterrupt(), 130), (SystemExit(0), 0)]
-)
+@pytest.mark.parametrize(("stop", "code"), [(SystemExit(143), 143), (KeyboardInterrupt(), 130), (SystemExit(0), 0)])
 def test_a_sweep_that_is_stopped_starts_no_other_job(
     stop: BaseException, code: int, tree: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -510,9 +508,7 @@ def _parallel(tree: Path) -> None:
     write(tree, {"hydra/launcher/parallel": (config.config_dir() / "hydra/launcher/parallel.yaml").read_text()})
 
 
-def test_jobs_side_by_side(
-    tree: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_jobs_side_by_side(tree: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """In processes of their own, with a GPU and a share of the cores each; failures as in one process."""
     _parallel(tree)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
@@ -575,7 +571,11 @@ def test_shipped_launchers() -> None:
     import hydra
 
     with hydra.initialize_config_dir(str(config.config_dir()), version_base="1.3"):
-        for name, target in {"parallel": "JoblibLauncher", "slurm": "SlurmLauncher", "slurm_local": "LocalLauncher"}.items():
+        for name, target in {
+            "parallel": "JoblibLauncher",
+            "slurm": "SlurmLauncher",
+            "slurm_local": "LocalLauncher",
+        }.items():
             found = hydra.compose("train", [f"hydra/launcher={name}"], return_hydra_config=True).hydra
             assert found.launcher._target_.endswith(target)
             assert ("CUDA_VISIBLE_DEVICES" in found.job.env_set) == (name != "slurm")

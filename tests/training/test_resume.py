@@ -9,11 +9,20 @@ from typing import Any
 
 import pytest
 import torch
+from torch.multiprocessing import ProcessExitedException
 
 from memlm.analysis.figures import read_history
 from memlm.checkpoint import checkpoints, read, write
 from memlm.config import ConfigError
-from memlm.training.resume import find_origin, history_files, mark_finished, remove_leftovers, running
+from memlm.training.resume import (
+    Origin,
+    find_in_sweep,
+    find_origin,
+    history_files,
+    mark_finished,
+    remove_leftovers,
+    running,
+)
 from tests.training.small import CURRICULA, FACTS, PLAIN, SHORT, config, curve, fit, fit_until_killed, write_text
 
 
@@ -273,6 +282,20 @@ def test_asked_to_stop_in_the_last_step(tmp_path: Path) -> None:
     assert checkpoints(tmp_path / "stopped")[-1].name == "step=9.ckpt"
 
 
+def test_all_processes_stop_after_the_same_step(tmp_path: Path) -> None:
+    """Though only one of them is asked."""
+
+    def stop(module: Any, batch: Any) -> None:
+        if batch.step == 4 and module.global_rank == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    ranks = ["trainer.devices=2", "trainer.strategy=ddp_fork", "checkpoint.every=100"]
+    with pytest.raises((SystemExit, ProcessExitedException)) as left:
+        fit(config(tmp_path, "stopped", *ranks), before_step=stop)
+    assert getattr(left.value, "exit_code", None) == 128 + signal.SIGTERM
+    assert [path.name for path in checkpoints(tmp_path / "stopped")] == ["step=5.ckpt"]
+
+
 def test_a_second_ctrl_c_ends_at_once(tmp_path: Path) -> None:
     assert fit_until_asked(config(tmp_path, "stopped"), 4, signal.SIGINT, times=2) == -signal.SIGINT
     assert [path.name for path in checkpoints(tmp_path / "stopped")] == ["step=3.ckpt"]
@@ -291,6 +314,26 @@ def test_what_waits_for_the_signal_too_gets_it_after_the_checkpoint(tmp_path: Pa
         assert fit_until_asked(settings, 4, signal.SIGUSR2) == 77
     finally:
         signal.signal(signal.SIGUSR2, before)
+
+
+def test_a_job_of_a_repeated_sweep_is_known_by_its_settings(tmp_path: Path) -> None:
+    sweep = tmp_path / "sweep"
+    done = config(sweep, "0", "trainer.max_steps=3")
+    fit(done)
+    mark_finished(sweep / "0", done, 0.25)
+    assert fit_until_asked(config(sweep, "1", "seed=1", "checkpoint.every=100"), step=4) == 128 + signal.SIGTERM
+    # by another number, logged elsewhere
+    assert find_in_sweep(config(sweep, "7", "trainer.max_steps=3", logger="wandb"), sweep) == (sweep / "0", 0.25)
+    # all other settings count, unlike those of resume=auto: a sweep may be over precisions
+    for other in ("trainer.precision=bf16-mixed", "trainer.max_steps=4", "seed=2", "needle.n_fact=3"):
+        more = [] if "max_steps" in other else ["trainer.max_steps=3"]
+        assert find_in_sweep(config(sweep, "0", other, *more), sweep) is None
+    origin = find_in_sweep(config(sweep, "1", "seed=1", "checkpoint.every=100"), sweep)
+    assert isinstance(origin, Origin)
+    assert (origin.run, origin.step) == (sweep / "1", 5)
+    # what is begun again is not finished
+    fit(config(sweep, "0", f"resume={sweep / '0'}", "training.min_lr_ratio=0.05", "trainer.max_steps=4"))
+    assert find_in_sweep(done, sweep) is None
 
 
 def test_a_directory_holds_one_run(tmp_path: Path) -> None:
