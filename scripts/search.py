@@ -66,7 +66,8 @@ def distributions(space: Mapping[str, str]) -> dict[str, Any]:
         if isinstance(value, IntervalSweep):
             ends: Any = (value.start, value.end)
             whole = all(isinstance(end, int) for end in ends)  # as in int(interval(8, 64))
-            found[name] = (IntDistribution if whole else FloatDistribution)(*ends, log=log)
+            kind: Any = IntDistribution if whole else FloatDistribution
+            found[name] = kind(*ends, log=log)
         elif isinstance(value, RangeSweep) and isinstance(value.step, int) and value.step > 0:
             numbers = value.range()
             found[name] = IntDistribution(numbers[0], numbers[-1], step=value.step)  # type: ignore[index]
