@@ -13,7 +13,19 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
 
-@cli("train")
+def check(cfg: DictConfig) -> None:
+    """Refuse what can be told to be wrong without a look at text, files or devices."""
+    from experiments import runner
+    from memlm.build import check_model
+    from memlm.training.settings import plan_steps
+
+    config = plan_steps(to_dict(cfg))
+    runner.chosen(config)
+    runner.watched(config["watch"])
+    check_model(config)
+
+
+@cli("train", check)
 def main(cfg: DictConfig) -> float | None:
     """Compose, validate, build, fit, report.
 
@@ -27,13 +39,23 @@ def main(cfg: DictConfig) -> float | None:
     from experiments.report import not_measured, summary
     from experiments.training import training_result
     from memlm.build import build_corpus, build_data, build_model, build_tokenizer
-    from memlm.training.resume import check_text, find_origin
-    from memlm.training.settings import Training, places_of_runs, plan_steps
+    from memlm.training.apart import job_overrides, run_apart, starts_processes
+    from memlm.training.resume import Finished, check_text, find_in_sweep, find_origin, mark_finished
+    from memlm.training.settings import Training, check_device, places_of_runs, plan_steps, sweep_dir
 
     config = plan_steps(to_dict(cfg))
+    check_device(config)
     run = Path(config["paths"]["run_dir"])
     experiments, watched = runner.chosen(config), runner.watched(config["watch"])
-    origin = find_origin(config["resume"], config, places_of_runs(config))
+    sweep = sweep_dir()
+    earlier = find_in_sweep(config, sweep) if sweep is not None and config["resume"] is None else None
+    if isinstance(earlier, Finished):
+        print(f"{earlier.run}: finished with these settings, skipped")
+        return earlier.value
+    origin = earlier or find_origin(config["resume"], config, places_of_runs(config))
+    if sweep is not None and starts_processes(config):
+        lines = [line for line in job_overrides() if not line.startswith("resume=")]
+        return run_apart(__file__, [*lines, *([f"resume={origin.path}"] if origin else [])], run)
 
     corpus = build_corpus(config)
     tokenizer = build_tokenizer(config, corpus)
@@ -54,7 +76,8 @@ def main(cfg: DictConfig) -> float | None:
     with make_trainer(config, run, origin, runner.watch(watched, data)) as (trainer, history):
         if trainer.is_global_zero:
             n_parameter = sum(parameter.numel() for parameter in model.parameters())
-            print(f"{run}: {n_parameter:,} parameters, {trainer.max_steps} steps"
+            n_process = f" on {trainer.world_size} processes" if trainer.world_size > 1 else ""
+            print(f"{run}: {n_parameter:,} parameters, {trainer.max_steps} steps{n_process}"
                   + (f", going on after step {origin.step} of {origin.path}" if origin else ""))  # fmt: skip
         trainer.fit(module, data, ckpt_path=origin.path if origin else None)
         written = [save_last(trainer, run)]
@@ -71,8 +94,9 @@ def main(cfg: DictConfig) -> float | None:
     print("\nWritten:", *(f"  {path}" for path in [*written, *files]), sep="\n")
     if hint:
         print(f"\nW&B ran offline. To upload: {hint}")
-    recall = [result.metrics.get("exact_match/on") for result in results if result.name == "needle"]
-    return recall[0] if recall else None
+    recall = next((result.metrics.get("exact_match/on") for result in results if result.name == "needle"), None)
+    mark_finished(run, config, recall)
+    return recall
 
 
 if __name__ == "__main__":

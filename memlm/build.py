@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -92,6 +93,19 @@ def build_model(config: dict[str, Any], tokenizer: Tokenizer) -> LanguageModel:
     model = make() if wanted is None else make(d_ff=_width(settings, wanted, make))
     model.tokenizer, model.config = tokenizer, config
     return model
+
+
+def check_model(config: dict[str, Any]) -> None:
+    """Build the model and its memories without their numbers, for what their constructors refuse.
+
+    The vocabulary of the text is not known yet, so the smallest stands for it.
+
+    Raises:
+        ConfigError: If a value is refused; the message names it.
+    """
+    tokenizer: Any = SimpleNamespace(vocab_size=2)
+    with torch.device("meta"):
+        build_model(config, tokenizer)
 
 
 def _width(settings: dict[str, Any], n_parameter: int, make: Callable[..., LanguageModel]) -> int:

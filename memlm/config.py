@@ -21,6 +21,8 @@ import math
 import os
 import re
 import shlex
+import shutil
+import signal
 import sys
 import traceback
 import types
@@ -39,7 +41,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
 from hydra.core.utils import JobRuntime
-from hydra.errors import HydraException
+from hydra.errors import HydraException, MissingConfigException
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, ListConfig, OmegaConf
@@ -52,6 +54,8 @@ INJECTED = frozenset({"d_model", "memories", "model", "n_vocab", "tokenizer", "t
 # Packages that take seconds to import: their nodes are checked last, and before a run only if the command line
 # touches them.
 _SLOW = ("lightning", "pytorch_lightning", "wandb")
+_STOPPED = frozenset(128 + signum for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2))
+_LAUNCHERS = ("joblib", "submitit")  # packages that start the jobs of a sweep, and tell when one of them dies
 _HYDRA_KEYS = frozenset({"_target_", "_partial_", "_recursive_", "_convert_", "_args_"})
 # Settings that belong to the run as a whole, and so to no constructor.
 _TOP_LEVEL: dict[str, Any] = {"name": str | None, "resume": str | None, "seed": int, "n_parameter": int | None}
@@ -85,7 +89,22 @@ def run_dir() -> str:
     return "."
 
 
+def device_of_job(num: int) -> str:
+    """Return what `CUDA_VISIBLE_DEVICES` is for a job of a sweep, so that jobs side by side use different GPUs.
+
+    A process that does several jobs keeps the GPU of its first one, as CUDA does not look again.
+    """
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
+        import torch
+
+        visible = ",".join(map(str, range(torch.cuda.device_count())))
+    devices = [device for device in visible.split(",") if device]
+    return devices[num % len(devices)] if devices else ""
+
+
 OmegaConf.register_new_resolver("run_dir", run_dir, replace=True)
+OmegaConf.register_new_resolver("device_of_job", device_of_job, replace=True)
 
 
 # ---------------------------------------------------------------------------------------------------- composing
@@ -621,6 +640,7 @@ def check_command_line(
     *,
     directory: str | Path | None = None,
     injected: Collection[str] = INJECTED,
+    check: Callable[[DictConfig], None] | None = None,
 ) -> None:
     """Check a command line before Hydra acts on it.
 
@@ -632,17 +652,18 @@ def check_command_line(
         config_name: the primary config, unless `argv` names another.
         directory: the config tree; the shipped one by default.
         injected: see `validate`.
+        check: what else a config is put before.
 
     Raises:
-        ConfigError: what `compose` and `validate` raise.
+        ConfigError: what `compose`, `validate` and `check` raise.
     """
+    _check_options(argv)
     # A newer Hydra may know further flags: they are its own business.
     flags, rest = get_args_parser().parse_known_intermixed_args(list(argv))
     if flags.help or flags.hydra_help or flags.shell_completion or flags.experimental_rerun or flags.info:
         return
     if unknown := [a for a in rest if a.startswith("-")]:
-        known = [o for action in get_args_parser()._actions for o in action.option_strings]
-        raise ConfigError(f"There is no option {unknown[0]!r}.{did_you_mean(unknown[0], known)} See --help.")
+        raise _no_option(unknown[0])
     if flags.config_path is not None:
         if not os.path.isabs(flags.config_path):
             return  # relative to the script, which only Hydra knows
@@ -658,6 +679,9 @@ def check_command_line(
             o.key_or_group == "hydra.mode" and str(o.value()).upper().endswith("MULTIRUN") for o in parsed
         )
         touched = {o.key_or_group.partition(".")[0].partition("/")[0] for o in parsed}
+        for override in parsed:
+            if override.key_or_group == "hydra/launcher":
+                _check_launcher(loader, config_name, override)
         for overrides in _jobs(parsed) if multirun else [list(flags.overrides)]:
             config = _compose(loader, overrides, config_name, searchpath)
             if flags.cfg:  # to be looked at, complete or not
@@ -670,6 +694,39 @@ def check_command_line(
             }
             idle = {key.partition(".")[0].partition("[")[0] for key in slow} - touched
             validate(config, injected=injected, skip=idle)
+            if check is not None:
+                check(config)
+
+
+def _check_options(argv: Sequence[str]) -> None:
+    """Refuse an option that does not exist, which `argparse` may take for the beginning of another."""
+    known = _known_options()
+    for argument in argv:
+        option = argument.partition("=")[0]
+        if option.startswith("--") and option not in known:
+            raise _no_option(option)
+
+
+def _known_options() -> list[str]:
+    return [option for action in get_args_parser()._actions for option in action.option_strings]
+
+
+def _no_option(option: str) -> ConfigError:
+    close = difflib.get_close_matches(option, _known_options(), n=1, cutoff=0.8)
+    hint = f" Did you mean {close[0]!r}?" if close else f" A setting is written {option.lstrip('-')}=VALUE."
+    return ConfigError(f"There is no option {option!r}.{hint} See --help.")
+
+
+def _check_launcher(loader: ConfigLoader, config_name: str, override: Override) -> None:
+    """Refuse a launcher that does not exist, or whose package is not installed."""
+    _check_choice(override, _options(loader, "hydra/launcher", [], config_name))
+    try:
+        hydra.compose(config_name, [str(override.input_line)], return_hydra_config=True)
+    except MissingConfigException as error:
+        raise ConfigError(
+            f"{override.input_line} needs a package that is not installed: pip install 'memlm[launchers]' "
+            "(in a checkout: pip install -e '.[launchers]')"
+        ) from error
 
 
 def _jobs(parsed: Sequence[Override]) -> Iterator[list[str]]:
@@ -695,7 +752,23 @@ def _jobs(parsed: Sequence[Override]) -> Iterator[list[str]]:
             yield [line if j == i else c[0] for j, c in enumerate(choices)]
 
 
-def cli(config_name: str, *, directory: str | Path | None = None) -> Callable[[Callable[[DictConfig], Any]], Any]:
+class JobFailed(Exception):
+    """A job of a sweep has failed, and `ERROR` in its directory says why.
+
+    Arguments are the first line of that, and the directory of the sweep.
+    """
+
+
+ERROR = "error.txt"
+"""File in the directory of a failed job: one sentence, and the traceback if it was no mistake of the user."""
+
+
+def cli(
+    config_name: str,
+    check: Callable[[DictConfig], None] | None = None,
+    *,
+    directory: str | Path | None = None,
+) -> Callable[[Callable[[DictConfig], Any]], Any]:
     """Make a function of a config the main function of a script.
 
         @cli("train")
@@ -706,11 +779,12 @@ def cli(config_name: str, *, directory: str | Path | None = None) -> Callable[[C
 
     The command line is checked first. A mistake of the user ends the program with `error: <sentence>` on stderr and
     exit code 2; `MEMLM_TRACEBACK=1` (or Hydra's `HYDRA_FULL_ERROR=1`) shows the traceback instead. Of a sweep the
-    other jobs still run, and every failed one is reported when it fails. Called with a config, `main(cfg)` is the
-    bare function.
+    other jobs still run; the failed ones are reported when they fail, and listed at the end. A run that leaves
+    nothing leaves no directory. Called with a config, `main(cfg)` is the bare function.
 
     Args:
         config_name: the primary config.
+        check: what refuses a config before anything is run, see `check_command_line`.
         directory: the config tree; the shipped one by default.
     """
 
@@ -720,22 +794,25 @@ def cli(config_name: str, *, directory: str | Path | None = None) -> Callable[[C
             # What _quiet_hydra() sets must not reach the processes that this job starts.
             os.environ.pop("HYDRA_FULL_ERROR", None)
             try:
+                if _is_sweep():
+                    (Path(run_dir()) / ERROR).unlink(missing_ok=True)
                 return function(cfg)
             except Exception as error:
-                if not _is_sweep():
-                    if _is_user_error(error):
-                        _report(error)
-                        # Not an Exception, so Hydra adds no report of its own.
-                        raise SystemExit(2) from error
-                    raise
+                if _is_sweep():
+                    raise _job_failed(error) from error
                 if _is_user_error(error):
-                    _report(error, f"job {HydraConfig.get().job.num}: ")
-                else:
-                    traceback.print_exc()
-                error._memlm_reported = True  # type: ignore[attr-defined]
+                    _report(error)
+                    # Not an Exception, so Hydra adds no report of its own.
+                    raise SystemExit(2) from error
+                raise
+            except (KeyboardInterrupt, SystemExit) as stop:
+                if _is_sweep() and (code := _exit_code(stop)) in _STOPPED:
+                    print(f"The sweep was stopped. {_again(HydraConfig.get().sweep.dir)}", file=sys.stderr)
+                    raise SystemExit(code) from stop
                 raise
             finally:
                 os.environ["HYDRA_FULL_ERROR"] = "1"
+                _remove_if_bare(Path(run_dir()))
 
         @functools.wraps(function)
         def main(cfg: DictConfig | None = None) -> Any:
@@ -746,26 +823,72 @@ def cli(config_name: str, *, directory: str | Path | None = None) -> Callable[[C
             run = hydra.main(version_base="1.3", config_path=path, config_name=config_name)
             if _wants_traceback():
                 os.environ["HYDRA_FULL_ERROR"] = "1"
-                check_command_line(sys.argv[1:], config_name, directory=directory)
+                check_command_line(sys.argv[1:], config_name, directory=directory, check=check)
                 return run(function)()
             try:
-                check_command_line(sys.argv[1:], config_name, directory=directory)
+                check_command_line(sys.argv[1:], config_name, directory=directory, check=check)
                 with _quiet_hydra():
                     run(job)()
-            except KeyboardInterrupt:
-                print("interrupted", file=sys.stderr)
-                raise SystemExit(130) from None
+            except (KeyboardInterrupt, SystemExit) as stop:
+                raise SystemExit(_exit_code(stop)) from None
             except Exception as error:
-                user = _is_user_error(error)
-                if not getattr(error, "_memlm_reported", False):
-                    if not user:
-                        raise
-                    _report(error)
-                raise SystemExit(2 if user else 1) from None
+                raise SystemExit(_end_of_failed(error)) from None
 
         return main
 
     return decorate
+
+
+def _job_failed(error: Exception) -> JobFailed:
+    """Report why a job of a sweep has failed, and write it into its directory."""
+    sentence, user = _message(error), _is_user_error(error)
+    lines = sentence if user else f"{sentence}\n\n{''.join(traceback.format_exception(error))}"
+    (Path(run_dir()) / ERROR).write_text(lines + "\n", encoding="utf-8")
+    if user:
+        _report(error, f"job {HydraConfig.get().job.num}: ")
+    else:
+        sys.stdout.flush()
+        print(lines.partition("\n\n")[2], file=sys.stderr)
+    return JobFailed(sentence, HydraConfig.get().sweep.dir)
+
+
+def _end_of_failed(error: Exception) -> int:
+    """Say what is not said yet of what ended a program; returns its exit code."""
+    if isinstance(error, JobFailed):
+        sweep = error.args[1]
+        texts = {
+            path.parent: path.read_text(encoding="utf-8").splitlines() for path in sorted(Path(sweep).rglob(ERROR))
+        }
+        lines = [f"  {place}: {text[0]}" for place, text in texts.items()]
+        print(f"\nerror: {len(lines)} of the jobs in {sweep} failed:", *lines, _again(sweep), sep="\n", file=sys.stderr)
+        return 1 if any(len(text) > 1 for text in texts.values()) else 2
+    if type(error).__module__.partition(".")[0] in _LAUNCHERS:
+        print(f"error: the process of a job has died: {_sentence(error)}", file=sys.stderr)
+        return 1
+    if _is_user_error(error):
+        _report(error)
+        return 2
+    raise error
+
+
+def _exit_code(stop: KeyboardInterrupt | SystemExit) -> Any:
+    """What a program that was stopped leaves with. Lightning exits with code 1 on Ctrl-C."""
+    if isinstance(stop, KeyboardInterrupt) or isinstance(stop.__context__, KeyboardInterrupt):
+        return 130
+    return stop.code
+
+
+def _again(sweep: str) -> str:
+    """How a sweep is started again."""
+    return f"To run what is left, repeat the command with hydra.sweep.dir={shlex.quote(sweep)}"
+
+
+def _remove_if_bare(run: Path) -> None:
+    """Remove a run directory in which there is nothing but what Hydra and a lock have put there."""
+    if run.resolve() == Path.cwd() or not (run / ".hydra").is_dir():
+        return
+    if {path.name for path in run.iterdir()} <= {".hydra", ".lock", f"{HydraConfig.get().job.name}.log"}:
+        shutil.rmtree(run, ignore_errors=True)
 
 
 def _quoted(argument: str) -> str:
@@ -836,12 +959,16 @@ def _root(error: BaseException) -> BaseException:
     return error
 
 
-def _report(error: BaseException, prefix: str = "") -> None:
+def _message(error: BaseException) -> str:
+    """What an error says, on one line."""
     error = _root(error)
-    text = str(error) if isinstance(error, ConfigError) else _sentence(error)
-    if isinstance(error, OSError):
-        text = f"{error.strerror}: {error.filename}"
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.strerror}: {error.filename}"
+    return str(error) if isinstance(error, ConfigError) else _sentence(error)
+
+
+def _report(error: BaseException, prefix: str = "") -> None:
     sys.stdout.flush()
-    print(f"error: {prefix}{text}", file=sys.stderr)
-    if not isinstance(error, ConfigError):
+    print(f"error: {prefix}{_message(error)}", file=sys.stderr)
+    if not isinstance(_root(error), ConfigError):
         print("(MEMLM_TRACEBACK=1 shows where it was raised)", file=sys.stderr)

@@ -320,6 +320,8 @@ def test_good_command_lines(tree: Path, argv: list[str]) -> None:
         (["memory=lmt"], "Did you mean 'ltm'?"),
         (["--cfg", "job", "memory=lmt"], "Did you mean 'ltm'?"),
         (["--multrun", "seed=1"], "Did you mean '--multirun'?"),
+        (["--experiment", "needle"], "There is no option '--experiment'. A setting is written experiment=VALUE."),
+        (["--multi", "seed=1"], "Did you mean '--multirun'?"),
         (["seed=1,2"], "add -m"),
         (["data=text"], "data.path is required"),
         (["model.n_layer=two"], "model.n_layer must be an int"),
@@ -428,6 +430,155 @@ def test_cli_sweep_goes_on_after_a_failed_job(
     assert "error: job 0: seed 1 is unlucky." in stderr
     assert "error: job 2: seed 3 is unlucky." in stderr
     assert "Traceback" not in stderr
+    # and all of them at the end
+    listed = stderr.partition(f"error: 2 of the jobs in {tree}/out failed:\n")[2]
+    assert listed.splitlines() == [
+        f"  {tree}/out/0: seed 1 is unlucky.",
+        f"  {tree}/out/2: seed 3 is unlucky.",
+        f"To run what is left, repeat the command with hydra.sweep.dir={tree}/out",
+    ]
+    # a job that comes to an end the next time is no longer among them
+    with pytest.raises(SystemExit):
+        run(tree, monkeypatch, lambda cfg: 1 / (cfg.seed - 3), "-m", "seed=1,2,3")
+    stderr = capsys.readouterr().err
+    assert f"error: 1 of the jobs in {tree}/out failed:\n  {tree}/out/2: division by zero\n" in stderr
+    assert "ZeroDivisionError" in (tree / "out" / "2" / config.ERROR).read_text()
+
+
+def test_a_fault_in_a_job_is_no_mistake_of_the_user(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(SystemExit) as left:
+        run(tree, monkeypatch, lambda cfg: 1 / cfg.seed, "-m", "seed=1,0")
+    assert left.value.code == 1
+
+
+@pytest.mark.parametrize(("stop", "code"), [(SystemExit(143), 143), (KeyboardInterrupt(), 130), (SystemExit(0), 0)])
+def test_a_sweep_that_is_stopped_starts_no_other_job(
+    stop: BaseException, code: int, tree: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    jobs: list[int] = []
+
+    def main(cfg: Any) -> None:
+        jobs.append(cfg.seed)
+        raise stop
+
+    with pytest.raises(SystemExit) as left:
+        run(tree, monkeypatch, main, "-m", "seed=1,2")
+    assert (left.value.code, jobs) == (code, [1])
+    assert ("repeat the command with hydra.sweep.dir=" in capsys.readouterr().err) == (code != 0)
+
+
+def test_a_run_that_leaves_nothing_leaves_no_directory(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(cfg: Any) -> None:
+        assert (tree / "out" / ".hydra" / "config.yaml").is_file()
+        raise ConfigError("no.")
+
+    def write_and_refuse(cfg: Any) -> None:
+        (tree / "out" / "a.txt").touch()
+        raise ConfigError("no.")
+
+    with pytest.raises(SystemExit):
+        run(tree, monkeypatch, refuse)
+    assert not (tree / "out").exists()
+    with pytest.raises(SystemExit):
+        run(tree, monkeypatch, write_and_refuse)
+    assert (tree / "out" / "a.txt").exists()
+    with pytest.raises(SystemExit):  # what was there stays
+        run(tree, monkeypatch, refuse)
+    assert (tree / "out" / "a.txt").exists()
+
+
+def test_what_a_constructor_refuses_is_told_before_the_first_job(
+    tree: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    jobs: list[int] = []
+
+    def check(cfg: Any) -> None:
+        if cfg.seed == 3:
+            raise ConfigError("seed 3 is unlucky.")
+
+    monkeypatch.setattr(sys, "argv", ["train.py", "-m", "seed=1,2,3", f"hydra.sweep.dir={tree}/out"])
+    with pytest.raises(SystemExit) as left:
+        config.cli("train", check, directory=tree)(lambda cfg: jobs.append(cfg.seed))()
+    assert (left.value.code, jobs) == (2, [])
+    assert capsys.readouterr().err == "error: seed 3 is unlucky.\n"
+    assert not (tree / "out").exists()
+
+
+def _parallel(tree: Path) -> None:
+    write(tree, {"hydra/launcher/parallel": (config.config_dir() / "hydra/launcher/parallel.yaml").read_text()})
+
+
+def test_jobs_side_by_side(tree: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """In processes of their own, with a GPU and a share of the cores each; failures as in one process."""
+    _parallel(tree)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+        monkeypatch.delenv(name, raising=False)
+    place = str(tree)
+
+    def main(cfg: Any) -> None:
+        import os
+        import time
+        from pathlib import Path
+
+        from memlm.config import ConfigError
+
+        mine = Path(place, f"job{cfg.seed}")
+        mine.write_text(f"{os.getpid()} {os.environ['CUDA_VISIBLE_DEVICES']} {os.environ['OMP_NUM_THREADS']}")
+        deadline = time.monotonic() + 60
+        while not Path(place, f"job{1 - cfg.seed}").exists():  # each waits for the other: they run at the same time
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        if cfg.seed == 1:
+            raise ConfigError("seed 1 is unlucky.")
+
+    with pytest.raises(SystemExit) as left:
+        run(tree, monkeypatch, main, "-m", "seed=0,1", "hydra/launcher=parallel")
+    assert left.value.code == 2
+    found = [(tree / f"job{seed}").read_text().split() for seed in (0, 1)]
+    assert len({pid for pid, *_ in found} | {str(os.getpid())}) == 3
+    assert [device for _, device, _ in found] == ["4", "7"]
+    assert {int(threads) for *_, threads in found} == {max((os.cpu_count() or 1) // 2, 1)}
+    assert f"error: 1 of the jobs in {tree}/out failed:\n  {tree}/out/1: seed 1 is unlucky." in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("visible", "found"), [("4,7", ["4", "7", "4"]), ("GPU-a", ["GPU-a"] * 3), ("", [""] * 3), (None, ["0", "1", "2"])]
+)
+def test_devices_are_dealt_out_by_the_number_of_the_job(
+    visible: str | None, found: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 3)
+    assert [config.device_of_job(num) for num in range(3)] == found
+
+
+def test_a_launcher_that_is_not_installed_is_told(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from hydra.core.config_store import ConfigStore
+
+    _parallel(tree)
+    check_command_line(["-m", "hydra/launcher=parallel", "seed=1,2"], directory=tree)
+    assert "Did you mean 'parallel'?" in error(check_command_line, ["-m", "hydra/launcher=paralel"], directory=tree)
+    monkeypatch.delitem(ConfigStore.instance().repo["hydra"]["launcher"], "joblib.yaml")
+    message = error(check_command_line, ["-m", "hydra/launcher=parallel", "seed=1,2"], directory=tree)
+    assert "pip install 'memlm[launchers]'" in message
+
+
+def test_shipped_launchers() -> None:
+    """Every key of ours is one of the library's, which refuses others when it is composed."""
+    import hydra
+
+    with hydra.initialize_config_dir(str(config.config_dir()), version_base="1.3"):
+        for name, target in {
+            "parallel": "JoblibLauncher",
+            "slurm": "SlurmLauncher",
+            "slurm_local": "LocalLauncher",
+        }.items():
+            found = hydra.compose("train", [f"hydra/launcher={name}"], return_hydra_config=True).hydra
+            assert found.launcher._target_.endswith(target)
+            assert ("CUDA_VISIBLE_DEVICES" in found.job.env_set) == (name != "slurm")
 
 
 def test_cli_shows_the_traceback_on_request(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:

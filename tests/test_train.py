@@ -120,6 +120,64 @@ def test_a_sweep_makes_a_run_of_each_job(tmp_path: Path) -> None:
     assert [sorted(memlm.load(job).memory) for job in jobs] == [[], ["stm"]]
 
 
+def sweep(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    """The exit code of a sweep in this process."""
+    monkeypatch.setattr(sys, "argv", ["train.py", "-m", *arguments])
+    try:
+        main()
+    except SystemExit as left:
+        return int(left.code or 0)
+    return 0
+
+
+def test_a_sweep_that_is_repeated_runs_what_is_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    common = [line for line in lines(tmp_path) if not line.startswith("memory")]
+    common += ["memory=none", "trainer.max_steps=4", "hydra.sweep.dir=jobs"]
+    assert sweep(monkeypatch, *common, f"data.path={tmp_path / 'text.txt'},/nowhere.txt", "seed=1") == 2
+    out, err = capsys.readouterr()
+    assert "jobs/1-lmcode-none-seed1: text file '/nowhere.txt' does not exist" in err
+    assert out.count("Perplexity of held-out text") == 1
+    written = {path: path.stat().st_mtime_ns for path in (tmp_path / "jobs" / "0-lmcode-none-seed1").rglob("*.json")}
+    assert len(written) == 4  # three results, and that it is finished
+
+    # with another seed before it: the job has another number, and no second directory
+    assert sweep(monkeypatch, *common, f"data.path={tmp_path / 'text.txt'}", "seed=2,1") == 0
+    out, err = capsys.readouterr()
+    assert out.count("Perplexity of held-out text") == 1
+    assert "jobs/0-lmcode-none-seed1: finished with these settings, skipped" in out
+    assert {path: path.stat().st_mtime_ns for path in written} == written
+    found = sorted(path.name for path in (tmp_path / "jobs").iterdir() if path.is_dir())
+    assert found == ["0-lmcode-none-seed1", "0-lmcode-none-seed2"]
+
+
+@pytest.mark.slow
+def test_jobs_of_a_sweep_train_with_several_processes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Each with its own settings in all of its processes: up to rounding it is the run of one process."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    common = [line for line in lines(tmp_path) if not line.startswith(("memory", "trainer=", "experiment"))]
+    common += ["model.dropout=0", "trainer.max_steps=4", "trainer.accelerator=cpu"]
+    more = ["experiment=perplexity", "hydra.sweep.dir=jobs", "trainer=ddp", "trainer.devices=2"]
+    quick = [line for line in common if not line.startswith("needle")]
+    assert sweep(monkeypatch, *quick, *more, "memory=none,stm") == 0
+    out, err = capfd.readouterr()
+    assert out.count("4 steps on 2 processes") == 2
+    assert "Traceback" not in err
+    for i, memory in enumerate(("none", "stm")):
+        job = tmp_path / "jobs" / f"{i}-lmcode-{memory}-seed0"
+        alone = compose([*common, f"memory={memory}", f"paths.run_dir={tmp_path / memory}"])
+        whole = curve(fit(plan_steps(to_dict(alone)))[2])
+        found = curve([row for file in history_files(job) for row in read_history(file)])
+        assert found == pytest.approx(whole, abs=1e-4)
+        assert sorted(memlm.load(job).memory) == [memory] * (memory != "none")
+        assert json.loads((job / "finished.json").read_text())["config"]["trainer"]["devices"] == 2
+
+
 def test_runs_that_start_together_have_directories_of_their_own() -> None:
     import hydra
 

@@ -15,10 +15,10 @@ import lightning
 import torch
 from lightning.pytorch.callbacks import Callback, Checkpoint, ProgressBar
 from lightning.pytorch.plugins.io import TorchCheckpointIO
-from lightning.pytorch.utilities.exceptions import SIGTERMException
 from tqdm import tqdm
 
 from memlm import checkpoint
+from memlm.training.stopping import Signals, Stopped
 
 _N_LINE = 20  # lines of progress in a log file
 _REFRESH = 0.5  # seconds between two looks at the numbers of the bar: each waits for the accelerator
@@ -37,7 +37,10 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 
 class Checkpoints(Checkpoint):
-    """Writes ``step=N.ckpt`` every so many steps, after the last one and on SIGTERM, and keeps the newest.
+    """Writes ``step=N.ckpt`` every so many steps, after the last one and when asked to stop, and keeps the newest.
+
+    Ctrl-C, SIGTERM, SIGUSR1 and SIGUSR2 (what schedulers send before they take a machine away) stop a run after its
+    step. A second Ctrl-C ends it at once.
 
     A file gets its name only when all of its step is logged and validated, so that a run which goes on from it has lost
     no number.
@@ -51,48 +54,68 @@ class Checkpoints(Checkpoint):
     def __init__(self, run: Path, every: int, keep: int | None) -> None:
         self.run, self.every, self.keep = run, every, keep
         self._last = 0  # step of the newest checkpoint
-        self._seen, self._stepped = 0, False
         self._written: Path | None = None  # the checkpoint that has yet to get its name
+        self._seen = 0
+        self._signals = Signals(self._ask)
+        self._asked: int | None = None  # the signal that asked this process to stop
+        self._stopped: Stopped | None = None
 
     def on_train_start(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
         """What a run goes on from is there already."""
         self._last = self._seen = trainer.global_step
-        self._stepped = False
+        self._asked = self._stopped = None
+        self._signals.listen()
 
     def on_train_batch_end(
         self, trainer: lightning.Trainer, module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Write when it is time; with accumulated gradients only right after an optimizer step."""
         step = trainer.global_step
-        self._stepped, self._seen = step != self._seen, step
-        if step != self._last and (step % self.every == 0 or step == trainer.max_steps):
+        if step == self._seen:
+            return
+        self._seen = step
+        # All processes stop after the same step.
+        asked = self._asked is not None
+        if trainer.world_size > 1:
+            asked = trainer.strategy.reduce_boolean_decision(asked, all=False)
+        if step != self._last and (asked or step % self.every == 0 or step == trainer.max_steps):
             self._last = step
             self._write(trainer)
+        if asked:
+            self._stopped = self._signals.stopped(self._asked or signal.SIGTERM)
 
     def on_train_batch_start(
         self, trainer: lightning.Trainer, module: lightning.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """All of the step before is logged."""
+        """All of the step before is logged; stop if asked to."""
         self._publish(trainer)
+        if self._stopped is not None:
+            raise self._stopped
 
     def on_train_end(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
-        """All of the last step is logged."""
+        """All of the last step is logged. Leave signals to others; stop if asked to in it."""
         self._publish(trainer)
+        self._signals.give_back()
+        if self._stopped is not None:
+            raise self._stopped
 
     def on_exception(
         self, trainer: lightning.Trainer, module: lightning.LightningModule, exception: BaseException
     ) -> None:
-        """Write what was trained before a SIGTERM, which comes between batches, and end with the exit code of one.
-
-        In the middle of accumulated gradients or of a validation the last checkpoint is what there is to go on from.
-        """
+        """Leave signals to others; what was written is whole."""
+        self._signals.give_back()
         self._publish(trainer)
-        if not isinstance(exception, SIGTERMException):
-            return
-        exception.code = 128 + signal.SIGTERM
-        if self._stepped and trainer.global_step != self._last and not trainer.validating:
-            self._write(trainer)
-            self._publish(trainer)
+
+    def _ask(self, signum: int) -> None:
+        """Handle a signal."""
+        if self._asked is not None and signum == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            os.kill(os.getpid(), signal.SIGINT)
+        elif self._asked is None:
+            self._asked = signum
+            if signum == signal.SIGINT:
+                # not print: what it writes to may be in use right now
+                os.write(2, b"\nstopping after this step (Ctrl-C again: at once, without a checkpoint)\n")
 
     def _write(self, trainer: lightning.Trainer) -> None:
         """Write a checkpoint under a name by which it is not taken for one."""
@@ -242,8 +265,8 @@ class Progress(ProgressBar):
     ) -> None:
         """Close the bar, so that what comes next has a line of its own."""
         self._close()
-        if isinstance(exception, KeyboardInterrupt | SIGTERMException) and self._enabled:
-            print(f"stopped after step {trainer.global_step}: go on with resume=auto", file=sys.stderr)
+        if isinstance(exception, Stopped) and self._enabled:
+            print(f"stopped after step {trainer.global_step}, with a checkpoint: resume=auto goes on", file=sys.stderr)
 
     def _close(self) -> None:
         if self._bar is not None:

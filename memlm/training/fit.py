@@ -18,6 +18,7 @@ from typing import Any
 import lightning
 import torch
 from hydra.core.hydra_config import HydraConfig
+from lightning.fabric.plugins.environments import LightningEnvironment, SLURMEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
@@ -31,8 +32,16 @@ from memlm.checkpoint import FOLDER, checkpoints, no_space
 from memlm.config import ConfigError, instantiate
 from memlm.data.tokens import atomic_file
 from memlm.training.callbacks import AtomicCheckpointIO, Checkpoints, DuringTraining, Progress, Throughput
-from memlm.training.resume import Origin, history_files, keep_earlier_history, refuse_other_run, running
+from memlm.training.resume import (
+    Origin,
+    forget_finished,
+    history_files,
+    keep_earlier_history,
+    refuse_other_run,
+    running,
+)
 from memlm.training.settings import sweep_dir
+from memlm.training.stopping import Stopped
 
 _WANDB_PATIENCE = 20.0  # seconds until a run goes on offline; WANDB_INIT_TIMEOUT sets another
 # What libraries say that tells a user of memlm nothing.
@@ -98,23 +107,28 @@ def make_trainer(
 
     loggers: list[Logger] = []
     finished = False
+    stopped: Stopped | None = None
     try:
         with quiet(), running(run) if _is_first() else contextlib.nullcontext():
             if _is_first():
                 refuse_other_run(run, origin)
                 if origin is not None:
                     keep_earlier_history(run, origin)
+                forget_finished(run)
             loggers += _loggers(config, origin)
             trainer = _trainer(
                 **settings,
                 logger=loggers,
                 callbacks=callbacks,
-                plugins=[AtomicCheckpointIO()],
+                plugins=[AtomicCheckpointIO(), *_slurm()],
                 default_root_dir=run,
                 use_distributed_sampler=False,
             )
             yield trainer, history
             finished = True
+    except Stopped as signal:
+        stopped = signal
+        raise
     except Exception as error:
         if no_space(error):
             raise ConfigError(f"no space is left in {run}: free some and go on with resume=auto") from error
@@ -127,6 +141,8 @@ def make_trainer(
                 logger.finalize("success" if finished else "failed")
             if isinstance(logger, WandbLogger) and _is_first():
                 logger.experiment.finish(exit_code=0 if finished else 1)
+        if stopped is not None:
+            stopped.hand_on()
 
 
 @contextlib.contextmanager
@@ -200,20 +216,32 @@ class _TellLost(logging.Handler):
             print(f"error: {told}", file=sys.stderr, flush=True)
 
 
+def count_processes(settings: Mapping[str, Any]) -> int:
+    """How many processes a run on this machine would train with.
+
+    Args:
+        settings: Of the trainer.
+
+    Raises:
+        ConfigError: If one of them does not work here.
+    """
+    with quiet():
+        return _trainer(**settings, plugins=[LightningEnvironment()], logger=False).world_size
+
+
 def _trainer(**settings: Any) -> lightning.Trainer:
     """A trainer; what it refuses is told as a mistake in the settings."""
     if isinstance(settings["strategy"], Mapping):
         settings["strategy"] = instantiate(settings["strategy"], "trainer.strategy")
     try:
-        trainer = lightning.Trainer(**settings)
+        return lightning.Trainer(**settings)
     except (MisconfigurationException, ValueError, TypeError, ModuleNotFoundError) as error:
         raise ConfigError(f"trainer: {' '.join(str(error).split())}") from error
-    if trainer.world_size > 1 and sweep_dir() is not None:
-        raise ConfigError(
-            f"the jobs of a sweep train on one device each, but trainer.devices={settings['devices']} gives "
-            f"{trainer.world_size}: add trainer.devices=1, or run them one by one without -m"
-        )
-    return trainer
+
+
+def _slurm() -> list[SLURMEnvironment]:
+    """The environment of a SLURM job, which leaves it to others to queue it again: a run stops only between steps."""
+    return [SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else []
 
 
 class _Rows(ExperimentWriter):

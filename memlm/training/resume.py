@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import csv
 import fcntl
+import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -23,6 +24,9 @@ _SAME = ("model", "memory", "data", "curriculum", "training", "replay", "seed")
 _SAME_TRAINER = ("accumulate_grad_batches", "gradient_clip_val")
 # Settings of these that say how something is computed, not what.
 _FREE = ("data.n_worker", "model.gradient_checkpointing", "training.compile", "memory.ltm.shard")
+# Settings that no two jobs of a sweep differ in if they are the same: where files go, and what is gone on with.
+_ASIDE = ("paths", "logger", "resume")
+_FINISHED = "finished.json"  # of a run that is trained and measured: its settings, and what it returned
 _EARLIER = "earlier-{}.csv"  # what was logged before a run was resumed, oldest first
 
 
@@ -45,12 +49,81 @@ class Origin(NamedTuple):
         return self.path.parent.parent if self.path.parent.name == FOLDER else self.path.parent
 
 
+class Finished(NamedTuple):
+    """A run that is trained and measured.
+
+    Attributes:
+        run: The run directory.
+        value: What it returned, see ``main`` of ``train.py``.
+    """
+
+    run: Path
+    value: float | None
+
+
+def mark_finished(run: Path, config: Mapping[str, Any], value: float | None) -> None:
+    """Write into a run directory that all is done."""
+    with atomic_file(run / _FINISHED) as file:
+        file.write((json.dumps({"config": config, "value": value}, indent=1) + "\n").encode())
+
+
+def read_finished(run: Path) -> Finished | None:
+    """What a run that is trained and measured has returned; None for any other."""
+    content = _finished(run)
+    return None if content is None else Finished(run, content["value"])
+
+
+def forget_finished(run: Path) -> None:
+    """Take back that all is done."""
+    (run / _FINISHED).unlink(missing_ok=True)
+
+
+def find_in_sweep(config: Mapping[str, Any], sweep: Path) -> Finished | Origin | None:
+    """What an earlier start of a sweep has left of one of its jobs.
+
+    Args:
+        config: Plain configuration of the job, steps planned.
+        sweep: Directory of the sweep, with one run directory for each job.
+
+    Returns:
+        The job if it is finished, else its newest checkpoint; None if it has none. Jobs are known by all of their
+        settings, not by their numbers: a sweep may be repeated with more values.
+    """
+    runs = sorted(path.parent for path in sweep.glob(f"*/{FOLDER}"))
+    unfinished: list[Origin] = []
+    for run in runs:
+        content = _finished(run)
+        if content is not None:
+            if _whole(content["config"]) == _whole(config):
+                return Finished(run, content["value"])
+        elif not _is_alive(run):
+            origin = _newest_of(run, lambda there: _whole(there) == _whole(config))
+            unfinished += [origin] if origin is not None else []
+    if not unfinished:
+        return None
+    furthest = max(unfinished, key=lambda origin: origin.step)
+    remove_leftovers(furthest.run)
+    return furthest
+
+
+def _finished(run: Path) -> dict[str, Any] | None:
+    try:
+        return json.loads((run / _FINISHED).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+
+
+def _whole(config: Mapping[str, Any]) -> Any:
+    """A configuration as it can be compared with one that was written to a file."""
+    return json.loads(json.dumps({name: node for name, node in config.items() if name not in _ASIDE}))
+
+
 def find_origin(resume: str | None, config: Mapping[str, Any], roots: Sequence[Path]) -> Origin | None:
     """The checkpoint that ``resume`` means.
 
     Args:
         resume: A run directory or checkpoint; ``auto`` for the newest run of this configuration below ``roots``, if
-            it is unfinished; None for none.
+            it is unfinished (stopped in training, or before it was measured); None for none.
         config: Plain configuration of this run, steps planned.
         roots: Where runs are kept.
 
@@ -72,7 +145,7 @@ def find_origin(resume: str | None, config: Mapping[str, Any], roots: Sequence[P
             f"{path} was trained with other settings: {'; '.join(differences[:5])}{more}. "
             "Give the settings of that run, or leave out resume"
         )
-    if origin.step >= config["trainer"]["max_steps"]:
+    if origin.step >= config["trainer"]["max_steps"] and _finished(origin.run) is not None:
         raise ConfigError(
             f"{path} has made {origin.step} of {config['trainer']['max_steps']} steps: nothing is left to train. "
             "Set trainer.max_steps higher, or measure it with scripts/evaluate.py"
@@ -188,22 +261,30 @@ def _newest(config: Mapping[str, Any], roots: Sequence[Path]) -> Origin | None:
         if _is_alive(run):
             print(f"resume=auto: {run} is still being trained; left alone")
             continue
-        for path in reversed(checkpoints(run)):
-            try:
-                there = _origin(path, peek=True).entry["config"]
-                if _differences(config, there) or config["trainer"]["max_steps"] != there["trainer"]["max_steps"]:
-                    break
-                origin = _origin(path)
-            except (ConfigError, OSError) as error:
-                print(f"resume=auto: {error}", file=sys.stderr)
-                continue
-            if origin.step >= config["trainer"]["max_steps"]:
-                print(f"resume=auto: {run} is finished; beginning anew")
-                return None
-            remove_leftovers(run)
-            return origin
+        origin = _newest_of(run, lambda there: _same_run(config, there))
+        if origin is None:
+            continue
+        if origin.step >= config["trainer"]["max_steps"] and _finished(run) is not None:
+            print(f"resume=auto: {run} is finished; beginning anew")
+            return None
+        remove_leftovers(run)
+        return origin
     print(f"resume=auto: no unfinished run with these settings in {' or '.join(map(str, roots))}; beginning anew")
     return None
+
+
+def _newest_of(run: Path, wanted: Callable[[Mapping[str, Any]], bool]) -> Origin | None:
+    """The newest whole checkpoint of a run, if its configuration is ``wanted``."""
+    for path in reversed(checkpoints(run)):
+        try:
+            return _origin(path) if wanted(_origin(path, peek=True).entry["config"]) else None
+        except (ConfigError, OSError) as error:
+            print(f"left out: {error}", file=sys.stderr)
+    return None
+
+
+def _same_run(config: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    return not _differences(config, other) and config["trainer"]["max_steps"] == other["trainer"]["max_steps"]
 
 
 def _differences(config: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:

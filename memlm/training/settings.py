@@ -63,7 +63,7 @@ def plan_steps(config: dict[str, Any]) -> dict[str, Any]:
     """``config`` with ``trainer.max_steps`` filled in from the curriculum, and the rest checked.
 
     Raises:
-        ConfigError: If a device or signal is asked for that is not there, or a number is out of range.
+        ConfigError: If a signal is asked for that is not there, or a number is out of range.
     """
     trainer = dict(config["trainer"])
     for key in ("checkpoint.every", "checkpoint.keep", "trainer.accumulate_grad_batches", "trainer.log_every_n_steps",
@@ -93,12 +93,21 @@ def plan_steps(config: dict[str, Any]) -> dict[str, Any]:
             f"trainer.precision must be 32-true or bf16-mixed, got {trainer['precision']!r}: memories keep their "
             "searches and banks in 32 bits, and the loss makes its gradients before they could be scaled for fp16"
         )
-    if trainer["accelerator"] in ("gpu", "cuda") and not _has_cuda():
+    return config | {"trainer": trainer}
+
+
+def check_device(config: Mapping[str, Any]) -> None:
+    """Refuse a device that this machine lacks; not for what is only sent to another machine from here.
+
+    Raises:
+        ConfigError: If CUDA is asked for and not there.
+    """
+    accelerator = config["trainer"]["accelerator"]
+    if accelerator in ("gpu", "cuda") and not _has_cuda():
         raise ConfigError(
-            f"trainer.accelerator={trainer['accelerator']} asks for CUDA, but torch finds none here: "
+            f"trainer.accelerator={accelerator} asks for CUDA, but torch finds none here: "
             "use trainer=cpu, or install a CUDA build of torch"
         )
-    return config | {"trainer": trainer}
 
 
 def places_of_runs(config: Mapping[str, Any]) -> list[Path]:

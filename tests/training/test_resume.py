@@ -9,11 +9,20 @@ from typing import Any
 
 import pytest
 import torch
+from torch.multiprocessing import ProcessExitedException
 
 from memlm.analysis.figures import read_history
 from memlm.checkpoint import checkpoints, read, write
 from memlm.config import ConfigError
-from memlm.training.resume import find_origin, history_files, remove_leftovers, running
+from memlm.training.resume import (
+    Origin,
+    find_in_sweep,
+    find_origin,
+    history_files,
+    mark_finished,
+    remove_leftovers,
+    running,
+)
 from tests.training.small import CURRICULA, FACTS, PLAIN, SHORT, config, curve, fit, fit_until_killed, write_text
 
 
@@ -58,7 +67,9 @@ def test_a_finished_run_can_be_made_longer(tmp_path: Path) -> None:
     constant = ["training.min_lr_ratio=1"]
     _, _, rows = fit(config(tmp_path, "long", *constant))
     whole = curve(rows)
-    fit(config(tmp_path, "short", *constant, "trainer.max_steps=5"))
+    short = config(tmp_path, "short", *constant, "trainer.max_steps=5")
+    fit(short)
+    mark_finished(tmp_path / "short", short, None)
     with pytest.raises(ConfigError, match="has made 5 of 5 steps"):
         fit(config(tmp_path, "same", *constant, "trainer.max_steps=5", f"resume={tmp_path / 'short'}"))
     _, _, rows = fit(config(tmp_path, "longer", *constant, f"resume={tmp_path / 'short'}"))
@@ -66,9 +77,15 @@ def test_a_finished_run_can_be_made_longer(tmp_path: Path) -> None:
 
 
 def test_auto_begins_anew_and_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    _, _, rows = fit(config(tmp_path, "first", "resume=auto", "trainer.max_steps=3"))
+    first = config(tmp_path, "first", "resume=auto", "trainer.max_steps=3")
+    _, _, rows = fit(first)
     assert sorted(curve(rows)) == [0, 1, 2]
     assert "no unfinished run" in capsys.readouterr().out
+    # trained, but stopped before it was measured: there is no step left, and nothing to begin anew
+    origin = find_origin("auto", first, [tmp_path])
+    assert origin is not None
+    assert (origin.run, origin.step) == (tmp_path / "first", 3)
+    mark_finished(tmp_path / "first", first, 0.5)
     fit(config(tmp_path, "second", "resume=auto", "trainer.max_steps=3"))
     assert "is finished; beginning anew" in capsys.readouterr().out
     # other settings are another run
@@ -219,12 +236,13 @@ with running(Path({str(tmp_path / "first")!r})):
     assert find_origin("auto", settings, [tmp_path]) is not None
 
 
-def fit_until_terminated(settings: dict[str, Any], step: int) -> None:
-    """Train in a process of its own, which gets SIGTERM in the middle of batch ``step``."""
+def fit_until_asked(settings: dict[str, Any], step: int, signum: int = signal.SIGTERM, times: int = 1) -> int:
+    """Train in a process of its own, which gets a signal in the middle of batch ``step``; returns its exit code."""
 
     def stop(module: Any, batch: Any) -> None:
         if batch.step == step:
-            os.kill(os.getpid(), signal.SIGTERM)
+            for _ in range(times):
+                os.kill(os.getpid(), signum)
 
     child = os.fork()
     if child == 0:
@@ -234,24 +252,88 @@ def fit_until_terminated(settings: dict[str, Any], step: int) -> None:
             os._exit(error.code)  # type: ignore[arg-type]
         finally:
             os._exit(1)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 128 + signal.SIGTERM
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-def test_sigterm_writes_a_checkpoint_to_go_on_from(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2])
+def test_asked_to_stop_writes_a_checkpoint_to_go_on_from(
+    signum: int, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     # the step in which it comes is finished first
     settings = ["checkpoint.every=100", "trainer.enable_progress_bar=true"]
-    fit_until_terminated(config(tmp_path, "stopped", *settings), step=4)
-    assert "stopped after step 5: go on with resume=auto" in capfd.readouterr().err
+    assert fit_until_asked(config(tmp_path, "stopped", *settings), 4, signum) == 128 + signum
+    assert "stopped after step 5, with a checkpoint: resume=auto goes on" in capfd.readouterr().err
     assert [path.name for path in checkpoints(tmp_path / "stopped")] == ["step=5.ckpt"]
     fit(config(tmp_path, "on", f"resume={tmp_path / 'stopped'}"))
     whole = curve(fit(config(tmp_path, "whole"))[2])
     assert curve([row for file in history_files(tmp_path / "on") for row in read_history(file)]) == whole
 
 
-def test_sigterm_within_accumulated_gradients_leaves_the_last_checkpoint(tmp_path: Path) -> None:
+def test_asked_to_stop_within_accumulated_gradients_finishes_the_step(tmp_path: Path) -> None:
     settings = ["checkpoint.every=3", "trainer.accumulate_grad_batches=2"]
-    fit_until_terminated(config(tmp_path, "stopped", *settings), step=8)  # the first batch of two
+    # the first batch of two
+    assert fit_until_asked(config(tmp_path, "stopped", *settings), step=8) == 128 + signal.SIGTERM
+    assert [path.name for path in checkpoints(tmp_path / "stopped")] == ["step=3.ckpt", "step=5.ckpt"]
+
+
+def test_asked_to_stop_in_the_last_step(tmp_path: Path) -> None:
+    """What comes after training is left for later."""
+    assert fit_until_asked(config(tmp_path, "stopped"), step=8) == 128 + signal.SIGTERM
+    assert checkpoints(tmp_path / "stopped")[-1].name == "step=9.ckpt"
+
+
+def test_all_processes_stop_after_the_same_step(tmp_path: Path) -> None:
+    """Though only one of them is asked."""
+
+    def stop(module: Any, batch: Any) -> None:
+        if batch.step == 4 and module.global_rank == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    ranks = ["trainer.devices=2", "trainer.strategy=ddp_fork", "checkpoint.every=100"]
+    with pytest.raises((SystemExit, ProcessExitedException)) as left:
+        fit(config(tmp_path, "stopped", *ranks), before_step=stop)
+    assert getattr(left.value, "exit_code", None) == 128 + signal.SIGTERM
+    assert [path.name for path in checkpoints(tmp_path / "stopped")] == ["step=5.ckpt"]
+
+
+def test_a_second_ctrl_c_ends_at_once(tmp_path: Path) -> None:
+    assert fit_until_asked(config(tmp_path, "stopped"), 4, signal.SIGINT, times=2) == -signal.SIGINT
     assert [path.name for path in checkpoints(tmp_path / "stopped")] == ["step=3.ckpt"]
+
+
+def test_what_waits_for_the_signal_too_gets_it_after_the_checkpoint(tmp_path: Path) -> None:
+    """As submitit does, which puts the job in the queue again."""
+
+    def requeue(signum: int, frame: Any) -> None:
+        found = [path.name for path in checkpoints(tmp_path / "stopped")]
+        os._exit(77 if found == ["step=5.ckpt"] else 1)
+
+    before = signal.signal(signal.SIGUSR2, requeue)
+    try:
+        settings = config(tmp_path, "stopped", "checkpoint.every=100")
+        assert fit_until_asked(settings, 4, signal.SIGUSR2) == 77
+    finally:
+        signal.signal(signal.SIGUSR2, before)
+
+
+def test_a_job_of_a_repeated_sweep_is_known_by_its_settings(tmp_path: Path) -> None:
+    sweep = tmp_path / "sweep"
+    done = config(sweep, "0", "trainer.max_steps=3")
+    fit(done)
+    mark_finished(sweep / "0", done, 0.25)
+    assert fit_until_asked(config(sweep, "1", "seed=1", "checkpoint.every=100"), step=4) == 128 + signal.SIGTERM
+    # by another number, logged elsewhere
+    assert find_in_sweep(config(sweep, "7", "trainer.max_steps=3", logger="wandb"), sweep) == (sweep / "0", 0.25)
+    # all other settings count, unlike those of resume=auto: a sweep may be over precisions
+    for other in ("trainer.precision=bf16-mixed", "trainer.max_steps=4", "seed=2", "needle.n_fact=3"):
+        more = [] if "max_steps" in other else ["trainer.max_steps=3"]
+        assert find_in_sweep(config(sweep, "0", other, *more), sweep) is None
+    origin = find_in_sweep(config(sweep, "1", "seed=1", "checkpoint.every=100"), sweep)
+    assert isinstance(origin, Origin)
+    assert (origin.run, origin.step) == (sweep / "1", 5)
+    # what is begun again is not finished
+    fit(config(sweep, "0", f"resume={sweep / '0'}", "training.min_lr_ratio=0.05", "trainer.max_steps=4"))
+    assert find_in_sweep(done, sweep) is None
 
 
 def test_a_directory_holds_one_run(tmp_path: Path) -> None:
