@@ -16,12 +16,12 @@ import memlm
 from experiments import runner
 from memlm.analysis.figures import read_history
 from memlm.checkpoint import checkpoints, load_run, read
-from memlm.config import ConfigError, compose, to_dict
+from memlm.config import ConfigError, compose, config_dir, to_dict
 from memlm.training.resume import history_files
 from memlm.training.settings import plan_steps
 from tests.training.small import curve, fit, overrides
 from tests.training.test_fit import records
-from train import main
+from train import check, main
 
 ROOT = Path(__file__).resolve().parents[1]
 FACTS = "curriculum.phases=[{steps:9,n_row:2,n_segment:2,task:{items:2},n_window:3}]"
@@ -238,6 +238,20 @@ def test_mistakes_are_told_before_training(
         main(compose([*lines(tmp_path), wrong, f"paths.run_dir={tmp_path / 'run'}"]))
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("group", ["memory", "model", "recipe"])
+def test_nothing_that_is_shipped_is_refused_ahead(group: str) -> None:
+    for path in sorted((config_dir() / group).glob("*.yaml")):
+        check(compose([f"{group}={path.stem}"]))
+
+
+def test_what_a_constructor_refuses_is_told_ahead() -> None:
+    with pytest.raises(ConfigError, match=r"memory\.ltm: top_k must be at least 1, got 0"):
+        check(compose(["memory.ltm.top_k=0"]))
+    with pytest.raises(ConfigError, match=r"needle\.n_document must be at least 2"):
+        check(compose(["needle.n_document=1"]))
+    check(compose(["trainer=gpu"]))  # another machine may have what this one lacks
 
 
 def test_an_empty_text_is_told(tmp_path: Path) -> None:

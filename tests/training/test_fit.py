@@ -18,7 +18,7 @@ from memlm.training.callbacks import Progress, Throughput
 from memlm.training.fit import make_trainer, sync_hint, wandb_logger
 from memlm.training.module import LanguageModeling
 from memlm.training.resume import history_files
-from memlm.training.settings import plan_steps
+from memlm.training.settings import check_device, plan_steps
 from tests.training.small import FACTS, PLAIN, SHORT, config, curve, fit
 from tests.training.wandb_file import history, records
 
@@ -47,7 +47,7 @@ def test_steps_come_from_the_curriculum(tmp_path: Path) -> None:
 def test_impossible_plans_are_refused(setting: str, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ConfigError, match=told):
-        config(tmp_path, "a", setting)
+        check_device(config(tmp_path, "a", setting))
 
 
 def test_signals_that_no_data_has_are_refused(tmp_path: Path) -> None:
