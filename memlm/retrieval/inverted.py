@@ -33,6 +33,7 @@ _ROUNDS = 8  # of k-means
 _CHOICES = 3  # nearest lists with room that a slot tries before it takes any
 _CHUNK = 4096  # keys that are compared with all centroids at a time
 _SCORES = 2**24  # scores that exist at a time
+_GROUP = 16  # scores whose maximum is ranked before they are
 
 
 class Lists(NamedTuple):
@@ -88,7 +89,7 @@ class InvertedFile:
         self.n_slot, self.d_key = n_slot, d_key
         self.n_list = math.ceil(2 * math.sqrt(n_slot)) if n_list is None else n_list
         self.n_list = min(self.n_list, n_slot)
-        self.n_cell = math.ceil(_ROOM * n_slot / self.n_list)
+        self.n_cell = _GROUP * math.ceil(_ROOM * n_slot / self.n_list / _GROUP)
         self.n_probe = 32 if n_probe is None else n_probe
         self.n_scored = self.n_list + min(self.n_probe, self.n_list) * self.n_cell
         self.n_first = max(1, min(n_slot // 2, _FIRST))
@@ -305,23 +306,30 @@ class InvertedFile:
     ) -> tuple[Tensor, Tensor]:
         """`search` of the queries (N, d_key) of one row, whose slots are dealt out: (N, k) each."""
         hidden = torch.where(bank.visible[0], bank.bias, -torch.inf)  # (S, M)
-        n_list, n_query = int(lists.host_n_list), len(query)
+        n_list, n_query, n_segment = int(lists.host_n_list), len(query), len(hidden)
         cells = lists.slot[: n_list * self.n_cell].long()
-        # Bias of each cell in each segment; empty cells take the column that is added.
-        table = F.pad(hidden, (0, 1), value=-torch.inf)[:, cells].view(-1, n_list, self.n_cell)  # (S, l, C)
+        # What each cell adds in each segment; empty cells take the column that is added.
+        table = F.pad(hidden, (0, 1), value=-torch.inf)[:, cells].view(n_segment, n_list, -1)  # (S, l, C)
         keys = lists.key[: n_list * self.n_cell].view(n_list, self.n_cell, -1)
         near = self._nearest(lists.centroid[:n_list], query)  # (N, p)
-        segment = torch.arange(n_query, device=query.device) // (n_query // len(hidden))
+        segment = torch.arange(n_query, device=query.device) // (n_query // n_segment)
         n_probe = near.shape[1]
-        k_found = min(k, n_probe * self.n_cell)
+        n_group = n_probe * self.n_cell // _GROUP
         values, slots = [], []
         for part in torch.arange(n_query, device=query.device).split(max(1, _SCORES // (n_probe * self.n_cell))):
-            score = _by_list(query[part] * temperature, keys, near[part])  # (n, p, C)
-            if threshold > -1:
-                score.masked_fill_(score < threshold * temperature, -torch.inf)
-            score.add_(table[segment[part, None], near[part]])
-            value, index = exact.top(score.flatten(1), k_found)
-            cell = near[part].gather(1, index // self.n_cell) * self.n_cell + index % self.n_cell
+            score, place = _by_list(query[part], temperature, threshold, keys, table.amax(dim=0), near[part])
+            if n_segment > 1:
+                pair = torch.empty_like(place.flatten()).scatter_(0, place.flatten(), near[part].flatten())
+                reader = torch.empty_like(pair).scatter_(0, place.flatten(), segment[part].repeat_interleave(n_probe))
+                score.masked_fill_((table == -torch.inf)[reader, pair], -torch.inf)
+            # As in `exact.top`, but maxima of groups are put in order, not all scores.
+            members = score.view(len(score), _GROUP, -1)  # (n * p, G, C / G)
+            best = members.amax(dim=1)[place].flatten(1).topk(min(k, n_group), dim=1, sorted=False).indices
+            probe, group = best // members.shape[2], best % members.shape[2]  # (n, k) each
+            inside = group[..., None] + members.shape[2] * torch.arange(_GROUP, device=query.device)  # (n, k, G)
+            found = score[place.gather(1, probe)[..., None], inside].flatten(1)
+            value, index = found.topk(min(k, found.shape[1]), dim=1, sorted=False)
+            cell = (near[part].gather(1, probe)[..., None] * self.n_cell + inside).flatten(1).gather(1, index)
             values.append(value)
             slots.append(cells[cell].clamp(min=0))
         value, slot = torch.cat(values), torch.cat(slots)
@@ -329,7 +337,7 @@ class InvertedFile:
         slot, order = slot.sort(dim=1)
         exactly = temperature * (bank.key[0, slot] * query[:, None]).sum(dim=2) + hidden[segment[:, None], slot]
         value = exactly.masked_fill(value.gather(1, order) == -torch.inf, -torch.inf)
-        missing = (0, k - k_found)
+        missing = (0, k - slot.shape[1])
         return F.pad(value, missing, value=-torch.inf), F.pad(slot, missing)
 
 
@@ -338,26 +346,46 @@ def dealt(lists: Lists) -> bool:
     return bool((lists.host_n_list > 0).any())
 
 
-def _by_list(query: Tensor, keys: Tensor, near: Tensor) -> Tensor:
-    """Products (N, p, C) of each ``query`` (N, d_key) with the ``keys`` (l, C, d_key) of the lists ``near`` (N, p) it.
+def _by_list(
+    query: Tensor, temperature: Tensor, threshold: float, keys: Tensor, bias: Tensor, near: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Scores of each ``query`` (N, d_key) in the lists ``near`` (N, p) it.
 
     On a CPU list by list, each with all its queries: no key is copied, and each is read once.
+
+    Args:
+        query: Unit queries.
+        temperature: Inverse temperature.
+        threshold: Least cosine similarity.
+        keys: Keys of the cells, (l, C, d_key).
+        bias: What each cell adds, (l, C).
+        near: Lists of each query.
+
+    Returns:
+        Scores in the order in which they were made, (N * p, C), and which of them each probe has, (N, p).
     """
-    n_query, n_probe = near.shape
-    if query.is_cuda:
-        return (keys[near] @ query[:, None, :, None])[..., 0]
+    scaled, least = query * temperature, threshold * temperature
     flat = near.flatten()
+    if query.is_cuda:
+        score = (keys[near] @ scaled[:, None, :, None])[..., 0].flatten(0, 1)
+        if threshold > -1:
+            score.masked_fill_(score < least, -torch.inf)
+        return score.add_(bias[flat]), torch.arange(len(flat), device=flat.device).view_as(near)
     order = flat.argsort(stable=True)
-    sizes = flat.bincount(minlength=len(keys)).tolist()
-    queries = query[order // n_probe]  # (N * p, d_key)
-    score = query.new_empty(n_query * n_probe, keys.shape[1])
+    scaled = scaled[order // near.shape[1]]  # (N * p, d_key)
+    score = query.new_empty(len(flat), keys.shape[1])
     start = 0
-    for number, size in enumerate(sizes):
-        if size:
-            torch.mm(queries[start : start + size], keys[number].T, out=score[start : start + size])
-            start += size
-    place = torch.empty_like(order).scatter_(0, order, torch.arange(len(order)))
-    return score[place].view(n_query, n_probe, -1)
+    for number, size in enumerate(flat.bincount(minlength=len(keys)).tolist()):
+        if not size:
+            continue
+        here = slice(start, start + size)
+        if threshold > -1:
+            part = torch.mm(scaled[here], keys[number].T, out=score[here])
+            part.masked_fill_(part < least, -torch.inf).add_(bias[number])
+        else:
+            torch.addmm(bias[number], scaled[here], keys[number].T, out=score[here])
+        start += size
+    return score, torch.empty_like(order).scatter_(0, order, torch.arange(len(order))).view_as(near)
 
 
 def _rank(label: Tensor) -> Tensor:
