@@ -300,7 +300,7 @@ class LongTermMemory(Memory):
         reads = None
         if read:
             time = self._time(state.n_record[:, None] + plan.record, flat.position)
-            window = Pool(flat.key, flat.value, self._bias(flat.log_gate), plan.window_visible, time)
+            window = Pool(flat.key, flat.value, self.bias(flat.log_gate), plan.window_visible, time)
             window_slot, window_list = plan.window_slot, plan.window_list
             if self.distractors and self.training:  # one pool of all rows' slots, numbered row after row
                 window = Pool(
@@ -448,7 +448,7 @@ class LongTermMemory(Memory):
         """The price of writing: ``gate_penalty`` times the mean write gate."""
         return {"gate_penalty": self.gate_penalty * trace["write_gate"]} if "write_gate" in trace else {}
 
-    def _bias(self, log_gate: Tensor) -> Tensor:
+    def bias(self, log_gate: Tensor) -> Tensor:
         """Read bias of a slot: its log gate, with a floor that keeps every slot within reach."""
         return (self.gate_floor + (1 - self.gate_floor) * log_gate.exp()).log()
 
@@ -466,7 +466,7 @@ class LongTermMemory(Memory):
         return Pool(
             state.key[:, :n_used],
             state.value[:, :n_used],
-            self._bias(state.log_gate[:, :n_used]),
+            self.bias(state.log_gate[:, :n_used]),
             visible[..., :n_used],
             self._time(state.record[:, :n_used], state.position[:, :n_used]),
         )
