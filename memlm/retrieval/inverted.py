@@ -28,9 +28,9 @@ from memlm.retrieval.exact import Pool
 
 _FIRST = 2**14  # slots that are searched one and all before they are dealt out for the first time, at most
 _ROOM = 2  # cells for each slot
-_SAMPLE = 32  # keys for each list that centroids are made from
-_ROUNDS = 8  # of k-means
-_CHOICES = 3  # nearest lists with room that a slot tries before it takes any
+_SAMPLE = 24  # keys for each list that centroids are made from
+_ROUNDS = 6  # of k-means
+_CHOICES = 3  # tries for the nearest list with room; at the last one, any list will do
 _CHUNK = 4096  # keys that are compared with all centroids at a time
 _SCORES = 2**24  # scores that exist at a time
 _GROUP = 16  # scores whose maximum is ranked before they are
@@ -136,7 +136,9 @@ class InvertedFile:
         if not dealt(lists):
             return
         self._remove(lists, slot, accept)
-        self._insert(lists, slot, key.detach(), accept & (lists.n_list > 0)[:, None])
+        left = accept & (lists.n_list > 0)[:, None]
+        for choice in range(_CHOICES):
+            left = left & ~self._insert(lists, slot, key.detach(), left, anywhere=choice == _CHOICES - 1)
 
     def _remove(self, lists: Lists, slot: Tensor, chosen: Tensor) -> None:
         """Take ``slot`` (B, K) out of their lists where ``chosen`` (B, K)."""
@@ -148,37 +150,47 @@ class InvertedFile:
         lists.n_held.scatter_add_(1, (place // self.n_cell).clamp(max=self.n_list - 1), -chosen.long())
         lists.place.scatter_(1, slot, lists.place.gather(1, slot).masked_fill(chosen, -1))
 
-    def _insert(self, lists: Lists, slot: Tensor, key: Tensor, chosen: Tensor) -> None:
-        """Put ``slot`` (B, K) into lists where ``chosen`` (B, K): rows that are dealt out, slots in no list."""
-        into = self._deal(lists, key, chosen)
-        rank = _rank(torch.where(chosen, into, self.n_list))
-        cells = lists.slot[:, :-1].unflatten(1, (self.n_list, self.n_cell))  # (B, L, C)
-        free = take(cells, into) < 0  # (B, K, C)
-        cell = ((free.cumsum(dim=2) == rank[..., None] + 1) & free).long().argmax(dim=2)
-        nowhere = lists.slot.shape[1] - 1
-        place = torch.where(chosen, into * self.n_cell + cell, nowhere)
-        lists.slot.scatter_(1, place, torch.where(chosen, slot, -1).int())
-        lists.key.scatter_(1, place[..., None].expand_as(key), key * chosen[..., None])
-        lists.place.scatter_(1, slot, torch.where(chosen, place, lists.place.gather(1, slot).long()).int())
-        lists.n_held.scatter_add_(1, into, chosen.long())
+    def _insert(
+        self, lists: Lists, slot: Tensor, key: Tensor, chosen: Tensor, anywhere: bool = False, packed: bool = False
+    ) -> Tensor:
+        """Put each slot into the list that is nearest of those with room, as long as the room lasts.
 
-    def _deal(self, lists: Lists, key: Tensor, chosen: Tensor) -> Tensor:
-        """The list that each of the ``chosen`` (B, K) keys goes to, (B, K): near, and with room for all that go there."""
+        Args:
+            lists: Changed in place.
+            slot: Slots that are in no list, (B, K).
+            key: Their keys, (B, K, d_key).
+            chosen: Which of them, (B, K); only in rows that are dealt out.
+            anywhere: Whether those for which the room does not last go into any list with room.
+            packed: Whether the empty cells of every list are known to be the last ones.
+
+        Returns:
+            Which slots are in a list now, (B, K).
+        """
         number = torch.arange(self.n_list, device=key.device)
-        in_use = number < lists.n_list[:, None]  # (B, L)
-        score = key @ lists.centroid.transpose(1, 2)  # (B, K, L)
-        room = torch.where(in_use, self.n_cell - lists.n_held, 0)  # (B, L)
-        into = torch.full_like(key[..., 0], -1, dtype=torch.long)
-        for _ in range(_CHOICES):
-            open_ = chosen & (into < 0)
-            nearest = score.masked_fill_((room <= 0)[:, None], -torch.inf).argmax(dim=2)
-            taken = open_ & (_rank(torch.where(open_, nearest, self.n_list)) < room.gather(1, nearest))
-            into = torch.where(taken, nearest, into)
-            room = room.scatter_add(1, nearest, -taken.long())
-        open_ = chosen & (into < 0)
-        order = open_.cumsum(dim=1) - 1
-        anywhere = torch.searchsorted(room.cumsum(dim=1), order.clamp(min=0), right=True).clamp(max=self.n_list - 1)
-        return torch.where(open_, anywhere, into.clamp(min=0))
+        room = torch.where(number < lists.n_list[:, None], self.n_cell - lists.n_held, 0)  # (B, L)
+        full = torch.where(room > 0, 0.0, -torch.inf)[:, None]
+        into = torch.baddbmm(full, key, lists.centroid.transpose(1, 2)).argmax(dim=2)  # (B, K)
+        rank = _rank(torch.where(chosen, into, self.n_list))
+        placed = chosen & (rank < room.gather(1, into))
+        if anywhere:
+            homeless = chosen & ~placed
+            room = room.scatter_add(1, into, -placed.long())
+            order = (homeless.cumsum(dim=1) - 1).clamp(min=0)
+            some = torch.searchsorted(room.cumsum(dim=1), order, right=True).clamp(max=self.n_list - 1)
+            into, placed = torch.where(homeless, some, into), chosen
+            rank = _rank(torch.where(chosen, into, self.n_list))
+        if packed:
+            cell = lists.n_held.gather(1, into) + rank
+        else:
+            cells = lists.slot[:, :-1].unflatten(1, (self.n_list, self.n_cell))  # (B, L, C)
+            free = take(cells, into) < 0  # (B, K, C)
+            cell = ((free.cumsum(dim=2) == rank[..., None] + 1) & free).long().argmax(dim=2)
+        place = torch.where(placed, into * self.n_cell + cell, lists.slot.shape[1] - 1)
+        lists.slot.scatter_(1, place, torch.where(placed, slot, -1).int())
+        lists.key.scatter_(1, place[..., None].expand_as(key), key * placed[..., None])
+        lists.place.scatter_(1, slot, torch.where(placed, place, lists.place.gather(1, slot).long()).int())
+        lists.n_held.scatter_add_(1, into, placed.long())
+        return placed
 
     def settle(self, lists: Lists, n_written: int, key: Tensor, used: Tensor) -> Lists:
         """``lists``, dealt out anew in the rows where it is time. The device is asked only if it may be.
@@ -221,8 +233,14 @@ class InvertedFile:
             part.fill_(value)
         for part in (lists.n_list, lists.host_n_list):
             part.fill_(n_list)
-        for some in slot.split(_CHUNK):
-            self._insert(lists, some[None], key[some][None], torch.ones_like(some, dtype=torch.bool)[None])
+        for choice in range(_CHOICES):
+            left = [slot[:0]]
+            for some in slot.split(_CHUNK):
+                all_ = torch.ones_like(some, dtype=torch.bool)[None]
+                last = choice == _CHOICES - 1
+                placed = self._insert(lists, some[None], key[some][None], all_, anywhere=last, packed=True)
+                left.append(some[~placed[0]])
+            slot = torch.cat(left)
         for part in (lists.left, lists.host_left):
             part.fill_(max(n_used, self.n_first))
 
