@@ -1135,7 +1135,9 @@ def report_retrieval(result: Result) -> str:
             for name in settings["candidates"]
             if (key := f"{source}/{name}/exponent") in metrics
         )
-        texts.append(table(columns, lines, title) + (f"\ntime grows with slots to the power of: {growth}" if growth else ""))
+        texts.append(
+            table(columns, lines, title) + (f"\ntime grows with slots to the power of: {growth}" if growth else "")
+        )
     notes = [
         f"Median and quartiles of {settings['rounds']} batches, candidates in turn; ratios are per batch.",
         "learn: a whole read with softmax and values, and its backward pass, against the bare search of the peer.",

@@ -45,6 +45,7 @@ class Lists(NamedTuple):
         key: Its key, (B, L * C + 1, d_key); zero for none.
         place: Cell of each slot, (B, M), int32; -1 if it is in no list.
         n_held: Slots in each list, (B, L).
+        extent: Cells of each list, from the first, beyond which all are empty, (B, L).
         n_list: Lists in use, (B,).
         left: Slots that may be written before all are dealt out anew, (B,).
         host_n_list: ``n_list`` on the CPU.
@@ -56,6 +57,7 @@ class Lists(NamedTuple):
     key: Tensor
     place: Tensor
     n_held: Tensor
+    extent: Tensor
     n_list: Tensor
     left: Tensor
     host_n_list: Tensor
@@ -68,7 +70,7 @@ class InvertedFile:
     Args:
         n_slot: Slots of a row.
         d_key: Width of keys.
-        n_list: Lists of a full row; None for twice the square root of ``n_slot``. A row with fewer slots uses fewer.
+        n_list: Lists of a full row; None for four times the square root of ``n_slot``. A row with fewer slots uses fewer.
         n_probe: Lists that a query searches; None for 32.
 
     Attributes:
@@ -87,7 +89,7 @@ class InvertedFile:
         if n_list is not None and n_list > n_slot:
             raise ValueError(f"n_list must be at most n_slot ({n_slot}), got {n_list}")
         self.n_slot, self.d_key = n_slot, d_key
-        self.n_list = math.ceil(2 * math.sqrt(n_slot)) if n_list is None else n_list
+        self.n_list = math.ceil(4 * math.sqrt(n_slot)) if n_list is None else n_list
         self.n_list = min(self.n_list, n_slot)
         self.n_cell = _GROUP * math.ceil(_ROOM * n_slot / self.n_list / _GROUP)
         self.n_probe = 32 if n_probe is None else n_probe
@@ -108,6 +110,7 @@ class InvertedFile:
             key=full(n_cell, self.d_key, dtype=torch.float32),
             place=full(self.n_slot, value=-1, dtype=torch.int32),
             n_held=full(self.n_list),
+            extent=full(self.n_list),
             n_list=full(),
             left=full(value=self.n_first),
             host_n_list=torch.zeros(n_row, dtype=torch.long),
@@ -190,6 +193,7 @@ class InvertedFile:
         lists.key.scatter_(1, place[..., None].expand_as(key), key * placed[..., None])
         lists.place.scatter_(1, slot, torch.where(placed, place, lists.place.gather(1, slot).long()).int())
         lists.n_held.scatter_add_(1, into, placed.long())
+        lists.extent.scatter_reduce_(1, into, torch.where(placed, cell + 1, 0), "amax")
         return placed
 
     def settle(self, lists: Lists, n_written: int, key: Tensor, used: Tensor) -> Lists:
@@ -229,7 +233,7 @@ class InvertedFile:
             sample = key[slot[:: max(1, n_used // (_SAMPLE * n_list))]]
             lists.centroid[0, :n_list] = _centroids(sample, n_list)
         lists.centroid[0, n_list:] = 0
-        for part, value in ((lists.slot, -1), (lists.key, 0), (lists.place, -1), (lists.n_held, 0)):
+        for part, value in ((lists.slot, -1), (lists.key, 0), (lists.place, -1), (lists.n_held, 0), (lists.extent, 0)):
             part.fill_(value)
         for part in (lists.n_list, lists.host_n_list):
             part.fill_(n_list)
@@ -260,7 +264,7 @@ class InvertedFile:
             rows: Which rows, on the device.
         """
         fresh = self.empty(len(rows), rows.device)
-        for name in lists._fields[:7] if dealt(lists) else ("left",):
+        for name in lists._fields[:8] if dealt(lists) else ("left",):
             part = getattr(lists, name)
             part.copy_(torch.where(rows.view(-1, *[1] * (part.dim() - 1)), getattr(fresh, name), part))
 
@@ -335,7 +339,9 @@ class InvertedFile:
         n_group = n_probe * self.n_cell // _GROUP
         values, slots = [], []
         for part in torch.arange(n_query, device=query.device).split(max(1, _SCORES // (n_probe * self.n_cell))):
-            score, place = _by_list(query[part], temperature, threshold, keys, table.amax(dim=0), near[part])
+            score, place = _by_list(
+                query[part], temperature, threshold, keys, table.amax(dim=0), lists.extent[:n_list], near[part]
+            )
             if n_segment > 1:
                 pair = torch.empty_like(place.flatten()).scatter_(0, place.flatten(), near[part].flatten())
                 reader = torch.empty_like(pair).scatter_(0, place.flatten(), segment[part].repeat_interleave(n_probe))
@@ -365,7 +371,7 @@ def dealt(lists: Lists) -> bool:
 
 
 def _by_list(
-    query: Tensor, temperature: Tensor, threshold: float, keys: Tensor, bias: Tensor, near: Tensor
+    query: Tensor, temperature: Tensor, threshold: float, keys: Tensor, bias: Tensor, extent: Tensor, near: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Scores of each ``query`` (N, d_key) in the lists ``near`` (N, p) it.
 
@@ -377,6 +383,7 @@ def _by_list(
         threshold: Least cosine similarity.
         keys: Keys of the cells, (l, C, d_key).
         bias: What each cell adds, (l, C).
+        extent: Cells of each list beyond which all are empty, (l,).
         near: Lists of each query.
 
     Returns:
@@ -391,17 +398,17 @@ def _by_list(
         return score.add_(bias[flat]), torch.arange(len(flat), device=flat.device).view_as(near)
     order = flat.argsort(stable=True)
     scaled = scaled[order // near.shape[1]]  # (N * p, d_key)
-    score = query.new_empty(len(flat), keys.shape[1])
+    score = query.new_full((len(flat), keys.shape[1]), -torch.inf)
     start = 0
-    for number, size in enumerate(flat.bincount(minlength=len(keys)).tolist()):
-        if not size:
-            continue
-        here = slice(start, start + size)
-        if threshold > -1:
-            part = torch.mm(scaled[here], keys[number].T, out=score[here])
-            part.masked_fill_(part < least, -torch.inf).add_(bias[number])
-        else:
-            torch.addmm(bias[number], scaled[here], keys[number].T, out=score[here])
+    for number, (size, end) in enumerate(
+        zip(flat.bincount(minlength=len(keys)).tolist(), extent.tolist(), strict=True)
+    ):
+        if size and end:
+            part = score[start : start + size, :end]
+            torch.mm(scaled[start : start + size], keys[number, :end].T, out=part)
+            if threshold > -1:
+                part.masked_fill_(part < least, -torch.inf)
+            part.add_(bias[number, :end])
         start += size
     return score, torch.empty_like(order).scatter_(0, order, torch.arange(len(order))).view_as(near)
 

@@ -173,9 +173,7 @@ def test_searches_after_writes_equal_those_of_lists_made_afresh() -> None:
         lists = file.own(lists)
         file.replace(lists, slot, new, torch.ones_like(slot, dtype=torch.bool))
     query, bank = unit(1, 20, 8, seed=50), bank._replace(key=key)
-    found = [
-        file.search(each, query, torch.tensor(4.0), -1.0, 5, bank) for each in (lists, dealt_out(file, key))
-    ]
+    found = [file.search(each, query, torch.tensor(4.0), -1.0, 5, bank) for each in (lists, dealt_out(file, key))]
     assert torch.equal(found[0][1], found[1][1])
     assert torch.equal(found[0][0], found[1][0])
 
