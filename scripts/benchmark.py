@@ -851,8 +851,8 @@ def trained_keys(checkpoint: str, n_key: int, n_query: int, cache: str | None) -
         kept = Keys(**read_plain(Path(cache)))
         if len(kept.key) < n_key or len(kept.query) < n_query:
             raise ConfigError(
-                f"{cache} has {len(kept.key):,} keys and {len(kept.query):,} queries, but {n_key:,} and {n_query:,} are "
-                "needed: remove it, or name another cache"
+                f"{cache} has {len(kept.key):,} keys and {len(kept.query):,} queries, but {n_key:,} and {n_query:,} "
+                "are needed: remove it, or name another cache"
             )
         return kept
     loaded, data = load_run(checkpoint)
@@ -862,7 +862,7 @@ def trained_keys(checkpoint: str, n_key: int, n_query: int, cache: str | None) -
     module, n_row, n_token = model.memory["ltm"][0], 8, 16 * model.segment_len
 
     def written(split: str, n: int) -> tuple[Tensor, Tensor]:
-        ids = torch.from_numpy(np.asarray(data.tokens(split).ids, dtype=np.int64))
+        ids = torch.from_numpy(np.asarray(data.tokens(split).tokens, dtype=np.int64))
         found: list[tuple[Tensor, Tensor]] = []
         for start in range(0, model.segment_len, _SHIFT):
             rows = ids[start:]
@@ -911,7 +911,7 @@ class Searcher:
         self.temperature = torch.tensor(keys.temperature)
         visible = torch.ones(1, 1, len(keys.key), dtype=torch.bool)
         self.pool = Pool(keys.key[None], keys.key[None], keys.bias[None], visible)
-        file = InvertedFile(*keys.key.shape, n_list, n_probe)
+        file = InvertedFile(len(keys.key), keys.key.shape[1], n_list, n_probe)
         self._find: Any = None
         if name == "inverted":
             lists = file.rebuild(file.empty(1, keys.key.device), self.pool.key, visible[0], torch.ones(1).bool())
@@ -994,9 +994,10 @@ def retrieval(
     }.items():  # fmt: skip
         if value is not None and value < 1:
             raise ConfigError(f"{key} must be at least 1, got {value}.")
-    for key, values in {"candidates": candidates, "keys": keys, "sizes": sizes}.items():
-        if not values or len(set(values)) < len(values):  # type: ignore[arg-type]
-            raise ConfigError(f"{key} must name at least one, and each once; got {list(values)}.")  # type: ignore[call-overload]
+    chosen: dict[str, Sequence[Any]] = {"candidates": candidates, "keys": keys, "sizes": sizes}
+    for key, values in chosen.items():
+        if not values or len(set(values)) < len(values):
+            raise ConfigError(f"{key} must name at least one, and each once; got {list(values)}.")
     if min(sizes) < max(top_k, n_list or 1):
         raise ConfigError(f"sizes must be at least top_k ({top_k}) and n_list ({n_list}), got {min(sizes)}.")
     faiss = peer_library(FAISS) if any(name.startswith("faiss") for name in candidates) else None
@@ -1119,8 +1120,8 @@ def report_retrieval(result: Result) -> str:
                 learn = f"{of['learn_ms']:,.1f}" if "learn_ms" in of else None
                 spread = f"{of['ms_low']:,.1f}-{of['ms_high']:,.1f}"
                 lines.append(
-                    [f"{size:,}", name, f"{of['ms']:,.1f}", spread, f"{of['recall']:.3f}", *ratios[:2], learn, ratios[2],
-                     f"{of['build_s']:,.1f}"]
+                    [f"{size:,}", name, f"{of['ms']:,.1f}", spread, f"{of['recall']:.3f}", *ratios[:2], learn,
+                     ratios[2], f"{of['build_s']:,.1f}"]
                 )  # fmt: skip
         columns = ["slots", "candidate", "ms", "quartiles", "recall", "x exact", "x faiss flat", "learn ms",
                    "learn x faiss flat", "build s"]  # fmt: skip

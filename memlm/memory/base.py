@@ -203,7 +203,7 @@ class Memory(nn.Module):
         return ranks.rows_of_all(part) if self.over_ranks else part
 
     def keep_bank(self) -> None:
-        """Hold a persistent bank in buffers ``bank_<path of the field>``, so that it is saved and moved with the module."""
+        """Hold a persistent bank in buffers ``bank_<path of a field>``, to be saved and moved with the module."""
         for name, tensor in named_tensors(self.init_state(1)).items():
             self.register_buffer(f"bank_{name}", tensor.clone(memory_format=torch.contiguous_format))
 

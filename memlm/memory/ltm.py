@@ -267,7 +267,7 @@ class LongTermMemory(Memory):
             record = torch.zeros_like(candidates.position)
         start = self._age(state.priority, complete)
         victim, order, accept = _replace(start, candidates.priority)
-        stored = {
+        stored: dict[str, Any] = {
             name: _put(getattr(state, name), victim, accept, take(part, order))
             for name, part in candidates._asdict().items()
         }
@@ -340,7 +340,7 @@ class LongTermMemory(Memory):
             value = torch.where(attached.view(shape), value, value.detach())
             return old.scatter(1, slot.view(shape).expand_as(value), value)
 
-        stored = {name: settle(getattr(start, name), part) for name, part in flat._asdict().items()}
+        stored: dict[str, Any] = {name: settle(getattr(start, name), part) for name, part in flat._asdict().items()}
         new = LongTermState(
             **stored | {"priority": plan.priority},
             record=settle(start.record, start.n_record[:, None] + plan.record),

@@ -28,8 +28,8 @@ from memlm.retrieval.exact import Pool
 
 _FIRST = 2**14  # slots that are searched one and all before they are dealt out for the first time, at most
 _ROOM = 2  # cells for each slot
-_SAMPLE = 24  # keys for each list that centroids are made from
-_ROUNDS = 6  # of k-means
+_SAMPLE = 16  # keys for each list that centroids are made from
+_ROUNDS = 4  # of k-means
 _CHOICES = 3  # tries for the nearest list with room; at the last one, any list will do
 _CHUNK = 4096  # keys that are compared with all centroids at a time
 _SCORES = 2**24  # scores that exist at a time
@@ -70,7 +70,7 @@ class InvertedFile:
     Args:
         n_slot: Slots of a row.
         d_key: Width of keys.
-        n_list: Lists of a full row; None for four times the square root of ``n_slot``. A row with fewer slots uses fewer.
+        n_list: Lists of a full row; None for four times the square root of ``n_slot``. Fewer slots have fewer.
         n_probe: Lists that a query searches; None for 32.
 
     Attributes:
