@@ -835,8 +835,8 @@ def made_keys(n_key: int, n_query: int, d_key: int, clusters: bool, seed: int) -
 def trained_keys(checkpoint: str, n_key: int, n_query: int, cache: str | None) -> Keys:
     """Keys and biases that a trained model writes of its training text, and queries that it makes of held-out text.
 
-    All tokens are written, and nothing is read. Each further reading of the text begins `_SHIFT` tokens later, so that
-    no segment comes twice.
+    All tokens are written, and nothing is read. Each further reading of the text begins `_SHIFT` tokens later in its
+    segment, so that no segment comes twice.
 
     Raises:
         ConfigError: If the model has no long-term memory, or the held-out text is too short for the queries.
@@ -864,8 +864,8 @@ def trained_keys(checkpoint: str, n_key: int, n_query: int, cache: str | None) -
     def written(split: str, n: int) -> tuple[Tensor, Tensor]:
         ids = torch.from_numpy(np.asarray(data.tokens(split).tokens, dtype=np.int64))
         found: list[tuple[Tensor, Tensor]] = []
-        for start in range(0, model.segment_len, _SHIFT):
-            rows = ids[start:]
+        for reading in range(model.segment_len):
+            rows = ids[reading * _SHIFT % model.segment_len :]
             rows = rows[: len(rows) // n_row * n_row].view(n_row, -1)
             state = None
             for text in rows.split(n_token, dim=1):
@@ -1067,7 +1067,6 @@ def _search_in_turn(
     recalls: dict[str, list[float]] = {name: [] for name in names}
 
     def measure_one(name: str, what: str, run: Callable[[Tensor], Any], query: Tensor) -> Any:
-        gc.collect()
         start = time.perf_counter()
         done = run(query)
         spent = time.perf_counter() - start
@@ -1079,6 +1078,7 @@ def _search_in_turn(
         searcher.search(keys.query[:n_query])  # warm-up
     for query in keys.query[: n_query * rounds].split(n_query):
         best = true.search(query)
+        gc.collect()
         for name, searcher in built.items():
             with torch.no_grad():
                 index = measure_one(name, "ms", searcher.search, query)
