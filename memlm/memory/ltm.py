@@ -100,8 +100,8 @@ class LongTermMemory(Memory):
         scope: ``sequence`` (one bank per row) or ``shared`` (one bank for all).
         index: How a read finds its slots: ``exact`` (all are scored) or ``inverted`` (those in the lists nearest to the
             query, see `memlm.retrieval.inverted`), for banks of many slots.
-        n_list: Lists of a full bank; None for a number that fits ``n_slot``.
-        n_probe: Lists that a token searches; None for a number that fits ``n_list``.
+        n_list: Lists of a full bank; None for four times the square root of ``n_slot``.
+        n_probe: Lists that a token searches; None for 48.
 
     Attributes:
         distractors: While training, a row also reads what the other rows' segments of the window write: slots that can

@@ -71,7 +71,7 @@ class InvertedFile:
         n_slot: Slots of a row.
         d_key: Width of keys.
         n_list: Lists of a full row; None for four times the square root of ``n_slot``. Fewer slots have fewer.
-        n_probe: Lists that a query searches; None for 32.
+        n_probe: Lists that a query searches; None for 48.
 
     Attributes:
         n_cell: Room of a list.
@@ -92,7 +92,7 @@ class InvertedFile:
         self.n_list = math.ceil(4 * math.sqrt(n_slot)) if n_list is None else n_list
         self.n_list = min(self.n_list, n_slot)
         self.n_cell = _GROUP * math.ceil(_ROOM * n_slot / self.n_list / _GROUP)
-        self.n_probe = 32 if n_probe is None else n_probe
+        self.n_probe = 48 if n_probe is None else n_probe
         self.n_scored = self.n_list + min(self.n_probe, self.n_list) * self.n_cell
         self.n_first = max(1, min(n_slot // 2, _FIRST))
 
