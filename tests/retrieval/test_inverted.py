@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from memlm.memory.ltm import LongTermMemory
+from memlm.memory.ltm import LongTermMemory, LongTermState
 from memlm.retrieval.exact import Pool, attend
 from memlm.retrieval.inverted import InvertedFile, Lists
 
@@ -245,3 +245,55 @@ def test_a_state_without_lists_is_searched_exactly() -> None:
     x = torch.randn(1, 5, 16)
     assert torch.equal(exact.read(x, state, 0).values, inverted.read(x, state, 0).values)
     assert exact.init_state(1).lists is None
+
+
+def bank_with_lists(scope: str = "sequence", index: str = "inverted") -> tuple[LongTermMemory, LongTermState]:
+    """A full bank of 20 slots, dealt out, whose first two have the same key and value."""
+    torch.manual_seed(0)
+    memory = LongTermMemory(16, n_slot=20, d_key=8, d_value=8, n_list=4, scope=scope, index=index)  # type: ignore[arg-type]
+    key = unit(1, 20, 8)
+    key[:, 1] = key[:, 0]
+    state = memory.init_state(1)._replace(
+        key=key, value=key.clone(), log_gate=torch.zeros(1, 20), priority=-torch.arange(20.0)[None],
+        host_used=torch.tensor([20]),
+    )  # fmt: skip
+    if index == "inverted":
+        state = state._replace(lists=dealt_out(InvertedFile(20, 8, n_list=4), key))
+    return memory, state
+
+
+def test_a_consolidated_bank_is_dealt_out_anew() -> None:
+    memory, state = bank_with_lists()
+    new, report = memory.consolidate(state, threshold=1e-3)
+    assert report == {"merged": 1}
+    expected = dealt_out(InvertedFile(20, 8, n_list=4), new.key, memory.filled(new))
+    assert all(torch.equal(a, b) for a, b in zip(new.lists, expected, strict=True))
+    assert int((new.lists.place >= 0).sum()) == 19
+
+
+def test_forgotten_slots_are_in_no_list() -> None:
+    memory, state = bank_with_lists()
+    gone = torch.arange(20)[None] % 3 == 0
+    new = memory.forget(state, gone)
+    assert torch.equal(new.lists.place >= 0, ~gone)
+    assert not memory.filled(new)[gone].any()
+
+
+def test_a_shared_bank_that_was_kept_without_lists_is_dealt_out() -> None:
+    """As when an evaluation changes ``index`` of an older checkpoint; one kept with lists keeps these."""
+    memory, state = bank_with_lists("shared", "exact")
+    memory.keep_bank()
+    memory.commit(state)
+    memory.index = "inverted"
+    lists = memory.first_state(3).lists
+    expected = dealt_out(InvertedFile(20, 8, n_list=4), state.key)
+    assert all(torch.equal(a, b) for a, b in zip(lists, expected, strict=True))
+    memory, state = bank_with_lists("shared")
+    moved = state._replace(lists=state.lists._replace(centroid=-state.lists.centroid))
+    memory.keep_bank()
+    memory.commit(moved)
+    restored, _ = bank_with_lists("shared")
+    restored.keep_bank()
+    restored.load_state_dict(memory.state_dict())
+    again = restored.first_state(3).lists
+    assert all(torch.equal(a, b) for a, b in zip(again, moved.lists, strict=True))
