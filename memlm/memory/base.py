@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from memlm.memory import ranks
-from memlm.memory.state import State, map_tensors, tensors, where_rows
+from memlm.memory.state import State, map_tensors, named_tensors, tensors, where_rows, with_tensors
 
 Scope = Literal["sequence", "shared"]
 
@@ -213,8 +213,8 @@ class Memory(nn.Module):
         return ranks.rows_of_all(part) if self.over_ranks else part
 
     def keep_bank(self) -> None:
-        """Hold a persistent bank in buffers ``bank_<field>``, so that it is saved and moved with the module."""
-        for name, tensor in self.init_state(1)._asdict().items():
+        """Hold a persistent bank in buffers ``bank_<path of a field>``, to be saved and moved with the module."""
+        for name, tensor in named_tensors(self.init_state(1)).items():
             self.register_buffer(f"bank_{name}", tensor.clone(memory_format=torch.contiguous_format))
 
     def first_state(self, n_row: int) -> State:
@@ -222,12 +222,12 @@ class Memory(nn.Module):
         fresh = self.init_state(n_row)
         if self.scope != "shared":
             return fresh
-        bank = {name: getattr(self, f"bank_{name}").clone() for name in fresh._fields}
-        return type(fresh)(**{name: t.cpu() if name.startswith("host_") else t for name, t in bank.items()})
+        bank = {name: getattr(self, f"bank_{name}").clone() for name in named_tensors(fresh)}
+        return with_tensors(fresh, {name: t.cpu() if "host_" in name else t for name, t in bank.items()})
 
     def commit(self, state: State) -> None:
         """Make ``state`` the persistent bank."""
-        for name, tensor in state._asdict().items():
+        for name, tensor in named_tensors(state).items():
             getattr(self, f"bank_{name}").copy_(tensor.detach())
 
     @property

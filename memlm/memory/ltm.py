@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -24,8 +25,9 @@ from torch.nn import functional as F
 
 from memlm.memory import ranks
 from memlm.memory.base import Memory, Residual, Scope, Segment, Trace
-from memlm.memory.state import take
+from memlm.memory.state import named_tensors, take
 from memlm.retrieval.exact import Pool, attend, attend_dealt
+from memlm.retrieval.inverted import InvertedFile, Lists, dealt
 
 _EMPTY = -(2.0**23)  # priority of the first empty slot; slot i has _EMPTY + i, so that banks fill from the front
 _USED = -(2.0**22)  # every used slot has a priority above this
@@ -51,6 +53,7 @@ class LongTermState(NamedTuple):
         tokens: Ids of the tokens up to its own and the one after, (B, M, span + 1); -1 where there is none.
         n_record: Records written so far, (B,).
         host_used: An upper bound on the used slots of a row, (B,), on the CPU.
+        lists: Which list of the inverted file each slot is in; None if all slots are searched.
     """
 
     key: Tensor
@@ -63,6 +66,7 @@ class LongTermState(NamedTuple):
     tokens: Tensor
     n_record: Tensor
     host_used: Tensor
+    lists: Lists | None = None
 
 
 class _Candidates(NamedTuple):
@@ -102,6 +106,10 @@ class LongTermMemory(Memory):
         shard: Whether training in several processes deals the slots of a shared bank out to them, so that it may be
             larger than what one device holds. Reads and writes are those of the whole bank, but that of slots which
             are worth exactly the same another may go.
+        index: How a read finds its slots: ``exact`` (all are scored) or ``inverted`` (those in the lists nearest to the
+            query, see `memlm.retrieval.inverted`), for banks of many slots.
+        n_list: Lists of a full bank; None for four times the square root of ``n_slot``.
+        n_probe: Lists that a token searches; None for 48.
 
     Attributes:
         distractors: While training, a row also reads what the other rows' segments of the window write: slots that can
@@ -136,6 +144,9 @@ class LongTermMemory(Memory):
         gate_penalty: float = 0.03,
         scope: Scope = "sequence",
         shard: bool = False,
+        index: Literal["exact", "inverted"] = "exact",
+        n_list: int | None = None,
+        n_probe: int | None = None,
     ) -> None:
         super().__init__()
         for name, number in {
@@ -164,6 +175,7 @@ class LongTermMemory(Memory):
         for name, choice, choices in (
             ("importance", importance, ("span", "token", "fifo", "surprise", "random")),
             ("scope", scope, ("sequence", "shared")),
+            ("index", index, ("exact", "inverted")),
         ):
             if choice not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, got {choice!r}")
@@ -173,6 +185,12 @@ class LongTermMemory(Memory):
         if shard and scope != "shared":
             raise ValueError(f"shard deals out a bank that all rows share, so it needs scope=shared, got {scope!r}")
         self.scope, self.shard = scope, shard
+        if shard and index != "exact":
+            raise ValueError(
+                f"the lists of an index cannot be dealt out to processes: shard needs index=exact, got {index!r}"
+            )
+        self.index, self.n_list, self.n_probe = index, n_list, n_probe
+        self._file()  # refuses what cannot work
         self.lookback = 2 * span
 
         self.norm = nn.RMSNorm(d_model)
@@ -187,6 +205,10 @@ class LongTermMemory(Memory):
         self.log_recency = None if recency is None else nn.Parameter(torch.tensor(float(recency)).log())
         self.register_buffer("temperature_scale", torch.tensor(1.0))
         self._initialise()
+
+    def _file(self) -> InvertedFile:
+        """The inverted file of the settings as they are now: an evaluation may change them."""
+        return InvertedFile(self.n_slot, self.d_key, self.n_list, self.n_probe)
 
     def _initialise(self) -> None:
         """Initial values: a read begins as the embedding of the token that followed, let in by half."""
@@ -225,11 +247,25 @@ class LongTermMemory(Memory):
             tokens=full(n_bank, n_slot, self.span + 1, value=-1, dtype=torch.int32),
             n_record=full(n_bank, dtype=torch.long),
             host_used=torch.zeros(n_bank, dtype=torch.long),
+            lists=self._file().empty(n_bank, weight.device) if self.index == "inverted" else None,
         )
+
+    def first_state(self, n_row: int) -> LongTermState:
+        """See `Memory.first_state`. A bank that was kept without lists is dealt out."""
+        fresh = self.init_state(n_row)
+        if self.scope != "shared" or fresh.lists is None or hasattr(self, "bank_lists_left"):
+            return super().first_state(n_row)
+        named = {name: getattr(self, f"bank_{name}").clone() for name in named_tensors(fresh._replace(lists=None))}
+        state = fresh._replace(**named | {"host_used": named["host_used"].cpu()})
+        return state._replace(lists=self._deal_out(state, torch.ones(1, dtype=torch.bool)))
+
+    def _deal_out(self, state: LongTermState, rows: Tensor) -> Lists | None:
+        """Lists of ``state`` with the slots of ``rows`` (B,), on the CPU, dealt out anew."""
+        return state.lists and self._file().rebuild(state.lists, state.key, self.filled(state), rows)
 
     def read(self, x: Tensor, recalled: LongTermState, layer: int) -> Residual:
         """Top-k attention of one segment's tokens over the bank; see `Memory.read`."""
-        return self._attend(x, self._bank(recalled), None)
+        return self._attend(x, self._bank(recalled), None, recalled.lists)
 
     def write(self, segment: Segment, state: LongTermState, reads: list[Residual]) -> tuple[LongTermState, Trace]:
         """Store the best slots of one segment; see `Memory.write`."""
@@ -246,7 +282,7 @@ class LongTermMemory(Memory):
             record = torch.zeros_like(candidates.position)
         start = self._age(state.priority, complete)
         victim, order, accept = (self._replace_dealt if self.dealt else _replace)(start, candidates.priority)
-        stored = {
+        stored: dict[str, Any] = {
             name: _put(getattr(state, name), victim, accept, take(part, order))
             for name, part in candidates._asdict().items()
         }
@@ -257,6 +293,11 @@ class LongTermMemory(Memory):
             n_record=state.n_record + complete,
             host_used=(state.host_used + candidates.priority.shape[1]).clamp(max=self.n_slot),
         )
+        if state.lists is not None:
+            file = self._file()
+            lists = file.own(state.lists)
+            file.replace(lists, victim, take(candidates.key, order), accept)
+            new = new._replace(lists=file.settle(lists, victim.shape[1], new.key, self.filled(new)))
         return new, trace
 
     def process(
@@ -266,16 +307,16 @@ class LongTermMemory(Memory):
 
         Which slots a segment finds is settled first, by priorities alone; then all segments read at once.
         """
-        if self.scope == "shared" or segment.n_segment == 1 or not write:
+        if self.scope == "shared" or segment.n_segment == 1 or not write or self._deals_within(state, segment):
             return super().process(x, segment, state, layer, read, write, carry)
         candidates, trace = self._candidates(segment)
-        plan = self._plan(state, candidates.priority, segment)
+        plan = self._plan(state, candidates.priority, candidates.key.detach(), segment)
         flat = _Candidates(*(part.flatten(1, 2) for part in candidates))
         reads = None
         if read:
             time = self._time(state.n_record[:, None] + plan.record, flat.position)
-            window = Pool(flat.key, flat.value, self._bias(flat.log_gate), plan.window_visible, time)
-            window_slot = plan.window_slot
+            window = Pool(flat.key, flat.value, self.bias(flat.log_gate), plan.window_visible, time)
+            window_slot, window_list = plan.window_slot, plan.window_list
             if self.distractors and self.training:  # one pool of all rows' slots, numbered row after row
                 window = Pool(
                     key=window.key.flatten(0, 1)[None],
@@ -286,7 +327,8 @@ class LongTermMemory(Memory):
                 )
                 own = torch.eye(len(x), dtype=torch.bool, device=x.device)[..., None]
                 window_slot = torch.where(own, window_slot, -1).flatten(1)  # (B, B * P)
-            reads = self._attend(x, self._bank(state, plan.bank_visible), window)
+                window_list = torch.where(own, window_list, -1).flatten(1)  # slots of other rows are always read
+            reads = self._attend(x, self._bank(state, plan.bank_visible), window, state.lists, window_list)
             n_bank = int(state.host_used.max())
             slot = torch.cat([torch.arange(n_bank, device=x.device).expand(len(x), -1), window_slot], dim=1)
             slot = F.pad(slot, (0, 1), value=-1)  # -1 stays -1
@@ -313,14 +355,25 @@ class LongTermMemory(Memory):
             value = torch.where(attached.view(shape), value, value.detach())
             return old.scatter(1, slot.view(shape).expand_as(value), value)
 
-        stored = {name: settle(getattr(start, name), part) for name, part in flat._asdict().items()}
+        stored: dict[str, Any] = {name: settle(getattr(start, name), part) for name, part in flat._asdict().items()}
         new = LongTermState(
             **stored | {"priority": plan.priority},
             record=settle(start.record, start.n_record[:, None] + plan.record),
             n_record=start.n_record + plan.n_record,
             host_used=(start.host_used + flat.priority.shape[1]).clamp(max=self.n_slot),
         )
+        if plan.lists is not None and start.lists is not None:
+            host = {"host_n_list": start.lists.host_n_list, "host_left": start.lists.host_left}
+            lists = plan.lists._replace(**host)
+            lists = self._file().settle(lists, flat.priority.shape[1], new.key, self.filled(new))
+            new = new._replace(lists=lists)
         return reads, new, trace
+
+    def _deals_within(self, state: LongTermState, segment: Segment) -> bool:
+        """Whether slots may be dealt out among lists anew before the last segment of a window."""
+        n_token = segment.segment_len + self.lookback
+        n_new = n_token if self.write_budget is None else min(self.write_budget, n_token)
+        return state.lists is not None and self._file().is_due(state.lists, segment.n_segment * n_new)
 
     def _of_all_rows(self, candidates: _Candidates, complete: Tensor) -> tuple[_Candidates, Tensor]:
         """Candidates (B, K, ...) of all rows that write the bank, as those of one, and which are ``complete``, (B,).
@@ -374,8 +427,8 @@ class LongTermMemory(Memory):
             return priority
         return priority - (priority > _USED).float() * (n_written > 0).float()[:, None]
 
-    def _plan(self, state: LongTermState, priority: Tensor, segment: Segment) -> _Plan:
-        """Replay the replacement of a whole window by priorities alone (B, S, K)."""
+    def _plan(self, state: LongTermState, priority: Tensor, key: Tensor, segment: Segment) -> _Plan:
+        """Replay the replacement of a whole window by priorities alone (B, S, K); keys only choose lists."""
         n_row, n_segment, n_new = priority.shape
         device, n_candidate = priority.device, n_segment * n_new
         bank = state.priority
@@ -386,6 +439,10 @@ class LongTermMemory(Memory):
         window_slot = torch.full((n_row, n_candidate), -1, device=device)
         counter = torch.zeros(n_row, dtype=torch.long, device=device)
         records = []
+        file, lists = self._file(), state.lists
+        window_list = torch.full_like(window_slot, -1)
+        if lists is not None:
+            lists = file.own(lists)
         empty = _EMPTY + torch.arange(bank.shape[1], device=device, dtype=bank.dtype)
         for s in range(n_segment):
             complete = segment.complete[:, s].long()
@@ -396,6 +453,8 @@ class LongTermMemory(Memory):
                 bank_until = torch.where(reset, bank_until.clamp(max=s - 1), bank_until)
                 new_until = torch.where(reset, new_until.clamp(max=s - 1), new_until)
                 counter = counter.masked_fill(reset[:, 0], 0)
+                if lists is not None:
+                    file.start(lists, reset[:, 0])
             bank = self._age(bank, complete)
             victim, order, accept = _replace(bank, priority[:, s])
             candidate = s * n_new + order  # (B, K)
@@ -407,6 +466,10 @@ class LongTermMemory(Memory):
             window_slot = window_slot.scatter(1, candidate, torch.where(accept, victim, -1))
             source = _put(source, victim, accept, candidate)
             bank = _put(bank, victim, accept, priority[:, s].gather(1, order))
+            if lists is not None:
+                file.replace(lists, victim, take(key[:, s], order), accept)
+                found = file.list_of(lists, victim).masked_fill(~accept, -1)
+                window_list = window_list.scatter(1, candidate, found)
             records.append(counter[:, None].expand(-1, n_new))
             counter = counter + complete
         reader = torch.arange(n_segment, device=device)[:, None]  # (S, 1)
@@ -419,6 +482,8 @@ class LongTermMemory(Memory):
             window_slot=window_slot,
             bank_visible=(reader <= bank_until[:, None]) & used[:, None],
             window_visible=(reader > born) & (reader <= new_until[:, None, :-1]),
+            window_list=window_list,
+            lists=lists,
         )
 
     def filled(self, state: LongTermState) -> Tensor:
@@ -440,14 +505,15 @@ class LongTermMemory(Memory):
 
     def flops_per_token(self) -> int:
         """Projections of read and write, and the search of a full bank."""
-        search = 2 * self.n_slot * self.d_key + 2 * self.top_k * (self.d_key + self.d_value)
+        n_scored = self.n_slot if self.index == "exact" else self._file().n_scored
+        search = 2 * n_scored * self.d_key + 2 * self.top_k * (self.d_key + self.d_value)
         return super().flops_per_token() + search
 
     def losses(self, trace: Trace, nll: Tensor) -> dict[str, Tensor]:
         """The price of writing: ``gate_penalty`` times the mean write gate."""
         return {"gate_penalty": self.gate_penalty * trace["write_gate"]} if "write_gate" in trace else {}
 
-    def _bias(self, log_gate: Tensor) -> Tensor:
+    def bias(self, log_gate: Tensor) -> Tensor:
         """Read bias of a slot: its log gate, with a floor that keeps every slot within reach."""
         return (self.gate_floor + (1 - self.gate_floor) * log_gate.exp()).log()
 
@@ -469,13 +535,20 @@ class LongTermMemory(Memory):
         return Pool(
             state.key[:, :n_used],
             state.value[:, :n_used],
-            self._bias(state.log_gate[:, :n_used]),
+            self.bias(state.log_gate[:, :n_used]),
             visible[..., :n_used],
             self._time(state.record[:, :n_used], state.position[:, :n_used]),
         )
 
-    def _attend(self, x: Tensor, bank: Pool | None, window: Pool | None) -> Residual:
-        """Gated read of ``x`` (B, N, D)."""
+    def _attend(
+        self,
+        x: Tensor,
+        bank: Pool | None,
+        window: Pool | None,
+        lists: Lists | None = None,
+        window_list: Tensor | None = None,
+    ) -> Residual:
+        """Gated read of ``x`` (B, N, D); of a bank with ``lists`` by these, and of a window as if it were in them."""
         gate = self.read_gate(x).sigmoid()  # (B, N, 1)
         if bank is None and window is None:
             none = torch.zeros(*x.shape[:2], self.top_k, device=x.device)
@@ -490,7 +563,14 @@ class LongTermMemory(Memory):
                 assert bank is not None
                 read, slots, weights = attend_dealt(*how, bank, recency)
             else:
-                read, slots, weights = attend(*how, bank, window, recency)
+                find = None
+                if lists is not None and dealt(lists):
+                    file = self._file()
+                    find = partial(file.search, lists)
+                    if window is not None and window_list is not None:
+                        visible = window.visible.repeat_interleave(x.shape[1] // window.visible.shape[1], dim=1)
+                        window = window._replace(visible=visible & file.reach(lists, query, window_list))
+                read, slots, weights = attend(*how, bank, window, recency, find)
         return Residual(gate * self.to_output(read.to(x.dtype)), slots, weights, gate[..., 0])
 
     def _worth(self, strength: Tensor, log_gate: Tensor, ids: Tensor, position: Tensor, segment: Segment) -> Tensor:
@@ -631,7 +711,10 @@ class LongTermMemory(Memory):
         if not len(bank):
             return state, {"merged": 0}
         survivor = index[bank, target[bank, joined]]
-        return self._merge(state, bank, index[bank, joined], survivor), {"merged": len(bank)}
+        new = self._merge(state, bank, index[bank, joined], survivor)
+        if new.lists is not None:
+            new = new._replace(lists=self._deal_out(new, new.lists.host_n_list > 0))
+        return new, {"merged": len(bank)}
 
     @property
     def n_turn(self) -> int:
@@ -671,6 +754,11 @@ class LongTermMemory(Memory):
             position=put(state.position, -1),
             tokens=put(state.tokens, -1),
         )
+
+    def forget(self, state: LongTermState, slots: Tensor) -> LongTermState:
+        """See `Memory.forget`."""
+        new = super().forget(state._replace(lists=None), slots)
+        return new._replace(lists=state.lists and self._file().forget(state.lists, slots))
 
 
 def _n_halving(n: int) -> int:
@@ -768,6 +856,8 @@ class _Plan(NamedTuple):
     window_slot: Tensor  # slot that each candidate went to, (B, P); -1 if none
     bank_visible: Tensor  # which old slots each segment may read, (B, S, M)
     window_visible: Tensor  # which candidates each segment may read, (B, S, P)
+    window_list: Tensor  # list that each candidate went to, (B, P); -1 if none
+    lists: Lists | None  # after the window, but for what is on the CPU
 
 
 def _span_mean(log_gate: Tensor, here: Tensor, span: int) -> Tensor:

@@ -90,6 +90,35 @@ def n_byte(state: State) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors(state))
 
 
+def named_tensors(state: State, prefix: str = "") -> dict[str, Tensor]:
+    """Every tensor of a state of NamedTuples by its path, the names of fields joined by ``_``.
+
+    What is on the CPU keeps ``host_`` in front of its last name.
+    """
+    found: dict[str, Tensor] = {}
+    for name, part in state._asdict().items():
+        if isinstance(part, Tensor):
+            found[prefix + name] = part
+        elif part is not None:
+            found |= named_tensors(part, f"{prefix}{name}_")
+    return found
+
+
+def with_tensors(state: State, named: dict[str, Tensor], prefix: str = "") -> State:
+    """``state`` with the tensors of ``named`` in place of its own; see `named_tensors`."""
+    parts = state._asdict().items()
+    return type(state)(
+        **{
+            name: named[prefix + name]
+            if isinstance(part, Tensor)
+            else None
+            if part is None
+            else with_tensors(part, named, f"{prefix}{name}_")
+            for name, part in parts
+        }
+    )
+
+
 def to_dict(state: State) -> Any:
     """``state`` as plain dicts and lists of tensors, loadable with ``weights_only=True``."""
     if isinstance(state, Tensor) or state is None:
@@ -118,9 +147,10 @@ def from_dict(plain: Any, like: State) -> State:
         return None
     if hasattr(like, "_fields") or isinstance(like, dict):
         fields = like._asdict() if hasattr(like, "_fields") else like
-        if not isinstance(plain, dict) or set(plain) != set(fields):
+        absent = {key for key, value in fields.items() if value is None}  # what a state lacks need not be saved
+        if not isinstance(plain, dict) or set(plain) | absent != set(fields):
             raise ValueError(f"saved state does not fit this memory: expected the fields {sorted(fields)}")
-        restored = {key: from_dict(plain[key], value) for key, value in fields.items()}
+        restored = {key: from_dict(plain.get(key), value) for key, value in fields.items()}
         return type(like)(**restored) if hasattr(like, "_fields") else restored
     if len(plain) != len(like):
         raise ValueError(f"saved state does not fit this memory: expected {len(like)} parts, got {len(plain)}")

@@ -11,6 +11,7 @@ Shapes: B rows, R processes, S segments, N = S * T queries, M slots of a bank, P
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -41,6 +42,10 @@ class Pool(NamedTuple):
     time: Tensor | None = None
 
 
+Search = Callable[[Tensor, Tensor, float, int, Pool], tuple[Tensor, Tensor]]
+"""Finds the best slots of a bank; see `search`."""
+
+
 def attend(
     query: Tensor,
     temperature: Tensor,
@@ -50,6 +55,7 @@ def attend(
     bank: Pool | None,
     window: Pool | None,
     recency: Tensor | None = None,
+    find: Search | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Soft attention over the ``top_k`` best slots and a null slot that holds nothing.
 
@@ -65,6 +71,7 @@ def attend(
         window: Slots of this window.
         recency: What a newer slot that matches perfectly takes off the score of each older one, a scalar; None for
             nothing. Slots compete only with those that the same query reads.
+        find: How the best slots of the bank are found; None for `search`, which scores all of them.
 
     Returns:
         What was read (B, N, d_value); the slots read, numbered through the bank and then the window, (B, N, k); their
@@ -72,8 +79,9 @@ def attend(
     """
     scores, found = [], []
     if bank is not None:
-        search = _gather_best if any(part.requires_grad for part in bank[:3]) else _search_best
-        similarity, index = search(query, temperature, threshold, min(top_k, bank.key.shape[1]), bank)
+        best_of = _gather_best if any(part.requires_grad for part in bank[:3]) else _search_best
+        k = min(top_k, bank.key.shape[1])
+        similarity, index = best_of(find or search, query, temperature, threshold, k, bank)
         scores.append(similarity)
         found.append(index)
     if window is not None:
@@ -131,9 +139,9 @@ def attend_dealt(
         See `attend`.
     """
     n_rank, rank = distributed.get_world_size(), distributed.get_rank()
-    search = _gather_best if any(part.requires_grad for part in share[:3]) else _search_best
+    best_of = _gather_best if any(part.requires_grad for part in share[:3]) else _search_best
     n_slot = share.key.shape[1]
-    score, index = search(ranks.rows_of_all(query), temperature, threshold, min(top_k, n_slot), share)
+    score, index = best_of(search, ranks.rows_of_all(query), temperature, threshold, min(top_k, n_slot), share)
     missing = (0, top_k - index.shape[2])  # as many from everyone, whose shares differ by a slot
 
     def for_own(found: Tensor) -> Tensor:  # (R * B, N, k) of own slots -> (B, N, R * k) of own queries
@@ -176,8 +184,11 @@ def _readable(cosine: Tensor, visible: Tensor, threshold: float) -> Tensor:
     return mask & (cosine >= threshold) if threshold > -1 else mask
 
 
-def _search(query: Tensor, temperature: Tensor, threshold: float, k: int, bank: Pool) -> tuple[Tensor, Tensor]:
-    """Scores (B, N, k), without gradients, and indices of the best slots of a bank, in no order."""
+def search(query: Tensor, temperature: Tensor, threshold: float, k: int, bank: Pool) -> tuple[Tensor, Tensor]:
+    """Scores (B, N, k), without gradients, and indices of the best slots of a bank, in no order.
+
+    A score of -inf says that there is no further slot that may be read.
+    """
     n_row = len(query)
     hidden = torch.where(bank.visible, bank.bias[:, None], -torch.inf)  # (B, S, M)
     n_segment, n_slot = hidden.shape[1:]
@@ -200,11 +211,11 @@ def _search(query: Tensor, temperature: Tensor, threshold: float, k: int, bank: 
             if threshold > -1:
                 score.masked_fill_(score < threshold * temperature, -torch.inf)
             score.add_(hidden[here][:, :, None])
-            best[here], index[here] = _top(score, k)
+            best[here], index[here] = top(score, k)
     return best.flatten(1, 2), index.flatten(1, 2)
 
 
-def _top(score: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def top(score: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The ``k`` best of scores (..., M) and their indices, (..., k), in no order.
 
     The best ``k`` lie in the ``k`` groups with the best maxima, so that few scores are ranked.
@@ -222,13 +233,13 @@ def _top(score: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 class _SearchBest(torch.autograd.Function):
-    """`_search` with gradients for query and temperature."""
+    """A `Search` with gradients for query and temperature."""
 
     @staticmethod
     def forward(
-        ctx: Any, query: Tensor, temperature: Tensor, threshold: float, k: int, *bank: Tensor
+        ctx: Any, find: Search, query: Tensor, temperature: Tensor, threshold: float, k: int, *bank: Tensor
     ) -> tuple[Tensor, Tensor]:
-        score, index = _search(query, temperature, threshold, k, Pool(*bank))
+        score, index = find(query, temperature, threshold, k, Pool(*bank))
         ctx.save_for_backward(query, temperature, bank[0], index)
         ctx.mark_non_differentiable(index)
         return score, index
@@ -237,18 +248,22 @@ class _SearchBest(torch.autograd.Function):
     def backward(ctx: Any, grad_score: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         query, temperature, key, index = ctx.saved_tensors
         keys = _weighted_sum(grad_score.contiguous(), key, index)  # (B, N, d_key)
-        return (keys * temperature, (keys * query).sum(), *[None] * 6)
+        return (None, keys * temperature, (keys * query).sum(), *[None] * 6)
 
 
-def _search_best(query: Tensor, temperature: Tensor, threshold: float, k: int, bank: Pool) -> tuple[Tensor, Tensor]:
+def _search_best(
+    find: Search, query: Tensor, temperature: Tensor, threshold: float, k: int, bank: Pool
+) -> tuple[Tensor, Tensor]:
     """Scores (B, N, k), with gradients for query and temperature, and indices of the best slots of a bank."""
-    return _SearchBest.apply(query, temperature, threshold, k, *bank[:4])
+    return _SearchBest.apply(find, query, temperature, threshold, k, *bank[:4])
 
 
-def _gather_best(query: Tensor, temperature: Tensor, threshold: float, k: int, bank: Pool) -> tuple[Tensor, Tensor]:
+def _gather_best(
+    find: Search, query: Tensor, temperature: Tensor, threshold: float, k: int, bank: Pool
+) -> tuple[Tensor, Tensor]:
     """The same with gradients for keys and biases of the bank too."""
     with torch.no_grad():
-        score, index = _search(query, temperature, threshold, k, bank)
+        score, index = find(query, temperature, threshold, k, bank)
     key = _rows(bank.key, index)  # (B, N, k, d_key)
     bias = _rows(bank.bias[..., None], index)[..., 0]
     exact = temperature * (key @ query[..., None])[..., 0] + bias

@@ -171,6 +171,22 @@ def test_laws_hold_where_newer_slots_of_a_shared_bank_discount_older_ones(law: C
     law(lambda memory=None, **settings: make(memory={"recency": 4.0} | (memory or {}), **settings), scope="shared")
 
 
+# So few slots and lists that they are dealt out anew every few segments, and that most are not read.
+INVERTED = {"index": "inverted", "n_list": 5, "n_probe": 2, "n_slot": 40}
+
+
+@pytest.mark.parametrize("law", LAWS)
+def test_laws_hold_where_lists_are_searched(law: Callable[[laws.Make], None]) -> None:
+    make = make_of("ltm")
+    law(lambda memory=None, **settings: make(memory=INVERTED | (memory or {}), **settings))
+
+
+@pytest.mark.parametrize("law", [laws.causal, laws.chunk_invariant, laws.pure, laws.round_trip, laws.inspectable])
+def test_laws_hold_where_lists_of_a_shared_bank_are_searched(law: Callable[..., None]) -> None:
+    make = make_of("ltm")
+    law(lambda memory=None, **settings: make(memory=INVERTED | (memory or {}), **settings), scope="shared")
+
+
 @pytest.mark.parametrize("law", LAWS)
 @pytest.mark.parametrize("setting", [{"shared_layers": False, "update": "importance"}, {"reset_every": 3}])
 def test_laws_hold_for_every_kind_of_implicit_memory(law: Callable[[laws.Make], None], setting: dict[str, Any]) -> None:

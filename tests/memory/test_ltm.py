@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from memlm.memory import ltm
 from memlm.memory.base import Segment
 from memlm.memory.ltm import LongTermMemory, LongTermState
+from memlm.memory.state import map_tensors, named_tensors, tensors
 from memlm.models.lmcode import LMCode
 from memlm.models.segments import ModelState
 
@@ -203,7 +204,7 @@ def test_rows_that_are_not_complete_keep_their_state() -> None:
     state, _ = memory.write(segment_of(memory, [[-1.0] * T] * 2), memory.init_state(2), [])
     part = segment_of(memory, [[-0.5] * T] * 2, position=T, seed=1)
     after, _ = memory.write(part._replace(complete=torch.tensor([[True], [False]])), state, [])
-    for name, old, new in zip(state._fields, state, after, strict=True):
+    for (name, old), new in zip(named_tensors(state).items(), tensors(after), strict=True):
         if name != "host_used":
             assert torch.equal(old[1], new[1]), name
     assert not torch.equal(state.position[0], after.position[0])
@@ -330,7 +331,7 @@ def test_gradients_reach_the_gates_that_were_written_and_read() -> None:
 
 def bank_of(memory: LongTermMemory, slots: list[tuple[list[float], list[float], float, float]]) -> LongTermState:
     """A bank of one row with (key, value, priority, gate) in its first slots."""
-    state = LongTermState(*(part.clone() for part in memory.init_state(1)))
+    state = map_tensors(torch.clone, memory.init_state(1))
     for i, (key, value, priority, gate) in enumerate(slots):
         state.key[0, i, : len(key)] = F.normalize(torch.tensor(key, dtype=torch.float32), dim=0)
         state.value[0, i, : len(value)] = torch.tensor(value)
@@ -352,10 +353,12 @@ def test_consolidation_merges_duplicates_by_hand() -> None:
             ([0, 1, 0], [3, 0], -3.0, 0.1),  # the same key as slot 1, with another value
         ],
     )
-    before = [part.clone() for part in state]
+    before = [part.clone() for part in tensors(state)]
     new, report = memory.consolidate(state, threshold=0.05)
     assert report == {"merged": 1}
-    assert all(torch.equal(a, b) for a, b in zip(before, state, strict=True)), "the state passed in was changed"
+    assert all(torch.equal(a, b) for a, b in zip(before, tensors(state), strict=True)), (
+        "the state passed in was changed"
+    )
     assert new.record[0, :6].tolist() == [-1, 1, 2, 3, 4, -1]
     assert new.document[0, :5].tolist() == [-1, 11, 12, 13, 14]
     assert new.position[0, :5].tolist() == [-1, 21, 22, 23, 24]
@@ -390,7 +393,7 @@ def test_consolidation_leaves_slots_alone_that_join_nothing() -> None:
     state = bank_of(memory, [([1, 2], [1, 3], -1.0, 0.3), ([2, -1], [2, 7], -40.0, 1e-17)])
     new, report = memory.consolidate(state, threshold=0.1)
     assert report == {"merged": 0}
-    for name, old, now in zip(state._fields, state, new, strict=True):
+    for (name, old), now in zip(named_tensors(state).items(), tensors(new), strict=True):
         assert torch.equal(old, now), name
 
 
@@ -422,7 +425,7 @@ def test_consolidation_by_rows() -> None:
     memory = LongTermMemory(D, **SETTINGS)
     one = bank_of(memory, [([1, 0], [1.0], -1.0, 0.5), ([1, 0], [1.0], -2.0, 0.5)])
     two = bank_of(memory, [([1, 0], [1.0], -1.0, 0.5), ([0, 1], [1.0], -2.0, 0.5)])
-    both = LongTermState(*(torch.cat(parts) for parts in zip(one, two, strict=True)))
+    both = map_tensors(lambda *parts: torch.cat(parts), one, two)
     new, report = memory.consolidate(both)
     assert report == {"merged": 1}
     assert new.record[:, :2].tolist() == [[0, -1], [0, 1]]
@@ -699,7 +702,8 @@ def test_a_shared_bank_persists_when_it_is_committed_and_only_then() -> None:
     assert not memory.filled(model.init_state(2).memory["ltm"][0]).any(), "a call commits nothing"
     memory.commit(fresh.state.memory["ltm"][0])
     start = model.init_state(5).memory["ltm"][0]
-    for name, committed, now in zip(start._fields, fresh.state.memory["ltm"][0], start, strict=True):
+    stored = named_tensors(fresh.state.memory["ltm"][0])
+    for (name, committed), now in zip(stored.items(), tensors(start), strict=True):
         assert torch.equal(committed, now), name
     assert start.key.data_ptr() != memory.bank_key.data_ptr(), "a state holds a copy"
     again = model(ids)

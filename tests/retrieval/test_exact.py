@@ -77,10 +77,10 @@ def test_the_best_of_groups_are_the_best_of_all(n_slot):
     score[0, 0] = -torch.inf
     score[0, 1, 3:] = -torch.inf
     score[..., -1] += 5
-    values, index = exact._top(score, 1)
+    values, index = exact.top(score, 1)
     assert torch.equal(index[1:], score[1:].argmax(dim=-1, keepdim=True))
     for k in (1, 2, 3):
-        values, index = exact._top(score, k)
+        values, index = exact.top(score, k)
         assert torch.equal(values.sort(dim=-1, descending=True).values, score.topk(k).values)
         assert torch.equal(score.gather(-1, index), values)
         assert all(len(set(found.tolist())) == k for found in index.flatten(0, 1))

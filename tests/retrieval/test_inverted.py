@@ -1,0 +1,299 @@
+"""The inverted file against exact search, and its lists against lists kept in plain Python."""
+
+import math
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from memlm.memory.ltm import LongTermMemory, LongTermState
+from memlm.retrieval.exact import Pool, attend
+from memlm.retrieval.inverted import InvertedFile, Lists
+
+
+def unit(*shape: int, seed: int = 0) -> torch.Tensor:
+    return F.normalize(torch.randn(*shape, generator=torch.Generator().manual_seed(seed)), dim=-1)
+
+
+def clustered(n_key: int, n_cluster: int, d_key: int, seed: int = 0) -> torch.Tensor:
+    g = torch.Generator().manual_seed(seed)
+    of = torch.randint(n_cluster, (n_key,), generator=g)
+    return F.normalize(unit(n_cluster, d_key, seed=99)[of] + 0.06 * torch.randn(n_key, d_key, generator=g), dim=-1)
+
+
+def dealt_out(file: InvertedFile, key: torch.Tensor, used: torch.Tensor | None = None) -> Lists:
+    used = torch.ones(key.shape[:2], dtype=torch.bool) if used is None else used
+    return file.rebuild(file.empty(len(key), key.device), key, used, torch.ones(len(key), dtype=torch.bool))
+
+
+def pool(n_row: int, n_slot: int, n_segment: int, d_key: int = 8) -> Pool:
+    g = torch.Generator().manual_seed(5)
+    return Pool(
+        unit(n_row, n_slot, d_key, seed=1),
+        torch.randn(n_row, n_slot, 3, generator=g),
+        -torch.rand(n_row, n_slot, generator=g),
+        torch.rand(n_row, n_segment, n_slot, generator=g) < 0.7,
+        torch.rand(n_row, n_slot, generator=g).argsort(dim=1),
+    )
+
+
+@pytest.mark.parametrize("learned", [False, True], ids=["bank without gradient", "bank with gradient"])
+@pytest.mark.parametrize("recency", [None, 4.0])
+@pytest.mark.parametrize("threshold", [-1.0, 0.2])
+@pytest.mark.parametrize(("n_row", "n_segment"), [(2, 1), (2, 3), (1, 1)], ids=["rows", "segments", "shared"])
+def test_with_all_lists_probed_reads_and_gradients_are_those_of_exact_search(
+    n_row: int, n_segment: int, threshold: float, recency: float | None, learned: bool
+) -> None:
+    file = InvertedFile(70, 8, n_list=6, n_probe=6)
+    bank = pool(n_row, 70, n_segment)
+    lists = dealt_out(file, bank.key)
+    query, temperature = unit(2, 12, 8, seed=2).requires_grad_(), torch.tensor(5.0, requires_grad=True)
+    leaves = [query, temperature]
+    if learned:
+        bank = bank._replace(
+            key=bank.key.clone().requires_grad_(), value=bank.value.requires_grad_(), bias=bank.bias.requires_grad_()
+        )
+        leaves += [bank.key, bank.value, bank.bias]
+    discount = None if recency is None else torch.tensor(recency)
+    found = []
+    for find in (None, lambda *arguments: file.search(lists, *arguments)):
+        read, _, weights = attend(query, temperature, torch.tensor(0.3), threshold, 4, bank, None, discount, find)
+        assert int((weights > 0).sum(dim=2).max()) == 4
+        found.append([read, *torch.autograd.grad(read.square().sum(), leaves)])
+    for ours, exact in zip(found[1], found[0], strict=True):
+        torch.testing.assert_close(ours, exact, rtol=1e-4, atol=1e-5)
+
+
+def test_only_probed_lists_are_read() -> None:
+    """The slots of the nearest lists by a loop, and of these the best."""
+    file, bank = InvertedFile(60, 8, n_list=7, n_probe=2), pool(1, 60, 1)
+    lists, query = dealt_out(file, bank.key), unit(1, 9, 8, seed=3)
+    score, index = file.search(lists, query, torch.tensor(4.0), -1.0, 5, bank)
+    for n in range(9):
+        centres = [(float(query[0, n] @ c), i) for i, c in enumerate(lists.centroid[0, : int(lists.n_list)])]
+        probed = {i for _, i in sorted(centres)[-2:]}
+        allowed = [m for m in range(60) if int(lists.place[0, m]) // file.n_cell in probed and bank.visible[0, 0, m]]
+        scores = {m: 4 * float(query[0, n] @ bank.key[0, m]) + float(bank.bias[0, m]) for m in allowed}
+        best = sorted(scores, key=lambda m: -scores[m])[:5]
+        got = {int(m): float(s) for m, s in zip(index[0, n], score[0, n], strict=True) if s > -torch.inf}
+        assert set(got) == set(best)
+        for m in best:
+            assert got[m] == pytest.approx(scores[m], abs=1e-4)
+
+
+def test_a_query_finds_the_same_whichever_others_are_asked_with_it() -> None:
+    file, bank = InvertedFile(600, 16, n_list=9, n_probe=3), pool(1, 600, 1, d_key=16)
+    lists, query = dealt_out(file, bank.key), unit(1, 40, 16, seed=4)
+    together = file.search(lists, query, torch.tensor(4.0), -1.0, 8, bank)
+    for n in (0, 17, 39):
+        alone = file.search(lists, query[:, n : n + 1], torch.tensor(4.0), -1.0, 8, bank)
+        assert all(torch.equal(a[:, 0], b[:, n]) for a, b in zip(alone, together, strict=True))
+
+
+def test_recall_on_clustered_keys_with_default_settings() -> None:
+    file = InvertedFile(20_000, 32)
+    key, query = clustered(20_000, 500, 32)[None], clustered(200, 500, 32, seed=1)[None]
+    lists = dealt_out(file, key)
+    bank = Pool(key, key, torch.zeros(1, 20_000), torch.ones(1, 1, 20_000, dtype=torch.bool))
+    _, index = file.search(lists, query, torch.tensor(10.0), -1.0, 32, bank)
+    best = (query[0] @ key[0].T).topk(32, dim=1).indices
+    recall = (index[0, :, :, None] == best[:, None]).any(dim=1).float().mean()
+    assert file.n_scored < 20_000 / 2, "nearly all slots are searched"
+    assert recall >= 0.95
+
+
+def held(file: InvertedFile, lists: Lists, row: int) -> list[set[int]]:
+    """The slots of each list; checks that cells, places, keys and counts tell the same."""
+    cells = lists.slot[row, :-1].view(file.n_list, file.n_cell)
+    assert lists.slot[row, -1] == -1
+    for number, count in enumerate((cells >= 0).sum(dim=1).tolist()):
+        assert count == int(lists.n_held[row, number])
+    for cell, slot in enumerate(cells.flatten().tolist()):
+        assert slot < 0 or int(lists.place[row, slot]) == cell
+    inside = [set(line[line >= 0].tolist()) for line in cells]
+    assert sum(map(len, inside)) == int((lists.place[row] >= 0).sum()), "a slot is in two lists"
+    return inside
+
+
+def test_lists_after_any_writes_are_those_of_a_loop() -> None:
+    """Insertions, replacements, removals and new documents, one slot at a time in plain Python."""
+    file, g = InvertedFile(40, 8, n_list=5), torch.Generator().manual_seed(7)
+    key = unit(2, 40, 8, seed=8)
+    used = torch.rand(2, 40, generator=g) < 0.6
+    lists = dealt_out(file, key, used)
+    naive = [held(file, lists, row) for row in range(2)]
+    n_full = 0
+    for step in range(60):
+        slot = torch.stack([torch.randperm(40, generator=g)[:9] for _ in range(2)])
+        new, accept = unit(2, 9, 8, seed=100 + step), torch.rand(2, 9, generator=g) < 0.7
+        if step % 3:  # nearly all to one list, so that it overflows
+            new = F.normalize(lists.centroid[:, :1] + 0.1 * new, dim=-1)
+        before = [part.clone() for part in lists]
+        after = file.own(lists)
+        file.replace(after, slot, new, accept)
+        assert all(torch.equal(a, b) for a, b in zip(before, lists, strict=True)), "the state before was changed"
+        lists = after
+        for row in range(2):
+            for i in range(9):
+                if accept[row, i]:
+                    for inside in naive[row]:
+                        inside.discard(int(slot[row, i]))
+                    key[row, slot[row, i]] = new[row, i]
+            found = held(file, lists, row)
+            for i in range(9):
+                if accept[row, i]:
+                    (where,) = [j for j, inside in enumerate(found) if int(slot[row, i]) in inside]
+                    nearest = int((lists.centroid[row, : int(lists.n_list[row])] @ new[row, i]).argmax())
+                    assert where == nearest or int(lists.n_held[row, nearest]) == file.n_cell
+                    n_full += where != nearest
+                    naive[row][where].add(int(slot[row, i]))
+            assert found == naive[row]
+            stored = lists.place[row] >= 0
+            torch.testing.assert_close(lists.key[row, lists.place[row, stored].long()], key[row, stored])
+        if step % 10 == 9:
+            gone = torch.rand(2, 40, generator=g) < 0.3
+            lists = file.forget(lists, gone)
+            for row in range(2):
+                naive[row] = [inside - set(gone[row].nonzero()[:, 0].tolist()) for inside in naive[row]]
+                assert held(file, lists, row) == naive[row]
+                assert int((lists.key[row].abs().sum(dim=1) > 0).sum()) == sum(map(len, naive[row]))
+    assert n_full > 20, "no list was ever full"
+    file.start(lists, torch.tensor([False, True]))
+    assert held(file, lists, 0) == naive[0]
+    assert not any(held(file, lists, 1))
+
+
+def test_searches_after_writes_equal_those_of_lists_made_afresh() -> None:
+    file, g = InvertedFile(60, 8, n_list=6, n_probe=6), torch.Generator().manual_seed(9)
+    bank = pool(1, 60, 1)
+    key, lists = bank.key.clone(), dealt_out(file, bank.key)
+    for step in range(8):
+        slot, new = torch.randperm(60, generator=g)[None, :11], unit(1, 11, 8, seed=step)
+        key = key.scatter(1, slot[..., None].expand_as(new), new)
+        lists = file.own(lists)
+        file.replace(lists, slot, new, torch.ones_like(slot, dtype=torch.bool))
+    query, bank = unit(1, 20, 8, seed=50), bank._replace(key=key)
+    found = [file.search(each, query, torch.tensor(4.0), -1.0, 5, bank) for each in (lists, dealt_out(file, key))]
+    assert torch.equal(found[0][1], found[1][1])
+    assert torch.equal(found[0][0], found[1][0])
+
+
+def test_all_are_dealt_out_anew_when_as_many_were_written_as_there_were() -> None:
+    """Counted by hand: first after half of the slots, then each time after as many as were stored."""
+    file = InvertedFile(64, 8, n_list=8)
+    key, used, lists = unit(1, 64, 8), torch.zeros(1, 64, dtype=torch.bool), file.empty(1, torch.device("cpu"))
+    when = []
+    for step in range(24):  # the bank grows for 16 steps, then slots are replaced
+        slot = torch.arange(4 * step, 4 * step + 4)[None] % 64
+        new = unit(1, 4, 8, seed=step)
+        key, used = key.scatter(1, slot[..., None].expand_as(new), new), used.scatter(1, slot, True)
+        lists = file.own(lists)
+        file.replace(lists, slot, new, torch.ones(1, 4, dtype=torch.bool))
+        before = lists.centroid.clone()
+        lists = file.settle(lists, 4, key, used)
+        assert int(lists.host_left) <= int(lists.left)
+        if not torch.equal(before, lists.centroid):
+            when.append((4 * step + 4, int(lists.n_list)))
+    assert when == [(32, math.ceil(8 * math.sqrt(0.5))), (64, 8)]
+    assert int(lists.left) == 64 - 32
+    assert sum(map(len, held(file, lists, 0))) == 64
+
+
+def test_the_device_is_asked_only_when_it_may_be_time() -> None:
+    """The bound on the CPU counts slots that were offered, not those that were stored."""
+    file = InvertedFile(64, 8, n_list=8)
+    lists, used = file.own(file.empty(1, torch.device("cpu"))), torch.zeros(1, 64, dtype=torch.bool)
+    refused = torch.zeros(1, 16, dtype=torch.bool)
+    left = []
+    for _ in range(3):
+        file.replace(lists, torch.arange(16)[None], unit(1, 16, 8), refused)
+        lists = file.settle(lists, 16, unit(1, 64, 8), used)
+        left.append((int(lists.host_left), int(lists.left)))
+    assert left == [(16, 32), (32, 32), (16, 32)]
+
+
+def test_the_same_slots_give_the_same_lists() -> None:
+    file, key = InvertedFile(300, 16, n_list=12), unit(1, 300, 16)
+    a, b = dealt_out(file, key), dealt_out(file, key)
+    assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+    assert len({tuple(c.tolist()) for c in a.centroid[0]}) == 12
+
+
+@pytest.mark.parametrize(
+    ("settings", "part"),
+    [
+        ({"n_list": 0}, "n_list must be at least 1"),
+        ({"n_probe": 0}, "n_probe must be at least 1"),
+        ({"n_list": 101, "n_slot": 100}, r"n_list must be at most n_slot \(100\), got 101"),
+        ({"index": "hnsw"}, "index must be one of exact, inverted, got 'hnsw'"),
+    ],
+)
+def test_mistakes_are_told(settings: dict[str, object], part: str) -> None:
+    with pytest.raises(ValueError, match=part):
+        LongTermMemory(16, **settings)  # type: ignore[arg-type]
+
+
+def test_a_state_without_lists_is_searched_exactly() -> None:
+    """What was saved before there were lists, or with index: exact, goes on."""
+    torch.manual_seed(0)
+    exact, inverted = (LongTermMemory(16, n_slot=20, d_key=8, d_value=8, index=name) for name in ("exact", "inverted"))
+    inverted.load_state_dict(exact.state_dict())
+    state = exact.init_state(1)
+    state = state._replace(
+        key=unit(1, 20, 8), value=unit(1, 20, 8), priority=torch.zeros(1, 20), host_used=torch.tensor([20])
+    )
+    x = torch.randn(1, 5, 16)
+    assert torch.equal(exact.read(x, state, 0).values, inverted.read(x, state, 0).values)
+    assert exact.init_state(1).lists is None
+
+
+def bank_with_lists(scope: str = "sequence", index: str = "inverted") -> tuple[LongTermMemory, LongTermState]:
+    """A full bank of 20 slots, dealt out, whose first two have the same key and value."""
+    torch.manual_seed(0)
+    memory = LongTermMemory(16, n_slot=20, d_key=8, d_value=8, n_list=4, scope=scope, index=index)  # type: ignore[arg-type]
+    key = unit(1, 20, 8)
+    key[:, 1] = key[:, 0]
+    state = memory.init_state(1)._replace(
+        key=key, value=key.clone(), log_gate=torch.zeros(1, 20), priority=-torch.arange(20.0)[None],
+        host_used=torch.tensor([20]),
+    )  # fmt: skip
+    if index == "inverted":
+        state = state._replace(lists=dealt_out(InvertedFile(20, 8, n_list=4), key))
+    return memory, state
+
+
+def test_a_consolidated_bank_is_dealt_out_anew() -> None:
+    memory, state = bank_with_lists()
+    new, report = memory.consolidate(state, threshold=1e-3)
+    assert report == {"merged": 1}
+    expected = dealt_out(InvertedFile(20, 8, n_list=4), new.key, memory.filled(new))
+    assert all(torch.equal(a, b) for a, b in zip(new.lists, expected, strict=True))
+    assert int((new.lists.place >= 0).sum()) == 19
+
+
+def test_forgotten_slots_are_in_no_list() -> None:
+    memory, state = bank_with_lists()
+    gone = torch.arange(20)[None] % 3 == 0
+    new = memory.forget(state, gone)
+    assert torch.equal(new.lists.place >= 0, ~gone)
+    assert not memory.filled(new)[gone].any()
+
+
+def test_a_shared_bank_that_was_kept_without_lists_is_dealt_out() -> None:
+    """As when an evaluation changes ``index`` of an older checkpoint; one kept with lists keeps these."""
+    memory, state = bank_with_lists("shared", "exact")
+    memory.keep_bank()
+    memory.commit(state)
+    memory.index = "inverted"
+    lists = memory.first_state(3).lists
+    expected = dealt_out(InvertedFile(20, 8, n_list=4), state.key)
+    assert all(torch.equal(a, b) for a, b in zip(lists, expected, strict=True))
+    memory, state = bank_with_lists("shared")
+    moved = state._replace(lists=state.lists._replace(centroid=-state.lists.centroid))
+    memory.keep_bank()
+    memory.commit(moved)
+    restored, _ = bank_with_lists("shared")
+    restored.keep_bank()
+    restored.load_state_dict(memory.state_dict())
+    again = restored.first_state(3).lists
+    assert all(torch.equal(a, b) for a, b in zip(again, moved.lists, strict=True))
