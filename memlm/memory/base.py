@@ -258,7 +258,7 @@ class Memory(nn.Module):
         """The buffers of the persistent bank that have a slot in each column, by name: those that are dealt out."""
         state = self.init_state(1)
         shape = self.filled(state).shape
-        names = [f"bank_{name}" for name, part in state._asdict().items() if part.shape[:2] == shape]
+        names = [f"bank_{name}" for name, part in named_tensors(state).items() if part.shape[:2] == shape]
         return {name: getattr(self, name) for name in names}
 
     def losses(self, trace: dict[str, Tensor], nll: Tensor) -> dict[str, Tensor]:

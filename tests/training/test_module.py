@@ -448,9 +448,9 @@ def test_accumulated_batches_are_one_step_to_consolidation(tmp_path: Path, monke
     seen: list[int] = []
     original = LongTermMemory.consolidate
 
-    def counted(self: Any, state: Any, threshold: float = 0.1) -> Any:
+    def counted(self: Any, state: Any, turn: int) -> Any:
         seen.append(step)
-        return original(self, state, threshold)
+        return original(self, state, turn=turn)
 
     def look(module: LanguageModeling, batch: Any) -> None:
         nonlocal step
