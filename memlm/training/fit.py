@@ -25,7 +25,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.loggers.logger import rank_zero_experiment
 from lightning.pytorch.utilities import rank_zero_only
-from torch.multiprocessing import ProcessRaisedException
+from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
 from memlm.analysis.figures import read_history
 from memlm.checkpoint import FOLDER, checkpoints, no_space
@@ -130,6 +130,8 @@ def make_trainer(
         stopped = signal
         raise
     except Exception as error:
+        if isinstance(error, ProcessExitedException) and (asked := Stopped.by_exit(error.exit_code)) is not None:
+            raise asked from error
         if no_space(error):
             raise ConfigError(f"no space is left in {run}: free some and go on with resume=auto") from error
         if (told := _fault(error)) is not None:

@@ -24,6 +24,11 @@ class Stopped(SystemExit):
         super().__init__(128 + signum)
         self.signum, self.handler = signum, handler
 
+    @classmethod
+    def by_exit(cls, code: int | None) -> Stopped | None:
+        """What to raise for a process that ended with an exit code, if that says that it was asked to stop."""
+        return cls(code - 128) if code is not None and code - 128 in _ASKING else None
+
     def hand_on(self) -> None:
         """Give the signal to what waits for it too: submitit puts the job in the queue again, and ends the process."""
         if self.signum in (signal.SIGUSR1, signal.SIGUSR2) and callable(self.handler):

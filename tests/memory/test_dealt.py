@@ -115,6 +115,8 @@ def test_a_dealt_bank_is_that_of_one_process(n_rank: int, settings: dict[str, An
         assert bank["n_record"].item() >= 2 * B  # of six slots each: more than the bank holds
         for name, expected in bank.items():
             shares = [part["bank"][layer][name] for part in parts]
+            if expected is None:
+                continue
             if expected.dim() == 1:
                 assert all(torch.equal(share, expected) for share in shares), name
                 continue
