@@ -97,8 +97,8 @@ class Checkpoints(Checkpoint):
     def _write(self, trainer: lightning.Trainer) -> None:
         """Write a checkpoint under a name by which it is not taken for one."""
         path = self.run / checkpoint.FOLDER / f"step={trainer.global_step}.ckpt"
-        self._written = path
         trainer.save_checkpoint(checkpoint.unfinished(path))
+        self._written = path
 
     def _publish(self, trainer: lightning.Trainer) -> None:
         """Give the checkpoint that was written its name, then remove what is too old."""
