@@ -201,6 +201,10 @@ class AdaptiveMemory(Memory):
             items: What the segment offers: K items, of strength 0 where not written.
             rows: Rows whose segment is complete, (B,); others keep their state.
         """
+        return where_rows(rows, self._placed(*self._settle(state, items)), state)
+
+    def _settle(self, state: AdaptiveState, items: AdaptiveState) -> tuple[AdaptiveState, Tensor]:
+        """Slots and items (B, M + K) after decay and reinforcement, and which of them each slot is to hold, (B, M)."""
         n, n_item = state.strength.shape[1], items.strength.shape[1]
         strength = state.strength * self.decay  # (B, M)
         chosen = items.strength > 0  # (B, K)
@@ -226,12 +230,15 @@ class AdaptiveMemory(Memory):
         is_long = is_long | (everything.strength >= self.promote_at)
         short = _keep((everything.position + 1) * (alive & ~is_long), 0, self.n_short)
         long = _keep(everything.strength.detach() * (alive & is_long), self.n_short, self.n_slot)
-        source = torch.cat([short, long], dim=1)  # (B, M)
+        return everything, torch.cat([short, long], dim=1)
+
+    def _placed(self, everything: AdaptiveState, source: Tensor) -> AdaptiveState:
+        """What `_settle` found, put into slots."""
         new = [
             torch.where(_like(source >= 0, part), part.gather(1, _like(source.clamp(min=0), part)), empty)
             for part, empty in zip(everything, self.init_state(len(source)), strict=True)
         ]
-        return where_rows(rows, AdaptiveState(*new), state)
+        return AdaptiveState(*new)
 
     @torch.no_grad()
     def _joins(self, state: AdaptiveState, items: AdaptiveState) -> Tensor:
@@ -378,19 +385,35 @@ class AdaptiveMemory(Memory):
             key, value, logit = self.encode(cue, content, segment.signals)
             decision = self.decide(logit, valid)
             written = segment.complete[:, 0] & segment.valid[:, self.lookback :].any(dim=1)  # an empty segment is none
-            new = self.store(state, self.items(key, value, decision, position), written)
+            everything, source = self._settle(state, self.items(key, value, decision, position))
+            new = where_rows(written, self._placed(everything, source), state)
             n_valid = valid.sum(dim=1).clamp(min=1)  # (B,)
             trace: Trace = {
                 "write_gate": (decision.importance * valid).sum() / n_valid.sum(),
                 "written": decision.chosen.sum() / n_valid.sum(),
                 "long_term": self.filled(new)[:, self.n_short :].sum(dim=1).float().mean(),
-            }
+            } | self._moved(state, everything, source, written)
             if self.to_baseline is not None:
                 pooled = (self.cue_norm(cue).detach() * valid[..., None]).sum(dim=1) / n_valid[:, None]
                 trace["log_prob"] = decision.log_prob.sum(dim=1) / n_valid
                 trace["entropy"] = decision.entropy.sum(dim=1) / n_valid
                 trace["baseline"] = self.to_baseline(pooled)[:, 0]
         return new, trace
+
+    @torch.no_grad()
+    def _moved(
+        self, state: AdaptiveState, everything: AdaptiveState, source: Tensor, written: Tensor
+    ) -> dict[str, Tensor]:
+        """Items of a row that moved from short-term to long-term memory, faded, or went, mean over rows."""
+        n = state.strength.shape[1]
+        long = source[:, self.n_short :]
+        readable = state.strength >= self.retrieval_threshold
+        found = {
+            "promoted": ((long >= 0) & (long < self.n_short)).sum(dim=1),
+            "decayed": (readable & (everything.strength[:, :n] < self.retrieval_threshold)).sum(dim=1),
+            "evicted": (everything.strength > 0).sum(dim=1) - (source >= 0).sum(dim=1),
+        }
+        return {name: (count * written).float().mean() for name, count in found.items()}
 
     def losses(self, trace: Trace, nll: Tensor) -> dict[str, Tensor]:
         """The price of writing, and under ``policy`` the policy gradient and the error of its baseline.

@@ -229,8 +229,12 @@ class Memory(nn.Module):
         """
         return {}
 
-    def consolidate(self, state: State) -> tuple[State, dict[str, int]]:
+    def consolidate(self, state: State, *, turn: int = 0) -> tuple[State, dict[str, int]]:
         """Merge, decay, promote, evict. Default: nothing to do.
+
+        Args:
+            state: The state; never changed in place.
+            turn: Number of the call. What is too large to be looked at in one call may be looked at in turns.
 
         Returns:
             The new state and exact counts of what was done, by name.
@@ -245,6 +249,13 @@ class Memory(nn.Module):
         """Place in its document of the token that each slot was made from, (B, n_slot), -1 for empty slots.
 
         None (the default) if slots are not made from single tokens.
+        """
+        return None
+
+    def tokens(self, state: State) -> Tensor | None:
+        """Ids of the consecutive tokens that each slot was made from, (B, n_slot, L), -1 where there is none.
+
+        None (the default) if the state does not keep them.
         """
         return None
 

@@ -15,7 +15,7 @@ writes, N = S * T, k slots read per token.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -29,7 +29,11 @@ from memlm.retrieval.exact import Pool, attend
 _EMPTY = -(2.0**23)  # priority of the first empty slot; slot i has _EMPTY + i, so that banks fill from the front
 _USED = -(2.0**22)  # every used slot has a priority above this
 _TIE = 1e-3  # weight of a token's own log gate in its worth, to tell the tokens of a span apart
-_CHUNK = 1024  # slots compared at a time when a bank is consolidated
+_EXACT = 16_384  # slots of a bank up to which consolidation compares all pairs
+_PART = 65_536  # most slots of a bank that one call of consolidation looks at
+_BLOCK = 256  # least slots of a block, within which a large bank compares all pairs
+_TREES = 2  # ways to cut a large bank into blocks, in one call
+_CELLS = 2**22  # similarities held at a time
 
 
 class LongTermState(NamedTuple):
@@ -372,6 +376,10 @@ class LongTermMemory(Memory):
         """See `Memory.places`."""
         return state.position
 
+    def tokens(self, state: LongTermState) -> Tensor:
+        """See `Memory.tokens`: up to ``span`` tokens, and the one after them that is the slot's value."""
+        return state.tokens
+
     def contents(self, state: LongTermState) -> Tensor:
         """What each slot adds to the residual stream if it alone is read through an open gate, (B, M, D)."""
         n_used = int(state.host_used.max())
@@ -510,72 +518,181 @@ class LongTermMemory(Memory):
         mean_gate = (gate.sum(dim=(0, 2)) / weight.sum(dim=(0, 2)).clamp(min=1)).mean()  # over segments
         return candidates, {"write_gate": mean_gate}
 
-    def consolidate(self, state: LongTermState, threshold: float = 0.1) -> tuple[LongTermState, dict[str, int]]:
+    def consolidate(
+        self, state: LongTermState, threshold: float = 0.1, *, turn: int = 0
+    ) -> tuple[LongTermState, dict[str, int]]:
         """Merge similar slots: keys within ``threshold`` in cosine distance that hold similar values.
 
         Every slot joins its most important similar slot, unless that one joins another itself. The survivor keeps its
         place, id and origin; its key and value become the importance-weighted means; the joined slots become empty.
 
+        Up to 16,384 slots all pairs are compared. In a larger bank a slot is compared with the 255 or more of its
+        blocks: balanced cuts by random directions, which near-duplicates seldom part. Other turns cut in other
+        directions, so that over some turns nearly all are found. Of a bank of more than 65,536 slots one turn looks
+        at a part, again slots on the same side of some cuts; as many turns in a row as there are parts see every slot.
+
+        Source: S. Dasgupta and Y. Freund, "Random projection trees and low dimensional manifolds" (STOC 2008).
+
         Args:
             state: The bank.
             threshold: Largest cosine distance (1 - cosine) of both keys and values that is merged, in 0..2.
+            turn: Number of the call; the result depends on it and the state alone.
 
         Returns:
             The new bank and ``{"merged": number of slots that were joined to another}``.
 
         Raises:
-            ValueError: If the threshold is out of range.
+            ValueError: If the threshold is out of range, or the turn negative.
         """
         if not 0 <= threshold <= 2:
             raise ValueError(f"threshold is a cosine distance, so in 0..2, got {threshold}")
+        if turn < 0:
+            raise ValueError(f"turn is the number of the call, so not negative, got {turn}")
         n_used = int(state.host_used.max())
         if n_used == 0:
             return state, {"merged": 0}
-        priority, key, value = state.priority[:, :n_used], state.key[:, :n_used], state.value[:, :n_used]
+        cuts = _Cuts(state.key[:, :n_used], turn)
+        index = cuts.part()  # (B, P)
+        priority = state.priority.gather(1, index)
         used = priority > _USED
         rank = priority.argsort(dim=1, descending=True, stable=True).argsort(dim=1)  # 0 is the most important
-        unit_value = F.normalize(value, dim=-1)
-        target = torch.arange(n_used, device=key.device).expand_as(rank).clone()
-        for start in range(0, n_used, _CHUNK):  # chunks bound the memory of the similarity matrix
-            rows = slice(start, start + _CHUNK)
-            close = (key[:, rows] @ key.transpose(1, 2) >= 1 - threshold) & (
-                unit_value[:, rows] @ unit_value.transpose(1, 2) >= 1 - threshold
-            )
-            close &= used[:, None] & used[:, rows, None] & (rank[:, None] < rank[:, rows, None])
-            best = rank[:, None].expand_as(close).masked_fill(~close, n_used).min(dim=2)
-            target[:, rows] = torch.where(best.values < n_used, best.indices, target[:, rows])
-        itself = torch.arange(n_used, device=key.device).expand_as(target)
+        key, value = take(state.key, index), F.normalize(take(state.value, index), dim=-1)
+        itself = torch.arange(index.shape[1], device=index.device).expand_as(index)
+        best = rank.masked_fill(~used, 0)  # rank of the slot that each would join: its own for none
+        for places in cuts.blocks(index):  # (B, n_block, size)
+            best = torch.minimum(best, _best_similar(key, value, rank, used, places, threshold))
+        target = itself.scatter(1, rank, itself).gather(1, best)
+        target = torch.where(used, target, itself)
         joins = (target != itself) & (target.gather(1, target) == target)
-        target = torch.where(joins, target, itself)
-        log_gate = state.log_gate[:, :n_used]
-        heaviest = torch.full_like(log_gate, -torch.inf).scatter_reduce(1, target, log_gate, "amax")
-        weight = (log_gate - heaviest.gather(1, target)).exp() * used  # relative: gates may be tiny
-        total = torch.zeros_like(weight).scatter_add(1, target, weight)
-        joined = torch.zeros_like(weight).scatter_add(1, target, joins.float()) > 0  # slots that others joined
+        bank, joined = joins.nonzero(as_tuple=True)
+        if not len(bank):
+            return state, {"merged": 0}
+        survivor = index[bank, target[bank, joined]]
+        return self._merge(state, bank, index[bank, joined], survivor), {"merged": len(bank)}
 
-        def mean(part: Tensor, merge: Callable[[Tensor], Tensor] = lambda merged: merged) -> Tensor:
-            index = target[..., None].expand_as(part)
-            summed = torch.zeros_like(part).scatter_add(1, index, part * weight[..., None])
-            merged = merge(summed / total.clamp(min=1e-12)[..., None])
-            kept = torch.where((used & ~joins)[..., None], part, torch.zeros_like(part))
-            return torch.where(joined[..., None], merged, kept)
+    @property
+    def n_turn(self) -> int:
+        """Turns of `consolidate` in a row that look at every slot of a full bank, beginning with a multiple of them."""
+        return 2 ** _n_halving(self.n_slot)
 
-        empty = _EMPTY + torch.arange(n_used, device=key.device, dtype=priority.dtype)
+    def _merge(self, state: LongTermState, bank: Tensor, joined: Tensor, survivor: Tensor) -> LongTermState:
+        """The bank with slots ``joined`` (J,) of rows ``bank`` (J,) merged into the slots ``survivor`` (J,)."""
+        group, member = torch.unique(bank * self.n_slot + survivor, return_inverse=True)  # (G,), (J,)
+        gone = bank * self.n_slot + joined
+        slots = torch.cat([group, gone])  # all that is merged, by its place in all rows
+        member = torch.cat([torch.arange(len(group), device=group.device), member])
+        log_gate = state.log_gate.reshape(-1)[slots]
+        heaviest = torch.full_like(log_gate[: len(group)], -torch.inf).scatter_reduce(0, member, log_gate, "amax")
+        weight = (log_gate - heaviest[member]).exp()  # relative: gates may be tiny
+        total = torch.zeros_like(heaviest).index_add(0, member, weight)
 
-        def front(old: Tensor, new: Tensor) -> Tensor:
-            return torch.cat([new, old[:, n_used:]], dim=1)
+        def mean(part: Tensor) -> Tensor:
+            flat = part.reshape(-1, part.shape[-1])[slots] * weight[:, None]
+            return torch.zeros_like(flat[: len(group)]).index_add(0, member, flat) / total[:, None]
 
-        new = state._replace(
-            key=front(state.key, mean(key, lambda merged: F.normalize(merged, dim=-1))),
-            value=front(state.value, mean(value)),
-            priority=front(state.priority, torch.where(joins, empty, priority)),
-            record=front(state.record, state.record[:, :n_used].masked_fill(joins, -1)),
-            document=front(state.document, state.document[:, :n_used].masked_fill(joins, -1)),
-            position=front(state.position, state.position[:, :n_used].masked_fill(joins, -1)),
-            tokens=front(state.tokens, state.tokens[:, :n_used].masked_fill(joins[..., None], -1)),
-            log_gate=front(state.log_gate, state.log_gate[:, :n_used].masked_fill(joins, 0.0)),
+        def put(part: Tensor, empty: Any, merged: Tensor | None = None) -> Tensor:
+            new = part.clone(memory_format=torch.contiguous_format)
+            flat = new.view(-1, *part.shape[2:])
+            if merged is not None:
+                flat[group] = merged
+            flat[gone] = empty
+            return new
+
+        return state._replace(
+            key=put(state.key, 0.0, F.normalize(mean(state.key), dim=-1)),
+            value=put(state.value, 0.0, mean(state.value)),
+            log_gate=put(state.log_gate, 0.0),
+            priority=put(state.priority, _EMPTY + joined.to(state.priority.dtype)),
+            record=put(state.record, -1),
+            document=put(state.document, -1),
+            position=put(state.position, -1),
+            tokens=put(state.tokens, -1),
         )
-        return new, {"merged": int(joins.sum())}
+
+
+def _n_halving(n: int) -> int:
+    """How often a bank of ``n`` slots is halved to a part that one turn of consolidation looks at."""
+    return max(math.ceil(math.log2(n / _PART)), 0)
+
+
+class _Cuts:
+    """How consolidation cuts banks into parts and blocks of slots that are alike.
+
+    Args:
+        key: Unit keys, (B, n, d_key).
+        turn: Number of the call.
+    """
+
+    def __init__(self, key: Tensor, turn: int) -> None:
+        n = key.shape[1]
+        self.n_halving = _n_halving(n)
+        self.round, self.number = divmod(turn, 2**self.n_halving)
+        n_part = -(-n // 2**self.n_halving)
+        self.n_level = 0 if n <= _EXACT else int(math.log2(n_part / _BLOCK))
+        generator = torch.Generator().manual_seed(self.round)  # on the CPU: the same directions on every device
+        n_direction = self.n_halving + _TREES * self.n_level
+        direction = torch.randn(key.shape[2], n_direction, generator=generator).to(key)
+        self.projection = (key @ direction).movedim(2, 0)  # (n_direction, B, n)
+
+    def part(self) -> Tensor:
+        """Slots that this turn looks at, in order, (B, P)."""
+        _, n_row, n = self.projection.shape
+        index = torch.arange(n, device=self.projection.device).expand(n_row, -1)
+        for level in range(self.n_halving):
+            index = index.gather(1, self.projection[level].gather(1, index).argsort(dim=1, stable=True))
+            half = index.shape[1] // 2
+            index = (index[:, half:] if self.number >> level & 1 else index[:, :half]).sort(dim=1).values
+        return index
+
+    def blocks(self, index: Tensor) -> Iterator[Tensor]:
+        """Places in ``index`` (B, P) of the slots of each block, (B, n_block, size); -1 fills up. Once per tree."""
+        n_row, n = index.shape
+        place = torch.arange(n, device=index.device).expand(n_row, -1)
+        if self.n_level == 0:
+            yield place[:, None]
+            return
+        size = -(-n // 2**self.n_level)
+        place = F.pad(place, (0, size * 2**self.n_level - n), value=-1)
+        for tree in range(_TREES):
+            cut = place
+            for level in range(self.n_level):
+                projection = self.projection[self.n_halving + tree * self.n_level + level].gather(1, index)
+                height = F.pad(projection, (0, 1), value=torch.inf).gather(1, cut.remainder(n + 1))
+                order = height.unflatten(1, (2**level, -1)).argsort(dim=2, stable=True)
+                cut = cut.unflatten(1, (2**level, -1)).gather(2, order).flatten(1)
+            yield cut.unflatten(1, (2**self.n_level, size))
+
+
+def _best_similar(key: Tensor, value: Tensor, rank: Tensor, used: Tensor, places: Tensor, threshold: float) -> Tensor:
+    """Rank of the most important slot that is similar to each and more important; its own if there is none, (B, P).
+
+    Args:
+        key: Unit keys, (B, P, d_key).
+        value: Unit values, (B, P, d_value).
+        rank: Rank by importance, (B, P).
+        used: Slots that hold something, (B, P).
+        places: Blocks of slots that are compared, (B, n_block, size); -1 for none.
+        threshold: Largest cosine distance.
+    """
+    n_row, n_block, size = places.shape
+    best = rank.clone()
+    n_together = max(_CELLS // (n_row * size * size), 1)  # blocks at a time
+    n_line = max(min(_CELLS // (n_row * size), size), 1)  # slots of a block at a time
+    for first in range(0, n_block, n_together):
+        block = places[:, first : first + n_together]  # (B, b, size)
+        flat = block.flatten(1).clamp(min=0)
+        there = (block >= 0) & used.gather(1, flat).view_as(block)
+        ranks = rank.gather(1, flat).view_as(block)
+        keys, values = (take(part, flat).unflatten(1, block.shape[1:]) for part in (key, value))
+        for line in range(0, size, n_line):
+            rows = slice(line, line + n_line)
+            close = keys[:, :, rows] @ keys.transpose(2, 3) >= 1 - threshold
+            close &= values[:, :, rows] @ values.transpose(2, 3) >= 1 - threshold
+            close &= there[:, :, rows, None] & there[:, :, None] & (ranks[:, :, None] < ranks[:, :, rows, None])
+            found = ranks[:, :, None].expand_as(close).masked_fill(~close, rank.shape[1]).amin(dim=3)
+            found = torch.minimum(found, ranks[:, :, rows])
+            best.scatter_reduce_(1, flat.view_as(block)[:, :, rows].flatten(1), found.flatten(1), "amin")
+    return best
 
 
 class _Plan(NamedTuple):

@@ -282,6 +282,16 @@ class EngramGraph:
         return torch.where(reminded >= 0, order.gather(1, reminded.clamp(min=0)), -1)
 
 
+def _moved(before: Engrams, after: Engrams, written: Tensor) -> dict[str, Tensor]:
+    """Engrams of a row that became long-term memory, or whose life ended or place was taken, mean over rows."""
+    there, stays = before.kind != EMPTY, before.birth == after.birth
+    found = {
+        "promoted": there & stays & (before.kind != LONG_TERM) & (after.kind == LONG_TERM),
+        "evicted": there & ~stays,
+    }
+    return {name: (moved & written[:, None]).sum(dim=1).float().mean() for name, moved in found.items()}
+
+
 def _best(score: Tensor, k: int, null: tuple[Tensor, Tensor] | None = None) -> Tensor:
     """Places of the ``k`` best finite scores (B, C), best first, (B, k); -1 where there are fewer.
 
@@ -439,7 +449,7 @@ class MemoriaMemory(Memory):
             "engrams": (engrams.kind != EMPTY).sum(dim=1).float().mean(),
             "long_term": (engrams.kind == LONG_TERM).sum(dim=1).float().mean(),
             "reminded": (reminded >= 0).sum(dim=1).float().mean(),
-        }
+        } | _moved(state.engrams, engrams, written)
         return where_rows(written, new, state), trace
 
     def filled(self, state: MemoriaState) -> Tensor:

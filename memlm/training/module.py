@@ -20,7 +20,7 @@ from memlm.memory import state as states
 from memlm.memory.base import Memory
 from memlm.models.base import LanguageModel
 from memlm.training.loss import linear_cross_entropy, token_nll
-from memlm.training.replay import Replay, dealt, joined
+from memlm.training.replay import Replay, check_sources, dealt, joined, retrieved
 from memlm.training.settings import Training
 
 _ADVICE = "The last good checkpoint is kept. Lower training.lr, or set trainer.gradient_clip_val or precision=32-true"
@@ -60,6 +60,8 @@ class LanguageModeling(lightning.LightningModule):
         self.model: LanguageModel = model
         self.settings = settings or Training()
         self.total_steps, self.seed, self.replay = total_steps, seed, replay
+        if self._retrieves:
+            check_sources(model)
         self._state: Any = None  # where the rows stopped, without shared banks
         self._val_state: Any = None
         self._compiled: Any = None  # the compiled forward pass, while it is trained
@@ -69,6 +71,11 @@ class LanguageModeling(lightning.LightningModule):
     def shared(self) -> list[str]:
         """Names of the memories whose bank all rows share."""
         return [name for name, modules in self.model.memory.items() if modules[0].scope == "shared"]
+
+    @property
+    def _retrieves(self) -> bool:
+        """Whether what is replayed depends on what the batch reads."""
+        return self.replay is not None and self.replay.policy == "retrieved"
 
     def setup(self, stage: str) -> None:
         """Leave shared banks to the writes of all processes: sending them before each step would hide faults."""
@@ -102,13 +109,16 @@ class LanguageModeling(lightning.LightningModule):
         state = None if batch.fresh else self._state
         if state is not None and len(state.local.host_open) != len(batch.ids):
             state = None
+        if state is not None:
+            state = self._with_banks(state)
+        elif self._retrieves:
+            state = self.model.init_state(len(batch.ids))
         with self._all_ranks_write():
-            out = self._forward(
-                batch,
-                state=None if state is None else self._with_banks(state),
-                carry=not batch.ends or bool(self.shared),
-            )
-        drawn = self.replay.draw(batch, self.global_rank) if self.replay is not None else None
+            out = self._forward(batch, state, carry=not batch.ends or bool(self.shared) or self._retrieves)
+        drawn = None
+        if self.replay is not None:
+            reads = retrieved(self.model, state, out.state, out.reads) if self._retrieves else ()
+            drawn = self.replay.draw(batch, self.global_rank, reads)
         own = self._weight(batch).sum()
         weight = self._mean_over_ranks(own if drawn is None else own + self._weight(drawn[0]).sum()).clamp(min=1)
         losses, nll, by_row = self._losses(batch, out, weight)
@@ -139,7 +149,7 @@ class LanguageModeling(lightning.LightningModule):
         self._state = None if batch.ends else self._without_banks(states.detach(out.state))
         every = self.settings.consolidate_every
         if every is not None and (self.global_step + 1) % every == 0:
-            self._consolidate()
+            self._consolidate((self.global_step + 1) // every - 1)
         self.log("train/loss", logged, sync_dist=self.trainer.world_size > 1)
         if (self.global_step + 1) % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             self._log_details(batch, nll, losses, out)
@@ -179,12 +189,12 @@ class LanguageModeling(lightning.LightningModule):
         return losses, nll, by_row
 
     @torch.no_grad()
-    def _consolidate(self) -> None:
+    def _consolidate(self, turn: int) -> None:
         """Consolidate shared banks and what is carried on, and log the counts of what was done."""
         counts: dict[str, float] = {}
 
         def consolidate(name: str, module: Memory, part: Any) -> Any:
-            new, done = module.consolidate(part)
+            new, done = module.consolidate(part, turn=turn)
             for key, count in done.items():
                 counts[f"memory/{name}/{key}"] = counts.get(f"memory/{name}/{key}", 0) + count
             return new

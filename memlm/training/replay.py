@@ -1,11 +1,11 @@
 """Experience replay: windows of earlier steps, trained on again with fresh memories.
 
-Shapes: B rows, S segments of a window, N = S * T tokens.
+Shapes: B rows, S segments of a window, N = S * T tokens, M slots of a bank, L tokens of a slot, R slots that were read.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
@@ -14,8 +14,12 @@ from torch import Tensor
 
 from memlm.config import ConfigError
 from memlm.data.stream import Batch
+from memlm.memory.base import Residual
+from memlm.models.base import LanguageModel
 
-Policy = Literal["reservoir", "surprise"]
+Policy = Literal["reservoir", "surprise", "retrieved"]
+
+_FACTOR = 6_364_136_223_846_793_005  # of a polynomial hash modulo 2**64 (Knuth's MMIX)
 
 
 class Window(NamedTuple):
@@ -30,6 +34,18 @@ class Window(NamedTuple):
     mask: Tensor
 
 
+class Read(NamedTuple):
+    """Slots that a batch read and that earlier windows wrote.
+
+    Attributes:
+        tokens: Ids of the tokens that each slot holds, (R, L), on the CPU.
+        weight: Read weight of each, summed over tokens and layers, (R,), on the CPU.
+    """
+
+    tokens: Tensor
+    weight: Tensor
+
+
 class Replay:
     """A bounded buffer of windows, and which of them a step trains on again.
 
@@ -40,7 +56,8 @@ class Replay:
     Args:
         policy: What is kept when the buffer is full, and how it is drawn. ``reservoir``: an even sample of all windows
             so far, drawn evenly (Vitter, Algorithm R). ``surprise``: the windows with the greatest loss when they were
-            last trained on, drawn in proportion to it.
+            last trained on, drawn in proportion to it. ``retrieved``: an even sample of all windows so far, of which
+            those are drawn whose text the memory read most for the batch (see `draw`).
         ratio: Rows that are replayed, per row of the batch; rounded, the fraction by chance.
         capacity: Windows kept by each process.
         seed: Of what is kept and drawn.
@@ -83,18 +100,22 @@ class Replay:
                 self.losses[known] = value
             elif len(self) < self.capacity:
                 self._put(len(self), window, value)
-            elif self.policy == "reservoir":
+            elif self.policy != "surprise":
                 if (place := int(rng.integers(self.n_seen))) < self.capacity:
                     self._put(place, window, value)
             elif value > min(self.losses):
                 self._put(int(np.argmin(self.losses)), window, value)
 
-    def draw(self, batch: Batch, rank: int = 0) -> tuple[Batch, list[int]] | None:
+    def draw(self, batch: Batch, rank: int = 0, reads: Sequence[Read] = ()) -> tuple[Batch, list[int]] | None:
         """Rows to train on beside a batch: windows as long as its own, each a document of its own.
+
+        Under ``retrieved`` a slot counts for every window in which its tokens stand in a row, with its weight; the
+        windows with the greatest sums are drawn, of equal ones those that were kept first, and none of sum zero.
 
         Args:
             batch: The batch.
             rank: Of this process.
+            reads: What the batch read from each memory (see `retrieved`); only ``retrieved`` asks for it.
 
         Returns:
             The rows and their places in the buffer; None if there are none.
@@ -106,11 +127,17 @@ class Replay:
         n_row = min(n_row, len(fit))
         if n_row == 0:
             return None
-        odds = None
-        if self.policy == "surprise":
-            odds = np.array([max(self.losses[i], 1e-6) for i in fit])
-            odds = odds / odds.sum()
-        places = [fit[i] for i in rng.choice(len(fit), size=n_row, replace=False, p=odds)]
+        if self.policy == "retrieved":
+            read = self._read(fit, reads)
+            places = [fit[i] for i in np.argsort(-read, kind="stable")[:n_row] if read[i] > 0]
+            if not places:
+                return None
+        else:
+            odds = None
+            if self.policy == "surprise":
+                odds = np.array([max(self.losses[i], 1e-6) for i in fit])
+                odds = odds / odds.sum()
+            places = [fit[i] for i in rng.choice(len(fit), size=n_row, replace=False, p=odds)]
         columns = zip(*(self.windows[i] for i in places), strict=True)
         rows = Window(*(torch.stack(part).to(batch.ids.device) for part in columns))
         drawn = Batch(
@@ -148,6 +175,23 @@ class Replay:
         for place, (window, loss) in enumerate(pairs):
             self._put(place, Window(**window), loss)
 
+    def _read(self, places: list[int], reads: Sequence[Read]) -> np.ndarray:
+        """How much of the text of some windows was read, (len(places),)."""
+        total = np.zeros(len(places))
+        ids = np.stack([self.windows[place].ids.numpy() for place in places])  # (n, N)
+        for tokens, weight in reads:
+            whole = (tokens >= 0).all(dim=1)  # a slot from the start of a context holds fewer tokens
+            if ids.shape[1] < tokens.shape[1] or not whole.any():
+                continue
+            slots, which = np.unique(_spans(tokens[whole].numpy(), tokens.shape[1])[:, 0], return_inverse=True)
+            worth = np.bincount(which, weight[whole].numpy())
+            spans = _spans(ids, tokens.shape[1])  # (n, N - L + 1)
+            found = np.searchsorted(slots, spans).clip(max=len(slots) - 1)
+            window, place = (slots[found] == spans).nonzero()
+            once = np.unique(np.stack([window, found[window, place]]), axis=1)
+            total += np.bincount(once[0], worth[once[1]], minlength=len(places))
+        return total
+
     def _put(self, place: int, window: Window, loss: float) -> None:
         if place == len(self):
             self.windows.append(window)
@@ -159,6 +203,53 @@ class Replay:
 
     def _rng(self, step: int, rank: int, use: int) -> np.random.Generator:
         return np.random.default_rng([self.seed, step, rank, use])
+
+
+def check_sources(model: LanguageModel) -> None:
+    """Check that ``retrieved`` has something to go by.
+
+    Raises:
+        ConfigError: If no memory of the model says which text its slots hold.
+    """
+    modules = [module for modules in model.memory.values() for module in modules]
+    if all(module.tokens(module.init_state(1)) is None for module in modules):
+        names = ", ".join(model.memory) or "none"
+        raise ConfigError(
+            f"replay.policy=retrieved replays the text of the slots that are read, but no memory of this model "
+            f"({names}) says which text its slots hold: use memory=ltm or memory=dual, or replay=reservoir"
+        )
+
+
+def retrieved(model: LanguageModel, before: Any, after: Any, reads: Mapping[str, Residual]) -> list[Read]:
+    """The text that a batch read from its memories, as far as earlier windows wrote it.
+
+    A slot counts if it holds the same tokens before and after the batch: what was written or replaced in between was
+    in no earlier window, or may have been another text when it was read.
+
+    Args:
+        model: The model.
+        before: Its state before the batch.
+        after: Its state after it.
+        reads: What the batch read, by name of the memory and layer.
+
+    Returns:
+        One `Read` for each memory and layer that says which text its slots hold.
+    """
+    found = []
+    for name, modules in model.memory.items():
+        for i, (module, old, new) in enumerate(zip(modules, before.memory[name], after.memory[name], strict=True)):
+            if (tokens := module.tokens(old)) is None:
+                continue
+            layers = [model.memory_layers[i]] if module.layerwise else model.memory_layers
+            weight = torch.zeros(tokens.shape[:2], device=tokens.device)  # (banks, M)
+            for layer in layers:
+                read = reads[f"{name}/{layer}"]
+                slots, weights = (part.detach().reshape(len(tokens), -1) for part in (read.slots, read.weights.float()))
+                weight = weight.scatter_add(1, slots.clamp(min=0), weights * (slots >= 0))
+            same = (tokens == module.tokens(new)).all(dim=2) & module.filled(old)
+            read_at = (weight * same).cpu()
+            found.append(Read(tokens.cpu()[read_at > 0], read_at[read_at > 0]))
+    return found
 
 
 def build_replay(config: Mapping[str, Any]) -> Replay | None:
@@ -180,6 +271,13 @@ def dealt(content: dict[str, Any], rank: int, n_rank: int) -> dict[str, Any]:
     """A process's share of a joined buffer."""
     share = {name: content[name][rank::n_rank] for name in ("windows", "losses")}
     return share | {"n_seen": content["n_seen"] // n_rank}
+
+
+def _spans(ids: np.ndarray, n: int) -> np.ndarray:
+    """A number for each ``n`` tokens in a row, (rows, N) -> (rows, N - n + 1): equal spans have equal ones."""
+    parts = np.lib.stride_tricks.sliding_window_view(ids.astype(np.uint64) + np.uint64(1), n, axis=1)
+    power = np.array([pow(_FACTOR, i, 2**64) for i in range(n)], dtype=np.uint64)
+    return parts @ power  # modulo 2**64
 
 
 def _rows(batch: Batch, n_segment: int) -> list[Window]:

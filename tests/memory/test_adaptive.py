@@ -64,6 +64,40 @@ def test_store_equals_the_plain_bank() -> None:
 
 
 @torch.no_grad()
+def test_what_moved_is_counted() -> None:
+    memory = memory_of(match_threshold=0.85, decay=0.8, promote_at=0.75, retrieval_threshold=0.3)
+    draw = torch.Generator().manual_seed(2)
+    state, rows, total = memory.init_state(1), torch.ones(1, dtype=torch.bool), dict.fromkeys(
+        ("promoted", "decayed", "evicted"), 0)  # fmt: skip
+    kind_of = offer([list(range(14))], [[1.0] * 14], first=0).key[0]
+
+    def kinds(state: AdaptiveState) -> dict[int, tuple[float, bool]]:
+        """By kind of item, of which a bank holds one at most: its strength, and whether it is long-term."""
+        found = [(int((kind_of @ state.key[0, slot]).argmax()), float(state.strength[0, slot]), slot >= memory.n_short)
+                 for slot in memory.filled(state)[0].nonzero()[:, 0].tolist()]  # fmt: skip
+        assert len({kind for kind, _, _ in found}) == len(found)
+        return {kind: (strength, long) for kind, strength, long in found}
+
+    for s in range(25):
+        offered = torch.randint(14, (1, 4), generator=draw).tolist()
+        items = offer(offered, torch.rand(1, 4, generator=draw).clamp(min=0.1).tolist(), first=4 * s, noise=0.02)
+        everything, source = memory._settle(state, items)
+        counts = memory._moved(state, everything, source, rows)
+        old, new = kinds(state), kinds(memory.store(state, items, rows))
+        expected = {
+            "promoted": sum(not old[kind][1] and new[kind][1] for kind in old.keys() & new.keys()),
+            "decayed": sum(0.3 <= old[kind][0] < 0.3 / 0.8 for kind in old.keys() - set(offered[0])),
+            "evicted": len((old.keys() | set(offered[0])) - new.keys()),
+        }
+        assert {name: int(count) for name, count in counts.items()} == expected, s
+        state = memory.store(state, items, rows)
+        total = {name: total[name] + count for name, count in expected.items()}
+    assert min(total.values()) > 3, total
+    nothing = memory._moved(state, everything, source, ~rows)
+    assert not any(float(count) for count in nothing.values())
+
+
+@torch.no_grad()
 def test_strengths_by_hand() -> None:
     """Met once, it decays; met again, it is reinforced and promoted, not stored twice; one slot is the newest."""
     memory = memory_of(decay=0.5, promote_at=0.7)

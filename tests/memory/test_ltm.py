@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from memlm.memory import ltm
 from memlm.memory.base import Segment
 from memlm.memory.ltm import LongTermMemory, LongTermState
 from memlm.models.lmcode import LMCode
@@ -425,6 +426,143 @@ def test_consolidation_by_rows() -> None:
     new, report = memory.consolidate(both)
     assert report == {"merged": 1}
     assert new.record[:, :2].tolist() == [[0, -1], [0, 1]]
+
+
+def random_bank(memory: LongTermMemory, n: int, seed: int, n_row: int = 1, pairs: int | None = None) -> LongTermState:
+    """Banks of ``n`` slots, of which about one in six is empty.
+
+    One in four is near another one; with ``pairs`` the first so many are near those in the second half, each to one.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    state = LongTermState(*(part.clone() for part in memory.init_state(n_row)))
+
+    def unit(d: int) -> Tensor:
+        return F.normalize(torch.randn(n_row, n, d, generator=generator), dim=-1)
+
+    number = torch.arange(n).expand(n_row, -1)
+    twin = torch.where(torch.rand(n_row, n, generator=generator) < 0.25,
+                       torch.randint(n // 8, (n_row, n), generator=generator), number)  # fmt: skip
+    if pairs is not None:
+        twin = torch.where(number < pairs, number + n // 2, number)
+    key, value = (
+        F.normalize(part.gather(1, twin[..., None].expand_as(part)) + 0.15 * unit(part.shape[2]), dim=-1)
+        for part in (unit(memory.d_key), unit(memory.d_value))
+    )
+    used = torch.rand(n_row, n, generator=generator) > 1 / 6
+    state.key[:, :n], state.value[:, :n] = key * used[..., None], 3 * value * used[..., None]
+    state.priority[:, :n] = torch.where(used, -torch.rand(n_row, n, generator=generator), state.priority[:, :n])
+    state.log_gate[:, :n] = -4 * torch.rand(n_row, n, generator=generator) * used
+    for part in (state.record, state.document, state.position):
+        part[:, :n] = torch.where(used, number, -1)
+    state.tokens[:, :n] = torch.where(used, number, -1)[..., None].int()
+    state.host_used.fill_(n)
+    return state
+
+
+def naive_merge(memory: LongTermMemory, state: LongTermState, row: int, threshold: float) -> dict[int, list[int]]:
+    """What joins what by the rule, slot by slot: survivors and those that join them."""
+    priority = state.priority[row].tolist()
+    used = [i for i, p in enumerate(priority) if p > -(2.0**22)]
+    target = {}
+    for i in used:
+        near = [
+            j
+            for j in used
+            if (priority[j], -j) > (priority[i], -i)
+            and float(state.key[row, i] @ state.key[row, j]) >= 1 - threshold
+            and float(F.cosine_similarity(state.value[row, i], state.value[row, j], dim=0)) >= 1 - threshold
+        ]
+        target[i] = max(near, key=lambda j: (priority[j], -j)) if near else i
+    groups: dict[int, list[int]] = {}
+    for i, j in target.items():
+        if i != j and target[j] == j:
+            groups.setdefault(j, []).append(i)
+    return groups
+
+
+def check_merged(state: LongTermState, new: LongTermState, row: int, groups: dict[int, list[int]]) -> None:
+    """``new`` is ``state`` with these slots merged and nothing else changed."""
+    gone = [i for members in groups.values() for i in members]
+    for survivor, members in groups.items():
+        every = [survivor, *members]
+        weight = state.log_gate[row, every].double().exp()
+        weight = weight / weight.sum()
+        mean = (weight[:, None] * state.value[row, every].double()).sum(dim=0)
+        torch.testing.assert_close(new.value[row, survivor].double(), mean, rtol=1e-5, atol=1e-6)
+        mean = F.normalize((weight[:, None] * state.key[row, every].double()).sum(dim=0), dim=0)
+        torch.testing.assert_close(new.key[row, survivor].double(), mean, rtol=1e-5, atol=1e-6)
+    assert (new.priority[row, gone] < -(2.0**22)).all()
+    assert (new.record[row, gone] == -1).all()
+    assert not new.key[row, gone].any()
+    alike = [i for i in range(state.key.shape[1]) if i not in groups and i not in gone]
+    for name, old, now in zip(state._fields, state, new, strict=True):
+        if name not in ("n_record", "host_used"):
+            assert torch.equal(old[row, alike], now[row, alike]), name
+    for name in ("priority", "log_gate", "record", "document", "position", "tokens"):
+        old, now = getattr(state, name)[row], getattr(new, name)[row]
+        assert torch.equal(old[list(groups)], now[list(groups)]), name
+
+
+def test_consolidation_of_random_banks_is_that_of_the_rule() -> None:
+    memory = LongTermMemory(D, **(SETTINGS | {"n_slot": 90}))
+    state = random_bank(memory, 80, seed=3, n_row=2)
+    new, report = memory.consolidate(state, threshold=0.3)
+    groups = [naive_merge(memory, state, row, 0.3) for row in range(2)]
+    assert report == {"merged": sum(len(members) for group in groups for members in group.values())}
+    assert report["merged"] > 10
+    assert max(len(members) for members in groups[0].values()) > 1
+    for row in range(2):
+        check_merged(state, new, row, groups[row])
+
+
+@pytest.fixture
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if 1,000 slots were too many to be looked at at once, or 100 to be compared with each other."""
+    for name, value in {"_EXACT": 100, "_PART": 260, "_BLOCK": 16, "_CELLS": 5000}.items():
+        monkeypatch.setattr(ltm, name, value)
+
+
+def test_large_banks_are_consolidated_in_turns(small_blocks: None) -> None:
+    memory = LongTermMemory(D, **(SETTINGS | {"n_slot": 1000, "d_key": 32}))
+    assert memory.n_turn == 4
+    state = random_bank(memory, 1000, seed=0, pairs=250)
+    wanted = naive_merge(memory, state, 0, 0.1)
+    assert len(wanted) > 100
+    assert all(len(members) == 1 for members in wanted.values())
+    found = []
+    for turn in range(40):
+        new, report = memory.consolidate(state, turn=turn)
+        again, _ = memory.consolidate(state, turn=turn)
+        assert all(torch.equal(a, b) for a, b in zip(new, again, strict=True)), "a turn depends on the state alone"
+        gone = (memory.filled(state) & ~memory.filled(new))[0].nonzero()[:, 0].tolist()
+        assert report == {"merged": len(gone)}
+        check_merged(state, new, 0, {i: members for i, members in wanted.items() if members[0] in gone})
+        found.append(len(gone) + (found[-1] if found else 0))
+        state = new
+    assert found[0] < 0.4 * len(wanted) < found[3], "a quarter of the bank in each turn"
+    assert found[-1] > 0.97 * len(wanted), found
+
+
+def test_turns_in_a_row_see_every_slot_once(small_blocks: None) -> None:
+    key = F.normalize(torch.randn(2, 999, 8, generator=torch.Generator().manual_seed(0)), dim=-1)
+    parts = [ltm._Cuts(key, turn) for turn in range(4, 8)]
+    for row in range(2):
+        assert sorted(i for cuts in parts for i in cuts.part()[row].tolist()) == list(range(999))
+    index = parts[0].part()
+    trees = [blocks.clone() for blocks in parts[0].blocks(index)]
+    for blocks in trees:
+        assert blocks.shape[1] == 8
+        for row in range(2):
+            held = [place for place in blocks[row].flatten().tolist() if place >= 0]
+            assert sorted(held) == list(range(index.shape[1]))
+    assert not torch.equal(trees[0], trees[1])
+    assert not torch.equal(parts[0].part(), ltm._Cuts(key, 0).part()), "another round, other directions"
+
+
+def test_a_negative_turn_is_refused() -> None:
+    memory = LongTermMemory(D, **SETTINGS)
+    with pytest.raises(ValueError, match="turn is the number of the call"):
+        memory.consolidate(memory.init_state(1), turn=-1)
 
 
 # --- records ---------------------------------------------------------------------------------------------------------

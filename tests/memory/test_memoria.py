@@ -412,6 +412,25 @@ def test_rows_without_a_complete_segment_keep_their_state() -> None:
 
 
 @torch.no_grad()
+@torch.no_grad()
+def test_what_became_long_term_or_went_is_counted() -> None:
+    memory = memory_of(lifespan=5)
+    state, total = memory.init_state(2), {"promoted": 0, "evicted": 0}
+    for s in range(12):
+        new, trace = memory.write(segment_of(hidden_of(2, seed=s)), state, [])
+        expected = dict.fromkeys(total, 0)
+        for row in range(2):
+            old, now = (
+                {int(b): int(k) for b, k in zip(part.birth[row], part.kind[row], strict=True) if k != EMPTY}
+                for part in (state.engrams, new.engrams)
+            )
+            expected["evicted"] += len(old.keys() - now.keys())
+            expected["promoted"] += sum(old[b] != LONG_TERM and now[b] == LONG_TERM for b in old.keys() & now.keys())
+        assert {name: 2 * float(trace[name]) for name in total} == expected
+        state, total = new, {name: total[name] + expected[name] for name in total}
+    assert min(total.values()) > 3, total
+
+
 def test_what_is_never_attended_to_dies_on_its_day() -> None:
     memory = memory_of(extension=0.0, lifespan=3)
     state = state_after(memory, 8, n_row=1)

@@ -414,8 +414,11 @@ def test_memories_are_consolidated_every_so_many_steps(
     seen: list[tuple[int, Any, Any]] = []
     original = LongTermMemory.consolidate
 
-    def twice(self: Any, state: Any, threshold: float = 0.1) -> Any:
-        new, counts = original(self, state, threshold=1.5)  # so wide that something is merged
+    turns: list[int] = []
+
+    def twice(self: Any, state: Any, threshold: float = 0.1, *, turn: int = 0) -> Any:
+        turns.append(turn)
+        new, counts = original(self, state, threshold=1.5, turn=turn)  # so wide that something is merged
         seen.append((counts["merged"], states.detach(state), new))
         return new, counts
 
@@ -432,6 +435,7 @@ def test_memories_are_consolidated_every_so_many_steps(
     _, _, rows = fit(config(tmp_path, "a", *settings, phases=[FACTS | {"n_window": 5}]), before_step=look)
     # after steps 1, 3 and 5; the document of five windows ends with step 4
     assert len(seen) == 3
+    assert turns == [0, 1, 2]
     merged = {row["step"]: row["memory/ltm/merged"] for row in rows if row.get("memory/ltm/merged") is not None}
     assert merged == {1: seen[0][0], 3: seen[1][0], 5: seen[2][0]}
     assert seen[0][0] > 0

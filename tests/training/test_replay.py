@@ -11,7 +11,7 @@ from memlm.checkpoint import checkpoints, read_plain
 from memlm.config import ConfigError
 from memlm.data.stream import Batch
 from memlm.training.module import LanguageModeling
-from memlm.training.replay import Replay, dealt, joined
+from memlm.training.replay import Read, Replay, dealt, joined
 from memlm.training.resume import history_files
 from tests.training.small import FACTS, PLAIN, SHORT, config, curve, fit, fit_until_killed
 
@@ -60,6 +60,35 @@ def test_surprise_draws_in_proportion_to_loss() -> None:
     assert drawn[2] / 400 == pytest.approx(0.75, abs=0.09)
 
 
+def text_of(rows: list[list[int]], step: int = 0) -> Batch:
+    ids = torch.tensor(rows)
+    return batch_of([0] * len(rows), step)._replace(
+        ids=ids, targets=ids + 1, weight=torch.ones(ids.shape), answer=torch.zeros(ids.shape, dtype=torch.bool)
+    )
+
+
+def test_the_windows_are_drawn_whose_text_was_read_most() -> None:
+    replay = Replay("retrieved", ratio=1.0, capacity=10)
+    windows = [[1, 2, 3, 4, 5, 6], [9, 1, 2, 3, 9, 9], [7, 7, 7, 1, 2, 3], [3, 2, 1, 3, 2, 1], [1, 2, 3, 1, 2, 3]]
+    replay.offer(text_of(windows), torch.zeros(5), n_segment=1)
+
+    def drawn(n_row: int, *reads: tuple[list[int], float]) -> list[int] | None:
+        tokens, weights = zip(*reads, strict=True) if reads else ([[0, 0, 0]], [1.0])
+        read = Read(torch.tensor(tokens, dtype=torch.int32), torch.tensor(weights))
+        found = replay.draw(text_of([[8] * 6] * n_row, 1), reads=[read])
+        return None if found is None else found[1]
+
+    assert drawn(1, ([1, 2, 3], 0.5), ([9, 1, 2], 0.1)) == [1]  # 0.6; the others 0.5, or nothing
+    assert drawn(3, ([1, 2, 3], 0.5), ([9, 1, 2], 0.1)) == [1, 0, 2]
+    # of four that hold the text, the last one twice but counted once; the window that holds nothing is not drawn
+    assert drawn(5, ([1, 2, 3], 0.5)) == [0, 1, 2, 4]
+    assert drawn(5, ([1, 2, 3], 0.5), ([1, 2, 3], 0.5), ([2, 1, 3], 1.1)) == [3, 0, 1, 2, 4]  # equal slots add up
+    assert drawn(5, ([-1, 1, 2], 9.0)) is None  # fewer tokens, from the start of a context
+    assert drawn(5, ([3, 4, 6], 9.0)) is None
+    assert drawn(5) is None
+    assert replay.draw(text_of([[8] * 6]), reads=[]) is None
+
+
 def test_the_same_window_is_kept_once() -> None:
     replay = Replay(capacity=10)
     for step in range(5):
@@ -97,7 +126,7 @@ def test_later_windows_of_a_document_are_not_kept() -> None:
 @pytest.mark.parametrize(
     ("settings", "told"),
     [
-        ({"policy": "newest"}, "replay.policy must be one of reservoir, surprise, got 'newest'"),
+        ({"policy": "newest"}, "replay.policy must be one of reservoir, surprise, retrieved, got 'newest'"),
         ({"ratio": 0.0}, r"replay.ratio must be in \(0, 1\], got 0.0; for none use replay=none"),
         ({"ratio": float("nan")}, "replay.ratio"),
         ({"capacity": 0}, "replay.capacity must be at least 1, got 0"),
@@ -184,9 +213,73 @@ def _naive(module: LanguageModeling, batch: Batch) -> tuple[float, float]:
     return loss - extra, total / weights
 
 
-@pytest.mark.parametrize("policy", ["reservoir", "surprise"])
+def naive_reads(module: LanguageModeling, state: Any, batch: Batch) -> dict[tuple[int, ...], float]:
+    """Read weight by the tokens of a slot, of slots that were there before the batch and not written since."""
+    model = module.model
+    with torch.no_grad():
+        out = model(batch.ids, state=state, reset=batch.reset, breaks=batch.breaks, mask=batch.mask)
+    found: dict[tuple[int, ...], float] = {}
+    read = out.reads["ltm/1"]
+    old, new = state.memory["ltm"][0], out.state.memory["ltm"][0]
+    for row in range(len(batch.ids)):
+        bank = min(row, len(old.tokens) - 1)
+        for slots, weights in zip(read.slots[row].tolist(), read.weights[row].tolist(), strict=True):
+            for slot, weight in zip(slots, weights, strict=True):
+                tokens = tuple(old.tokens[bank, slot].tolist())
+                if slot >= 0 and old.record[bank, slot] >= 0 and tokens == tuple(new.tokens[bank, slot].tolist()):
+                    found[tokens] = found.get(tokens, 0.0) + weight
+    return found
+
+
+@pytest.mark.parametrize(("scope", "phase"), [("shared", SHORT), ("sequence", PLAIN)])
+def test_the_memory_says_what_is_replayed(scope: str, phase: dict[str, Any], tmp_path: Path) -> None:
+    expected: dict[int, list[bytes]] = {}
+    seen: dict[int, list[bytes]] = {}
+    banks: list[Any] = []
+
+    def look(module: LanguageModeling, batch: Batch) -> None:
+        replay, model = module.replay, module.model
+        assert replay is not None
+        state = None if batch.fresh else module._state
+        state = model.init_state(len(batch.ids)) if state is None else module._with_banks(state)
+        banks.append(state.memory["ltm"][0])
+        read, n = naive_reads(module, state, batch), len(state.memory["ltm"][0].tokens[0, 0])
+        score = []
+        for window in replay.windows:
+            ids = window.ids.tolist()
+            held = {tuple(ids[i : i + n]) for i in range(len(ids) - n + 1)}
+            score.append(sum(read.get(tokens, 0.0) for tokens in held))
+        order = sorted(range(len(score)), key=lambda i: -score[i])[: len(batch.ids)]
+        expected[batch.step] = [replay.windows[i].ids.numpy().tobytes() for i in order if score[i] > 0]
+
+    class Noted(Replay):
+        def draw(self, batch: Batch, *arguments: Any) -> Any:
+            drawn = super().draw(batch, *arguments)
+            seen[batch.step] = [] if drawn is None else [ids.numpy().tobytes() for ids in drawn[0].ids]
+            return drawn
+
+    settings = ["model.dropout=0", f"memory.ltm.scope={scope}", "trainer.max_steps=7"]
+    replay = Noted("retrieved", ratio=1.0)
+    fit(config(tmp_path, "a", *settings, phases=[phase], replay="retrieved"), before_step=look, replay=replay)
+    assert seen == expected
+    drawn = [names for names in seen.values() if names]
+    assert len(drawn) >= 4
+    assert len({tuple(names) for names in drawn}) > 1
+    assert not torch.equal(banks[1].tokens, banks[-1].tokens)
+
+
+def test_a_memory_that_does_not_say_its_text_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(
+        ConfigError, match=r"no memory of this model \(stm\) says which text its slots hold: use memory="
+    ):
+        fit(config(tmp_path, "a", memory="stm", replay="retrieved"))
+
+
+@pytest.mark.parametrize("policy", ["reservoir", "surprise", "retrieved"])
 def test_a_killed_run_goes_on_bit_for_bit(policy: str, tmp_path: Path) -> None:
     more = ["replay.capacity=5", "replay.ratio=0.5"]
+    if policy == "retrieved":  # of what every document before it left
+        more += ["memory.ltm.scope=shared"]
     whole = curve(
         fit(
             config(
@@ -204,17 +297,19 @@ def test_a_killed_run_goes_on_bit_for_bit(policy: str, tmp_path: Path) -> None:
     fit(config(tmp_path, "on", *more, f"resume={tmp_path / 'killed'}", phases=[FACTS], replay=policy))
     found = curve([row for file in history_files(tmp_path / "on") for row in read_history(file)])
     assert found == whole
-    without = curve(fit(config(tmp_path, "without", phases=[FACTS]))[2])
+    without = curve(fit(config(tmp_path, "without", *more[2:], phases=[FACTS]))[2])
     assert without != whole
 
 
-def test_two_processes_have_a_buffer_each(tmp_path: Path) -> None:
-    ranks = ["trainer.devices=2", "trainer.strategy=ddp_fork", "replay.ratio=1.0"]
-    fit(config(tmp_path, "two", *ranks, "trainer.max_steps=4", phases=[SHORT], replay="reservoir"))
+@pytest.mark.parametrize("policy", ["reservoir", "retrieved"])
+def test_two_processes_have_a_buffer_each(policy: str, tmp_path: Path) -> None:
+    bank = "memory.ltm.scope=shared"
+    ranks = ["trainer.devices=2", "trainer.strategy=ddp_fork", "replay.ratio=1.0", bank]
+    fit(config(tmp_path, "two", *ranks, "trainer.max_steps=4", phases=[SHORT], replay=policy))
     content = read_plain(checkpoints(tmp_path / "two")[-1])["replay"]
     assert content["n_seen"] == len(content["windows"]) == 8
     assert len({window["ids"].numpy().tobytes() for window in content["windows"]}) == 8
-    _, module, _ = fit(config(tmp_path, "on", f"resume={tmp_path / 'two'}", "replay.ratio=1.0", phases=[SHORT],
-                              replay="reservoir"))  # fmt: skip
+    _, module, _ = fit(config(tmp_path, "on", f"resume={tmp_path / 'two'}", "replay.ratio=1.0", bank, phases=[SHORT],
+                              replay=policy))  # fmt: skip
     assert module.replay is not None
     assert len(module.replay) == 8 + 2 * 5  # four steps of two processes, then five of one
