@@ -129,7 +129,7 @@ class ExperienceModel(LanguageModel):
         passages = self._passages(text)
         with self._at_rest():
             first = int(_n_record(kept))
-            state = self._absorb(passages, self.init_state(1), first, len(text))
+            state = self._absorb(passages, self.init_state(1), first)
             self._commit(state)
         return [number for number in self._ids(kept) if number >= first]
 
@@ -150,7 +150,7 @@ class ExperienceModel(LanguageModel):
         self._kept("query_memory")
         if top_k < 1:
             raise ConfigError(f"top_k must be at least 1, got {top_k}")
-        return self.recalled(list(itertools.chain.from_iterable(self._passages(text))), top_k=top_k)
+        return self.recalled(self.encode_text(text), top_k=top_k)
 
     def recalled(self, ids: Sequence[int], first: int = 0, top_k: int = 1) -> list[Remembered]:
         """What is read from the persistent memory for tokens; see `query_memory`.
@@ -212,7 +212,7 @@ class ExperienceModel(LanguageModel):
                 mine = records.record == number
                 document = int(records.document[mine][0]) if bool(mine.any()) else document
             state = self._without(lambda records: _holds(records, [number]))
-            state = self._absorb(passages, state, document, len(text))
+            state = self._absorb(passages, state, document)
 
             def relabel(module: Memory, part: State) -> State:
                 if not module.keeps_records:
@@ -433,18 +433,27 @@ class ExperienceModel(LanguageModel):
 
     # --- text ------------------------------------------------------------------------------------------------------
 
-    def _passages(self, text: str) -> Iterator[list[int]]:
-        """Token ids of passages of whole sentences of up to a segment; longer sentences are cut.
+    def encode_text(self, text: str) -> list[int]:
+        """Token ids of a text as the operations read it: it begins with a space, like a sentence inside of text.
 
-        The text begins with a space, as sentences do inside of the text that models are trained on.
+        What is no text (halves of surrogate pairs, left by invalid bytes) becomes U+FFFD.
+
+        Raises:
+            ConfigError: If it is empty.
         """
+        return list(itertools.chain.from_iterable(self._passages(text)))
+
+    def _passages(self, text: str) -> Iterator[list[int]]:
+        """Token ids of passages of whole sentences of up to a segment; longer sentences are cut."""
         if not isinstance(text, str):
             raise ConfigError(f"a text must be a str, got {type(text).__name__}; decode bytes with errors='replace'")
         text = _SURROGATE.sub("\ufffd", text)
         text = text if text[:1].isspace() else f" {text}"
-        if not text.strip() or not self.tokenizer.encode(text[:1000].rstrip() or text.strip()[:1000]):
-            raise ConfigError("the text is empty: give some words")
-        return self._packed(_SENTENCE.split(text))
+        passages = self._packed(_SENTENCE.split(text))
+        first = next(passages, None) if text.strip() else None
+        if first is None:
+            raise ConfigError("the text is empty, or the tokenizer makes nothing of it: give some words")
+        return itertools.chain([first], passages)
 
     def _packed(self, sentences: list[str]) -> Iterator[list[int]]:
         passage: list[int] = []
@@ -460,7 +469,7 @@ class ExperienceModel(LanguageModel):
         if passage:
             yield passage
 
-    def _absorb(self, passages: Iterator[list[int]], state: Any, document: int, n_char: int) -> Any:
+    def _absorb(self, passages: Iterator[list[int]], state: Any, document: int) -> Any:
         """``state`` after passages, each in a context of its own and read without memory.
 
         A window ends with an empty segment, which closes the context of the last passage.
