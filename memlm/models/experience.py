@@ -97,6 +97,14 @@ class _Kept(NamedTuple):
     module: Memory
 
 
+class _Opened(NamedTuple):
+    """Its persistent bank, to be looked into."""
+
+    module: Memory
+    bank: State
+    records: Records
+
+
 class ExperienceModel(LanguageModel):
     """A language model with operations on its persistent memory.
 
@@ -165,28 +173,30 @@ class ExperienceModel(LanguageModel):
         best: list[_Found] = []
         with self._at_rest():
             banks = self.bank_state()
+            opened = _opened(kept, banks)
             for begin in _progress(range(0, len(ids), piece), "querying"):
                 if begin + piece > first:
-                    best = _best([*best, *self._found(ids[begin : begin + piece], first - begin, banks, kept)], top_k)
-            for found in best:
-                if found.weight >= READ:
-                    self._named(kept)[found.memory].uses()[found.slot] += 1
-            return [self._describe(found, self._named(kept)[found.memory]) for found in best]
+                    found = self._found(ids[begin : begin + piece], max(first - begin, 0), banks, kept, opened)
+                    best = _best([*best, *found], top_k)
+            for part in best:
+                if part.weight >= READ:
+                    opened[part.memory].module.uses()[part.slot] += 1
+            return [self._describe(part, opened[part.memory]) for part in best]
 
     def list_memory(self, n: int = 10) -> list[Remembered]:
         """The ``n`` latest records of the persistent memory, newest first, each by its most important slot."""
         kept = self._kept("list_memory")
-        found = []
+        listed = []
         with self._at_rest():
+            opened = _opened(kept, self.bank_state())
             for number in sorted(self._ids(kept), reverse=True)[: max(n, 0)]:
                 slots = []
-                for name, module in self._named(kept).items():
-                    records = module.records(module.bank())
-                    importance = records.importance[0].masked_fill(records.record[0] != number, -torch.inf)
+                for name, part in opened.items():
+                    importance = part.records.importance[0].masked_fill(part.records.record[0] != number, -torch.inf)
                     slots.append((float(importance.max()), name, int(importance.argmax())))
                 _, name, slot = max(slots)
-                found.append(self._describe(_Found(0.0, 0.0, name, slot, number), self._named(kept)[name]))
-        return [part._replace(similarity=None, weight=None) for part in found]
+                listed.append(self._describe(_Found(0.0, 0.0, name, slot, number), opened[name]))
+        return [record._replace(similarity=None, weight=None) for record in listed]
 
     def edit_memory(self, number: int, text: str) -> int:
         """Replace the text of a record; it keeps its id, document and age.
@@ -375,9 +385,6 @@ class ExperienceModel(LanguageModel):
             )
         return found
 
-    def _named(self, kept: list[_Kept]) -> dict[str, Memory]:
-        return {part.name: part.module for part in kept}
-
     def _ids(self, kept: list[_Kept]) -> list[int]:
         """Ids of all records that hold a slot, in order."""
         found: set[int] = set()
@@ -486,36 +493,29 @@ class ExperienceModel(LanguageModel):
             state = self.absorb(ids, state, read=False, mask=mask, breaks=breaks)
         return state
 
-    def _found(self, ids: Sequence[int], first: int, banks: Any, kept: list[_Kept]) -> list[_Found]:
+    def _found(
+        self, ids: Sequence[int], first: int, banks: Any, kept: list[_Kept], opened: dict[str, _Opened]
+    ) -> list[_Found]:
         """Slots that the tokens ``ids`` from ``first`` on read."""
-        first, found = max(first, 0), []
+        found = []
         device = banks.local.ids.device
         out = self(torch.tensor([list(ids)], device=device), state=banks, write=False, logits=False)
-        for part in kept:
-            if part.name not in out.reads:
-                continue
+        for part in (part for part in kept if part.name in out.reads):
+            module, bank, records = opened[part.name]
             read = out.reads[part.name]
-            name, _ = part.name.split("/")
-            bank = banks.memory[name][part.place]
             slots, weights = read.slots[:, first:], read.weights[:, first:]  # (1, N, k)
             hidden = out.state.local.hidden[:, part.place, self.lookback :][:, first : len(ids)]
-            similarity = part.module.similarity(hidden, bank, slots.clamp(min=0))
-            record = part.module.records(bank).record[0]
+            similarity = module.similarity(hidden, bank, slots.clamp(min=0))
             there = (slots >= 0) & (weights > 0)
-            parts = zip(
-                weights[there].tolist(),
-                similarity[there].tolist(),
-                slots[there].tolist(),
-                record[slots[there]].tolist(),
-                strict=True,
-            )
-            found += [_Found(weight, cosine, part.name, slot, number) for weight, cosine, slot, number in parts]
+            columns = weights[there], similarity[there], slots[there], records.record[0, slots[there]]
+            for weight, cosine, slot, number in zip(*(column.tolist() for column in columns), strict=True):
+                found.append(_Found(weight, cosine, part.name, slot, number))
         return found
 
-    def _describe(self, found: _Found, module: Memory) -> Remembered:
+    def _describe(self, found: _Found, opened: _Opened) -> Remembered:
         """What is known of a slot."""
-        bank, slot = module.bank(), found.slot
-        records, places, tokens = module.records(bank), module.places(bank), module.tokens(bank)
+        (module, bank, records), slot = opened, found.slot
+        places, tokens = module.places(bank), module.tokens(bank)
         assert places is not None
         assert tokens is not None
         mine = (records.record[0] == found.record).nonzero()[:, 0]
@@ -567,6 +567,12 @@ class ExperienceModel(LanguageModel):
                 "%s was written by a model with other weights: what it holds may be read badly, or not at all", path
             )
         return content
+
+
+def _opened(kept: list[_Kept], banks: Any) -> dict[str, _Opened]:
+    """The banks of a state by name."""
+    parts = ((part, banks.memory[part.name.split("/")[0]][part.place]) for part in kept)
+    return {part.name: _Opened(part.module, bank, part.module.records(bank)) for part, bank in parts}
 
 
 def _best(found: list[_Found], n: int) -> list[_Found]:
