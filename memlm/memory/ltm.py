@@ -568,7 +568,8 @@ class LongTermMemory(Memory):
         """Merge similar slots: keys within ``threshold`` in cosine distance that hold similar values.
 
         Every slot joins its most important similar slot, unless that one joins another itself. The survivor keeps its
-        place, id and origin; its key and value become the importance-weighted means; the joined slots become empty.
+        place, id and origin, and lists the records of the others; its key and value become the importance-weighted
+        means; the joined slots become empty.
 
         Up to 16,384 slots all pairs are compared. In a larger bank a slot is compared with the 255 or more of its
         blocks: balanced cuts by random directions, which near-duplicates seldom part. Other turns cut in other

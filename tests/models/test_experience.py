@@ -368,6 +368,21 @@ def test_more_origins_than_are_listed_count_as_all(tokenizer: Tokenizer) -> None
     assert model.list_memory() == []
 
 
+def test_what_replaces_a_merged_slot_was_merged_with_nothing(tokenizer: Tokenizer) -> None:
+    model = build(tokenizer, n_slot=40, importance="fifo")
+    for text in ("abcdefghi", "abcdefghi"):
+        model.store_experience(text)
+    model.consolidate(threshold=0.001)
+    assert (bank(model).origins >= 0).any()
+    ids = torch.tensor([tokenizer.encode(LONG)])[:, : 2 * T]
+    at_once = model(ids).state  # one process of two segments
+    one_by_one = model(ids[:, T:], state=model(ids[:, :T]).state).state  # two writes
+    for state in (at_once, one_by_one):
+        part = state.memory["ltm"][0]
+        assert (part.record[0] >= 2).all()
+        assert (part.origins == -1).all()
+
+
 # --- files -----------------------------------------------------------------------------------------------------------
 
 
