@@ -410,13 +410,12 @@ class LongTermMemory(Memory):
             origins=shift(other.origins, first[..., None]),
         )
         victim, order, accept = _replace(state.priority, came.priority)
-        places = {
-            name: _put(part, victim, accept, take(getattr(came, name), order))
-            for name, part in state._asdict().items()
-            if name not in ("n_record", "host_used")
-        }
-        n_used = (state.host_used + other.host_used).clamp(max=self.n_slot)
-        return LongTermState(**places, n_record=state.n_record + other.n_record, host_used=n_used)
+        slots = (*_Candidates._fields, "record", "origins")
+        return state._replace(
+            **{name: _put(getattr(state, name), victim, accept, take(getattr(came, name), order)) for name in slots},
+            n_record=state.n_record + other.n_record,
+            host_used=(state.host_used + other.host_used).clamp(max=self.n_slot),
+        )
 
     def similarity(self, x: Tensor, state: LongTermState, slots: Tensor) -> Tensor:
         """Cosine of queries and keys; see `Memory.similarity`."""

@@ -68,6 +68,21 @@ def test_an_answer_says_when_memory_was_not_read(tokenizer: Any) -> None:
     assert "the answer is the same without memory" in str(talk.respond("ba ce is"))
 
 
+def test_what_is_shown_was_read_for_the_answer_not_for_the_question(tokenizer: Any) -> None:
+    talk = Conversation(reader(tokenizer))
+    for text in (FACT, FACT, "Who bad byte."):
+        talk.tell(text)
+    talk.respond("/clear")
+    question = talk.model.query_memory("Who bad ba ce is", top_k=1)[0]
+    answer = talk.ask("Who bad ba ce is")
+    assert question.id == 2
+    assert answer.text == "di fo gu."
+    assert answer.read is not None
+    assert answer.read.id in (0, 1)
+    assert answer.read.weight is not None
+    assert 0.3 < answer.read.weight < 0.6 < (question.weight or 0)  # two records share it
+
+
 def test_what_is_asked_is_not_stored(tokenizer: Any) -> None:
     talk = Conversation(reader(tokenizer))
     talk.tell(FACT)
