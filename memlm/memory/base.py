@@ -248,6 +248,13 @@ class Memory(nn.Module):
         """
         return None
 
+    def tokens(self, state: State) -> Tensor | None:
+        """Ids of the consecutive tokens that each slot was made from, (B, n_slot, L), -1 where there is none.
+
+        None (the default) if the state does not keep them.
+        """
+        return None
+
     def contents(self, state: State) -> Tensor:
         """What each slot holds as a vector, for analysis, (B, n_slot, d).
 

@@ -372,6 +372,10 @@ class LongTermMemory(Memory):
         """See `Memory.places`."""
         return state.position
 
+    def tokens(self, state: LongTermState) -> Tensor:
+        """See `Memory.tokens`: up to ``span`` tokens, and the one after them that is the slot's value."""
+        return state.tokens
+
     def contents(self, state: LongTermState) -> Tensor:
         """What each slot adds to the residual stream if it alone is read through an open gate, (B, M, D)."""
         n_used = int(state.host_used.max())
