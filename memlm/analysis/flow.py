@@ -86,7 +86,7 @@ class Writes:
     n_slot: int
 
 
-@dataclass
+@dataclass(repr=False)
 class Flow:
     """A text, token by token, and what memory did.
 
@@ -330,7 +330,7 @@ def draw_flow(flow: Flow) -> Figure:
         figure = Figure(figsize=(11.0, max(2.2, 4.4 * len(flow.reads))))
         grid = figure.subplots(n_row, 1, sharex=True, squeeze=False, height_ratios=([2.6, 1] * len(flow.reads)) or [1])
         axes: list[Axes] = list(grid[:, 0])
-        for (key, read), upper, lower in zip(flow.reads.items(), axes[::2], axes[1::2], strict=True):
+        for (key, read), upper, lower in zip(flow.reads.items(), axes[::2], axes[1::2], strict=False):
             _draw_reads(upper, flow, key, read, figure)
             _draw_strips(lower, flow, key, read)
         if not flow.reads:

@@ -71,7 +71,8 @@ def passage(model: LanguageModel, data: Any, seed: int = 0) -> tuple[list[list[i
         fact = data.maker.draw(rng, 1, "evaluation")[0]
     except ConfigError:
         return [text], "Held-out text."
-    where = min(model.segment_len // 4, len(text))
+    ends = [i for i, token in enumerate(text, 1) if data.tokenizer.decode([token]).endswith((".", "\n"))]
+    where = next((i for i in ends if i >= model.segment_len // 4), len(text) // 4)  # behind a sentence if there is one
     told = [*text[:where], *fact.tokens, *text[where:]]
     return [told, list(fact.tokens)], (
         f"Held-out text in which a fact is told once that the model has never seen, {fact.text!r}; then, with the "
@@ -159,7 +160,8 @@ def token_view(flow: Flow, about: str) -> Tokens:
     tokens = [_token(flow, i, first) for i in range(first, n)]
     notes = [
         about,
-        "A token reads to predict the one after it. Point at one, or step through them with the arrow keys, to see what it read.",
+        "A token reads to predict the one after it. Point at one, or step through them with the arrow keys, to see "
+        "what it read.",
     ]
     if first:
         notes.append(f"Only the last {MOST_TOKENS:,} of {n:,} tokens are shown.")
@@ -230,7 +232,8 @@ def _token(flow: Flow, i: int, first: int) -> Token:
     if not math.isnan(flow.nll[i]):
         on, off = math.exp(-flow.nll[i]), math.exp(-flow.nll[i] - flow.gain[i])
         told.append(
-            f"Next comes {flow.tokens[i + 1]!r}, expected at {100 * on:.3g} % with memory and {100 * off:.3g} % with reads off."
+            f"Next comes {flow.tokens[i + 1]!r}, expected at {100 * on:.3g} % with memory and {100 * off:.3g} % with "
+            "reads off."
         )
     starts = i == first or flow.context[i] != flow.context[i - 1]
     begins = f"context {flow.context[i] + 1}" if starts and flow.context[-1] else ""
