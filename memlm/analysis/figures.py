@@ -396,9 +396,9 @@ def memory_curves(history: History) -> Figure | None:
     """
     panels: dict[str, dict[str, dict[int, float]]] = {}
     for column in dict.fromkeys(column for row in history for column in row if column.startswith("memory/")):
-        _, *name, kind = column.split("/")
+        parts = column.split("/")
         if series := _series(history, column):
-            panels.setdefault(kind, {})["/".join(name)] = series
+            panels.setdefault(parts[-1], {})["/".join(parts[1:-1])] = series
     if not panels:
         return None
     names = list(dict.fromkeys(name for lines in panels.values() for name in lines))

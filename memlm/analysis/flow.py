@@ -251,10 +251,10 @@ class _Walk:
 
     def flow(self) -> Flow:
         """All that was found."""
-        reads = {
-            key: BankFlow(*(_stack(column) for column in zip(*parts, strict=True)), self.origins[key])
-            for key, parts in self.reads.items()
-        }
+        reads = {}
+        for key, parts in self.reads.items():
+            slots, weights, gate, strength, norm = (_stack(column) for column in zip(*parts, strict=True))
+            reads[key] = BankFlow(slots, weights, gate, strength, norm, self.origins[key])
         return Flow(
             ids=np.array(self.ids),
             tokens=[self.model.tokenizer.decode([i]) for i in self.ids],

@@ -93,7 +93,7 @@ class Token(NamedTuple):
 
     Attributes:
         text: What it says.
-        index: Its index in the text.
+        place: Its index in the text.
         strength: How strongly memory was read, 0..1.
         gain: Nats by which memory lowered the loss of the prediction made here; NaN if there is none.
         told: Sentences about it.
@@ -102,7 +102,7 @@ class Token(NamedTuple):
     """
 
     text: str
-    index: int
+    place: int
     strength: float
     gain: float
     told: Sequence[str]

@@ -11,8 +11,9 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
+from memlm.analysis.flow import memory_flow
 from memlm.analysis.page import Chapter, Figures, Listings, Source, Table, Token, Tokens, fewer_colors, png, render
-from memlm.analysis.report import generate_memory_report, passage
+from memlm.analysis.report import generate_memory_report, passage, slot_table
 from memlm.config import ConfigError
 from tests.experiments.tiny import T, tiny
 
@@ -181,5 +182,9 @@ def test_long_texts_and_large_banks_are_cut_with_a_note(monkeypatch):
     html = generate_memory_report(model, DATA, ["1 2 3 4 " * T])
     assert html.count('role="tooltip"') == 10
     assert f"Only the last 10 of {4 * T} tokens are shown." in html
+    flow = memory_flow(model, ["1 2 3 4 " * T])
+    table = slot_table(model, flow, 5)
+    assert len(table.rows) == 5
+    assert f"5 of {int((flow.state.memory['ltm'][0].record >= 0).sum())} slots are shown" in table.notes[1]
     html = generate_memory_report(model, DATA, ["1 2 3"])
     assert "Nothing was read: memory holds what earlier segments and contexts wrote" in html
