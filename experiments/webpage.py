@@ -63,6 +63,7 @@ def _results(comparison: Comparison) -> Chapter:
     """The table of all numbers, and the runs behind it."""
     heads, rows = compare.tabulate(comparison)
     controls = frozenset(i for i, line in enumerate(comparison.lines) if line.control)
+    rows = [[cell.strip() for cell in row] for row in rows]
     table = Table("Numbers and their controls", heads, rows, compare.remarks(comparison), controls)
     listed = [
         [group.label, str(run.trained.config.get("seed")), str(run.trained.step), str(run.path), run.trained.checkpoint]

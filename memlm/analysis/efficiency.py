@@ -65,7 +65,6 @@ class Efficiency:
         return self.memory.flops_per_token / self.model.flops_per_token
 
 
-@torch.no_grad()
 def compute_memory_efficiency(model: LanguageModel) -> Efficiency:
     """What the memories of a model cost, and the whole model.
 
@@ -88,8 +87,9 @@ def compute_memory_efficiency(model: LanguageModel) -> Efficiency:
     ids = torch.zeros(1, model.segment_len, dtype=torch.long, device=model.head_weight.device)
     training = model.training
     model.eval()
-    # The fused kernels of some devices are not counted; plain matrix products are, and are as many.
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+    # The fused kernels of some devices are not counted; plain matrix products are, and are as many. The counter follows
+    # modules by hooks for gradients, so these have to be on.
+    with torch.enable_grad(), FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         model(ids, read=False, write=False)
     model.train(training)
     rest = round(counter.get_total_flops() / model.segment_len)

@@ -121,7 +121,8 @@ _CAPTION = (
 
 def cost_table(cost: Efficiency) -> Table:
     """Parameters, bytes and operations of memory beside those of the whole model."""
-    parts = {**cost.memories, "all memories": cost.memory, "whole model": cost.model}
+    together = {"all memories": cost.memory} if len(cost.memories) != 1 else {}
+    parts = {**cost.memories, **together, "whole model": cost.model}
     rows = [
         [name, f"{part.parameters:,} ({_share(part.parameters, cost.model.parameters)})",
          f"{part.state_bytes:,} ({_share(part.state_bytes, cost.model.state_bytes)})",

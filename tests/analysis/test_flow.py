@@ -6,8 +6,12 @@ import numpy as np
 import pytest
 import torch
 
+from memlm.analysis.efficiency import compute_memory_efficiency
 from memlm.analysis.flow import draw_flow, memory_flow, visualize_memory_flow
+from memlm.analysis.report import slot_table
+from memlm.analysis.usage import banks
 from memlm.memory import state as states
+from tests.conformance import laws
 from tests.experiments.tiny import T, tiny
 
 V = 30
@@ -97,6 +101,25 @@ def test_written_and_evicted_are_the_difference_of_the_places_held():
         held = now
     assert sum(map(len, writes.evicted)) > 5
     assert all(torch.equal(a, b) for a, b in zip(states.tensors(flow.state), states.tensors(state), strict=True))
+
+
+@pytest.mark.parametrize("name", [name for name in laws.names() if laws.nodes_of(name)])
+def test_every_memory_that_is_shipped_has_a_flow_a_table_and_costs(name):
+    model = laws.builder(laws.nodes_of(name))()
+    model.tokenizer = TOKENIZER
+    n = 5 * model.segment_len
+    flow = memory_flow(model, [laws.text(1, n), laws.text(1, 4)])
+    assert len(flow.ids) == n + 4
+    assert flow.strength[-4:].min() > 0
+    assert np.abs(flow.gain[-4:-1]).max() > 0
+    for label, (module, part) in banks(model, flow.state).items():
+        writes = flow.writes[label]
+        assert writes.n_filled[-1] == int(module.filled(part).sum()) > 0
+        if module.places(part) is not None:  # what is written and not evicted is there
+            assert sum(map(len, writes.written)) - sum(map(len, writes.evicted)) == writes.n_filled[-1]
+    held = sum(int(module.filled(part).sum()) for module, part in banks(model, flow.state).values())
+    assert len(slot_table(model, flow).rows) == min(held, 2000)
+    assert 0 < compute_memory_efficiency(model).parameter_share < 1
 
 
 @torch.no_grad()
