@@ -233,9 +233,13 @@ def _token(flow: Flow, i: int, first: int) -> Token:
     if not math.isnan(flow.nll[i]):
         on, off = math.exp(-flow.nll[i]), math.exp(-flow.nll[i] - flow.gain[i])
         told.append(
-            f"Next comes {flow.tokens[i + 1]!r}, expected at {100 * on:.3g} % with memory and {100 * off:.3g} % with "
-            "reads off."
+            f"Next comes {flow.tokens[i + 1]!r}, expected at {_percent(on)} with memory and {_percent(off)} with reads off."
         )
+    for label, writes in flow.writes.items():
+        for what, parts in (("Written to", writes.written), ("Evicted from", writes.evicted)):
+            segments = [str(s) for s, part in enumerate(parts) if any(origin.place == i for origin in part)]
+            if segments:
+                told.append(f"{what} {label} by segment {', '.join(segments)}.")
     starts = i == first or flow.context[i] != flow.context[i - 1]
     begins = f"context {flow.context[i] + 1}" if starts and flow.context[-1] else ""
     if not begins and i > first and flow.segment[i] != flow.segment[i - 1]:
@@ -262,6 +266,12 @@ def _visible(text: str) -> str:
 def _number(value: torch.Tensor) -> float | int:
     number = value.item()
     return float(f"{number:.4g}") if isinstance(number, float) else int(number)
+
+
+def _percent(rate: float) -> str:
+    """A rate in percent, never rounded up to 100."""
+    text = f"{100 * rate:.3g}"
+    return f"{'>99.9' if text == '100' and rate < 1 else text} %"
 
 
 def _share(part: int, whole: int) -> str:
