@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -158,7 +158,8 @@ def token_view(flow: Flow, about: str) -> Tokens:
     """The text, each token with what it read."""
     n = len(flow.ids)
     first = max(n - MOST_TOKENS, 0)
-    tokens = [_token(flow, i, first) for i in range(first, n)]
+    fates = _fates(flow)
+    tokens = [_token(flow, i, first, fates) for i in range(first, n)]
     notes = [
         about,
         "A token reads to predict the one after it. Point at one, or step through them with the arrow keys, to see "
@@ -220,7 +221,19 @@ def _add_reads(total: np.ndarray, read: BankFlow, flow: Flow, last: np.ndarray) 
     np.add.at(total, slots[there], weights[there])
 
 
-def _token(flow: Flow, i: int, first: int) -> Token:
+def _fates(flow: Flow) -> dict[int, list[str]]:
+    """What became of the slots made from a token, in sentences, by its index."""
+    fates: dict[int, list[str]] = {}
+    for label, writes in flow.writes.items():
+        for what, parts in (("Written to", writes.written), ("Evicted from", writes.evicted)):
+            for s, part in enumerate(parts):
+                for origin in part:
+                    if origin.place is not None:
+                        fates.setdefault(origin.place, []).append(f"{what} {label} by segment {s}.")
+    return fates
+
+
+def _token(flow: Flow, i: int, first: int, fates: Mapping[int, Sequence[str]]) -> Token:
     sources: list[Source] = []
     for key, read in flow.reads.items():
         found = zip(read.slots[i, :_N_SOURCE].tolist(), read.weights[i].tolist(), strict=False)
@@ -232,14 +245,9 @@ def _token(flow: Flow, i: int, first: int) -> Token:
     told = [f"Token {i:,}, segment {flow.segment[i]}."]
     if not math.isnan(flow.nll[i]):
         on, off = math.exp(-flow.nll[i]), math.exp(-flow.nll[i] - flow.gain[i])
-        told.append(
-            f"Next comes {flow.tokens[i + 1]!r}, expected at {_percent(on)} with memory and {_percent(off)} with reads off."
-        )
-    for label, writes in flow.writes.items():
-        for what, parts in (("Written to", writes.written), ("Evicted from", writes.evicted)):
-            segments = [str(s) for s, part in enumerate(parts) if any(origin.place == i for origin in part)]
-            if segments:
-                told.append(f"{what} {label} by segment {', '.join(segments)}.")
+        chances = f"{_percent(on)} with memory and {_percent(off)} with reads off"
+        told.append(f"Next comes {flow.tokens[i + 1]!r}, expected at {chances}.")
+    told += fates.get(i, [])
     starts = i == first or flow.context[i] != flow.context[i - 1]
     begins = f"context {flow.context[i] + 1}" if starts and flow.context[-1] else ""
     if not begins and i > first and flow.segment[i] != flow.segment[i - 1]:

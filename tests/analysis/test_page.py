@@ -13,7 +13,7 @@ from PIL import Image
 
 from memlm.analysis.flow import memory_flow
 from memlm.analysis.page import Chapter, Figures, Listings, Source, Table, Token, Tokens, fewer_colors, png, render
-from memlm.analysis.report import generate_memory_report, passage, slot_table
+from memlm.analysis.report import generate_memory_report, passage, slot_table, token_view
 from memlm.config import ConfigError
 from tests.experiments.tiny import T, tiny
 
@@ -174,6 +174,18 @@ def test_report_of_a_model_shows_costs_slots_and_reads(tmp_path, memories):
     amounts = [float(re.findall(r'class="number">([^<]+)<', row)[1]) for row in rows]
     assert amounts == sorted(amounts, reverse=True)
     assert amounts[0] > 0
+
+
+def test_a_token_tells_which_segment_wrote_and_evicted_it():
+    model = tiny(TOKENIZER, "ltm", n_slot=10)
+    flow = memory_flow(model, ["1 2 3 4 5 6 7 8 " * T])
+    writes = flow.writes["ltm/1"]
+    tokens = token_view(flow, "").tokens
+    assert sum(map(len, writes.evicted)) > 10
+    for what, parts in (("Written to", writes.written), ("Evicted from", writes.evicted)):
+        for s, part in enumerate(parts):
+            told = {token.place for token in tokens if f"{what} ltm/1 by segment {s}." in token.told}
+            assert told == {origin.place for origin in part}
 
 
 def test_long_texts_and_large_banks_are_cut_with_a_note(monkeypatch):

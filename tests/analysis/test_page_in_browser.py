@@ -47,7 +47,7 @@ def opened(browser, url, **options):
 
 
 def cards(page):
-    return [card.inner_text() for card in page.locator(".card").all() if card.is_visible()]
+    return page.locator(".card:visible").all_inner_texts()
 
 
 def test_pointing_at_a_token_tells_what_it_read_and_marks_where_it_comes_from(browser, url):
