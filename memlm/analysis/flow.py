@@ -364,7 +364,10 @@ def _draw_reads(axes: Axes, flow: Flow, key: str, read: BankFlow, figure: Figure
     axes.set_ylabel("made from token" if told else "slot")
     axes.yaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
     _boundaries(axes, flow)
-    if x:
+    if not x:
+        axes.text(0.5, 0.5, "nothing was read", ha="center", va="center", transform=axes.transAxes)
+        axes.set_yticks([])
+    else:
         figure.colorbar(dots, ax=axes, pad=0.01, label="weight x gate").outline.set_visible(False)
 
 

@@ -241,7 +241,7 @@ def _token(flow: Flow, i: int, first: int, fates: Mapping[int, Sequence[str]]) -
             if slot >= 0 and (strength := weight * float(read.gate[i])) >= _FAINT:
                 origin = read.origins[flow.segment[i]][slot]
                 place = origin.place if origin.place is not None and origin.place >= first else None
-                sources.append(Source(key, strength, _visible(origin.text), _where(origin), place))
+                sources.append(Source(key, strength, _visible(origin.text, ""), _where(origin), place))
     told = [f"Token {i:,}, segment {flow.segment[i]}."]
     if not math.isnan(flow.nll[i]):
         on, off = math.exp(-flow.nll[i]), math.exp(-flow.nll[i] - flow.gain[i])
@@ -266,9 +266,9 @@ def _where(origin: Origin) -> str:
     return f"slot {origin.slot}, token {origin.place:,}, written by segment {origin.segment}"
 
 
-def _visible(text: str) -> str:
-    """A text whose line breaks can be seen."""
-    return text.replace("\n", "\u21b5\n")
+def _visible(text: str, after: str = "\n") -> str:
+    """A text whose line breaks can be seen, with ``after`` after each."""
+    return text.replace("\n", "\u21b5" + after)
 
 
 def _number(value: torch.Tensor) -> float | int:
