@@ -437,7 +437,7 @@ def random_bank(memory: LongTermMemory, n: int, seed: int, n_row: int = 1, pairs
     One in four is near another one; with ``pairs`` the first so many are near those in the second half, each to one.
     """
     generator = torch.Generator().manual_seed(seed)
-    state = LongTermState(*(part.clone() for part in memory.init_state(n_row)))
+    state = map_tensors(Tensor.clone, memory.init_state(n_row))
 
     def unit(d: int) -> Tensor:
         return F.normalize(torch.randn(n_row, n, d, generator=generator), dim=-1)

@@ -157,7 +157,7 @@ def test_query_is_the_read_of_each_token_by_hand(tokenizer: Tokenizer, scope: st
     for token in query:
         cosines = [float(token @ key) for key in state.key[0]]
         scores = [
-            float(temperature) * cosine + float(module._bias(gate))
+            float(temperature) * cosine + float(module.bias(gate))
             for cosine, gate in zip(cosines, state.log_gate[0], strict=True)
         ]
         used = [slot for slot in range(200) if state.record[0, slot] >= 0]
