@@ -1,4 +1,4 @@
-"""The site has every page of `docs/`, and its links lead to pages; `mkdocs build --strict` in .ci/run checks the rest."""
+"""Every page of `docs/` is on the site and links lead to pages; `mkdocs build --strict` in .ci/run checks the rest."""
 
 import importlib.util
 from collections.abc import Iterator
