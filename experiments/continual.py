@@ -9,10 +9,10 @@ facts of random words, told once and asked later. ``symbols``: multi-query assoc
 task 1. The last three stand in a filler of symbols, so that no text of ``prose`` comes back by itself.
 
 Accuracies are those of the tokens that a task is about: all words of held-out prose; of the others the answers in
-documents that were never trained. They make a matrix R[i][j], task j after i tasks. From it come, each a mean over
+documents that were never trained. They make a matrix ``R[i][j]``, task j after i tasks. From it come, each a mean over
 tasks: the final accuracy; forgetting, by how much a task once was better than it is at the end (Chaudhry et al. 2018);
-backward transfer, what later tasks did to it, R[T][j] - R[j][j]; forward transfer, what earlier tasks did for it,
-R[j-1][j] - R[0][j] (both Lopez-Paz and Ranzato 2017).
+backward transfer, what later tasks did to it, ``R[T][j] - R[j][j]``; forward transfer, what earlier tasks did for it,
+``R[j-1][j] - R[0][j]`` (both Lopez-Paz and Ranzato 2017).
 
 All conditions make equally many steps on equally many new rows; replay adds rows to each step. Sample efficiency is
 what it takes on a task to reach the loss that a run with and one without replay both reach, the higher of their last
@@ -414,7 +414,7 @@ def run(model: Any, data: Any, cfg: Continual, progress: Callable[[float], None]
 
 
 def matrix(rows: Sequence[Row], condition: str, seed: int, score: str = "accuracy") -> np.ndarray:
-    """R[i][j]: ``score`` of task j after i tasks, (T + 1, T)."""
+    """``R[i][j]``: ``score`` of task j after i tasks, (T + 1, T)."""
     part = [row for row in rows if row["condition"] == condition and row["seed"] == seed]
     names = list(dict.fromkeys(row["task"] for row in part))
     found = np.full((len(names) + 1, len(names)), np.nan)

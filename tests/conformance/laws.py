@@ -321,8 +321,10 @@ def generates_as_parallel(make: Make) -> None:
     head, seen = model.head, []
 
     def record(hidden: Tensor) -> Tensor:
-        seen.append(head(hidden))
-        return seen[-1]
+        scores = head(hidden)
+        if hidden.dim() == 2:  # the last token alone; what surprises a memory is asked for whole segments
+            seen.append(scores)
+        return scores
 
     model.head = record  # type: ignore[method-assign]
     tokens = model.generate(prompt, max_new_tokens=2 * T + 3, temperature=0, state=state)

@@ -1,0 +1,61 @@
+"""Every page of `docs/` is on the site and links lead to pages; `mkdocs build --strict` in .ci/run checks the rest."""
+
+import importlib.util
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def nav(entries: Any) -> Iterator[str]:
+    if isinstance(entries, str):
+        yield entries
+        return
+    for entry in entries.values() if isinstance(entries, dict) else entries:
+        yield from nav(entry)
+
+
+@pytest.fixture(scope="module")
+def hooks() -> Any:
+    spec = importlib.util.spec_from_file_location("hooks", ROOT / "docs" / "hooks.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_every_page_is_in_the_navigation(hooks: Any) -> None:
+    pages = {path.relative_to(ROOT / "docs").as_posix() for path in (ROOT / "docs").rglob("*.md")}
+    found = list(nav(yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"]))
+    assert sorted(found) == sorted(pages | set(hooks.ROOT_PAGES.values()))
+
+
+def test_every_package_is_in_the_reference() -> None:
+    reference = "".join(path.read_text() for path in (ROOT / "docs" / "api").glob("*.md"))
+    named = {line.removeprefix("::: ") for line in reference.splitlines() if line.startswith("::: ")}
+    modules = {f"memlm.{path.stem}" for path in (ROOT / "memlm").iterdir() if path.is_dir() or path.suffix == ".py"}
+    assert {name for name in modules if "__" not in name} | {"experiments"} == named
+
+
+@pytest.mark.parametrize(
+    ("source", "link", "expected"),
+    [
+        ("README.md", "docs/memories.md#ltm", "memories.md#ltm"),
+        ("README.md", "docs/figures/recall.png", "figures/recall.png"),
+        ("README.md", "CONTRIBUTING.md", "contributing.md"),
+        ("CONTRIBUTING.md", "docs/api/index.md", "api/index.md"),
+        ("docs/architecture.md", "../CONTRIBUTING.md#tests", "contributing.md#tests"),
+        ("docs/architecture.md", "memories.md", "memories.md"),
+        ("docs/api/memory.md", "../memories.md", "../memories.md"),
+        ("docs/api/memory.md", "../../README.md", "../index.md"),
+        ("docs/architecture.md", "#data", "#data"),
+        ("docs/architecture.md", "https://example.org/a.md", "https://example.org/a.md"),
+    ],
+)
+def test_links_of_the_repository_are_links_of_the_site(hooks: Any, source: str, link: str, expected: str) -> None:
+    assert hooks.site_links(f"see [it]({link}).", source) == f"see [it]({expected})."
