@@ -5,20 +5,20 @@ sample printed in its source is compared with what it gives here.
 """
 
 import doctest
+import json
 import math
 import re
 import runpy
 import shlex
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from matplotlib.figure import Figure
 
 import memlm
-from experiments.base import Result
 from memlm.analysis.efficiency import Efficiency
 from memlm.compat import lmcode
 from memlm.compat.lmcode import LMCODE, LMCODEConfig, MemoryDataset
@@ -56,8 +56,18 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.fixture(scope="module", autouse=True)
+def short_text(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Models of LMCODE have a tokenizer of a short text: that of the built-in text takes long to train."""
+    text = write_text(tmp_path_factory.mktemp("text"))
+    overrides = LMCODEConfig.overrides
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LMCODEConfig, "overrides", lambda self: [*overrides(self), "data=text", f"data.path={text}"])
+        yield
+
+
 @pytest.fixture(scope="module")
-def built() -> Names:
+def built(short_text: None) -> Names:
     """What is left after the first sample."""
     torch.manual_seed(0)
     return execute("lmcode_basic_usage", {"torch": torch}, SMALL | {"max_length=100": "max_length=30"})
@@ -84,7 +94,8 @@ def test_basic_usage(built: Names) -> None:
 
 def test_the_model_configuration_is_that_of_the_recipe() -> None:
     config = execute("lmcode_model_configuration", {"LMCODEConfig": LMCODEConfig})["config"]
-    assert to_dict(compose(config.overrides())) == to_dict(compose(["recipe=lmcode_seed"]))
+    without_text = config.overrides()[:-2]
+    assert to_dict(compose(without_text)) == to_dict(compose(["recipe=lmcode_seed"]))
     assert config == LMCODEConfig()
 
 
@@ -92,12 +103,12 @@ def test_training(built: Names, folder: Path) -> None:
     names = built | {"model": LMCODE(built["config"])}
     before = {name: part.clone() for name, part in names["model"].named_parameters()}
     fewer = {"num_samples=1000": "num_samples=24", "_interval': 1000": "_interval': 4", "batch_size=32": "batch_size=4",
-             "'warmup_steps': 1000": "'warmup_steps': 2", "'total_steps': 10000": "'total_steps': 100"}  # fmt: skip
+             "num_epochs=10": "num_epochs=5",             "'warmup_steps': 1000": "'warmup_steps': 2", "'total_steps': 10000": "'total_steps': 100"}  # fmt: skip
     execute("lmcode_training", names, fewer)
     history, model = names["history"], names["model"]
     loss = [value for value in history["train/loss"] if value is not None]
-    assert len(loss) == 60  # ten epochs of six steps
-    assert sum(loss[-6:]) / 6 < sum(loss[:6]) / 6 - 0.05
+    assert len(loss) == 30  # five epochs of six steps
+    assert sum(loss[-6:]) / 6 < sum(loss[:6]) / 6 - 0.02
     assert any(value is not None for value in history["train/replay_nll"])
     assert any(value is not None for value in history["memory/ltm/merged"])
     unmoved = [n for n, p in model.named_parameters() if torch.equal(p, before[n]) and "memory" not in n]
@@ -159,7 +170,7 @@ def test_memory_analysis(built: Names) -> None:
     n_memory = sum(part.numel() for part in model.model.memory.parameters())
     assert cost.parameter_share == n_memory / sum(part.numel() for part in model.parameters())
     page = names["report"]
-    assert page.startswith("<!DOCTYPE html>")
+    assert page.startswith("<!doctype html>")
     assert "What memory costs" in page
     assert "context 2" in page
 
@@ -167,10 +178,9 @@ def test_memory_analysis(built: Names) -> None:
 def test_visualization(built: Names) -> None:
     history = {"step": [0, 1], "train/loss": [6.0, 5.0]}
     names = {"model": built["model"], "input_sequence": torch.randint(300, (1, 300)), "history": history}
-    flow = sample("lmcode_visualization").partition("# Plot")[0]
-    exec(flow, names)
-    assert isinstance(names["fig"], Figure)
-    assert {axes.get_ylabel() for axes in names["fig"].axes} & {"token", "slot", "made from token"} or names["fig"].axes
+    exec(sample("lmcode_visualization").partition("# Plot")[0], names)
+    titles = " ".join(axes.get_title() for axes in names["fig"].axes)
+    assert all(f"{name}/{layer}" in titles for name in ("stm", "ltm") for layer in (0, 1))
     execute("lmcode_visualization", names)
     [line] = names["fig"].subfigs[0].axes[0].lines
     assert line.get_ydata().tolist() == [6.0, 5.0]
@@ -201,7 +211,7 @@ def test_automemory_training(capsys: pytest.CaptureFixture[str]) -> None:
     execute("automemory_training", names, filled() | {"max_memory_size = 50": "max_memory_size = 1"})
     losses = [float(value) for value in re.findall(r"Loss: (\S+)", capsys.readouterr().out)]
     assert losses == []  # it prints every hundredth step of an epoch, of which there are 40
-    assert float(names["loss"]) < 0.5 * math.log(len(VOCAB))
+    assert names["loss"].item() < 0.5 * math.log(len(VOCAB))
     assert accuracy(names) == 1.0  # every word belongs to one sentence, so any of them tells the last
 
 
@@ -224,8 +234,9 @@ def test_automemory_keeps_the_best_in_order() -> None:
 
     module = AutoMemoryModule(6, 5, 3)
     torch.nn.init.normal_(module.memory.score_net[2].weight)  # scores that differ
-    module.memory.threshold = 0.7
-    torch.nn.init.zeros_(module.memory.score_net[2].bias)
+    many, nothing = torch.randn(1, 200, 6), torch.zeros(1, 0, dtype=torch.bool)
+    least = module.memory.scores(many, torch.zeros(1, 0, 6), nothing).median().item()
+    module.memory.threshold = least
     context: torch.Tensor | None = None
     sizes = set()
     for _ in range(20):
@@ -233,7 +244,7 @@ def test_automemory_keeps_the_best_in_order() -> None:
         before = torch.zeros(0, 6) if context is None else context
         candidates = torch.cat([before, sentence[0]])
         score = module.memory.scores(candidates[None], before[None], torch.ones(1, len(before), dtype=torch.bool))[0]
-        best = sorted((i for i in range(len(score)) if score[i] >= 0.7), key=lambda i: -float(score[i]))[:3]
+        best = sorted((i for i in range(len(score)) if score[i] >= least), key=lambda i: -score[i].item())[:3]
         context, scores = module(sentence, context)
         torch.testing.assert_close(context, candidates[sorted(best)])
         torch.testing.assert_close(scores, score[sorted(best)])
@@ -266,7 +277,7 @@ def run_printed(text: str, names: Names, name: str) -> int:
 
 
 def test_the_tutorial_of_memoria_prints_what_its_source_printed() -> None:
-    assert run_printed(sample("memoria_tutorial"), {}, "memoria_tutorial") == 18
+    assert run_printed(sample("memoria_tutorial"), {}, "memoria_tutorial") == 19
 
 
 def test_memoria_forgets_on_request_and_says_what_is_missing() -> None:
@@ -308,14 +319,24 @@ def test_memory_experiments(folder: Path, monkeypatch: pytest.MonkeyPatch, capsy
         assert (folder / plot).read_bytes().startswith(b"\x89PNG")
         assert plot in out
     [found] = folder.glob("outputs/*/*/pattern_storage/result.json")
-    result = Result.from_dict(__import__("json").loads(found.read_text()))
-    assert result.metadata["settings"]["pattern"] == "passage"
+    assert json.loads(found.read_text())["metadata"]["settings"]["pattern"] == "passage"
 
 
 def test_memory_system(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     command(
         "adaptive_usage", monkeypatch, "data=text", f"data.path={write_text(folder)}", "data.tokenizer.kind=word",
-        "data.tokenizer.vocab_size=400", "preferences.n_user=60", "preferences.n_session=12", "preferences.n_step=60",
+        "data.tokenizer.vocab_size=400", "preferences.n_user=20", "preferences.n_session=6", "preferences.n_step=3",
+        "memory.adaptive.controller=always",
     )  # fmt: skip
-    out = capsys.readouterr().out
-    print(out)
+    [found] = folder.glob("outputs/*/*/preferences/result.json")
+    rows = json.loads(found.read_text())["rows"]
+    told = dict(re.findall(r"^(\w+)[^:]*: +(\d+)%", capsys.readouterr().out, re.MULTILINE))
+
+    def rate(hit: str, all_: str) -> str:
+        part = [row for row in rows if row["condition"] == "on"]
+        return f"{100 * sum(max(row[hit], 0) for row in part) / sum(row[all_] for row in part):.0f}"
+
+    assert told["learns"] == rate("held", "asked")
+    assert told["ignores"] == rate("stored_noise", "stored")
+    assert told["retrieves"] == rate("right", "asked")
+    assert "forgets" in told
