@@ -412,8 +412,8 @@ _RANKED = "* best, or not told from the best by the 95 % intervals; no mark wher
 
 def report(comparison: Comparison) -> str:
     """The comparison as text for a terminal."""
-    heads, cells = _cells(comparison)
-    parts = ["\n".join([table(heads, cells), *_remarks(comparison)])]
+    heads, cells = tabulate(comparison)
+    parts = ["\n".join([table(heads, cells), *remarks(comparison)])]
     if comparison.differences:
         parts.append("\n".join(["What differs:", *(f"  {line}" for line in _different(comparison))]))
     return "\n\n".join(parts)
@@ -421,13 +421,13 @@ def report(comparison: Comparison) -> str:
 
 def markdown(comparison: Comparison) -> str:
     """The comparison as Markdown, with the runs behind it."""
-    heads, cells = _cells(comparison)
+    heads, cells = tabulate(comparison)
 
     def row(texts: Sequence[str]) -> str:
         return "| " + " | ".join(_escaped(text) for text in texts) + " |"
 
     table_lines = [row(heads), "|" + "---|" * len(heads), *(row([text.strip() for text in line]) for line in cells)]
-    parts = ["# Comparison", "\n".join(table_lines), "\n".join(map(_escaped, _remarks(comparison)))]
+    parts = ["# Comparison", "\n".join(table_lines), "\n".join(map(_escaped, remarks(comparison)))]
     parts.append("![Comparison](compare.png)")
     if comparison.differences:
         parts.append("\n".join(["## What differs", "", *(f"- {_escaped(line)}" for line in _different(comparison))]))
@@ -444,7 +444,8 @@ def _escaped(text: str) -> str:
     return re.sub(r"([|*_\\])", r"\\\1", text)
 
 
-def _cells(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
+def tabulate(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
+    """The table: names of its columns, and a row of texts for each of the comparison's lines."""
     heads = ["experiment", "number", *(f"{group.label} ({_seeds(group)})" for group in comparison.groups)]
     rows, last = [], ""
     for line in comparison.lines:
@@ -462,7 +463,8 @@ def _seeds(group: Group) -> str:
     return f"{len(group.runs)} seed{'s' if len(group.runs) > 1 else ''}"
 
 
-def _remarks(comparison: Comparison) -> list[str]:
+def remarks(comparison: Comparison) -> list[str]:
+    """Lines that belong below the table."""
     ranked = any(line.best for line in comparison.lines)
     return [*_LEGEND, *([_RANKED] if ranked else []), *comparison.notes]
 

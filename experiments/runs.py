@@ -7,7 +7,7 @@ import json
 import re
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -64,11 +64,13 @@ class Run:
         path: Directory, as it was given.
         trained: What it is.
         results: By the name of the experiment.
+        figures: PNG files, by the name of the experiment.
     """
 
     path: Path
     trained: Trained
     results: dict[str, Result]
+    figures: dict[str, list[Path]] = field(default_factory=dict)
 
     @property
     def training(self) -> dict[str, Any]:
@@ -150,12 +152,13 @@ def find_runs(paths: Sequence[str | Path]) -> tuple[list[Run], list[str]]:
             if not results:
                 left_out.append(str(folder))
                 continue
-            run = Run(folder, _trained(folder), results)
+            figures = {name: sorted((folder / name).glob("*.png")) for name in results}
+            run = Run(folder, _trained(folder), results, figures)
             for i, known in enumerate(runs):
                 both = known.results.keys() & results.keys()
                 same = (known.trained.checkpoint, known.trained.memory) == (run.trained.checkpoint, run.trained.memory)
                 if same and all(known.results[name] == results[name] for name in both):
-                    runs[i] = Run(known.path, known.trained, known.results | results)
+                    runs[i] = Run(known.path, known.trained, known.results | results, known.figures | figures)
                     break
             else:
                 runs.append(run)

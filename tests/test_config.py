@@ -628,6 +628,7 @@ def test_shipped_scripts_configs() -> None:
     cfg = compose(["checkpoint=x", "prompt='Once upon, a time'"], "generate")
     assert cfg.prompt == "Once upon, a time"
     assert to_dict(cfg)["paths"]["run_dir"] == "."
+    assert compose(["checkpoint=x"], "chat").device == "auto"
 
 
 @pytest.mark.parametrize("name", ["default", "cpu", "gpu"])

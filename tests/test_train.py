@@ -247,7 +247,7 @@ def test_nothing_that_is_shipped_is_refused_ahead(group: str) -> None:
 
 
 def test_what_a_constructor_refuses_is_told_ahead() -> None:
-    with pytest.raises(ConfigError, match=r"memory\.ltm: top_k must be at least 1, got 0"):
+    with pytest.raises(ConfigError, match=r"memory\.ltm\.top_k must be at least 1, got 0"):
         check(compose(["memory.ltm.top_k=0"]))
     with pytest.raises(ConfigError, match=r"needle\.n_document must be at least 2"):
         check(compose(["needle.n_document=1"]))

@@ -19,7 +19,7 @@ import matplotlib as mpl
 import numpy as np
 from cycler import cycler
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, SubFigure
 from matplotlib.ticker import MaxNLocator, PercentFormatter, StrMethodFormatter
 
 History = Sequence[Mapping[str, Any]]
@@ -43,6 +43,16 @@ CONTROLS = {
     "unseen": "fact never shown",
 }
 """The controls of a recall rate: what follows `recall/` in a column name, and how a figure calls it."""
+
+_UNITS = {
+    "write_gate": "mean gate",
+    "read_gate": "mean gate",
+    "read_mass": "weight on slots",
+    "read_entropy": "nats",
+    "filled": "share of slots",
+    "state_bytes": "bytes",
+}
+"""Units of numbers that any memory has, by the last part of the column's name."""
 
 _RC: dict[Any, Any] = {
     "figure.figsize": (7.0, 4.2),
@@ -152,11 +162,12 @@ def read_history(metrics_csv: str | PathLike[str]) -> list[dict[str, Any]]:
     return history
 
 
-def loss_curve(history: History) -> Figure | None:
+def loss_curve(history: History, into: SubFigure | None = None) -> Figure | None:
     """Training loss and validation negative log-likelihood over steps.
 
     Args:
         history: Rows with `step` and any of `train/loss` (or `train/loss_step`) and `val/nll`, nats per token.
+        into: Part of a figure to draw in; None for a figure of its own.
 
     Returns:
         The figure, or None when neither column holds a value.
@@ -169,7 +180,7 @@ def loss_curve(history: History) -> Figure | None:
     if not train and not val:
         return None
     with style():
-        figure = Figure()
+        figure: Any = into or Figure()
         axes = figure.subplots()
         if train:
             step, loss = list(train), list(train.values())
@@ -185,7 +196,9 @@ def loss_curve(history: History) -> Figure | None:
     return figure
 
 
-def recall_curve(history: History, n: int | None = None, chance: float | None = None) -> Figure | None:
+def recall_curve(
+    history: History, n: int | None = None, chance: float | None = None, into: SubFigure | None = None
+) -> Figure | None:
     """Recall over steps, always beside its controls.
 
     A recall rate without a control claims nothing, so none is drawn then.
@@ -196,6 +209,7 @@ def recall_curve(history: History, n: int | None = None, chance: float | None = 
         n: Items behind each rate, for rows without `recall/n`. With neither, no interval is drawn and the legend
             says so.
         chance: Rate of a blind guess; overrides `recall/chance`. With neither, no line is drawn.
+        into: Part of a figure to draw in; None for a figure of its own.
 
     Returns:
         The figure, or None when `recall/on` or every control is missing.
@@ -214,7 +228,7 @@ def recall_curve(history: History, n: int | None = None, chance: float | None = 
         raise ValueError(f"recall_curve: n={n} items behind each rate; expected at least 1")
     n_at = {step: int(count) for step, count in _series(history, "recall/n").items()}
     with style():
-        figure = Figure(figsize=(7.0, 4.6))
+        figure: Any = into or Figure(figsize=(7.0, 4.6))
         axes = figure.subplots()
         colors = [PALETTE[name] for name in ("vermillion", "purple", "orange", "green")]
         markers, sizes = ["s", "o", "^", "x"], [10, 7, 5, 4]  # nested, so that four controls at 0 % all stay visible
@@ -326,12 +340,13 @@ def slot_use(usage: Mapping[str, Mapping[str, Any]], n_bin: int = 64) -> Figure 
     return figure
 
 
-def gates(history: History) -> Figure | None:
+def gates(history: History, into: SubFigure | None = None) -> Figure | None:
     """Mean write gate and mean read gate over steps, each on its own scale.
 
     Args:
         history: Rows with `step` and any of `memory/write_gate`, `memory/read_gate`, or with several memories
             `memory/<name>/write_gate`, `memory/<name>/read_gate`; values in [0, 1].
+        into: Part of a figure to draw in; None for a figure of its own.
 
     Returns:
         One panel per kind of gate, one line per memory, or None when no gate was logged.
@@ -352,7 +367,7 @@ def gates(history: History) -> Figure | None:
     palette = [color for name, color in PALETTE.items() if name != "yellow"]
     color_of = {name: palette[i % len(palette)] for i, name in enumerate(names)}
     with style():
-        figure = Figure(figsize=(7.0, 1.2 + 2.2 * len(panels)))
+        figure: Any = into or Figure(figsize=(7.0, 1.2 + 2.2 * len(panels)))
         grid = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
         titles = {"write_gate": "Write gate: how much is stored", "read_gate": "Read gate: how much is used"}
         for axes, (gate, lines) in zip(grid, panels.items(), strict=True):
@@ -364,6 +379,51 @@ def gates(history: History) -> Figure | None:
             if names != [""]:
                 axes.legend(loc="best", ncols=min(len(lines), 3))
         _step_axis(grid[-1])
+    return figure
+
+
+def memory_curves(history: History) -> Figure | None:
+    """Every number of the memories over steps: one panel for each kind, one line for each memory or layer.
+
+    Args:
+        history: Rows with `step` and columns `memory/<name>/<kind>`, where the name may be missing or have parts.
+
+    Returns:
+        The figure, or None when there is no such column.
+
+    Raises:
+        ValueError: If a row holds a value but no step.
+    """
+    panels: dict[str, dict[str, dict[int, float]]] = {}
+    for column in dict.fromkeys(column for row in history for column in row if column.startswith("memory/")):
+        parts = column.split("/")
+        if series := _series(history, column):
+            panels.setdefault(parts[-1], {})["/".join(parts[1:-1])] = series
+    if not panels:
+        return None
+    names = list(dict.fromkeys(name for lines in panels.values() for name in lines))
+    palette = [color for name, color in PALETTE.items() if name != "yellow"]
+    n_column = min(2, len(panels))
+    n_row = -(-len(panels) // n_column)
+    with style():
+        figure = Figure(figsize=(5.5 * n_column, 0.8 + 2.4 * n_row))
+        grid = figure.subplots(n_row, n_column, squeeze=False).flatten()
+        for axes, (kind, lines) in zip(grid, panels.items(), strict=False):
+            for name, series in lines.items():
+                _line(
+                    axes,
+                    list(series),
+                    list(series.values()),
+                    color=palette[names.index(name) % len(palette)],
+                    label=name,
+                )
+            axes.set_title(kind.replace("_", " "))
+            axes.set_ylabel(_UNITS.get(kind, "value"))
+            _step_axis(axes)
+            if any(lines):
+                axes.legend(loc="best")
+        for axes in grid[len(panels) :]:
+            axes.set_visible(False)
     return figure
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -47,6 +47,81 @@ def read_weights(
         slots = read.slots.clamp(min=0).view_as(weights)
         total[label] = total[label].scatter_add(1, slots, weights)
     return total
+
+
+def memory_numbers(out: Any) -> dict[str, Tensor]:
+    """What the memories did in a call of a model, scalars by the names under which training logs them.
+
+    Args:
+        out: The output of the call.
+
+    Returns:
+        ``memory/<name>/<key>`` for all that a memory says of its writes. For each layer ``memory/<name>/<layer>/...``:
+        ``read_gate``, how far reads are let in; ``read_mass``, the weight on slots; ``read_entropy`` in nats, that of
+        the weights within this mass. Means over tokens.
+    """
+    numbers = {
+        f"memory/{name}/{key}": value.mean() for name, trace in out.trace.items() for key, value in trace.items()
+    }
+    for name, read in out.reads.items():
+        mass = read.weights.sum(dim=-1)
+        share = read.weights / mass.clamp(min=1e-9)[..., None]
+        entropy = -(share * share.clamp(min=1e-9).log()).sum(dim=-1)
+        numbers |= {
+            f"memory/{name}/read_gate": read.gate.mean(),
+            f"memory/{name}/read_mass": mass.mean(),
+            f"memory/{name}/read_entropy": (entropy * mass).sum() / mass.sum().clamp(min=1e-9),
+        }
+    return numbers
+
+
+def slot_fields(module: Memory, state: Any) -> dict[str, Tensor]:
+    """The numbers that a memory keeps of each slot, by the names its state gives them, (B, n_slot) each."""
+    shape = module.filled(state).shape
+    return {name: part for name, part in _named(state) if part.shape == shape}
+
+
+def _named(state: Any) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a state with the names of their fields."""
+    for name, part in state._asdict().items():
+        if isinstance(part, Tensor):
+            yield name, part
+        elif hasattr(part, "_asdict"):
+            yield from _named(part)
+
+
+def slot_changes(module: Memory, before: Any, after: Any) -> tuple[Tensor, Tensor]:
+    """Which slots a write filled anew, and which lost what they held.
+
+    Where a memory tells the places of its tokens (`Memory.places`), a slot is *written* if it holds a token that the
+    memory did not hold, and *evicted* if the memory no longer holds its token, wherever it may have moved. A shared
+    bank has such places of many documents, so there slots are compared one by one. Other memories blend the new into
+    the old: their slots are written over and over, and evicted only when they become empty.
+
+    Args:
+        module: The memory.
+        before: A state of it.
+        after: The state after the write.
+
+    Returns:
+        Written and evicted, (B, n_slot) bool each.
+    """
+    filled, full = module.filled(before), module.filled(after)
+    places, now = module.places(before), module.places(after)
+    if places is None or now is None:
+        return full & (~filled | (module.contents(before) != module.contents(after)).any(dim=2)), filled & ~full
+    if module.scope == "shared":
+        moved = places != now
+        return full & (~filled | moved), filled & (~full | moved)
+    places, now = places.masked_fill(~filled, -1), now.masked_fill(~full, -1)
+    return full & ~_among(now, places), filled & ~_among(places, now)
+
+
+def _among(values: Tensor, pool: Tensor) -> Tensor:
+    """Which ``values`` (B, n) are in the same row of ``pool`` (B, m), bool."""
+    ordered = pool.sort(dim=1).values
+    index = torch.searchsorted(ordered, values.contiguous()).clamp(max=pool.shape[1] - 1)
+    return ordered.gather(1, index) == values
 
 
 @torch.no_grad()

@@ -16,9 +16,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from memlm.memory import ranks
-from memlm.memory.state import State, map_tensors, named_tensors, tensors, where_rows, with_tensors
+from memlm.memory.state import State, map_tensors, named_tensors, select_rows, tensors, where_rows, with_tensors
 
 Scope = Literal["sequence", "shared"]
+
+_BANK = "bank_"  # how the buffers of the persistent bank begin
+_USES = "slot_uses"
 
 
 class Segment(NamedTuple):
@@ -98,6 +101,28 @@ class Residual(NamedTuple):
     gate: Tensor
 
 
+class Records(NamedTuple):
+    """Where the slots of a memory come from. A record is what was stored together: the slots of one segment's write.
+
+    Attributes:
+        record: Id of the record of each slot, (B, n_slot); -1 if empty.
+        document: Number of the document it came from, (B, n_slot); -1 if empty.
+        origins: Other records that were merged into it, (B, n_slot, R); -1 for none. The last is `MANY` where there
+            are more than fit.
+        importance: What the memory gives on it, (B, n_slot), in 0..1.
+        n_record: Records written so far, (B,): ids are below, and none is given twice.
+    """
+
+    record: Tensor
+    document: Tensor
+    origins: Tensor
+    importance: Tensor
+    n_record: Tensor
+
+
+MANY = -2
+"""In place of an origin: more records were merged than are listed."""
+
 Trace = dict[str, Tensor]
 """Numbers of one step by name, each a scalar or one per row, (B,): for the log, and for the memory's own losses."""
 
@@ -116,6 +141,9 @@ class Memory(nn.Module):
         lookback: How many tokens before the segment a write needs; at most the segment's length.
         wants_surprise: Whether writes need to know how well the model predicts each token.
         signals: Implicit signals of the text that it uses, by name, and how many numbers each has.
+        keeps_records: Whether the state tells of each slot which record it belongs to, so that a model can store, show,
+            edit and forget text (`memlm.models.experience`). It then has `records`, `relabel`, `merge`, `similarity`,
+            `places` and `tokens`, its `consolidate` takes a ``threshold``, and every complete segment makes one more.
         over_ranks: Whether the rows of all processes write a shared bank, each time together; set while training. A
             write then takes what it needs of each row through `rows_of_all`.
         shard: Whether training in several processes deals the slots of a shared bank out to them (`deal`).
@@ -131,6 +159,7 @@ class Memory(nn.Module):
     lookback: int = 0
     wants_surprise: bool = False
     signals: Mapping[str, int] = MappingProxyType({})
+    keeps_records: bool = False
 
     def init_linears(self) -> None:
         """Initial values of all linear maps of the module: weights of variance 1 / fan-in, biases of zero."""
@@ -206,7 +235,7 @@ class Memory(nn.Module):
         """The state with the rows that ``reset`` (B, S) names fresh, if the bank belongs to a document."""
         if reset is None or self.scope == "shared":
             return state
-        return where_rows(reset.any(dim=1), self.init_state(reset.shape[0]), state)
+        return where_rows(reset.any(dim=1), self.first_state(reset.shape[0]), state)
 
     def rows_of_all(self, part: Tensor) -> Tensor:
         """``part`` (B, ...) of the rows that write one bank together: with ``over_ranks`` those of all processes."""
@@ -215,20 +244,59 @@ class Memory(nn.Module):
     def keep_bank(self) -> None:
         """Hold a persistent bank in buffers ``bank_<path of a field>``, to be saved and moved with the module."""
         for name, tensor in named_tensors(self.init_state(1)).items():
-            self.register_buffer(f"bank_{name}", tensor.clone(memory_format=torch.contiguous_format))
+            self.register_buffer(f"{_BANK}{name}", tensor.clone(memory_format=torch.contiguous_format))
 
-    def first_state(self, n_row: int) -> State:
-        """State before any text: a copy of the persistent bank if there is one, else a fresh state."""
-        fresh = self.init_state(n_row)
-        if self.scope != "shared":
+    @property
+    def has_bank(self) -> bool:
+        """Whether there is a persistent bank: always if it is shared, else once something was stored in it."""
+        return any(name.startswith(_BANK) for name in self._buffers)
+
+    def bank(self) -> State:
+        """The persistent bank itself, one row, to be read; a fresh state if there is none."""
+        fresh = self.init_state(1)
+        if not self.has_bank:
             return fresh
-        bank = {name: getattr(self, f"bank_{name}").clone() for name in named_tensors(fresh)}
+        bank = {name: getattr(self, f"{_BANK}{name}") for name in named_tensors(fresh)}
         return with_tensors(fresh, {name: t.cpu() if "host_" in name else t for name, t in bank.items()})
 
+    def first_state(self, n_row: int) -> State:
+        """State before any text: copies of the persistent bank if there is one, else a fresh state."""
+        if not self.has_bank:
+            return self.init_state(n_row)
+        n_bank = 1 if self.scope == "shared" else n_row
+        return select_rows(self.bank(), torch.zeros(n_bank, dtype=torch.long))
+
     def commit(self, state: State) -> None:
-        """Make ``state`` the persistent bank."""
+        """Make ``state``, of one row, the persistent bank."""
+        if not self.has_bank:
+            self.keep_bank()
         for name, tensor in named_tensors(state).items():
-            getattr(self, f"bank_{name}").copy_(tensor.detach())
+            getattr(self, f"{_BANK}{name}").copy_(tensor.detach())
+
+    def uses(self) -> Tensor:
+        """How often each slot of the persistent bank was shown to have been read, (n_slot,), to be changed in place."""
+        if _USES not in self._buffers:
+            filled = self.filled(self.init_state(1))
+            self.register_buffer(_USES, torch.zeros_like(filled[0], dtype=torch.long))
+        return self.get_buffer(_USES)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        """A checkpoint tells whether the model had stored something; it may be older than a field of the bank."""
+        saved = any(name.startswith(f"{prefix}{_BANK}") for name in state_dict)
+        if self.scope == "sequence":
+            for name in [name for name in self._buffers if name.startswith(_BANK)]:
+                delattr(self, name)
+            if saved:
+                self.keep_bank()
+        if f"{prefix}{_USES}" in state_dict:
+            self.uses()
+        elif _USES in self._buffers:
+            delattr(self, _USES)
+        if saved:
+            fresh = named_tensors(self.init_state(1))
+            for name in fresh:
+                state_dict.setdefault(f"{prefix}{_BANK}{name}", fresh[name])
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     @property
     def dealt(self) -> bool:
@@ -258,7 +326,7 @@ class Memory(nn.Module):
         """The buffers of the persistent bank that have a slot in each column, by name: those that are dealt out."""
         state = self.init_state(1)
         shape = self.filled(state).shape
-        names = [f"bank_{name}" for name, part in named_tensors(state).items() if part.shape[:2] == shape]
+        names = [f"{_BANK}{name}" for name, part in named_tensors(state).items() if part.shape[:2] == shape]
         return {name: getattr(self, name) for name in names}
 
     def losses(self, trace: dict[str, Tensor], nll: Tensor) -> dict[str, Tensor]:
@@ -282,6 +350,11 @@ class Memory(nn.Module):
         """
         return state, {}
 
+    @property
+    def n_turn(self) -> int:
+        """Turns of `consolidate` in a row that look at every slot of a full bank, beginning with a multiple of them."""
+        return 1
+
     def filled(self, state: State) -> Tensor:
         """Which slots hold something, (B, n_slot)."""
         raise NotImplementedError
@@ -296,9 +369,35 @@ class Memory(nn.Module):
     def tokens(self, state: State) -> Tensor | None:
         """Ids of the consecutive tokens that each slot was made from, (B, n_slot, L), -1 where there is none.
 
-        None (the default) if the state does not keep them.
+        None (the default) if the state does not keep them. If the memory keeps records, the last one stands right after
+        the slot's place.
         """
         return None
+
+    def records(self, state: State) -> Records:
+        """Where each slot comes from, if the memory keeps records."""
+        raise NotImplementedError
+
+    def relabel(self, state: State, record: Tensor, document: Tensor) -> State:
+        """The state with other ids of records and numbers of documents, (B, n_slot) each."""
+        raise NotImplementedError
+
+    def merge(self, state: State, other: State) -> State:
+        """The state with the slots of ``other`` admitted by the rule of replacement.
+
+        Their records and documents are numbered on from ``n_record`` of ``state``.
+        """
+        raise NotImplementedError
+
+    def similarity(self, x: Tensor, state: State, slots: Tensor) -> Tensor:
+        """How similar slots are to what is read with, (B, N, k), in -1..1.
+
+        Args:
+            x: Hidden states that read, (B, N, D).
+            state: Any state.
+            slots: Numbers of slots, (B, N, k), none below 0.
+        """
+        raise NotImplementedError
 
     def contents(self, state: State) -> Tensor:
         """What each slot holds as a vector, for analysis, (B, n_slot, d).

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from memlm.memory import ranks
-from memlm.memory.base import Memory, Residual, Scope, Segment, Trace
+from memlm.memory.base import MANY, Memory, Records, Residual, Scope, Segment, Trace
 from memlm.memory.state import named_tensors, take
 from memlm.retrieval.exact import Pool, attend, attend_dealt
 from memlm.retrieval.inverted import InvertedFile, Lists, dealt
@@ -37,6 +37,7 @@ _PART = 65_536  # most slots of a bank that one call of consolidation looks at
 _BLOCK = 256  # least slots of a block, within which a large bank compares all pairs
 _TREES = 2  # ways to cut a large bank into blocks, in one call
 _CELLS = 2**22  # similarities held at a time
+_ORIGINS = 8  # records that a merged slot lists
 
 
 class LongTermState(NamedTuple):
@@ -51,6 +52,7 @@ class LongTermState(NamedTuple):
         document: Number of the document it came from, (B, M).
         position: Place of its token in that document, (B, M).
         tokens: Ids of the tokens up to its own and the one after, (B, M, span + 1); -1 where there is none.
+        origins: Other records that were merged into it, (B, M, 8); see `Records`.
         n_record: Records written so far, (B,).
         host_used: An upper bound on the used slots of a row, (B,), on the CPU.
         lists: Which list of the inverted file each slot is in; None if all slots are searched.
@@ -64,6 +66,7 @@ class LongTermState(NamedTuple):
     document: Tensor
     position: Tensor
     tokens: Tensor
+    origins: Tensor
     n_record: Tensor
     host_used: Tensor
     lists: Lists | None = None
@@ -119,6 +122,7 @@ class LongTermMemory(Memory):
         ValueError: If a setting cannot work; the message names it.
     """
 
+    keeps_records = True
     temperature_scale: Tensor
     distractors: bool = False
 
@@ -245,17 +249,18 @@ class LongTermMemory(Memory):
             document=full(n_bank, n_slot, value=-1, dtype=torch.long),
             position=full(n_bank, n_slot, value=-1, dtype=torch.long),
             tokens=full(n_bank, n_slot, self.span + 1, value=-1, dtype=torch.int32),
+            origins=full(n_bank, n_slot, _ORIGINS, value=-1, dtype=torch.int32),
             n_record=full(n_bank, dtype=torch.long),
             host_used=torch.zeros(n_bank, dtype=torch.long),
             lists=self._file().empty(n_bank, weight.device) if self.index == "inverted" else None,
         )
 
-    def first_state(self, n_row: int) -> LongTermState:
-        """See `Memory.first_state`. A bank that was kept without lists is dealt out."""
-        fresh = self.init_state(n_row)
-        if self.scope != "shared" or fresh.lists is None or hasattr(self, "bank_lists_left"):
-            return super().first_state(n_row)
-        named = {name: getattr(self, f"bank_{name}").clone() for name in named_tensors(fresh._replace(lists=None))}
+    def bank(self) -> LongTermState:
+        """See `Memory.bank`. A bank that was kept without lists is dealt out."""
+        fresh = self.init_state(1)
+        if not self.has_bank or fresh.lists is None or hasattr(self, "bank_lists_left"):
+            return super().bank()
+        named = {name: getattr(self, f"bank_{name}") for name in named_tensors(fresh._replace(lists=None))}
         state = fresh._replace(**named | {"host_used": named["host_used"].cpu()})
         return state._replace(lists=self._deal_out(state, torch.ones(1, dtype=torch.bool)))
 
@@ -290,6 +295,7 @@ class LongTermMemory(Memory):
         new = LongTermState(
             **stored,
             record=_put(state.record, victim, accept, state.n_record[:, None] + take(record, order)),
+            origins=_put(state.origins, victim, accept, torch.full_like(take(state.origins, victim), -1)),
             n_record=state.n_record + complete,
             host_used=(state.host_used + candidates.priority.shape[1]).clamp(max=self.n_slot),
         )
@@ -307,7 +313,9 @@ class LongTermMemory(Memory):
 
         Which slots a segment finds is settled first, by priorities alone; then all segments read at once.
         """
-        if self.scope == "shared" or segment.n_segment == 1 or not write or self._deals_within(state, segment):
+        fresh = segment.reset is None or not self.has_bank  # documents do not begin with what was stored before
+        one_by_one = self.scope == "shared" or segment.n_segment == 1 or self._deals_within(state, segment)
+        if one_by_one or not write or not fresh:
             return super().process(x, segment, state, layer, read, write, carry)
         candidates, trace = self._candidates(segment)
         plan = self._plan(state, candidates.priority, candidates.key.detach(), segment)
@@ -359,6 +367,7 @@ class LongTermMemory(Memory):
         new = LongTermState(
             **stored | {"priority": plan.priority},
             record=settle(start.record, start.n_record[:, None] + plan.record),
+            origins=settle(start.origins, start.origins.new_full((*slot.shape, _ORIGINS), -1)),
             n_record=start.n_record + plan.n_record,
             host_used=(start.host_used + flat.priority.shape[1]).clamp(max=self.n_slot),
         )
@@ -497,6 +506,45 @@ class LongTermMemory(Memory):
     def tokens(self, state: LongTermState) -> Tensor:
         """See `Memory.tokens`: up to ``span`` tokens, and the one after them that is the slot's value."""
         return state.tokens
+
+    def records(self, state: LongTermState) -> Records:
+        """See `Memory.records`; importance is the geometric mean of the write gates of a slot's best span."""
+        return Records(state.record, state.document, state.origins, state.log_gate.exp(), state.n_record)
+
+    def relabel(self, state: LongTermState, record: Tensor, document: Tensor) -> LongTermState:
+        """See `Memory.relabel`."""
+        return state._replace(record=record, document=document)
+
+    def merge(self, state: LongTermState, other: LongTermState) -> LongTermState:
+        """See `Memory.merge`."""
+        first = state.n_record[:, None]
+
+        def shift(part: Tensor, by: Tensor) -> Tensor:
+            return torch.where(part >= 0, part + by.to(part.dtype), part)
+
+        came = other._replace(
+            priority=other.priority.masked_fill(~self.filled(other), -torch.inf),
+            record=shift(other.record, first),
+            document=shift(other.document, first),
+            origins=shift(other.origins, first[..., None]),
+        )
+        victim, order, accept = _replace(state.priority, came.priority)
+        slots = (*_Candidates._fields, "record", "origins")
+        stored: dict[str, Any] = {
+            name: _put(getattr(state, name), victim, accept, take(getattr(came, name), order)) for name in slots
+        }
+        new = state._replace(
+            **stored,
+            n_record=state.n_record + other.n_record,
+            host_used=(state.host_used + other.host_used).clamp(max=self.n_slot),
+        )
+        return new._replace(lists=self._deal_out(new, torch.ones(len(accept), dtype=torch.bool)))
+
+    def similarity(self, x: Tensor, state: LongTermState, slots: Tensor) -> Tensor:
+        """Cosine of queries and keys; see `Memory.similarity`."""
+        query = F.normalize(self.to_key(self.norm(x.float())), dim=-1)  # (B, N, d_key)
+        key = take(state.key, slots.flatten(1)).unflatten(1, slots.shape[1:])  # (B, N, k, d_key)
+        return (key @ query[..., None])[..., 0]
 
     def contents(self, state: LongTermState) -> Tensor:
         """What each slot adds to the residual stream if it alone is read through an open gate, (B, M, D)."""
@@ -664,7 +712,8 @@ class LongTermMemory(Memory):
         """Merge similar slots: keys within ``threshold`` in cosine distance that hold similar values.
 
         Every slot joins its most important similar slot, unless that one joins another itself. The survivor keeps its
-        place, id and origin; its key and value become the importance-weighted means; the joined slots become empty.
+        place, id and origin, and lists the records of the others; its key and value become the importance-weighted
+        means; the joined slots become empty.
         It needs the whole bank: one that is dealt out to processes has to be gathered first.
 
         Up to 16,384 slots all pairs are compared. In a larger bank a slot is compared with the 255 or more of its
@@ -753,12 +802,37 @@ class LongTermMemory(Memory):
             document=put(state.document, -1),
             position=put(state.position, -1),
             tokens=put(state.tokens, -1),
+            origins=put(state.origins, -1, _origins(state, slots, member, len(group))),
         )
 
     def forget(self, state: LongTermState, slots: Tensor) -> LongTermState:
         """See `Memory.forget`."""
         new = super().forget(state._replace(lists=None), slots)
         return new._replace(lists=state.lists and self._file().forget(state.lists, slots))
+
+
+def _origins(state: LongTermState, slots: Tensor, member: Tensor, n_group: int) -> Tensor:
+    """Origins (n_group, 8) of slots that others are merged into.
+
+    Args:
+        state: The bank before.
+        slots: All that is merged, by its place in all rows, (J,); the first ``n_group`` are those merged into.
+        member: Group of each, (J,).
+        n_group: Number of groups.
+    """
+    record, listed = state.record.reshape(-1)[slots], state.origins.reshape(-1, _ORIGINS)[slots].long()
+    ids = torch.cat([record[:, None], listed], dim=1)  # (J, 9)
+    many = torch.zeros(n_group, device=ids.device).index_add(0, member, (ids == MANY).any(dim=1).float()) > 0
+    other = (ids >= 0) & (ids != record[:n_group][member][:, None])
+    pair = torch.stack([member[:, None].expand_as(ids)[other], ids[other]], dim=1).unique(dim=0)  # in order, (P, 2)
+    begin = torch.searchsorted(pair[:, 0].contiguous(), pair[:, 0].contiguous())
+    number = torch.arange(len(pair), device=ids.device) - begin
+    fits = number < _ORIGINS
+    many[pair[~fits, 0]] = True
+    origins = torch.full((n_group, _ORIGINS), -1, device=ids.device)
+    origins[pair[fits, 0], number[fits]] = pair[fits, 1]
+    origins[:, -1] = torch.where(many, MANY, origins[:, -1])
+    return origins.to(state.origins.dtype)
 
 
 def _n_halving(n: int) -> int:

@@ -48,18 +48,28 @@ class LanguageModel(nn.Module):
         """``state`` without its local context; memories are kept."""
         raise NotImplementedError
 
-    def absorb(self, ids: Tensor, state: Any = None) -> Any:
+    def absorb(
+        self,
+        ids: Tensor,
+        state: Any = None,
+        read: bool = True,
+        mask: Tensor | None = None,
+        breaks: Tensor | None = None,
+    ) -> Any:
         """Go on with text that is only to be remembered.
 
         Args:
             ids: Token ids, (B, L), any L.
             state: Where the text stopped; None for the beginning.
+            read: Whether memories are read.
+            mask: As in ``forward``.
+            breaks: As in ``forward``.
 
         Returns:
             The state after the text, to absorb more or for `new_context`. Its local context may be incomplete: text
             that goes on from it in ``forward`` may have outputs that are NaN.
         """
-        return self(ids, state=state, logits=False).state
+        return self(ids, state=state, read=read, mask=mask, breaks=breaks, logits=False).state
 
     def places(self, state: Any) -> list[Tensor]:
         """Places in the document of the tokens that memories hold, (B, n_slot) each: see `Memory.places`."""

@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from memlm.memory.base import Memory, Residual, Segment, Trace, join_reads, mean_trace
 from memlm.memory.state import State, map_tensors, select_rows, tensors, where_rows
-from memlm.models.base import LanguageModel
+from memlm.models.experience import ExperienceModel
 
 
 class LocalState(NamedTuple):
@@ -166,7 +166,7 @@ class SegmentLayer(nn.Module):
         raise NotImplementedError
 
 
-class SegmentModel(LanguageModel):
+class SegmentModel(ExperienceModel):
     """A language model that takes its text segment by segment, with memories between its layers.
 
     Subclasses make ``embedding``, ``layers`` and ``norm``, and then call `attach`.
@@ -245,9 +245,14 @@ class SegmentModel(LanguageModel):
     # --- state ---------------------------------------------------------------------------------------------------
 
     def init_state(self, n_row: int) -> ModelState:
-        """State before any text: fresh memories (a copy of the persistent bank where it is shared), no context."""
+        """State before any text: fresh memories (a copy of the persistent bank where there is one), no context."""
         memory = {name: tuple(module.first_state(n_row) for module in modules) for name, modules in self.memory.items()}
         return ModelState(memory, self._no_context(n_row))
+
+    def bank_state(self) -> ModelState:
+        """See `ExperienceModel.bank_state`."""
+        memory = {name: tuple(module.bank() for module in modules) for name, modules in self.memory.items()}
+        return ModelState(memory, self._no_context(1))
 
     def _no_context(self, n_row: int) -> LocalState:
         weight = self.embedding.weight
@@ -438,17 +443,26 @@ class SegmentModel(LanguageModel):
             if given.device.type == "cpu" and not torch.compiler.is_compiling() and bool(given.isnan().any()):
                 raise ValueError(f"signals.{name} holds NaN: give 0 where it is unknown")
 
-    def absorb(self, ids: Tensor, state: ModelState | None = None) -> ModelState:
+    def absorb(
+        self,
+        ids: Tensor,
+        state: ModelState | None = None,
+        read: bool = True,
+        mask: Tensor | None = None,
+        breaks: Tensor | None = None,
+    ) -> ModelState:
         """See `LanguageModel.absorb`. Memories are as `forward` leaves them, for less work.
 
         Layers above the last one with memory are not run, and that layer reads nothing, as no write depends on it.
         """
         modules = [modules[0] for modules in self.memory.values()]
         if ids.dim() != 2 or ids.shape[1] == 0 or not all(module.layerwise for module in modules):
-            return super().absorb(ids, state)
+            return super().absorb(ids, state, read, mask, breaks)
         state = self.init_state(len(ids)) if state is None else state
-        grid = self._lay_out(ids, state.local, None, None, None)
-        return self._run(grid, state, True, any(grid.n_complete), None, storing=True)[1]
+        if breaks is not None and bool(breaks[:, 0].any()):
+            state = self._close(state, breaks[:, 0].cpu(), True)
+        grid = self._lay_out(ids, state.local, None, mask, breaks)
+        return self._run(grid, state, read, any(grid.n_complete), None, storing=True)[1]
 
     @property
     def head_weight(self) -> Tensor:

@@ -15,6 +15,7 @@ from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from memlm.analysis.usage import memory_numbers
 from memlm.checkpoint import describe
 from memlm.config import ConfigError, check_arguments, did_you_mean, instantiate
 from memlm.data.stream import Batch
@@ -383,16 +384,8 @@ class LanguageModeling(lightning.LightningModule):
         for name, loss in losses.items():
             if name.partition("/")[0] in self.model.memory:
                 self.log(f"train/{name}", loss)
-        for name, trace in out.trace.items():
-            for key, value in trace.items():
-                self.log(f"memory/{name}/{key}", value.mean())
-        for name, read in out.reads.items():
-            mass = read.weights.sum(dim=-1)
-            share = read.weights / mass.clamp(min=1e-9)[..., None]
-            entropy = -(share * share.clamp(min=1e-9).log()).sum(dim=-1)
-            self.log(f"memory/{name}/read_gate", read.gate.mean())
-            self.log(f"memory/{name}/read_mass", mass.mean())
-            self.log(f"memory/{name}/read_entropy", (entropy * mass).sum() / mass.sum().clamp(min=1e-9))
+        for name, number in memory_numbers(out).items():
+            self.log(name, number)
         self.log("memory/state_bytes", float(self._state_bytes(len(batch.ids))))
 
     def _explain(self, losses: dict[str, Tensor]) -> str:

@@ -1,11 +1,12 @@
 """Which slots are read, against a loop in plain Python."""
 
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import pytest
 import torch
 
-from memlm.analysis.usage import banks, read_weights
+from memlm.analysis.usage import banks, memory_numbers, read_weights, slot_changes, slot_fields
 from memlm.memory.base import Memory, Residual
 from tests.experiments.tiny import tiny
 
@@ -57,3 +58,72 @@ def test_banks_by_layer_or_by_name():
     model.memory, state.memory = {"b": [one]}, {"b": state.memory["b"]}
     total = read_weights(model, {"b/1": read, "b/3": read}, state)["b"]
     assert total.tolist() == [[0.5, 0, 0, 0], [0, 0, 1.0, 0]]
+
+
+def test_numbers_of_a_call_by_hand():
+    read = Residual(
+        torch.zeros(1, 2, 1),
+        torch.tensor([[[0, 1], [0, -1]]]),
+        torch.tensor([[[0.25, 0.25], [0.5, 0.0]]]),
+        torch.tensor([[0.2, 0.6]]),
+    )
+    out = SimpleNamespace(reads={"a/3": read}, trace={"a": {"write_gate": torch.tensor([0.2, 0.4])}})
+    found = {name: round(float(value), 5) for name, value in memory_numbers(out).items()}
+    assert found == {
+        "memory/a/write_gate": 0.3,
+        "memory/a/3/read_gate": 0.4,
+        "memory/a/3/read_mass": 0.5,
+        "memory/a/3/read_entropy": 0.34657,  # ln 2 of one token, 0 of the other
+    }
+
+
+class _Bank(NamedTuple):
+    place: torch.Tensor
+    value: torch.Tensor
+    note: torch.Tensor
+
+
+class _Placed(Memory):
+    tells = True
+
+    def filled(self, state):
+        return state.note > 0
+
+    def places(self, state):
+        return state.place if self.tells else None
+
+
+def _bank(place, value, note):
+    return _Bank(torch.tensor([place]), torch.tensor([value])[..., None], torch.tensor([note]))
+
+
+def test_changes_of_slots_by_hand():
+    before = _bank([4, 9, 7, 0], [1.0, 2.0, 3.0, 0.0], [1, 1, 1, 0])
+    # 9 moved to slot 0, 4 is gone, 12 is new, 7 is where it was though its value has changed; slot 1 is empty
+    after = _bank([9, 4, 7, 12], [2.0, 1.0, 8.0, 5.0], [1, 0, 1, 1])
+    module = _Placed()
+    written, evicted = slot_changes(module, before, after)
+    assert written.tolist() == [[False, False, False, True]]
+    assert evicted.tolist() == [[True, False, False, False]]
+    module.scope = "shared"  # places of several documents: slot by slot
+    written, evicted = slot_changes(module, before, after)
+    assert written.tolist() == [[True, False, False, True]]
+    assert evicted.tolist() == [[True, True, False, False]]
+    module.tells = False  # contents alone tell
+    written, evicted = slot_changes(module, before, after)
+    assert written.tolist() == [[True, False, True, True]]
+    assert evicted.tolist() == [[False, True, False, False]]
+
+
+def test_fields_of_slots_are_found_by_name_also_in_a_nested_state():
+    class Outer(NamedTuple):
+        bank: _Bank
+        count: torch.Tensor
+
+    class Nested(_Placed):
+        def filled(self, state):
+            return state.bank.note > 0
+
+    bank = _bank([4, 9], [1.0, 2.0], [1, 0])
+    fields = slot_fields(Nested(), Outer(bank, torch.tensor([3])))
+    assert {name: part.tolist() for name, part in fields.items()} == {"place": [[4, 9]], "note": [[1, 0]]}

@@ -246,7 +246,7 @@ def test_the_coldest_read_takes_the_nearest_slot_alone() -> None:
     ("settings", "message"),
     [
         ({"n_slot": 0}, "n_slot must be at least 1, got 0"),
-        ({"temperature": 0.0}, "temperature must be above 0, got 0.0"),
+        ({"temperature": 0.0}, "temperature must be in 1e-6..1e6, got 0.0"),
         ({"temperature": math.nan}, "temperature"),
         ({"temperature": math.inf}, "temperature"),
         ({"update_rate": 0.0}, r"update_rate must be in \(0, 1\], got 0.0"),

@@ -437,7 +437,7 @@ def random_bank(memory: LongTermMemory, n: int, seed: int, n_row: int = 1, pairs
     One in four is near another one; with ``pairs`` the first so many are near those in the second half, each to one.
     """
     generator = torch.Generator().manual_seed(seed)
-    state = LongTermState(*(part.clone() for part in memory.init_state(n_row)))
+    state = map_tensors(Tensor.clone, memory.init_state(n_row))
 
     def unit(d: int) -> Tensor:
         return F.normalize(torch.randn(n_row, n, d, generator=generator), dim=-1)
@@ -498,9 +498,9 @@ def check_merged(state: LongTermState, new: LongTermState, row: int, groups: dic
     assert (new.record[row, gone] == -1).all()
     assert not new.key[row, gone].any()
     alike = [i for i in range(state.key.shape[1]) if i not in groups and i not in gone]
-    for name, old, now in zip(state._fields, state, new, strict=True):
+    for name, old in named_tensors(state).items():
         if name not in ("n_record", "host_used"):
-            assert torch.equal(old[row, alike], now[row, alike]), name
+            assert torch.equal(old[row, alike], named_tensors(new)[name][row, alike]), name
     for name in ("priority", "log_gate", "record", "document", "position", "tokens"):
         old, now = getattr(state, name)[row], getattr(new, name)[row]
         assert torch.equal(old[list(groups)], now[list(groups)]), name
@@ -536,7 +536,9 @@ def test_large_banks_are_consolidated_in_turns(small_blocks: None) -> None:
     for turn in range(40):
         new, report = memory.consolidate(state, turn=turn)
         again, _ = memory.consolidate(state, turn=turn)
-        assert all(torch.equal(a, b) for a, b in zip(new, again, strict=True)), "a turn depends on the state alone"
+        assert all(torch.equal(a, b) for a, b in zip(tensors(new), tensors(again), strict=True)), (
+            "a turn depends on the state alone"
+        )
         gone = (memory.filled(state) & ~memory.filled(new))[0].nonzero()[:, 0].tolist()
         assert report == {"merged": len(gone)}
         check_merged(state, new, 0, {i: members for i, members in wanted.items() if members[0] in gone})

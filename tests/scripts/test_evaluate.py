@@ -179,7 +179,7 @@ def test_settings_of_memories_can_be_changed_for_an_evaluation(
     [
         ({"lmt.top_k": 1}, r"no memory 'lmt' to set lmt\.top_k of\. Did you mean 'ltm'\? It has: ltm"),
         ({"ltm.importance": "fifoo"}, r"change\.ltm\.importance must be .*'fifo'"),
-        ({"ltm.top_k": 0}, r"change\.ltm: top_k must be at least 1"),
+        ({"ltm.top_k": 0}, r"change\.ltm\.top_k must be at least 1"),
         ({"ltm.d_key": 3}, r"ltm\.d_key cannot be changed, as the model was built"),
         ({"ltm.span": 1}, r"ltm\.span cannot be changed, as the model was built"),
         ({"ltm.temperature": 3.0}, r"ltm\.temperature cannot be changed, as the model was built"),

@@ -1,0 +1,52 @@
+"""A training run at a glance."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from memlm.analysis.figures import History, gates, loss_curve, read_history, recall_curve, style
+from memlm.config import ConfigError
+
+
+def plot_training_history(history: History | Mapping[str, Sequence[Any]] | str | PathLike[str]) -> Figure | None:
+    """Loss, recall beside its controls and gates of a run, one below the other; None if there is nothing to draw.
+
+    Args:
+        history: Rows as `memlm.analysis.figures.read_history` gives them; columns, as lists of one value per step; or
+            the path of a run, or of its ``metrics.csv``.
+
+    Raises:
+        ConfigError: If there is no such file.
+        ValueError: If columns differ in length.
+    """
+    rows = _rows(history)
+    parts = [(draw, height) for draw, height in ((loss_curve, 4.2), (recall_curve, 4.8), (gates, 4.6)) if draw(rows)]
+    if not parts:
+        return None
+    with style():
+        figure = Figure(figsize=(7.5, sum(height for _, height in parts)))
+        panels = figure.subfigures(len(parts), 1, squeeze=False, height_ratios=[height for _, height in parts])
+        for (draw, _), panel in zip(parts, panels[:, 0], strict=True):
+            draw(rows, into=panel)
+    return figure
+
+
+def _rows(history: Any) -> History:
+    if isinstance(history, str | PathLike):
+        path = Path(history)
+        path = path / "csv" / "metrics.csv" if path.is_dir() else path
+        if not path.is_file():
+            raise ConfigError(f"there is no history at {path}: give a run directory, or its csv/metrics.csv")
+        return read_history(path)
+    if isinstance(history, Mapping):
+        lengths = {name: len(values) for name, values in history.items()}
+        if len(set(lengths.values())) > 1:
+            raise ValueError(f"the columns of a history must be of one length, got {lengths}")
+        n = next(iter(lengths.values()), 0)
+        return [{"step": i} | {name: values[i] for name, values in history.items()} for i in range(n)]
+    return history

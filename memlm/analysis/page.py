@@ -1,0 +1,169 @@
+"""A web page that needs nothing but itself: tables, figures, listings, and texts whose tokens tell what was read.
+
+What a page holds is plain data; `page.html` beside this file says how it looks. Style, script and figures are in the
+page, and it may not fetch anything. All text is escaped by the template engine.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar, NamedTuple
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from matplotlib.figure import Figure
+from PIL import Image
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table.
+
+    Attributes:
+        title: Its heading.
+        heads: Names of the columns.
+        rows: Cells; numbers are aligned to the right.
+        notes: Sentences below it.
+        aside: Rows that are set back, such as controls.
+        searchable: Whether its rows can be searched and sorted.
+    """
+
+    title: str
+    heads: Sequence[str]
+    rows: Sequence[Sequence[str | int | float]]
+    notes: Sequence[str] = ()
+    aside: frozenset[int] = frozenset()
+    searchable: bool = False
+    kind: ClassVar[str] = "table"
+
+
+@dataclass(frozen=True)
+class Figures:
+    """Figures.
+
+    Attributes:
+        title: Heading.
+        images: What each shows, and its PNG.
+        notes: Sentences below them.
+    """
+
+    title: str
+    images: Sequence[tuple[str, bytes]]
+    notes: Sequence[str] = ()
+    kind: ClassVar[str] = "figures"
+
+
+@dataclass(frozen=True)
+class Listings:
+    """Long texts that can be opened.
+
+    Attributes:
+        title: Heading.
+        items: Name and text of each.
+    """
+
+    title: str
+    items: Sequence[tuple[str, str]]
+    kind: ClassVar[str] = "listings"
+
+
+class Source(NamedTuple):
+    """A memory that a token read.
+
+    Attributes:
+        layer: Which memory and layer.
+        weight: Weight times gate, in 0..1.
+        text: Text it was made from; may be empty.
+        where: Where it comes from.
+        place: Index of the token in the same text that it was made from; None if there is none.
+    """
+
+    layer: str
+    weight: float
+    text: str
+    where: str
+    place: int | None
+
+
+class Token(NamedTuple):
+    """A token of a text.
+
+    Attributes:
+        text: What it says.
+        place: Its index in the text.
+        strength: How strongly memory was read, 0..1.
+        gain: Nats by which memory lowered the loss of the prediction made here; NaN if there is none.
+        told: Sentences about it.
+        sources: What it read, the heaviest first.
+        begins: What begins with it, such as a context; empty if nothing.
+    """
+
+    text: str
+    place: int
+    strength: float
+    gain: float
+    told: Sequence[str]
+    sources: Sequence[Source]
+    begins: str = ""
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """A text whose tokens are coloured by their use of memory, and tell what they read.
+
+    Attributes:
+        title: Heading.
+        tokens: The text.
+        notes: Sentences below it.
+    """
+
+    title: str
+    tokens: Sequence[Token]
+    notes: Sequence[str] = ()
+    kind: ClassVar[str] = "tokens"
+
+
+Part = Table | Figures | Listings | Tokens
+
+
+class Chapter(NamedTuple):
+    """A part of a page with a heading of its own.
+
+    Attributes:
+        title: Heading.
+        lead: Sentences at its beginning.
+        parts: What it holds.
+    """
+
+    title: str
+    lead: Sequence[str]
+    parts: Sequence[Part]
+
+
+def render(title: str, chapters: Sequence[Chapter]) -> str:
+    """The page as HTML."""
+    engine = Environment(
+        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
+        lstrip_blocks=True,
+    )  # fmt: skip
+    engine.filters["uri"] = lambda image: "data:image/png;base64," + base64.b64encode(image).decode()
+    engine.tests["nan"] = lambda value: value != value
+    return engine.get_template("page.html").render(title=title, chapters=chapters)
+
+
+def png(figure: Figure, dpi: int = 110) -> bytes:
+    """A figure as PNG."""
+    file = io.BytesIO()
+    figure.savefig(file, format="png", dpi=dpi)
+    return file.getvalue()
+
+
+def fewer_colors(image: bytes, n: int = 64) -> bytes:
+    """A PNG with at most ``n`` colours, which takes about a third of the bytes for a plot."""
+    file = io.BytesIO()
+    with Image.open(io.BytesIO(image)) as opened:
+        opened.convert("RGB").quantize(n, dither=Image.Dither.NONE).save(file, format="PNG", optimize=True)
+    return min(file.getvalue(), image, key=len)

@@ -1,0 +1,657 @@
+"""What a model has stored, as data: store, query, edit, forget, consolidate, save and load.
+
+The operations work on the persistent bank of each memory that keeps records; text that begins with ``state=None``
+begins with a copy of it. A record is a passage of whole sentences, no longer than a segment, and read in a context of
+its own with reads off. So what is stored of it depends on its own text alone, and when it is forgotten nothing of it is
+left in other records.
+
+Shapes: B rows (1 here), n slots, R origins, T tokens per segment, S segments of a call, N tokens, k slots read per
+token.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import logging
+import os
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from memlm.config import ConfigError
+from memlm.memory.base import MANY, Memory, Records
+from memlm.memory.state import State, from_dict, tensors, to_dict
+from memlm.models import memory_file
+from memlm.models.base import LanguageModel
+
+log = logging.getLogger(__name__)
+
+READ = 0.1
+"""Read weight from which a slot counts as read."""
+
+_WINDOW = 16  # passages stored by one call
+_BATCH = 1024  # sentences encoded at a time
+_PROGRESS = 2.0  # seconds after which a progress bar appears
+# Where a text may be cut without other tokens on either side: after a sentence or before a new line.
+_SENTENCE = re.compile(r"(?<=[.!?])(?=\s)|(?<=\S)(?=\n)")
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+class Remembered(NamedTuple):
+    """A record of the persistent memory, by the slot of it that was found.
+
+    Attributes:
+        id: Id of the record, for `ExperienceModel.edit_memory` and `ExperienceModel.forget`. It never changes, and is
+            never given again.
+        memory: Name and layer of the memory that holds the slot, as ``ltm/2``.
+        slot: Number of the slot.
+        similarity: Cosine of what was asked and the slot; None if nothing was asked.
+        weight: Greatest share of a token's read that came from the slot, in 0..1; None if nothing was asked.
+        importance: What the memory gives on the slot, in 0..1.
+        age: Records written since.
+        uses: How often the slot was among what `ExperienceModel.query_memory` or a conversation showed, with a weight
+            of at least `READ`. Training and generation alone do not count.
+        document: Number of the text it was stored with: the id of that text's first record.
+        position: Place of the slot's token in that text, in tokens.
+        snippet: Text of the slot.
+        text: All that is kept of the record's text, with … where tokens were not kept.
+        origins: Ids of other records that consolidation merged into the slot.
+    """
+
+    id: int
+    memory: str
+    slot: int
+    similarity: float | None
+    weight: float | None
+    importance: float
+    age: int
+    uses: int
+    document: int
+    position: int
+    snippet: str
+    text: str
+    origins: tuple[int, ...]
+
+
+class _Found(NamedTuple):
+    """A slot that was read."""
+
+    weight: float
+    similarity: float
+    memory: str
+    slot: int
+    record: int
+
+
+class _Kept(NamedTuple):
+    """A memory module that keeps records."""
+
+    name: str
+    place: int  # among the layers with memory
+    module: Memory
+
+
+class _Opened(NamedTuple):
+    """Its persistent bank, to be looked into."""
+
+    module: Memory
+    bank: State
+    records: Records
+
+
+class ExperienceModel(LanguageModel):
+    """A language model with operations on its persistent memory.
+
+    Attributes:
+        d_model: Width.
+        lookback: Tokens before a segment that its state carries, as writes need them.
+    """
+
+    d_model: int
+    lookback: int
+
+    def bank_state(self) -> Any:
+        """A state of one row without context whose memories are the persistent banks themselves: to be read only."""
+        raise NotImplementedError
+
+    def store_experience(self, text: str) -> list[int]:
+        """Store a text in the persistent memory.
+
+        Args:
+            text: Any text. It is cut into passages of whole sentences of up to a segment, one record each.
+
+        Returns:
+            Ids of its records, in order. A record none of whose slots was found worth keeping, or that a later one has
+            replaced again, is not among them.
+
+        Raises:
+            ConfigError: If the text is empty or the model has no memory that keeps records.
+        """
+        kept = self._kept("store_experience")
+        passages = self._passages(text)
+        with self._at_rest():
+            first = int(_n_record(kept))
+            state = self._absorb(passages, self.init_state(1), first)
+            self._commit(state)
+        return [number for number in self._ids(kept) if number >= first]
+
+    def query_memory(self, text: str, top_k: int = 5) -> list[Remembered]:
+        """What the model reads from the persistent memory when it reads a text.
+
+        Args:
+            text: What to look for.
+            top_k: Most records to return.
+
+        Returns:
+            Records by read weight, greatest first, each once, by the slot that was read most. There are fewer if the
+            model reads fewer.
+
+        Raises:
+            ConfigError: If the text is empty, ``top_k`` is below 1, or the model has no memory that keeps records.
+        """
+        self._kept("query_memory")
+        if top_k < 1:
+            raise ConfigError(f"top_k must be at least 1, got {top_k}")
+        return self.recalled(self.encode_text(text), top_k=top_k)
+
+    def recalled(self, ids: Sequence[int], first: int = 0, top_k: int = 1) -> list[Remembered]:
+        """What is read from the persistent memory for tokens; see `query_memory`.
+
+        Args:
+            ids: Token ids of a text. It is read in pieces shorter than a segment, each in a context of its own.
+            first: The first token whose reads are of interest.
+            top_k: Most records to return.
+        """
+        kept = self._kept("recalled")
+        piece = max(self.segment_len - 1, 1)  # a complete segment would be left behind, with what it reads with
+        best: list[_Found] = []
+        with self._at_rest():
+            banks = self.bank_state()
+            opened = _opened(kept, banks)
+            for begin in _progress(range(0, len(ids), piece), "querying"):
+                if begin + piece > first:
+                    found = self._found(ids[begin : begin + piece], max(first - begin, 0), banks, kept, opened)
+                    best = _best([*best, *found], top_k)
+            for part in best:
+                if part.weight >= READ:
+                    opened[part.memory].module.uses()[part.slot] += 1
+            return [self._describe(part, opened[part.memory]) for part in best]
+
+    def list_memory(self, n: int = 10) -> list[Remembered]:
+        """The ``n`` latest records of the persistent memory, newest first, each by its most important slot."""
+        kept = self._kept("list_memory")
+        listed = []
+        with self._at_rest():
+            opened = _opened(kept, self.bank_state())
+            for number in sorted(self._ids(kept), reverse=True)[: max(n, 0)]:
+                slots = []
+                for name, part in opened.items():
+                    importance = part.records.importance[0].masked_fill(part.records.record[0] != number, -torch.inf)
+                    slots.append((float(importance.max()), name, int(importance.argmax())))
+                _, name, slot = max(slots)
+                listed.append(self._describe(_Found(0.0, 0.0, name, slot, number), opened[name]))
+        return [record._replace(similarity=None, weight=None) for record in listed]
+
+    def edit_memory(self, number: int, text: str) -> int:
+        """Replace the text of a record; it keeps its id, document and age.
+
+        Args:
+            number: Id of the record. Slots that other records were merged with go too.
+            text: The new text, of any length.
+
+        Returns:
+            The id.
+
+        Raises:
+            ConfigError: If there is no such record, or the text is empty.
+        """
+        kept = self._kept("edit_memory")
+        self._check_ids([number], kept)
+        passages = self._passages(text)
+        with self._at_rest():
+            first = int(_n_record(kept))
+            document = number
+            for part in kept:
+                records = part.module.records(part.module.bank())
+                mine = records.record == number
+                document = int(records.document[mine][0]) if bool(mine.any()) else document
+            state = self._without(lambda records: _holds(records, [number]))
+            state = self._absorb(passages, state, document)
+
+            def relabel(module: Memory, part: State) -> State:
+                if not module.keeps_records:
+                    return part
+                records = module.records(part)
+                new = records.record >= first
+                return module.relabel(part, records.record.masked_fill(new, number), records.document)
+
+            self._commit(self.map_memory(relabel, state))
+        return number
+
+    def forget(
+        self,
+        ids: int | Iterable[int] | None = None,
+        *,
+        document: int | None = None,
+        older_than: int | None = None,
+    ) -> list[int]:
+        """Forget records: every slot that comes from one of them, alone or merged with others, is as if never written.
+
+        Give exactly one of the three.
+
+        Args:
+            ids: Id or ids.
+            document: Number of a text, as `Remembered.document`. (Shared banks also hold what training wrote, whose
+                documents are numbered by themselves.)
+            older_than: Age, in records written since, above which records are forgotten.
+
+        Returns:
+            Ids of the records that are gone from the memory, those included that were merged with them.
+
+        Raises:
+            ConfigError: If an id is unknown, also because its record is gone already; nothing is forgotten then.
+        """
+        kept = self._kept("forget")
+        if sum(part is not None for part in (ids, document, older_than)) != 1:
+            raise ConfigError("forget takes one of ids, document=... and older_than=...: say what to forget")
+        before = self._ids(kept)
+        if ids is not None:
+            numbers = [ids] if isinstance(ids, int) else list(ids)
+            self._check_ids(numbers, kept)
+        elif document is not None:
+            later = [int(found) for part in kept for found in _documents(part.module) if found > document]
+            numbers = list(range(document, min(later, default=int(_n_record(kept)))))
+        else:
+            assert older_than is not None
+            if older_than < 0:
+                raise ConfigError(f"older_than is an age in records, so not negative, got {older_than}")
+            numbers = list(range(max(int(_n_record(kept)) - 1 - older_than, 0)))
+
+        def gone(records: Records) -> Tensor:
+            if document is None:
+                return _holds(records, numbers)
+            return (records.document == document) | _merged_from(records, numbers)
+
+        with self._at_rest():
+            self._commit(self._without(gone))
+        return sorted(set(before) - set(self._ids(kept)))
+
+    def consolidate(self, threshold: float = 0.1) -> dict[str, int]:
+        """Merge similar slots of the persistent memory; merged slots list their origins.
+
+        Args:
+            threshold: Largest cosine distance of what is merged.
+
+        Returns:
+            Exact counts: ``slots_before``, those ``merged`` into another, ``slots_after``.
+
+        Raises:
+            ConfigError: If the threshold is out of range, or the model has no memory that keeps records.
+        """
+        kept = self._kept("consolidate")
+        if not 0 <= threshold <= 2:
+            raise ConfigError(f"threshold is a cosine distance, so in 0..2, got {threshold}")
+        counts = {"slots_before": _n_filled(kept), "merged": 0}
+        with self._at_rest():
+
+            def consolidate(module: Any, part: State) -> State:
+                for turn in range(module.n_turn if module.keeps_records else 0):
+                    part, done = module.consolidate(part, threshold, turn=turn)
+                    counts["merged"] += done["merged"]
+                return part
+
+            self._commit(self.map_memory(consolidate, self.init_state(1)))
+        return counts | {"slots_after": _n_filled(kept)}
+
+    def save_memory(self, path: str | os.PathLike[str]) -> None:
+        """Write the persistent memory to a file of its own.
+
+        Args:
+            path: The file, which is replaced if there is one. It appears whole or not at all.
+        """
+        from memlm import __version__
+
+        kept = self._kept("save_memory")
+        parts = {part.name: part.module.bank() for part in kept}
+        tensors = {f"{name}/{field}": value for name, bank in parts.items() for field, value in _flat(bank).items()}
+        tensors |= {f"{part.name}/uses": part.module.uses() for part in kept}
+        memory_file.write(
+            path,
+            memory_file.MemoryFile(
+                tensors, self._geometry(kept), self.tokenizer.fingerprint(), _fingerprint(kept), __version__
+            ),
+        )
+
+    def load_memory(self, path: str | os.PathLike[str]) -> None:
+        """Replace the persistent memory by that of a file.
+
+        Args:
+            path: A file that `save_memory` has written, for the same kind of model and tokenizer.
+
+        Raises:
+            ConfigError: If it is another model's, cut short, damaged, or missing; the memory then stays as it is.
+        """
+        kept = self._kept("load_memory")
+        content = self._read_file(path, kept)
+        for part in kept:
+            part.module.commit(_restored(content, part))
+            part.module.uses().copy_(content.tensors[f"{part.name}/uses"])
+
+    def merge_memory(self, path: str | os.PathLike[str]) -> list[int]:
+        """Add the memory of a file to the persistent memory; where room is wanted, the most important slots stay.
+
+        Args:
+            path: See `load_memory`.
+
+        Returns:
+            New ids of the records that came. Those that were here keep theirs.
+
+        Raises:
+            ConfigError: See `load_memory`.
+        """
+        kept = self._kept("merge_memory")
+        content = self._read_file(path, kept)
+        first = int(_n_record(kept))
+        with self._at_rest():
+            came = {id(part.module): _restored(content, part) for part in kept}
+            state = self.map_memory(
+                lambda module, part: module.merge(part, came[id(module)]) if id(module) in came else part,
+                self.init_state(1),
+            )
+            self._commit(state)
+        return [number for number in self._ids(kept) if number >= first]
+
+    # --- the persistent banks --------------------------------------------------------------------------------------
+
+    def _kept(self, what: str) -> list[_Kept]:
+        """The memory modules that keep records."""
+        found = [
+            _Kept(f"{name}/{self.memory_layers[place]}", place, module)
+            for name, modules in self.memory.items()
+            for place, module in enumerate(modules)
+            if module.keeps_records
+        ]
+        if not found:
+            has = ", ".join(self.memory) or "none"
+            raise ConfigError(
+                f"{what}: no memory of this model keeps records (memory: {has}); build one with memory=ltm or "
+                "memory=dual, or load a checkpoint that has one"
+            )
+        return found
+
+    def _ids(self, kept: list[_Kept]) -> list[int]:
+        """Ids of all records that hold a slot, in order."""
+        found: set[int] = set()
+        for part in kept:
+            found |= set(part.module.records(part.module.bank()).record.unique().tolist())
+        return sorted(found - {-1})
+
+    def _check_ids(self, numbers: list[int], kept: list[_Kept]) -> None:
+        """Refuse ids of which nothing is stored."""
+        n_record = int(_n_record(kept))
+        for number in numbers:
+            if not isinstance(number, int) or isinstance(number, bool) or not 0 <= number < n_record:
+                raise ConfigError(
+                    f"there is no record {number!r}: ids are whole numbers below {n_record} here; list_memory and "
+                    "query_memory tell them"
+                )
+            if not any(bool(_holds(part.module.records(part.module.bank()), [number]).any()) for part in kept):
+                raise ConfigError(
+                    f"record {number} is no longer stored: it was forgotten, or replaced by more important ones; "
+                    "list_memory and query_memory tell what is"
+                )
+
+    def _without(self, gone: Any) -> Any:
+        """A state with what is stored but for the slots that ``gone`` names of their `Records`."""
+
+        def forget(module: Memory, part: State) -> State:
+            return module.forget(part, gone(module.records(part))) if module.keeps_records else part
+
+        return self.map_memory(forget, self.init_state(1))
+
+    def _commit(self, state: Any) -> None:
+        """Make the memories of ``state`` that keep records persistent; slots that changed hands were never used."""
+        for name, modules in self.memory.items():
+            for module, part in zip(modules, state.memory[name], strict=True):
+                if not module.keeps_records:
+                    continue
+                old, new, bank = module.records(module.bank()), module.records(part), module.bank()
+                same = (old.record == new.record) & (module.places(bank) == module.places(part))
+                uses = module.uses() * same[0]
+                module.commit(part)
+                module.uses().copy_(uses)
+
+    @contextmanager
+    def _at_rest(self) -> Iterator[None]:
+        """Without gradients and dropout."""
+        training = self.training
+        self.eval()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            self.train(training)
+
+    # --- text ------------------------------------------------------------------------------------------------------
+
+    def encode_text(self, text: str) -> list[int]:
+        """Token ids of a text as the operations read it: it begins with a space, like a sentence inside of text.
+
+        What is no text (halves of surrogate pairs, left by invalid bytes) becomes U+FFFD.
+
+        Raises:
+            ConfigError: If it is empty.
+        """
+        return list(itertools.chain.from_iterable(self._passages(text)))
+
+    def _passages(self, text: str) -> Iterator[list[int]]:
+        """Token ids of passages of whole sentences of up to a segment; longer sentences are cut."""
+        if not isinstance(text, str):
+            raise ConfigError(f"a text must be a str, got {type(text).__name__}; decode bytes with errors='replace'")
+        text = _SURROGATE.sub("\ufffd", text)
+        text = text if text[:1].isspace() else f" {text}"
+        passages = self._packed(_SENTENCE.split(text))
+        first = next(passages, None) if text.strip() else None
+        if first is None:
+            raise ConfigError("the text is empty, or the tokenizer makes nothing of it: give some words")
+        return itertools.chain([first], passages)
+
+    def _packed(self, sentences: list[str]) -> Iterator[list[int]]:
+        passage: list[int] = []
+        for begin in range(0, len(sentences), _BATCH):
+            for sentence in self.tokenizer.encode_batch(sentences[begin : begin + _BATCH]):
+                if passage and len(passage) + len(sentence) > self.segment_len:
+                    yield passage
+                    passage = []
+                passage = passage + sentence
+                while len(passage) > self.segment_len:
+                    yield passage[: self.segment_len]
+                    passage = passage[self.segment_len :]
+        if passage:
+            yield passage
+
+    def _absorb(self, passages: Iterator[list[int]], state: Any, document: int) -> Any:
+        """``state`` after passages, each in a context of its own and read without memory.
+
+        A window ends with an empty segment, which closes the context of the last passage.
+        """
+        local = state.local
+        state = state._replace(local=local._replace(document=torch.full_like(local.document, document)))
+        for window in _progress(iter(lambda: list(itertools.islice(passages, _WINDOW)), []), "storing"):
+            rows = [torch.tensor(passage) for passage in window]
+            ids = torch.stack([F.pad(row, (0, self.segment_len - len(row))) for row in rows])
+            valid = torch.stack([torch.arange(self.segment_len) < len(row) for row in rows])
+            ids, mask = (F.pad(part, (0, 0, 0, 1)).flatten()[None].to(local.ids.device) for part in (ids, valid))
+            breaks = torch.ones(1, len(rows) + 1, dtype=torch.bool, device=ids.device)
+            breaks[:, 0] = False
+            state = self.absorb(ids, state, read=False, mask=mask, breaks=breaks)
+        return state
+
+    def _found(
+        self, ids: Sequence[int], first: int, banks: Any, kept: list[_Kept], opened: dict[str, _Opened]
+    ) -> list[_Found]:
+        """Slots that the tokens ``ids`` from ``first`` on read."""
+        found = []
+        device = banks.local.ids.device
+        out = self(torch.tensor([list(ids)], device=device), state=banks, write=False, logits=False)
+        for part in (part for part in kept if part.name in out.reads):
+            module, bank, records = opened[part.name]
+            read = out.reads[part.name]
+            slots, weights = read.slots[:, first:], read.weights[:, first:]  # (1, N, k)
+            hidden = out.state.local.hidden[:, part.place, self.lookback :][:, first : len(ids)]
+            similarity = module.similarity(hidden, bank, slots.clamp(min=0))
+            there = (slots >= 0) & (weights > 0)
+            columns = weights[there], similarity[there], slots[there], records.record[0, slots[there]]
+            for weight, cosine, slot, number in zip(*(column.tolist() for column in columns), strict=True):
+                found.append(_Found(weight, cosine, part.name, slot, number))
+        return found
+
+    def _describe(self, found: _Found, opened: _Opened) -> Remembered:
+        """What is known of a slot."""
+        (module, bank, records), slot = opened, found.slot
+        places, tokens = module.places(bank), module.tokens(bank)
+        assert places is not None
+        assert tokens is not None
+        mine = (records.record[0] == found.record).nonzero()[:, 0]
+        kept: dict[int, int] = {}
+        for place, snippet in zip(places[0, mine].tolist(), tokens[0, mine].tolist(), strict=True):
+            begin = place + 2 - len(snippet)
+            kept |= {begin + i: token for i, token in enumerate(snippet) if token >= 0}
+        return Remembered(
+            id=found.record,
+            memory=found.memory,
+            slot=slot,
+            similarity=found.similarity,
+            weight=found.weight,
+            importance=float(records.importance[0, slot]),
+            age=int(records.n_record[0]) - 1 - found.record,
+            uses=int(module.uses()[slot]),
+            document=int(records.document[0, slot]),
+            position=int(places[0, slot]),
+            snippet=self.tokenizer.decode(token for token in tokens[0, slot].tolist() if token >= 0).strip(),
+            text=self._stitched(kept),
+            origins=tuple(number for number in records.origins[0, slot].tolist() if number >= 0),
+        )
+
+    def _stitched(self, kept: dict[int, int]) -> str:
+        """Text of tokens by their places."""
+        runs: list[list[int]] = []
+        for place in sorted(kept):
+            if place - 1 not in kept:
+                runs.append([])
+            runs[-1].append(kept[place])
+        return " … ".join(self.tokenizer.decode(run).strip() for run in runs)
+
+    # --- files -----------------------------------------------------------------------------------------------------
+
+    def _geometry(self, kept: list[_Kept]) -> dict[str, str]:
+        """Type and shape of all that a file of the memory holds, and the model's width."""
+        fields = {
+            f"{part.name}/{name}": f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
+            for part in kept
+            for name, tensor in _flat(part.module.init_state(1)).items()
+        }
+        return {"d_model": str(self.d_model), **fields}
+
+    def _read_file(self, path: str | os.PathLike[str], kept: list[_Kept]) -> memory_file.MemoryFile:
+        content = memory_file.read(path)
+        memory_file.check(content, path, self._geometry(kept), self.tokenizer.fingerprint())
+        if content.weights != _fingerprint(kept):
+            log.warning(
+                "%s was written by a model with other weights: what it holds may be read badly, or not at all", path
+            )
+        return content
+
+
+def _opened(kept: list[_Kept], banks: Any) -> dict[str, _Opened]:
+    """The banks of a state by name."""
+    parts = ((part, banks.memory[part.name.split("/")[0]][part.place]) for part in kept)
+    return {part.name: _Opened(part.module, bank, part.module.records(bank)) for part, bank in parts}
+
+
+def _best(found: list[_Found], n: int) -> list[_Found]:
+    """The ``n`` records with the greatest weights, each by its best slot."""
+    best: dict[int, _Found] = {}
+    for part in sorted(found, reverse=True):
+        if len(best) < n or part.record in best:
+            best.setdefault(part.record, part)
+    return list(best.values())
+
+
+def _merged_from(records: Records, numbers: Sequence[int]) -> Tensor:
+    """Which slots were merged of any of the records ``numbers``, (B, n): also those of more origins than they list."""
+    origins = records.origins
+    asked = torch.tensor(list(numbers), device=origins.device, dtype=origins.dtype)
+    return (torch.isin(origins, asked) | (origins == MANY)).any(dim=2)
+
+
+def _holds(records: Records, numbers: Sequence[int]) -> Tensor:
+    """Which slots come from any of the records ``numbers``, (B, n)."""
+    asked = torch.tensor(list(numbers), device=records.record.device, dtype=records.record.dtype)
+    return torch.isin(records.record, asked) | _merged_from(records, numbers)
+
+
+def _n_record(kept: list[_Kept]) -> Tensor:
+    """Records written so far."""
+    return torch.stack([part.module.records(part.module.bank()).n_record[0] for part in kept]).max()
+
+
+def _n_filled(kept: list[_Kept]) -> int:
+    return sum(int(part.module.filled(part.module.bank()).sum()) for part in kept)
+
+
+def _documents(module: Memory) -> list[int]:
+    return module.records(module.bank()).document.unique().tolist()
+
+
+def _flat(state: State) -> dict[str, Tensor]:
+    """Tensors of a state by the path of their field."""
+    found: dict[str, Tensor] = {}
+
+    def walk(plain: Any, path: str) -> None:
+        if isinstance(plain, Tensor):
+            found[path.removeprefix("/")] = plain
+        elif isinstance(plain, dict):
+            for name, part in plain.items():
+                walk(part, f"{path}/{name}")
+
+    walk(to_dict(state), "")
+    return found
+
+
+def _restored(content: memory_file.MemoryFile, part: _Kept) -> State:
+    """The bank of a module as the file holds it, on the module's device."""
+    like = part.module.init_state(1)
+    device = tensors(like)[0].device
+
+    def fill(plain: Any, path: str) -> Any:
+        if isinstance(plain, dict):
+            return {name: fill(value, f"{path}/{name}") for name, value in plain.items()}
+        if plain is None:
+            return None
+        value = content.tensors[path]
+        return value if "host_" in path else value.to(device)
+
+    return from_dict(fill(to_dict(like), part.name), like)
+
+
+def _fingerprint(kept: list[_Kept]) -> str:
+    """Of the weights of the memories."""
+    digest = hashlib.sha256()
+    for part in kept:
+        for parameter in part.module.parameters():
+            digest.update(parameter.detach().float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _progress(parts: Iterable[Any], what: str) -> Iterable[Any]:
+    """``parts`` with a progress bar on a terminal, if it takes long."""
+    from tqdm import tqdm
+
+    return tqdm(parts, desc=what, disable=None, delay=_PROGRESS, leave=False)

@@ -1,0 +1,52 @@
+"""Runs as one web page: `python scripts/report.py RUN...`, with directories of runs, evaluations or sweeps."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+
+from memlm.config import ConfigError
+
+_DESCRIPTION = (
+    "One web page that needs nothing but itself: results beside their controls, figures, settings, what memories hold, "
+    "and which memories each token of a text reads."
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Write the page and say where it is."""
+    parser = argparse.ArgumentParser(prog="report.py", description=_DESCRIPTION)
+    parser.add_argument(
+        "runs", metavar="RUN", nargs="+", help="directory of a run, of an evaluation, or of several (a sweep)"
+    )
+    parser.add_argument(
+        "--prompt", metavar="TEXT", action="append",
+        help="text whose reads are shown; given again, it begins a new context, to which only memory leads; by default "
+        "held-out text with a planted fact, and then the question for it",
+    )  # fmt: skip
+    parser.add_argument(
+        "--out", metavar="FILE", type=Path, help="where the page goes; by default outputs/report/TIME.html"
+    )
+    chosen = parser.parse_args(arguments)
+    if chosen.out is not None and chosen.out.is_dir():
+        raise ConfigError(
+            f"--out {chosen.out} is a directory: give the name of a file, such as {chosen.out}/report.html"
+        )
+    from experiments import webpage
+    from experiments.runs import find_runs
+
+    runs, left_out = find_runs(chosen.runs)
+    out = chosen.out or Path("outputs/report") / f"{datetime.now():%Y-%m-%d_%H-%M-%S-%f}.html"
+    webpage.write(runs, left_out, out, chosen.prompt, lambda what: print(f"{what} ...", file=sys.stderr))
+    print(f"Written:\n  {out}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except ConfigError as mistake:
+        print(f"error: {mistake}", file=sys.stderr)
+        raise SystemExit(2) from None

@@ -1,0 +1,89 @@
+"""Runs as one web page, read by a parser: numbers beside controls, figures, settings, memory."""
+
+import re
+
+import pytest
+
+from experiments import webpage
+from experiments.base import emit
+from experiments.runs import find_runs, write_evaluation
+from memlm.analysis.page import fewer_colors
+from memlm.config import ConfigError
+from tests.analysis.test_page import Page, figure
+from tests.experiments.test_compare import NONE, recall, run
+from tests.training import small
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """The directory of a run of a second, and that of an evaluation whose checkpoint is gone."""
+    folder = tmp_path_factory.mktemp("runs")
+    small.fit(small.config(folder, "run", "trainer.max_steps=3", phases=[small.PLAIN]))
+    one, other = run(0, recall(0.9)), run(0, recall(0.1), changes=NONE)
+    emit(one.results["needle"], {"recall": None}, folder / "run" / "needle")
+    (folder / "run" / "needle" / "recall.png").write_bytes(figure())
+    write_evaluation(folder / "other", other.trained)
+    emit(other.results["needle"], {}, folder / "other" / "needle")
+    return folder
+
+
+def page_of(folder, *names, **options):
+    runs, left_out = find_runs([folder / name for name in names])
+    path = folder / "page.html"
+    webpage.write(runs, left_out, path, **options)
+    return Page(path.read_text(encoding="utf-8")), path
+
+
+def text_of(parsed):
+    return " ".join("".join(parsed.text).split())
+
+
+def test_one_run_in_one_page(trained):
+    parsed, path = page_of(trained, "run")
+    text = text_of(parsed)
+    assert "90.0 % (82.6 to 94.5)" in text
+    assert text.count("reads off") >= 1
+    asides = parsed.all("tr", **{"class": "aside"})
+    assert len(asides) == 1  # the control of the one rate
+    images = [image["alt"] for image in parsed.all("img")]
+    assert images == ["needle: recall, ltm, seed 0", next(alt for alt in images if alt.startswith("Dots"))]
+    assert "What it holds after the text" in text
+    assert "segment_len: 16" in text  # the whole configuration
+    assert path.stat().st_size < 5_000_000
+    assert not list(trained.glob("*.tmp"))
+
+
+def test_two_runs_say_in_what_they_differ_and_that_a_checkpoint_is_gone(trained):
+    text = text_of(page_of(trained, "run", "other")[0])
+    assert "What differs" in text
+    assert "memory.ltm" in text
+    assert "The checkpoint is no longer there" in text
+    assert "Every main number beside its controls" in text
+
+
+def test_a_prompt_is_shown_in_its_contexts_and_an_empty_one_is_refused(trained):
+    words = small.write_text(trained).read_text().split()[:40]
+    told = []
+    parsed, _ = page_of(trained, "run", contexts=[" ".join(words), words[0]], progress=told.append)
+    text = text_of(parsed)
+    assert "context 2" in text
+    assert "The text of the prompt." in text
+    assert told == ["memory of ltm", "figures"]
+    before = (trained / "page.html").read_bytes()
+    with pytest.raises(ConfigError, match="the prompt cannot be shown: the text has no token"):
+        page_of(trained, "run", contexts=[""])
+    assert (trained / "page.html").read_bytes() == before
+
+
+def test_figures_that_find_no_room_are_named(trained, monkeypatch):
+    whole = figure()
+    images = [("a", trained / "a.png", whole), ("b", trained / "b.png", whole)]
+    assert webpage._fitting(images, 2 * len(whole)) == (images, [])
+    small_one = fewer_colors(whole)
+    shown, without = webpage._fitting(images, 2 * len(small_one))
+    assert ([image for *_, image in shown], without) == ([small_one] * 2, [])
+    shown, without = webpage._fitting(images, len(small_one))
+    assert ([name for name, *_ in shown], [name for name, *_ in without]) == (["a"], ["b"])
+    monkeypatch.setattr(webpage, "MOST_BYTES", 0)
+    text = text_of(page_of(trained, "run")[0])
+    assert re.search(r"Not shown, as the page would be too large: \S+/run/needle/recall.png", text)

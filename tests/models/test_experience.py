@@ -1,0 +1,554 @@
+"""Memory operations, against plain reading, plain Python, and a model that was never told."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from memlm.build import build_model
+from memlm.config import ConfigError
+from memlm.data.tokenizer import Tokenizer, train_tokenizer
+from memlm.memory.base import MANY
+from tests.experiments.tiny import MEMORIES, tiny
+
+T = 64
+A = "The cat lives in a red box."
+B = "A dog sleeps under the old tree."
+C = "Nine birds sing at night."
+LONG = " ".join([A, B, C] * 3)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return train_tokenizer("byte", [A], 300)
+
+
+def build(tokenizer: Tokenizer, *memories: str, layers: Any = "middle", **settings: Any) -> Any:
+    """A tiny untrained model; every token is worth a slot, and reads are soft."""
+    ltm = MEMORIES["ltm"] | {"n_slot": 200, "write_budget": None, "top_k": 200, "temperature": 3.0} | settings
+    config = {
+        "model": {
+            "_target_": "memlm.models.lmcode.LMCode", "n_layer": 2, "n_head": 2, "d_model": 32, "segment_len": T,
+            "overlap": 4, "memory_layers": layers,
+        },
+        "memory": {name: {"ltm": ltm, "stm": MEMORIES["stm"]}[name] for name in memories or ("ltm",)},
+        "data": {"tokenizer": {"n_vocab": None}},
+        "seed": 0,
+    }  # fmt: skip
+    return build_model(config, tokenizer).eval()
+
+
+def bank(model: Any, place: int = 0) -> Any:
+    return model.memory["ltm"][place].bank()
+
+
+def contents(model: Any, place: int = 0) -> list[tuple[Any, ...]]:
+    """What slots hold but for their numbers and those of their records, in an order of its own."""
+    state = bank(model, place)
+    used = model.memory["ltm"][place].filled(state)[0]
+    parts = (state.key, state.value, state.log_gate[..., None], state.position[..., None], state.tokens)
+    return sorted(
+        tuple(torch.cat([part[0, slot].double() for part in parts]).tolist()) for slot in used.nonzero()[:, 0]
+    )
+
+
+def texts(model: Any) -> list[str]:
+    return [record.text for record in reversed(model.list_memory(100))]
+
+
+# --- store ---------------------------------------------------------------------------------------------------------
+
+
+def test_stored_text_is_what_reading_it_writes(tokenizer: Tokenizer) -> None:
+    model, plain = build(tokenizer, layers="all"), build(tokenizer, layers="all")
+    assert model.store_experience(A) == [0]
+    state = plain.new_context(plain(torch.tensor([tokenizer.encode(f" {A}")]), read=False).state)
+    for module, part in zip(plain.memory["ltm"], state.memory["ltm"], strict=True):
+        module.commit(part)
+    for place in range(2):
+        assert len(contents(model, place)) == len(f" {A}") - 1  # a byte is a token, and all but the last make a slot
+        torch.testing.assert_close(torch.tensor(contents(model, place)), torch.tensor(contents(plain, place)))
+
+
+def test_passages_are_whole_sentences_of_up_to_a_segment(tokenizer: Tokenizer) -> None:
+    model = build(tokenizer, n_slot=1000)
+    ids = model.store_experience(LONG)
+    sentences, packed = [A, B, C] * 3, [""]
+    for sentence in sentences:  # greedily, 64 bytes with the spaces before
+        fits = len(packed[-1]) + 1 + len(sentence) <= 64
+        packed = [*packed[:-1], f"{packed[-1]} {sentence}"] if fits else [*packed, f" {sentence}"]
+    assert len(packed) > 2
+    assert ids == list(range(len(packed)))
+    assert texts(model) == [part.strip() for part in packed]
+    assert {record.document for record in model.list_memory()} == {0}
+    assert model.store_experience(A) == [len(packed)]
+    assert model.list_memory(1)[0].document == len(packed)
+
+
+def test_a_sentence_longer_than_a_segment_is_cut(tokenizer: Tokenizer) -> None:
+    model = build(tokenizer, n_slot=1000)
+    text = "x" + "".join(random.Random(0).choices("abc ", k=150)) + "x"
+    ids = model.store_experience(text)
+    assert len(ids) == 3  # 153 bytes
+    assert "".join(texts(model)).replace(" ", "") == text.replace(" ", "")
+
+
+def test_generation_begins_with_what_is_stored(tokenizer: Tokenizer) -> None:
+    model = build(tokenizer)
+    ids = torch.tensor([tokenizer.encode(" The cat"), tokenizer.encode(" The dog")])
+    before = model(ids).logits
+    model.store_experience(A)
+    after = model(ids)
+    assert (after.logits - before).abs().max() > 1e-3
+    torch.testing.assert_close(model(ids, read=False).logits, before)  # an empty memory adds nothing
+    torch.testing.assert_close(model(ids, state=model.wipe(model.init_state(2))).logits, before)
+    reset = torch.tensor([True, False])
+    again = model(ids, state=after.state, reset=reset).logits  # a new document begins with what is stored
+    torch.testing.assert_close(again[0], after.logits[0])
+    longer = ids.repeat(1, 32)[:, : 4 * T]
+    starts = torch.tensor([[False, False, True, False], [False, True, False, False]])
+    fast, state = model(longer, reset=starts).logits, None
+    for s in range(4):
+        part = longer[:, T * s : T * (s + 1)]
+        out = model(part, state=state, reset=starts[:, s])
+        torch.testing.assert_close(fast[:, T * s : T * (s + 1)], out.logits)
+        state = out.state
+
+
+def test_nothing_but_operations_changes_what_is_stored(tokenizer: Tokenizer) -> None:
+    model = build(tokenizer)
+    model.store_experience(A)
+    before = contents(model)
+    state = model(torch.tensor([tokenizer.encode(LONG)])).state
+    model.generate(torch.tensor([tokenizer.encode(B)]), 3, state=state)
+    model.query_memory(B)
+    assert contents(model) == before
+
+
+def test_operations_leave_the_mode_of_the_model(tokenizer: Tokenizer) -> None:
+    model = build(tokenizer).train()
+    model.store_experience(A)
+    model.query_memory(A)
+    assert model.training
+    assert not any(buffer.requires_grad for buffer in model.buffers())
+
+
+# --- query ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scope", ["sequence", "shared"])
+def test_query_is_the_read_of_each_token_by_hand(tokenizer: Tokenizer, scope: str) -> None:
+    model = build(tokenizer, scope=scope)
+    for text in (A, B, C):
+        model.store_experience(text)
+    model.requires_grad_(False)
+    module, state = model.memory["ltm"][0], bank(model)
+    ids = tokenizer.encode(" A dog sings")
+    local = model(torch.tensor([ids]), read=False, write=False).state.local  # the layer's input is before its read
+    x = local.hidden[0, 0, model.lookback :][: len(ids)]
+    query = torch.nn.functional.normalize(module.to_key(module.norm(x)), dim=-1)
+    temperature = module.log_temperature.exp()
+    best: dict[int, tuple[float, float]] = {}
+    for token in query:
+        cosines = [float(token @ key) for key in state.key[0]]
+        scores = [
+            float(temperature) * cosine + float(module.bias(gate))
+            for cosine, gate in zip(cosines, state.log_gate[0], strict=True)
+        ]
+        used = [slot for slot in range(200) if state.record[0, slot] >= 0]
+        total = float(
+            torch.tensor([float(temperature * module.null_similarity), *(scores[s] for s in used)]).logsumexp(0)
+        )
+        for slot in used:
+            weight = float(torch.tensor(scores[slot] - total).exp())
+            record = int(state.record[0, slot])
+            best[record] = max(best.get(record, (0.0, 0.0)), (weight, cosines[slot]))
+    hits = model.query_memory("A dog sings", top_k=2)
+    expected = sorted(best, key=lambda record: -best[record][0])[:2]
+    assert [hit.id for hit in hits] == expected
+    for hit in hits:
+        assert (hit.weight, hit.similarity) == pytest.approx(best[hit.id], abs=1e-4)
+        assert hit.importance == pytest.approx(float(state.log_gate[0, hit.slot].exp()))
+        assert hit.age == 2 - hit.id
+        assert hit.text == (A, B, C)[hit.id]
+        assert hit.snippet in hit.text
+
+
+def test_query_longer_than_a_segment(tokenizer: Tokenizer) -> None:
+    model = build(tokenizer, n_slot=1000, temperature=30.0)
+    for text in (A, B, C):
+        model.store_experience(text)
+    hits = model.query_memory(f"{A} {'z' * 200}", top_k=3)
+    assert {hit.id for hit in hits} == {0, 1, 2}
+    assert hits[0].id == 0
+    assert hits[0].similarity == pytest.approx(1, abs=1e-5)
+
+
+def test_uses_count_what_was_shown_and_read(tokenizer: Tokenizer) -> None:
+    model = build(tokenizer, temperature=60.0)
+    model.store_experience(A)
+    model.store_experience(B)
+    first = model.query_memory(A, top_k=1)[0]
+    second = model.query_memory(A, top_k=1)[0]
+    assert (first.id, first.slot, first.uses, second.uses) == (0, second.slot, 1, 2)
+    assert first.weight > 0.5
+    model.forget(0)
+    assert model.memory["ltm"][0].uses().sum() == 0
+    model.store_experience(A)
+    assert model.memory["ltm"][0].uses().sum() == 0
+
+
+def test_an_empty_memory_has_nothing_to_tell(tokenizer: Tokenizer) -> None:
+    model = build(tokenizer)
+    assert model.query_memory(A) == model.list_memory() == []
+    assert model.forget(older_than=0) == []
+    assert model.consolidate() == {"slots_before": 0, "merged": 0, "slots_after": 0}
+
+
+# --- forget and edit -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("memories", "layers"), [(("ltm",), "middle"), (("stm", "ltm"), "all")])
+def test_after_forgetting_it_is_as_if_never_told(tokenizer: Tokenizer, memories: Any, layers: Any) -> None:
+    model, naive = (build(tokenizer, *memories, layers=layers) for _ in range(2))
+    model.store_experience(A)
+    model.store_experience(f"{B}\n{C}")
+    assert model.forget(0) == [0]
+    naive.store_experience(f"{B}\n{C}")
+    for place in range(len(model.memory["ltm"])):
+        assert contents(model, place) == contents(naive, place)
+
+
+def traces(model: Any, path: Path) -> list[bytes]:
+    """What a stored text leaves: keys, values and token ids, as bytes."""
+    state = bank(model)
+    used = model.memory["ltm"][0].filled(state)[0].nonzero()[:, 0]
+    rows = [part[0, slot] for slot in used for part in (state.key, state.value, state.tokens[..., 1:])]
+    return [row.contiguous().numpy().tobytes() for row in rows]
+
+
+def test_no_byte_of_what_is_forgotten_stays(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    model, path = build(tokenizer), tmp_path / "memory"
+    model.store_experience(A)
+    left = traces(model, path)
+    model.store_experience("\n1234567")  # not a token, nor a beginning, in common
+    model.save_memory(path)
+    assert all(trace in path.read_bytes() for trace in left)
+    model.forget(0)
+    model.save_memory(path)
+    held = b"".join(buffer.contiguous().numpy().tobytes() for buffer in model.buffers())
+    for content in (path.read_bytes(), held):
+        assert not any(trace in content for trace in left)
+    state = bank(model)
+    empty = ~model.memory["ltm"][0].filled(state)
+    assert empty.sum() == 200 - 7  # a new line is a token, and the last one makes no slot
+    assert not state.key[empty].any()
+    assert not state.value[empty].any()
+    assert (state.tokens[empty] == -1).all()
+
+
+def test_forgetting_by_document_and_age(tokenizer: Tokenizer) -> None:
+    model = build(tokenizer, n_slot=1000)
+    first, second = model.store_experience(LONG), model.store_experience(C)
+    assert model.forget(document=second[0]) == second
+    assert model.forget(document=second[0]) == []
+    age = len(first + second) - 1 - first[2]  # of the third record
+    assert model.forget(older_than=age) == first[:2]
+    assert model.forget(older_than=age) == []
+    assert [record.id for record in reversed(model.list_memory())] == first[2:]
+
+
+def test_forgetting_takes_all_or_nothing_of_a_list(tokenizer: Tokenizer) -> None:
+    model = build(tokenizer)
+    for text in (A, B, C):
+        model.store_experience(text)
+    with pytest.raises(ConfigError, match="no record 9: ids are whole numbers below 3"):
+        model.forget([0, 9])
+    assert texts(model) == [A, B, C]
+    assert model.forget([2, 0]) == [0, 2]
+    with pytest.raises(ConfigError, match="record 2 is no longer stored"):
+        model.forget(2)
+    for wrong in (-1, True, "1"):
+        with pytest.raises(ConfigError, match="no record"):
+            model.forget([wrong])
+    with pytest.raises(ConfigError, match="one of ids, document"):
+        model.forget()
+    with pytest.raises(ConfigError, match="one of ids, document"):
+        model.forget(1, older_than=3)
+    with pytest.raises(ConfigError, match="older_than"):
+        model.forget(older_than=-1)
+    assert texts(model) == [B]
+
+
+def test_an_edited_record_holds_the_new_text_alone(tokenizer: Tokenizer) -> None:
+    model, naive = build(tokenizer), build(tokenizer)
+    for text in (A, B):
+        model.store_experience(text)
+    assert model.edit_memory(0, C) == 0
+    for text in (B, C):
+        naive.store_experience(text)
+    assert contents(model) == contents(naive)
+    assert [(record.id, record.document, record.text) for record in model.list_memory()] == [(1, 1, B), (0, 0, C)]
+    assert model.edit_memory(1, LONG) == 1  # of several segments
+    assert {record.id for record in model.list_memory()} == {0, 1}
+    before = contents(model)
+    for number, text, message in ((99, A, "no record 99"), (0, "", "empty")):
+        with pytest.raises(ConfigError, match=message):
+            model.edit_memory(number, text)
+    assert contents(model) == before
+
+
+def test_ids_are_never_given_again(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    model = build(tokenizer, n_slot=60, importance="fifo")
+    seen = {number: text for text in (A, B) for number in model.store_experience(text)}
+    assert model.store_experience(C) == [2]  # there is room for two
+    assert [record.id for record in model.list_memory()][:1] == [2]
+    assert all(seen[record.id].endswith(record.text[-8:]) for record in model.list_memory()[1:])
+    model.forget(2)
+    assert model.store_experience(C) == [3]
+    model.save_memory(tmp_path / "memory")
+    other = build(tokenizer, n_slot=60, importance="fifo")
+    other.store_experience(A)
+    other.load_memory(tmp_path / "memory")
+    assert [record[:1] for record in other.list_memory()] == [record[:1] for record in model.list_memory()]
+    assert other.store_experience(A) == [4]
+
+
+# --- consolidation ---------------------------------------------------------------------------------------------------
+
+
+def test_merged_records_list_their_origins_and_are_forgotten_with_any(tokenizer: Tokenizer) -> None:
+    model = build(tokenizer)
+    for text in (A, B, A):
+        model.store_experience(text)
+    n = [len(f" {text}") - 1 for text in (A, B)]
+    report = model.consolidate(threshold=0.001)
+    assert report == {"slots_before": 2 * n[0] + n[1], "merged": n[0], "slots_after": n[0] + n[1]}
+    state = bank(model)
+    merged = state.origins[0, :, 0] >= 0
+    assert int(merged.sum()) == n[0]
+    pairs = {tuple(sorted((int(state.record[0, s]), int(state.origins[0, s, 0])))) for s in merged.nonzero()[:, 0]}
+    assert pairs == {(0, 2)}
+    gone = {int(state.record[0, s]) for s in merged.nonzero()[:, 0]}
+    lost = ({0, 2} - gone).pop() if len(gone) == 1 else 2  # it may live on as an origin alone
+    assert model.query_memory(A, top_k=1)[0].origins in ((0,), (2,))
+    assert set(model.forget(lost)) == gone
+    assert texts(model) == [B]
+    with pytest.raises(ConfigError, match="threshold"):
+        model.consolidate(threshold=3)
+
+
+def test_documents_and_ages_reach_into_merged_slots(tokenizer: Tokenizer) -> None:
+    for what in ({"document": 0}, {"document": 1}, {"older_than": 1}, {"older_than": 0}):
+        model = build(tokenizer)
+        for text in (A, A, B):
+            model.store_experience(text)
+        model.consolidate(threshold=0.001)
+        model.forget(**what)
+        assert texts(model) == [B], what
+
+
+def test_more_origins_than_are_listed_count_as_all(tokenizer: Tokenizer) -> None:
+    model = build(tokenizer, n_slot=500)
+    for _ in range(12):
+        model.store_experience(A)
+    model.store_experience(B)
+    model.consolidate(threshold=0.001)
+    origins = bank(model).origins[0]
+    assert (origins[:, -1] == MANY).sum() == len(A)
+    for slot in (origins[:, -1] == MANY).nonzero()[:, 0].tolist():
+        others = [number for number in range(12) if number != int(bank(model).record[0, slot])]
+        assert origins[slot, :-1].tolist() == others[:7]
+    model.forget(12)  # which is in none of them, but that cannot be told
+    assert model.list_memory() == []
+
+
+def test_what_replaces_a_merged_slot_was_merged_with_nothing(tokenizer: Tokenizer) -> None:
+    model = build(tokenizer, n_slot=40, importance="fifo")
+    for text in ("abcdefghi", "abcdefghi"):
+        model.store_experience(text)
+    model.consolidate(threshold=0.001)
+    assert (bank(model).origins >= 0).any()
+    ids = torch.tensor([tokenizer.encode(LONG)])[:, : 2 * T]
+    at_once = model(ids).state  # one process of two segments
+    one_by_one = model(ids[:, T:], state=model(ids[:, :T]).state).state  # two writes
+    for state in (at_once, one_by_one):
+        part = state.memory["ltm"][0]
+        assert (part.record[0] >= 2).all()
+        assert (part.origins == -1).all()
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_memory_moves_between_models(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    path = tmp_path / "folder" / "memory"
+    model, other = build(tokenizer), build(tokenizer)
+    for text in (A, B):
+        model.store_experience(text)
+    model.query_memory(A)
+    model.save_memory(path)
+    assert [file.name for file in path.parent.iterdir()] == ["memory"]
+    other.store_experience(C)
+    other.load_memory(path)
+    assert contents(other) == contents(model)
+    assert other.query_memory(B) == model.query_memory(B)
+    prompt = torch.tensor([tokenizer.encode(" The")])
+    assert torch.equal(other(prompt).logits, model(prompt).logits)
+
+
+def test_a_memory_of_another_model_is_refused(tokenizer: Tokenizer, tmp_path: Path, caplog: Any) -> None:
+    path, model = tmp_path / "memory", build(tokenizer)
+    model.store_experience(A)
+    model.save_memory(path)
+    words = train_tokenizer("word", [A, B], 50)
+    for other, message in (
+        (build(tokenizer, d_key=4), r"ltm/1/key is float32 \(1, 200, 8\) there and float32 \(1, 200, 4\) here"),
+        (build(tokenizer, layers="all"), "ltm/0/.* is absent there"),
+        (build(words), "the tokenizer is"),
+    ):
+        for method in (other.load_memory, other.merge_memory):
+            with pytest.raises(ConfigError, match=f"memory of another model: {message}"):
+                method(path)
+        assert other.list_memory() == []
+    other = build(tokenizer)
+    with torch.no_grad():
+        other.memory["ltm"][0].to_key.weight += 1
+    other.load_memory(path)
+    assert "other weights" in caplog.text
+
+
+def test_files_that_are_no_whole_memory_are_refused(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    path, model = tmp_path / "memory", build(tokenizer)
+    model.store_experience(A)
+    before = contents(model)
+    model.save_memory(path)
+    whole = path.read_bytes()
+    for n in (0, 7, 100, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:n])
+        with pytest.raises(ConfigError, match="cut short"):
+            model.load_memory(path)
+    from safetensors.torch import save_file
+
+    save_file({"x": torch.zeros(1)}, path)
+    with pytest.raises(ConfigError, match="not a memory"):
+        model.load_memory(path)
+    with pytest.raises(ConfigError, match="no memory file"):
+        model.load_memory(tmp_path / "nothing")
+    assert contents(model) == before
+
+
+def test_a_save_that_fails_leaves_the_old_file(tokenizer: Tokenizer, tmp_path: Path, monkeypatch: Any) -> None:
+    path, model = tmp_path / "memory", build(tokenizer)
+    model.store_experience(A)
+    model.save_memory(path)
+    whole = path.read_bytes()
+
+    def fail(*_: Any) -> None:
+        raise OSError("no space")
+
+    monkeypatch.setattr("memlm.models.memory_file.save_file", fail)
+    with pytest.raises(OSError, match="no space"):
+        model.save_memory(path)
+    assert [file.read_bytes() for file in tmp_path.iterdir()] == [whole]
+
+
+def test_a_merged_memory_gets_new_ids(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    model, other, naive = (build(tokenizer) for _ in range(3))
+    for text in (A, B):
+        other.store_experience(text)
+    other.save_memory(tmp_path / "memory")
+    model.store_experience(C)
+    assert model.merge_memory(tmp_path / "memory") == [1, 2]
+    for text in (C, A, B):
+        naive.store_experience(text)
+    assert contents(model) == contents(naive)
+    assert [(record.id, record.document, record.text) for record in model.list_memory()] == [
+        (2, 2, B),
+        (1, 1, A),
+        (0, 0, C),
+    ]
+    assert model.store_experience(A) == [3]
+
+
+def test_a_full_memory_merges_the_most_important(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    small = {"n_slot": 20, "importance": "token"}
+    model, other = build(tokenizer, **small), build(tokenizer, **small)
+    model.store_experience(A)
+    other.store_experience(B)
+    other.save_memory(tmp_path / "memory")
+    worths = [bank(part).priority[0].tolist() for part in (model, other)]
+    model.merge_memory(tmp_path / "memory")
+    assert sorted(bank(model).priority[0].tolist()) == sorted(sorted(worths[0] + worths[1])[-20:])
+
+
+def test_checkpoints_hold_what_is_stored(tokenizer: Tokenizer) -> None:
+    model, other = build(tokenizer), build(tokenizer)
+    empty = {name: value.clone() for name, value in model.state_dict().items()}
+    model.store_experience(A)
+    model.query_memory(A)
+    other.load_state_dict(model.state_dict())
+    assert contents(other) == contents(model)
+    assert torch.equal(other.memory["ltm"][0].uses(), model.memory["ltm"][0].uses())
+    other.load_state_dict(empty)  # of a time when nothing was stored
+    assert other.list_memory() == []
+    assert set(other.state_dict()) == set(empty)
+    old = {name: value for name, value in model.state_dict().items() if not name.endswith("bank_origins")}
+    other.load_state_dict(old)  # of a version without that field
+    assert contents(other) == contents(model)
+
+
+# --- what cannot be --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("text", ["", " \n\t ", None, b"bytes"])
+def test_no_text_is_refused(tokenizer: Tokenizer, text: Any) -> None:
+    model = build(tokenizer)
+    for method in (model.store_experience, model.query_memory):
+        with pytest.raises(ConfigError, match=r"empty|must be a str"):
+            method(text)
+    assert model.list_memory() == []
+
+
+def test_any_characters_are_stored(tokenizer: Tokenizer) -> None:
+    model = build(tokenizer, n_slot=1000)
+    model.store_experience("Fire \U0001f525 and café.")
+    model.store_experience("half \ud83d of a pair \udcff")
+    assert texts(model) == ["Fire \U0001f525 and café.", "half \ufffd of a pair \ufffd"]
+    assert model.query_memory("\udcff", top_k=1)[0].text
+
+
+def test_one_token_is_no_slot(tokenizer: Tokenizer) -> None:
+    model = build(train_tokenizer("word", [A, B], 50))
+    assert model.store_experience("cat") == []
+
+
+@pytest.mark.parametrize("memories", [(), ("stm",)])
+def test_models_without_records_say_so(tokenizer: Tokenizer, memories: tuple[str, ...], tmp_path: Path) -> None:
+    model = tiny(tokenizer, *memories)
+    for method, arguments in (
+        (model.store_experience, (A,)), (model.query_memory, (A,)), (model.edit_memory, (0, A)), (model.forget, (0,)),
+        (model.consolidate, ()), (model.save_memory, (tmp_path / "x",)), (model.load_memory, (tmp_path / "x",)),
+        (model.merge_memory, (tmp_path / "x",)), (model.list_memory, ()),
+    ):  # fmt: skip
+        with pytest.raises(ConfigError, match=f"{method.__name__}: no memory of this model keeps records.*memory=ltm"):
+            method(*arguments)
+    assert not list(tmp_path.iterdir())
+
+
+def test_top_k_is_checked(tokenizer: Tokenizer) -> None:
+    with pytest.raises(ConfigError, match="top_k must be at least 1, got 0"):
+        build(tokenizer).query_memory(A, top_k=0)
+
+
+def test_a_file_is_plain_safetensors(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    model = build(tokenizer)
+    model.store_experience(A)
+    model.save_memory(tmp_path / "memory")
+    held = load_file(tmp_path / "memory")
+    assert torch.equal(held["ltm/1/key"], bank(model).key)
