@@ -18,11 +18,10 @@ from memlm.memory.base import Segment
 class AutoMemoryModule(nn.Module):
     """The tokens of a sentence, and of those kept before, that a network scores above a threshold.
 
-    Arguments as in the example of the source, whose module of its own asks for others. There a linear layer over a whole
-    sentence scored tokens, so that only sentences of one length could be; here any number of tokens is scored. What is
-    kept is chosen by scores, and no gradient goes through a choice: the example's loss trains embedding, LSTM and head
-    but never the scores. `memlm.memory.auto` lets scores weigh in the read, so that they are learned: see
-    `SimpleLanguageModel`.
+    Arguments are those of the source's example. Its score network is a linear layer over a whole sentence, so that all
+    sentences have to be of one length; here any number of tokens is scored. What is kept is chosen by scores, and no
+    gradient goes through a choice: the example's loss trains embedding, LSTM and head but never the scores.
+    `memlm.memory.auto` lets scores weigh in the read, so that they are learned: see `SimpleLanguageModel`.
 
     Args:
         token_dim: Width of the embeddings.
@@ -75,8 +74,7 @@ def _sentence(embedded: Tensor, first_id: int) -> Segment:
     ids = first_id + torch.arange(embedded.shape[1], device=embedded.device)[None]
     return Segment(
         ids=ids, embeddings=embedded, hidden=embedded, valid=torch.ones_like(ids, dtype=torch.bool), complete=yes,
-        continues=~yes, closes=yes, reset=None, position=yes.long() * first_id, document=yes.long(), signals=None,
-        lookback=0,
+        continues=~yes, closes=yes, reset=None, position=ids[:, :1], document=yes.long(), signals=None, lookback=0,
     )  # fmt: skip
 
 
@@ -84,10 +82,10 @@ class SimpleLanguageModel(nn.Module):
     """Predicts the word after a sentence: ``memlm.build("model=lstm", "memory=auto")`` under the names of the example.
 
     The model of the example has one output for each kept token and one target, so that its loss works only where one
-    token is kept; this one has one output per sentence, for any number of sentences of a length. The example begins every
-    sentence with an empty memory; here what is kept may be handed on, and the next sentence then reads it:
-    ``model(tokens, model.memory_context)``. It holds the graph of the sentences before: cut it with
-    `memlm.memory.state.detach`.
+    token is kept; this one has one output per sentence, for any number of sentences of a length. The example begins
+    every sentence with an empty memory; here what is kept may be handed on, and the next sentence then reads it:
+    ``model(tokens, model.memory_context)``. Gradients reach back into the sentences before, and all of these are held:
+    `memlm.memory.state.detach` cuts that.
 
     Args:
         vocab_size: Size of the vocabulary.
@@ -105,7 +103,8 @@ class SimpleLanguageModel(nn.Module):
         self.model = memlm.build(
             "model=lstm", "memory=auto", "data=symbols", "data.corpus.n_symbol=2", "model.n_layer=1",
             f"data.tokenizer.n_vocab={max(vocab_size, 4)}", f"model.d_model={token_dim}",
-            f"model.d_hidden={hidden_dim}", f"memory.auto.n_slot={max_memory_size}", f"memory.auto.d_score={hidden_dim}",
+            f"model.d_hidden={hidden_dim}", f"memory.auto.n_slot={max_memory_size}",
+            f"memory.auto.d_score={hidden_dim}",
         )  # fmt: skip
         self.memory_context: Any = None
 

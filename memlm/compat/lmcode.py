@@ -65,15 +65,15 @@ class LMCODEConfig:
     """What an `LMCODE` is made of.
 
     Attributes:
-        vocab_size: Size of the vocabulary, at least 257: bytes and padding. The tokenizer, trained on the built-in text,
-            uses at most 4,096 of it.
+        vocab_size: Size of the vocabulary, at least 257: bytes and padding. The tokenizer, trained on the built-in
+            text, uses at most 4,096 of it.
         hidden_size: Width, a multiple of ``num_heads``.
         num_layers: Layers, all with both memories.
         num_heads: Attention heads, and heads of the short-term memory.
         short_term_memory_size: Short-term slots of each layer.
         long_term_memory_slots: Long-term slots of each layer.
-        segment_len: Tokens that attention sees; the source has no such limit. Memory is what leads beyond it: text that is
-            shorter is never read from memory.
+        segment_len: Tokens that attention sees; the source has no such limit. Memory is what leads beyond: of a text
+            that is no longer, nothing is read from memory.
     """
 
     vocab_size: int = 50257
@@ -143,9 +143,9 @@ class MemoryAugmentedLayer:
 class LMCODE(nn.Module):
     """A transformer with short-term and long-term memory in every layer: ``memlm.build("recipe=lmcode_seed")``.
 
-    The source gives the memories about 2 % of the parameters; with these they have 28.7 % in its configuration
-    (`compute_memory_efficiency`), most of them short-term. It promises retrieval in O(log n); here a read scores all
-    slots, or those of some lists with ``memory.ltm.index=inverted``. Nothing is remembered well before training.
+    The source says that about 2 % of the parameters belong to memory; with the memories here it is far more in its
+    configuration (docs/analysis.md). It promises retrieval in O(log n); here a read scores all slots, or with
+    ``memory.ltm.index=inverted`` those of some lists. What is stored is not found well before the model is trained.
 
     Args:
         config: Sizes.
@@ -223,8 +223,8 @@ class MemoryDataset:
 
     Args:
         data: Sequences of token ids; each is a document of its own.
-        memory_sample_ratio: Windows of earlier steps that are trained again, per new one (`memlm.training.replay`); 0 for
-            none.
+        memory_sample_ratio: Windows of earlier steps that are trained again, per new one (`memlm.training.replay`); 0
+            for none.
 
     Raises:
         ConfigError: If there is no sequence, or one has fewer than two tokens.
@@ -271,8 +271,8 @@ def create_synthetic_dataset(num_samples: int = 1000, seq_len: int = 50, vocab_s
 class MemoryAwareTrainer:
     """Trains an `LMCODE` on token sequences.
 
-    The source promises a sample efficiency about 20 % better by replay; ``experiment=continual`` measures what replay is
-    worth. To train on text, with memory that is told apart from its controls: ``python train.py``.
+    The source says that replay makes samples about 20 % more efficient; ``experiment=continual`` measures what it is
+    worth. To train on text, and to learn whether memory is of use: ``python train.py``.
 
     Args:
         model: What is trained.
@@ -332,8 +332,8 @@ class MemoryAwareTrainer:
         longest = max(map(len, train_dataset.sequences))
         if longest <= model.segment_len:
             log.warning(
-                "sequences of at most %d tokens fit into a segment (%d): memory is written, but never read while they are "
-                "trained; give longer ones, or LMCODEConfig(segment_len=...)", longest, model.segment_len
+                "sequences of at most %d tokens fit into a segment (%d): memory is never read while they are trained; "
+                "give longer ones, or LMCODEConfig(segment_len=...)", longest, model.segment_len
             )  # fmt: skip
         n_segment = -(-longest // model.segment_len)
         n_row = min(batch_size, len(train_dataset))

@@ -58,8 +58,8 @@ class Memoria:
     """Engrams that are reminded, live on what they are worth, and die.
 
     Ties between long-term engrams are broken by random numbers in half precision as PyTorch drew them when the tutorial
-    was written, and indices come in the order that `torch.topk` gives equal numbers: the tutorial's printed numbers depend
-    on both. The faults of the source are kept: see `memlm.memory.memoria`, where ``compat=none`` is
+    was written, and indices come in the order in which `torch.topk` gives equal numbers: the tutorial's printed numbers
+    depend on both. The faults of the source are kept: see `memlm.memory.memoria`, where ``compat=none`` is
     the algorithm without them.
 
     Args:
@@ -109,7 +109,9 @@ class Memoria:
         order = self._order()
         engrams, slots = graph.remind(engrams, self._ties(order))
         self._memory = _Memory(graph, engrams)
-        place = torch.full_like(engrams.birth, -1).scatter(1, order, torch.arange(order.shape[1], device=order.device).expand_as(order))
+        place = torch.full_like(engrams.birth, -1).scatter(
+            1, order, torch.arange(order.shape[1], device=order.device).expand_as(order)
+        )
         found = torch.where(slots >= 0, place.gather(1, slots.clamp(min=0)), -1)  # (B, R)
         if not bool((found >= 0).any()):
             return engrams.data[:, :0], found[:, :0]
@@ -156,7 +158,7 @@ class Memoria:
         return birth.argsort(dim=1, stable=True)[:, birth.shape[1] - int((birth != _NEVER).sum(dim=1).max()) :]
 
     def _ties(self, order: Tensor) -> Tensor:
-        """Random numbers for `EngramGraph.remind`, (B, S, C): those that the source would draw, aligned at their ends."""
+        """Random numbers for `EngramGraph.remind`, (B, S, C): those that the source draws, aligned at their ends."""
         graph, engrams = self._held()
         n_short = int((engrams.kind == memoria.SHORT_TERM).sum(dim=1).max())
         drawn = (torch.rand(len(order), n_short, order.shape[1]) * 2**24).long() % 2**11 / 2**11

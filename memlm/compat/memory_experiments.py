@@ -1,4 +1,4 @@
-"""``python -m memlm.compat.memory_experiments``: the experiments of IMM's ``memory_experiments.py``, with their controls.
+"""``python -m memlm.compat.memory_experiments``: what IMM's ``memory_experiments.py`` measures, with controls.
 
 Trains the model of ``recipe=imm`` (8 slots, blocks of 64, update rate 0.04, layer norm, temperature 0.8) and measures
 it as ``python train.py recipe=imm`` does, modern facts and needle too. Settings follow as they do there. Plots also go

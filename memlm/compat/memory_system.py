@@ -5,9 +5,9 @@ sessions; a learned controller decides what is stored; repeats reinforce, streng
 cosine x strength. Settings follow as in ``train.py``: ``preferences.n_user=100``. Works in a checkout, as the
 scripts do.
 
-The source shows one user and one preference with rules that hold by construction. Here all four of its claims are rates
-over users, on phrasings that were not trained on, beside a wiped memory, another user's, and simple baselines; a store of
-everything remembers more, and noise too. No prompt is sent to a language model: what counts is what goes into it.
+The source shows its four claims by a few utterances. Here they are rates over users, on phrasings that were not trained
+on, beside a wiped memory, another user's, and simple baselines. No prompt is sent to a language model: what counts is
+what goes into it.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def main(cfg: DictConfig) -> None:
     print(f"learns preferences:  {metrics['recall/on']:.0%} of those in use are stored")
     print(f"ignores noise:       {metrics['noise/on']:.0%} of what is stored tells none "
           f"(a store of everything: {metrics['noise/everything']:.0%})")  # fmt: skip
-    print(f"forgets what is unused: {metrics['dropped/on']:.0%} of dropped preferences still go into a prompt "
+    print(f"forgets the unused:  {metrics['dropped/on']:.0%} of preferences not told any more are still answered "
           f"(a store of everything: {metrics['dropped/everything']:.0%})")  # fmt: skip
     print(f"retrieves:           {metrics['right/on']:.0%} of prompts hold the right preference "
           f"(memory wiped: {metrics['right/wiped']:.0%}, another user's: {metrics['right/swapped']:.0%})")  # fmt: skip
