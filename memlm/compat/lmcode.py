@@ -343,9 +343,10 @@ class MemoryAwareTrainer:
         batches = TrainingBatches(
             train_dataset.tokens(), model.segment_len, pad, Curriculum([phase], None), None, steps, seed=0
         )
-        held_out = eval_dataset and ValidationBatches(
-            eval_dataset.tokens(), model.segment_len, pad, min(batch_size, len(eval_dataset)), n_segment
-        )
+        held_out = None
+        if eval_dataset is not None:
+            n_eval = min(batch_size, len(eval_dataset))
+            held_out = ValidationBatches(eval_dataset.tokens(), model.segment_len, pad, n_eval, n_segment)
         replay = Replay(ratio=ratio) if ratio else None
         module = LanguageModeling(model, self._settings, total_steps=self._total, replay=replay)
         with tempfile.TemporaryDirectory() as folder:
@@ -362,8 +363,11 @@ class MemoryAwareTrainer:
                 default_root_dir=folder,
                 plugins=[AtomicCheckpointIO()],
             )
-            loaders = [None if part is None else DataLoader(part, batch_size=None) for part in (batches, held_out)]
-            self._trainer.fit(module, *loaders)
+            self._trainer.fit(
+                module,
+                DataLoader(batches, batch_size=None),
+                None if held_out is None else DataLoader(held_out, batch_size=None),
+            )
             rows = read_history(Path(logger.log_dir) / "metrics.csv")
         return {name: [row.get(name) for row in rows] for name in dict.fromkeys(name for row in rows for name in row)}
 
@@ -378,7 +382,7 @@ class MemoryAwareTrainer:
         """
         if self._trainer is None:
             raise ConfigError("there is no training to save: call train first, or memlm.checkpoint.export(model.model)")
-        self._trainer.save_checkpoint(path)
+        self._trainer.save_checkpoint(Path(path))
 
 
 class MemoryMonitor(monitor.MemoryMonitor):

@@ -310,8 +310,8 @@ def test_memory_experiments(folder: Path, monkeypatch: pytest.MonkeyPatch, capsy
         "trainer.val_check_interval=2", "trainer.enable_progress_bar=false", "logger=csv",
         "pattern_storage.n_stored=[8]", "pattern_storage.n_document=2", "slot_usage.n_document=2",
         "slot_usage.n_fact=2", "slot_usage.distance=32", "context_influence.limit=400",
-        "context_influence.n_document=2", "context_influence.n_fact=2", "context_influence.distance=32", "needle.n_document=2", "needle.n_fact=2",
-        "needle.distance=32", "modern_facts.n_document=2", "modern_facts.distance=32",
+        "context_influence.n_document=2", "context_influence.n_fact=2", "context_influence.distance=32",
+        "needle.n_document=2", "needle.n_fact=2", "needle.distance=32", "modern_facts.n_document=2", "modern_facts.distance=32",
     )  # fmt: skip
     out = capsys.readouterr().out
     for plot in ("pattern_similarity.png", "context_influence.png", "slot_usage_heatmap.png"):
