@@ -45,7 +45,8 @@ class AutoMemoryModule(nn.Module):
             What is kept now, in the order of the text, (K, E), and its scores, (K,).
 
         Raises:
-            ValueError: If there are several sentences: what is kept of each may differ in number.
+            ValueError: If there are several sentences (what is kept of each may differ in number), or the context has
+                more tokens than are kept.
         """
         if embedded_tokens.dim() != 3 or len(embedded_tokens) != 1:
             raise ValueError(
@@ -62,8 +63,11 @@ class AutoMemoryModule(nn.Module):
         state = self.memory.init_state(1)
         if context is None:
             return state
-        n, rest = len(context), state.hidden[:, len(context) :]
-        number = torch.arange(state.ids.shape[1], device=state.ids.device)[None]
+        n, n_slot = len(context), self.memory.n_slot
+        if n > n_slot:
+            raise ValueError(f"memory_context has {n} tokens, more than max_memory_size, {n_slot}")
+        rest = state.hidden[:, n:]
+        number = torch.arange(n_slot, device=state.ids.device)[None]
         ids = torch.where(number < n, number, -1)
         return AutoState(torch.cat([context[None], rest], dim=1), state.score, ids, ids)
 

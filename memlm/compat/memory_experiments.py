@@ -39,9 +39,11 @@ def main(cfg: DictConfig) -> None:
     from train import main as train
 
     train(cfg)
-    for name, path in PLOTS.items():
-        shutil.copyfile(Path(cfg.paths.run_dir) / path, name)
-    print("\nPlots:", *(f"  {name}" for name in PLOTS), sep="\n")
+    run = Path(cfg.paths.run_dir)
+    drawn = [name for name, path in PLOTS.items() if (run / path).exists()]  # an experiment may not apply
+    for name in drawn:
+        shutil.copyfile(run / PLOTS[name], name)
+    print("\nPlots:", *(f"  {name}" for name in drawn), sep="\n")
 
 
 if __name__ == "__main__":
