@@ -25,7 +25,7 @@ def test_parameters_and_bytes_by_hand():
         sum(n for key, n in named.items() if key.startswith("memory.")) / sum(named.values())
     )
     # 200 slots of ltm: key 8, value 32, gate and priority in 4 bytes; record, document, position in 8; 4 tokens in 4
-    assert found.memories["ltm"].state_bytes == 200 * (4 * (8 + 32 + 2) + 3 * 8 + 4 * 4) + 2 * 8
+    assert found.memories["ltm"].state_bytes == 200 * (4 * (8 + 32 + 2) + 3 * 8 + 4 * 4 + 8 * 4) + 2 * 8
     assert found.memory.state_bytes == sum(cost.state_bytes for cost in found.memories.values())
     assert 0 < found.state_share < 1
 
