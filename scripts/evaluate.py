@@ -14,9 +14,13 @@ if TYPE_CHECKING:
     from memlm.models.base import LanguageModel
 
 
+_LONG = ("continual",)  # train many models of their own: measured only if named
+
+
 def name_all(arguments: list[str]) -> list[str]:
     """Put the names of all experiments, those that apply, in place of `experiment=all`."""
-    names = ",".join(sorted(path.stem for path in (config_dir() / "experiment").glob("*.yaml")))
+    found = sorted(path.stem for path in (config_dir() / "experiment").glob("*.yaml"))
+    names = ",".join(name for name in found if name not in _LONG)
     every = [f"experiment=[{names}]", "skip_inapplicable=true"]
     return [word for argument in arguments for word in (every if argument == "experiment=all" else [argument])]
 

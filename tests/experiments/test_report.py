@@ -235,9 +235,10 @@ def test_experiments_are_chosen_by_name():
     assert compose(["checkpoint=x", "seed=7"], "evaluate").needle.seed == 7
 
 
-def test_all_means_every_yaml():
-    names = sorted(path.stem for path in (config_dir() / "experiment").glob("*.yaml"))
-    assert {"needle", "perplexity"} <= set(names)
+def test_all_means_every_yaml_that_does_not_train_for_long():
+    every = {path.stem for path in (config_dir() / "experiment").glob("*.yaml")}
+    names = sorted(every - {"continual"})
+    assert {"needle", "perplexity"} <= set(names) < every
     arguments = evaluate.name_all(["experiment=all", "checkpoint=x"])
     assert arguments == [f"experiment=[{','.join(names)}]", "skip_inapplicable=true", "checkpoint=x"]
     check_command_line(arguments, "evaluate")
