@@ -30,6 +30,7 @@ PIECE_CHARS = 10_000
 # No kind trained here, nor GPT-2's, ever makes a token that goes from a visible character on to whitespace, so a
 # document cut before such a whitespace encodes to the same tokens.
 _LAST_CUT = re.compile(rf"(?s).{{1,{PIECE_CHARS}}}(?<=\S)(?=[ \n])")
+_SURROGATE = re.compile("[\ud800-\udfff]")
 _NEXT_CUT = re.compile(r"(?<=\S)(?=[ \n])")
 
 # One character each; words and signs each with the space before them (so that joining tokens gives the text back).
@@ -90,7 +91,11 @@ class Tokenizer:
         return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        """Return the token ids of each text, encoded in parallel."""
+        """Return the token ids of each text, encoded in parallel.
+
+        What is no text (halves of surrogate pairs, left by invalid bytes) becomes U+FFFD.
+        """
+        texts = [_SURROGATE.sub("\ufffd", text) for text in texts]
         pieces = [list(_pieces(text)) if self._cuttable else [text] for text in texts]
         flat = [piece for row in pieces for piece in row]
         encodings = iter(self._backend.encode_batch_fast(flat, add_special_tokens=False))

@@ -806,9 +806,12 @@ class LongTermMemory(Memory):
         )
 
     def forget(self, state: LongTermState, slots: Tensor) -> LongTermState:
-        """See `Memory.forget`."""
+        """See `Memory.forget`. What is left is dealt out among lists anew, as their centres come from all keys."""
         new = super().forget(state._replace(lists=None), slots)
-        return new._replace(lists=state.lists and self._file().forget(state.lists, slots))
+        if state.lists is None:
+            return new
+        new = new._replace(lists=state.lists)
+        return new._replace(lists=self._deal_out(new, state.lists.host_n_list > 0))
 
 
 def _origins(state: LongTermState, slots: Tensor, member: Tensor, n_group: int) -> Tensor:

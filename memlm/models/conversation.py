@@ -81,7 +81,7 @@ class Conversation:
 
     def respond(self, line: str) -> str | None:
         """What to show for a line that was typed; None to end."""
-        line = line.strip()
+        line = line.strip("\ufeff").strip()
         try:
             if line.startswith("/"):
                 name, _, rest = line[1:].partition(" ")
@@ -91,7 +91,7 @@ class Conversation:
             if line.endswith((".", "!")):
                 return _stored(self.tell(line))
             return _shown(self.ask(line))
-        except (ConfigError, OSError) as error:
+        except (OSError, ValueError) as error:  # such as of paths; ConfigError is one
             return f"error: {error}"
 
     def _command(self, name: str, rest: str) -> str | None:

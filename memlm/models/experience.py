@@ -40,7 +40,6 @@ _BATCH = 1024  # sentences encoded at a time
 _PROGRESS = 2.0  # seconds after which a progress bar appears
 # Where a text may be cut without other tokens on either side: after a sentence or before a new line.
 _SENTENCE = re.compile(r"(?<=[.!?])(?=\s)|(?<=\S)(?=\n)")
-_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class Remembered(NamedTuple):
@@ -260,18 +259,26 @@ class ExperienceModel(LanguageModel):
         kept = self._kept("forget")
         if sum(part is not None for part in (ids, document, older_than)) != 1:
             raise ConfigError("forget takes one of ids, document=... and older_than=...: say what to forget")
+        for name, number, what in (("document", document, "the number of a text"),
+                                   ("older_than", older_than, "an age in records")):  # fmt: skip
+            if number is not None and (not isinstance(number, int) or number < 0):
+                raise ConfigError(f"{name} is {what}, so a whole number of at least 0, got {number!r}")
         before = self._ids(kept)
         if ids is not None:
-            numbers = [ids] if isinstance(ids, int) else list(ids)
+            if not isinstance(ids, Iterable):
+                ids = [ids]
+            numbers = list(ids)
             self._check_ids(numbers, kept)
         elif document is not None:
-            later = [int(found) for part in kept for found in _documents(part.module) if found > document]
-            numbers = list(range(document, min(later, default=int(_n_record(kept)))))
+            known = {int(found) for part in kept for found in _documents(part.module)}
+            end = min((found for found in known if found > document), default=int(_n_record(kept)))
+            there = document in known or (document not in before and self._may_be_merged(document, kept))
+            numbers = list(range(document, end)) if there else []
         else:
             assert older_than is not None
-            if older_than < 0:
-                raise ConfigError(f"older_than is an age in records, so not negative, got {older_than}")
             numbers = list(range(max(int(_n_record(kept)) - 1 - older_than, 0)))
+        if not numbers:
+            return []
 
         def gone(records: Records) -> Tensor:
             if document is None:
@@ -339,8 +346,9 @@ class ExperienceModel(LanguageModel):
         """
         kept = self._kept("load_memory")
         content = self._read_file(path, kept)
-        for part in kept:
-            part.module.commit(_restored(content, part))
+        restored = [_restored(content, part) for part in kept]
+        for part, bank in zip(kept, restored, strict=True):
+            part.module.commit(bank)
             part.module.uses().copy_(content.tensors[f"{part.name}/uses"])
 
     def merge_memory(self, path: str | os.PathLike[str]) -> list[int]:
@@ -392,11 +400,18 @@ class ExperienceModel(LanguageModel):
             found |= set(part.module.records(part.module.bank()).record.unique().tolist())
         return sorted(found - {-1})
 
+    def _may_be_merged(self, number: int, kept: list[_Kept]) -> bool:
+        """Whether a record that holds no slot of its own may be part of a merged one."""
+        records = [part.module.records(part.module.bank()) for part in kept]
+        return number < int(_n_record(kept)) and any(bool(_merged_from(found, [number]).any()) for found in records)
+
     def _check_ids(self, numbers: list[int], kept: list[_Kept]) -> None:
         """Refuse ids of which nothing is stored."""
         n_record = int(_n_record(kept))
         for number in numbers:
             if not isinstance(number, int) or isinstance(number, bool) or not 0 <= number < n_record:
+                if n_record == 0:
+                    raise ConfigError(f"there is no record {number!r}: nothing is stored yet")
                 raise ConfigError(
                     f"there is no record {number!r}: ids are whole numbers below {n_record} here; list_memory and "
                     "query_memory tell them"
@@ -454,7 +469,6 @@ class ExperienceModel(LanguageModel):
         """Token ids of passages of whole sentences of up to a segment; longer sentences are cut."""
         if not isinstance(text, str):
             raise ConfigError(f"a text must be a str, got {type(text).__name__}; decode bytes with errors='replace'")
-        text = _SURROGATE.sub("\ufffd", text)
         text = text if text[:1].isspace() else f" {text}"
         passages = self._packed(_SENTENCE.split(text))
         first = next(passages, None) if text.strip() else None
@@ -552,12 +566,12 @@ class ExperienceModel(LanguageModel):
 
     def _geometry(self, kept: list[_Kept]) -> dict[str, str]:
         """Type and shape of all that a file of the memory holds, and the model's width."""
-        fields = {
-            f"{part.name}/{name}": f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
-            for part in kept
-            for name, tensor in _flat(part.module.init_state(1)).items()
-        }
-        return {"d_model": str(self.d_model), **fields}
+        fields = {"d_model": str(self.d_model)}
+        for part in kept:
+            fresh = part.module.init_state(1)
+            holds = _flat(fresh) | {"uses": part.module.filled(fresh)[0].long()}
+            fields |= {f"{part.name}/{name}": memory_file.describe(tensor) for name, tensor in holds.items()}
+        return fields
 
     def _read_file(self, path: str | os.PathLike[str], kept: list[_Kept]) -> memory_file.MemoryFile:
         content = memory_file.read(path)

@@ -40,10 +40,17 @@ class MemoryFile(NamedTuple):
 
 
 def write(path: str | os.PathLike[str], content: MemoryFile) -> None:
-    """Write a file; it appears whole or not at all."""
+    """Write a file, and the directories above it; it appears whole or not at all.
+
+    Raises:
+        ConfigError: If the path is that of a directory.
+    """
+    path = _path(path)
+    if not path.name or path.is_dir():
+        raise ConfigError(f"{str(path)!r} is a directory: give the path of the file to write")
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in content.tensors.items()}
     header = {name: json.dumps(part) for name, part in content._asdict().items() if name != "tensors"}
-    with atomic_file(Path(path)) as file:
+    with atomic_file(path) as file:
         save_file(tensors, file.name, {"format": FORMAT, **header})
 
 
@@ -53,7 +60,8 @@ def read(path: str | os.PathLike[str]) -> MemoryFile:
     Raises:
         ConfigError: If there is none, or it is cut short, damaged or no memory.
     """
-    if not Path(path).is_file():
+    path = _path(path)
+    if not path.is_file():
         raise ConfigError(f"there is no memory file at {path}: give the path of a file that save_memory has written")
     try:
         with safe_open(path, "pt") as file:
@@ -65,9 +73,20 @@ def read(path: str | os.PathLike[str]) -> MemoryFile:
                 )
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # no mapping
         parts: dict[str, Any] = {name: json.loads(header[name]) for name in MemoryFile._fields[1:]}
+        if any(describe(tensors[name]) != told for name, told in parts["geometry"].items() if "/" in name):
+            raise KeyError("a tensor is not what the header says")
     except (SafetensorError, KeyError, json.JSONDecodeError) as error:
         raise ConfigError(f"{path} cannot be read: it is damaged or cut short; save the memory again") from error
     return MemoryFile(tensors, **parts)
+
+
+def _path(path: str | os.PathLike[str]) -> Path:
+    return Path(path).expanduser()
+
+
+def describe(tensor: Tensor) -> str:
+    """Type and shape."""
+    return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
 
 
 def check(content: MemoryFile, path: str | os.PathLike[str], geometry: dict[str, str], tokenizer: str) -> None:

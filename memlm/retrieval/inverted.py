@@ -229,10 +229,10 @@ class InvertedFile:
         slot = used.nonzero()[:, 0]
         n_used = len(slot)
         n_list = min(self.n_list, max(1, math.ceil(self.n_list * math.sqrt(n_used / self.n_slot))))
+        lists.centroid.zero_()
         if n_used:
             sample = key[slot[:: max(1, n_used // (_SAMPLE * n_list))]]
             lists.centroid[0, :n_list] = _centroids(sample, n_list)
-        lists.centroid[0, n_list:] = 0
         for part, value in ((lists.slot, -1), (lists.key, 0), (lists.place, -1), (lists.n_held, 0), (lists.extent, 0)):
             part.fill_(value)
         for part in (lists.n_list, lists.host_n_list):
@@ -247,14 +247,6 @@ class InvertedFile:
             slot = torch.cat(left)
         for part in (lists.left, lists.host_left):
             part.fill_(max(n_used, self.n_first))
-
-    def forget(self, lists: Lists, slots: Tensor) -> Lists:
-        """``lists`` without ``slots`` (B, M), bool."""
-        if not dealt(lists):
-            return lists
-        lists = self.own(lists)
-        self._remove(lists, torch.arange(self.n_slot, device=slots.device).expand_as(slots), slots)
-        return lists
 
     def start(self, lists: Lists, rows: Tensor) -> None:
         """Make, in place, the lists of ``rows`` (B,) as fresh, all but what is on the CPU.

@@ -310,3 +310,9 @@ def test_wrong_settings_are_told(tmp_path):
     for kind in ("char", "word"):
         with pytest.raises(ConfigError, match="needs some text"):
             train_tokenizer(kind, [], 300)
+
+
+@pytest.mark.parametrize("kind", ["bpe", "byte"])
+def test_halves_of_surrogate_pairs_are_no_text(kind: str) -> None:
+    tokenizer = train_tokenizer(kind, ["some text \ufffd"], 400)
+    assert tokenizer.encode("a\ud800b") == tokenizer.encode("a\ufffdb")

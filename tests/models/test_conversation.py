@@ -129,6 +129,9 @@ def test_commands(tokenizer: Any, tmp_path: Path) -> None:
         ("/forget 7", "no record 7"),
         ("/save", "/save takes the path"),
         ("/load nothing", "no memory file at nothing"),
+        ("/save .", "is a directory"),
+        ("/save a\0b", "null byte"),
+        (f"/forget {'9' * 5000}", "limit"),
     ],
 )
 def test_mistakes_do_not_end_a_conversation(tokenizer: Any, line: str, message: str) -> None:

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from memlm.build import build_model
 from memlm.config import ConfigError
@@ -353,6 +354,44 @@ def test_documents_and_ages_reach_into_merged_slots(tokenizer: Tokenizer) -> Non
         assert texts(model) == [B], what
 
 
+def test_what_matches_nothing_forgets_nothing(tokenizer: Tokenizer) -> None:
+    model = build(tokenizer)
+    for i in range(12):
+        model.store_experience(f"{A} {i}. {B} {C}")  # documents of several records; later some slots are made of many
+    model.consolidate(0.6)
+    assert (model.memory["ltm"][0].records(bank(model)).origins == MANY).any()
+    documents = {record.document for record in model.list_memory(100)}
+    no_document = next(record.id for record in model.list_memory(100) if record.id not in documents)
+    before = contents(model)
+    for nothing in ({"ids": []}, {"document": no_document}, {"document": 999}, {"older_than": 10**6}):
+        assert model.forget(**nothing) == []
+        assert contents(model) == before
+    for wrong in ({"document": -1}, {"older_than": -1}, {"document": 1.5}, {"ids": 1.0}, {"ids": "a"}):
+        with pytest.raises(ConfigError):
+            model.forget(**wrong)
+    assert contents(model) == before
+
+
+def test_no_key_of_what_is_forgotten_stays_in_lists(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    model = build(tokenizer, index="inverted", n_list=60, n_probe=4)
+    (secret,) = model.store_experience("Umbrellas are purple.")
+    for text in (A, B, C, A, B):
+        model.store_experience(text)
+    lists = bank(model).lists
+    assert int(lists.host_n_list) > 0
+    own = bank(model).record[0] == secret
+    keys, others = bank(model).key[0, own], bank(model).key[0, ~own]
+    keys = keys[(keys @ others.T).max(dim=1).values < 0.9999]  # those of a first space are alike
+    assert (keys @ lists.centroid[0].T).max() > 0.9999  # a centre that is one of its keys
+    model.forget(secret)
+    model.save_memory(tmp_path / "memory")
+    content = (tmp_path / "memory").read_bytes()
+    assert not any(key.numpy().tobytes() in content for key in keys)
+    assert (keys @ bank(model).lists.centroid[0].T).max() < 0.9999
+    model.forget(range(1, 6))
+    assert not bank(model).lists.centroid.any()
+
+
 def test_more_origins_than_are_listed_count_as_all(tokenizer: Tokenizer) -> None:
     model = build(tokenizer, n_slot=500)
     for _ in range(12):
@@ -433,14 +472,40 @@ def test_files_that_are_no_whole_memory_are_refused(tokenizer: Tokenizer, tmp_pa
         path.write_bytes(whole[:n])
         with pytest.raises(ConfigError, match="cut short"):
             model.load_memory(path)
-    from safetensors.torch import save_file
-
     save_file({"x": torch.zeros(1)}, path)
     with pytest.raises(ConfigError, match="not a memory"):
         model.load_memory(path)
     with pytest.raises(ConfigError, match="no memory file"):
         model.load_memory(tmp_path / "nothing")
     assert contents(model) == before
+
+
+def test_a_file_that_lacks_a_part_leaves_the_memory_as_it_is(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    model, path = build(tokenizer), tmp_path / "memory"
+    model.store_experience(A)
+    model.save_memory(path)
+    with safe_open(path, "pt") as file:
+        header = file.metadata()
+    whole = load_file(path)
+    other = build(tokenizer)
+    other.store_experience(B)
+    for name in ("ltm/1/uses", "ltm/1/key"):
+        for tensors in ({k: v for k, v in whole.items() if k != name}, whole | {name: whole[name][..., :1].clone()}):
+            save_file(tensors, path, header)
+            with pytest.raises(ConfigError, match="damaged or cut short"):
+                other.load_memory(path)
+            assert texts(other) == [B]
+
+
+def test_a_place_that_is_no_file_is_refused(tokenizer: Tokenizer, tmp_path: Path, monkeypatch: Any) -> None:
+    model = build(tokenizer)
+    for path in ("", ".", tmp_path):
+        with pytest.raises(ConfigError, match="is a directory: give the path of the file"):
+            model.save_memory(path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    model.save_memory("~/memory")
+    assert (tmp_path / "memory").is_file()
+    model.load_memory("~/memory")
 
 
 def test_a_save_that_fails_leaves_the_old_file(tokenizer: Tokenizer, tmp_path: Path, monkeypatch: Any) -> None:

@@ -150,13 +150,6 @@ def test_lists_after_any_writes_are_those_of_a_loop() -> None:
             assert found == naive[row]
             stored = lists.place[row] >= 0
             torch.testing.assert_close(lists.key[row, lists.place[row, stored].long()], key[row, stored])
-        if step % 10 == 9:
-            gone = torch.rand(2, 40, generator=g) < 0.3
-            lists = file.forget(lists, gone)
-            for row in range(2):
-                naive[row] = [inside - set(gone[row].nonzero()[:, 0].tolist()) for inside in naive[row]]
-                assert held(file, lists, row) == naive[row]
-                assert int((lists.key[row].abs().sum(dim=1) > 0).sum()) == sum(map(len, naive[row]))
     assert n_full > 20, "no list was ever full"
     file.start(lists, torch.tensor([False, True]))
     assert held(file, lists, 0) == naive[0]
@@ -277,6 +270,11 @@ def test_forgotten_slots_are_in_no_list() -> None:
     new = memory.forget(state, gone)
     assert torch.equal(new.lists.place >= 0, ~gone)
     assert not memory.filled(new)[gone].any()
+    expected = dealt_out(InvertedFile(20, 8, n_list=4), new.key, ~gone)  # centres of what is left, too
+    assert all(torch.equal(a, b) for a, b in zip(new.lists, expected, strict=True))
+    none = memory.forget(new, torch.ones_like(gone))
+    assert not none.lists.centroid.any()
+    assert not none.lists.key.any()
 
 
 def test_a_shared_bank_that_was_kept_without_lists_is_dealt_out() -> None:
