@@ -811,7 +811,8 @@ class LongTermMemory(Memory):
         if state.lists is None:
             return new
         new = new._replace(lists=state.lists)
-        return new._replace(lists=self._deal_out(new, state.lists.host_n_list > 0))
+        changed = slots.any(dim=1).cpu() & (state.lists.host_n_list > 0)
+        return new._replace(lists=self._deal_out(new, changed))
 
 
 def _origins(state: LongTermState, slots: Tensor, member: Tensor, n_group: int) -> Tensor:
