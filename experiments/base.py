@@ -254,7 +254,7 @@ def check_settings(settings: Any, least: Mapping[str, float]) -> None:
             raise ConfigError(f"{name}.{key} must be at least {number}, got {getattr(settings, key)}")
     if not getattr(settings, "facts_per_segment", 1) > 0:
         raise ConfigError(f"{name}.facts_per_segment must be positive, got {settings.facts_per_segment}")
-    if settings.split not in ("val", "test"):
+    if getattr(settings, "split", "val") not in ("val", "test"):
         raise ConfigError(f"{name}.split must be 'val' or 'test', text the model never saw, got {settings.split!r}")
 
 

@@ -36,7 +36,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from experiments.base import PALETTE, Result, Row, evaluating, mean_interval, style
+from experiments.base import PALETTE, Result, Row, check_settings, evaluating, mean_interval, style
 from memlm.config import ConfigError
 
 Task = Literal["prose", "facts", "symbols", "stories"]
@@ -119,9 +119,7 @@ class Continual:
             raise ConfigError(f"continual.lr must be above 0, got {self.lr}")
         least = {"n_step": 1, "n_row": 1, "n_segment": 2, "capacity": 1, "consolidate_every": 1, "n_check": 1,
                  "n_batch": 1, "n_word": _N_SYMBOL + 2}  # fmt: skip
-        for name, number in least.items():
-            if getattr(self, name) < number:
-                raise ConfigError(f"continual.{name} must be at least {number}, got {getattr(self, name)}")
+        check_settings(self, least)
         if min(self.seeds) < 0:
             raise ConfigError(f"continual.seeds must not be negative, got {list(self.seeds)}")
         if self.n_step < self.n_check:

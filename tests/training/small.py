@@ -119,10 +119,15 @@ def fit_until_killed(settings: dict[str, Any], step: int) -> None:
         if batch.step == step:
             os.kill(os.getpid(), signal.SIGKILL)
 
+    fit_until_it_kills_itself(settings, kill)
+
+
+def fit_until_it_kills_itself(settings: dict[str, Any], before_step: Any) -> None:
+    """Train in a process of its own, which ends itself with signal 9."""
     child = os.fork()
     if child == 0:
         try:
-            fit(settings, before_step=kill)
+            fit(settings, before_step=before_step)
         finally:
             os._exit(1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL

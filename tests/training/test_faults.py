@@ -18,7 +18,7 @@ from memlm.training import fit as fit_module
 from memlm.training.module import LanguageModeling
 from memlm.training.resume import find_origin
 from scripts.survival import differences
-from tests.training.small import FACTS, SHORT, config, curve, fit, fit_until_killed
+from tests.training.small import FACTS, SHORT, config, curve, fit, fit_until_it_kills_itself, fit_until_killed
 
 # Everything that a checkpoint may have to keep: rows that go on, a bank that all share, a replay buffer that is full.
 ALL: dict[str, Any] = {"memory": "dual", "phases": [FACTS], "replay": "reservoir"}
@@ -123,7 +123,7 @@ def test_killed_while_it_writes_a_checkpoint(tmp_path: Path) -> None:
 
             torch.save = save  # type: ignore[assignment]
 
-    _end_of_child(config(tmp_path, "killed", *MORE, **ALL), cut)
+    fit_until_it_kills_itself(config(tmp_path, "killed", *MORE, **ALL), cut)
     assert names(tmp_path / "killed") == ["step=3.ckpt"]
     assert len(list((tmp_path / "killed" / "checkpoints").iterdir())) == 2
     fit(config(tmp_path, "on", *MORE, "resume=auto", **ALL))
@@ -140,24 +140,13 @@ def test_a_checkpoint_appears_when_its_step_is_logged_and_validated(tmp_path: Pa
             module.validation_step = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[method-assign]
 
     settings = ["trainer.val_check_interval=3"]
-    _end_of_child(config(tmp_path, "killed", *settings), while_validating)
+    fit_until_it_kills_itself(config(tmp_path, "killed", *settings), while_validating)
     assert names(tmp_path / "killed") == ["step=3.ckpt"]
     _, _, rows = fit(config(tmp_path, "on", *settings, "resume=auto"))
     _, _, whole = fit(config(tmp_path / "b", "whole", *settings))
     for name in ("val/nll", "train/loss"):
         assert curve(rows, name) == curve(whole, name)
     assert sorted(curve(rows, "val/nll")) == [2, 5, 8]
-
-
-def _end_of_child(settings: dict[str, Any], before_step: Any) -> None:
-    """Train in a process of its own, which kills itself."""
-    child = os.fork()
-    if child == 0:
-        try:
-            fit(settings, before_step=before_step)
-        finally:
-            os._exit(1)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
 
 
 def test_a_flipped_bit_is_found(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
