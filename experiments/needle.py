@@ -15,6 +15,7 @@ Kinds of facts, by what could give a needle away without memory:
 from __future__ import annotations
 
 import itertools
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from operator import itemgetter
@@ -365,9 +366,9 @@ def _bars(metrics: Mapping[str, float], title: str) -> Figure:
             label = f"guess among told facts of the kind, {100 * metrics['chance']:.2g} %"
             axes.axvline(metrics["chance"], color=PALETTE["black"], linewidth=1.2, linestyle=":", label=label)
             figure.legend(loc="outside lower right")
-        axes.set_yticks(range(len(shown)), [names[name] for name in shown])
+        axes.set_yticks(range(len(shown)), [names[name].replace(", subject", ",\nsubject") for name in shown])
         axes.invert_yaxis()
-        axes.set(title=title, xlim=(0, 1))
+        axes.set(title=textwrap.fill(title, 44), xlim=(0, 1))
         axes.set_xlabel("recalled exactly, with 95 % Wilson interval")
         axes.grid(axis="x")
         axes.grid(visible=False, axis="y")
