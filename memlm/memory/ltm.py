@@ -257,9 +257,9 @@ class LongTermMemory(Memory):
 
     def bank(self) -> LongTermState:
         """See `Memory.bank`. A bank that was kept without lists is dealt out."""
-        fresh = self.init_state(1)
-        if not self.has_bank or fresh.lists is None or hasattr(self, "bank_lists_left"):
+        if not self.has_bank or self.index == "exact" or hasattr(self, "bank_lists_left"):
             return super().bank()
+        fresh = self.init_state(1)
         named = {name: getattr(self, f"bank_{name}") for name in named_tensors(fresh._replace(lists=None))}
         state = fresh._replace(**named | {"host_used": named["host_used"].cpu()})
         return state._replace(lists=self._deal_out(state, torch.ones(1, dtype=torch.bool)))

@@ -180,12 +180,12 @@ class ExperienceModel(LanguageModel):
             for part in best:
                 if part.weight >= READ:
                     opened[part.memory].module.uses()[part.slot] += 1
-            return [self._describe(part, opened[part.memory]) for part in best]
+            return self._described(best, opened)
 
     def list_memory(self, n: int = 10) -> list[Remembered]:
         """The ``n`` latest records of the persistent memory, newest first, each by its most important slot."""
         kept = self._kept("list_memory")
-        listed = []
+        listed: list[_Found] = []
         with self._at_rest():
             opened = _opened(kept, self.bank_state())
             for number in sorted(self._ids(kept), reverse=True)[: max(n, 0)]:
@@ -194,8 +194,9 @@ class ExperienceModel(LanguageModel):
                     importance = part.records.importance[0].masked_fill(part.records.record[0] != number, -torch.inf)
                     slots.append((float(importance.max()), name, int(importance.argmax())))
                 _, name, slot = max(slots)
-                listed.append(self._describe(_Found(0.0, 0.0, name, slot, number), opened[name]))
-        return [record._replace(similarity=None, weight=None) for record in listed]
+                listed.append(_Found(0.0, 0.0, name, slot, number))
+            described = self._described(listed, opened)
+        return [record._replace(similarity=None, weight=None) for record in described]
 
     def edit_memory(self, number: int, text: str) -> int:
         """Replace the text of a record; it keeps its id, document and age.
@@ -526,13 +527,21 @@ class ExperienceModel(LanguageModel):
                 found.append(_Found(weight, cosine, part.name, slot, number))
         return found
 
-    def _describe(self, found: _Found, opened: _Opened) -> Remembered:
-        """What is known of a slot."""
+    def _described(self, found: list[_Found], opened: dict[str, _Opened]) -> list[Remembered]:
+        """What is known of slots."""
+        theirs = {
+            name: torch.isin(part.records.record[0], torch.tensor([one.record for one in found], device=part.records.record.device)).nonzero()[:, 0]
+            for name, part in opened.items()
+        }
+        return [self._describe(one, opened[one.memory], theirs[one.memory]) for one in found]
+
+    def _describe(self, found: _Found, opened: _Opened, slots: Tensor) -> Remembered:
+        """What is known of a slot; all of its record are among ``slots``."""
         (module, bank, records), slot = opened, found.slot
         places, tokens = module.places(bank), module.tokens(bank)
         assert places is not None
         assert tokens is not None
-        mine = (records.record[0] == found.record).nonzero()[:, 0]
+        mine = slots[records.record[0, slots] == found.record]
         kept: dict[int, int] = {}
         for place, snippet in zip(places[0, mine].tolist(), tokens[0, mine].tolist(), strict=True):
             begin = place + 2 - len(snippet)

@@ -9,8 +9,8 @@ time, while slots are few, every slot is searched.
 Source: the inverted file with coarse centroids of Sivic and Zisserman (Video Google, 2003) and of Jegou et al. (Product
 quantization for nearest neighbor search, 2011), with spherical k-means (Dhillon and Modha, 2001).
 
-Shapes: B rows of slots, S segments, N = S * T queries of a row, M slots, L lists, C cells of a list, p lists probed,
-K slots written at a time, k slots read.
+Shapes: B rows of slots, S segments, N = S * T queries of a row, M slots, L lists, C cells of a list, p lists probed by a
+query, l lists probed by any, K slots written at a time, k slots read.
 """
 
 from __future__ import annotations
@@ -319,20 +319,25 @@ class InvertedFile:
         self, lists: Lists, query: Tensor, temperature: Tensor, threshold: float, k: int, bank: Pool
     ) -> tuple[Tensor, Tensor]:
         """`search` of the queries (N, d_key) of one row, whose slots are dealt out: (N, k) each."""
-        hidden = torch.where(bank.visible[0], bank.bias, -torch.inf)  # (S, M)
-        n_list, n_query, n_segment = int(lists.host_n_list), len(query), len(hidden)
-        cells = lists.slot[: n_list * self.n_cell].long()
-        # What each cell adds in each segment; empty cells take the column that is added.
-        table = F.pad(hidden, (0, 1), value=-torch.inf)[:, cells].view(n_segment, n_list, -1)  # (S, l, C)
-        keys = lists.key[: n_list * self.n_cell].view(n_list, self.n_cell, -1)
+        visible, bias = bank.visible[0], bank.bias[0]  # (S, M), (M,)
+        n_list, n_query, n_segment = int(lists.host_n_list), len(query), len(visible)
         near = self._nearest(lists.centroid[:n_list], query)  # (N, p)
+        if query.is_cuda:
+            searched = torch.arange(n_list, device=query.device)
+        else:  # few queries search few of the lists
+            searched, near = near.unique(return_inverse=True)
+        cells = lists.slot[:-1].view(self.n_list, -1)[searched].long()  # (l, C)
+        empty, cells = cells < 0, cells.clamp(min=0)
+        table = torch.where(visible[:, cells] & ~empty, bias[cells], -torch.inf)  # what each adds, (S, l, C)
+        keys, extent = lists.key[:-1].view(self.n_list, self.n_cell, -1), lists.extent[searched]
         segment = torch.arange(n_query, device=query.device) // (n_query // n_segment)
         n_probe = near.shape[1]
         n_group = n_probe * self.n_cell // _GROUP
         values, slots = [], []
+        most = table.amax(dim=0)
         for part in torch.arange(n_query, device=query.device).split(max(1, _SCORES // (n_probe * self.n_cell))):
             score, place = _by_list(
-                query[part], temperature, threshold, keys, table.amax(dim=0), lists.extent[:n_list], near[part]
+                query[part], temperature, threshold, keys, searched, most, extent, near[part]
             )
             if n_segment > 1:
                 pair = torch.empty_like(place.flatten()).scatter_(0, place.flatten(), near[part].flatten())
@@ -347,11 +352,12 @@ class InvertedFile:
             value, index = found.topk(min(k, found.shape[1]), dim=1, sorted=False)
             cell = (near[part].gather(1, probe)[..., None] * self.n_cell + inside).flatten(1).gather(1, index)
             values.append(value)
-            slots.append(cells[cell].clamp(min=0))
+            slots.append(cells.flatten()[cell])
         value, slot = torch.cat(values), torch.cat(slots)
         # The rounding of a product of many queries depends on which they are. A query's own result must not.
         slot, order = slot.sort(dim=1)
-        exactly = temperature * (bank.key[0, slot] * query[:, None]).sum(dim=2) + hidden[segment[:, None], slot]
+        exactly = temperature * (bank.key[0, slot] * query[:, None]).sum(dim=2) + bias[slot]
+        exactly = exactly.masked_fill(~visible[segment[:, None], slot], -torch.inf)
         value = exactly.masked_fill(value.gather(1, order) == -torch.inf, -torch.inf)
         missing = (0, k - slot.shape[1])
         return F.pad(value, missing, value=-torch.inf), F.pad(slot, missing)
@@ -363,9 +369,16 @@ def dealt(lists: Lists) -> bool:
 
 
 def _by_list(
-    query: Tensor, temperature: Tensor, threshold: float, keys: Tensor, bias: Tensor, extent: Tensor, near: Tensor
+    query: Tensor,
+    temperature: Tensor,
+    threshold: float,
+    keys: Tensor,
+    searched: Tensor,
+    bias: Tensor,
+    extent: Tensor,
+    near: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """Scores of each ``query`` (N, d_key) in the lists ``near`` (N, p) it.
+    """Scores of each ``query`` (N, d_key) in the lists that are near it.
 
     On a CPU list by list, each with all its queries: no key is copied, and each is read once.
 
@@ -373,10 +386,11 @@ def _by_list(
         query: Unit queries.
         temperature: Inverse temperature.
         threshold: Least cosine similarity.
-        keys: Keys of the cells, (l, C, d_key).
-        bias: What each cell adds, (l, C).
-        extent: Cells of each list beyond which all are empty, (l,).
-        near: Lists of each query.
+        keys: Keys of the cells of all lists, (L, C, d_key).
+        searched: Lists that any query searches, (l,).
+        bias: What each of their cells adds, (l, C).
+        extent: Cells of each of them beyond which all are empty, (l,).
+        near: Which of them each query searches, (N, p).
 
     Returns:
         Scores in the order in which they were made, (N * p, C), and which of them each probe has, (N, p).
@@ -384,7 +398,7 @@ def _by_list(
     scaled, least = query * temperature, threshold * temperature
     flat = near.flatten()
     if query.is_cuda:
-        score = (keys[near] @ scaled[:, None, :, None])[..., 0].flatten(0, 1)
+        score = (keys[searched[near]] @ scaled[:, None, :, None])[..., 0].flatten(0, 1)
         if threshold > -1:
             score.masked_fill_(score < least, -torch.inf)
         return score.add_(bias[flat]), torch.arange(len(flat), device=flat.device).view_as(near)
@@ -392,15 +406,16 @@ def _by_list(
     scaled = scaled[order // near.shape[1]]  # (N * p, d_key)
     score = query.new_full((len(flat), keys.shape[1]), -torch.inf)
     start = 0
-    for number, (size, end) in enumerate(
-        zip(flat.bincount(minlength=len(keys)).tolist(), extent.tolist(), strict=True)
+    sizes = flat.bincount(minlength=len(searched))
+    for row, (number, size, end) in enumerate(
+        zip(searched.tolist(), sizes.tolist(), extent.tolist(), strict=True)
     ):
         if size and end:
             part = score[start : start + size, :end]
             torch.mm(scaled[start : start + size], keys[number, :end].T, out=part)
             if threshold > -1:
                 part.masked_fill_(part < least, -torch.inf)
-            part.add_(bias[number, :end])
+            part.add_(bias[row, :end])
         start += size
     return score, torch.empty_like(order).scatter_(0, order, torch.arange(len(order))).view_as(near)
 
