@@ -21,9 +21,10 @@ FLOORS = [
     {"memlm.training", "memlm.analysis", "memlm.checkpoint"},
     {"memlm"},
     {"experiments"},
+    {"benchmarks"},
     {"scripts", "train", "memlm.compat"},
 ]
-OURS = {"memlm", "experiments", "scripts", "train"}
+OURS = {"memlm", "experiments", "benchmarks", "scripts", "train"}
 
 
 def floor(module: str) -> int:
@@ -52,7 +53,7 @@ def imports(tree: ast.Module, module: str, is_package: bool) -> Iterator[tuple[i
 
 
 def sources() -> Iterator[tuple[Path, str]]:
-    paths = [ROOT / "train.py", *(p for d in ("memlm", "experiments", "scripts") for p in (ROOT / d).rglob("*.py"))]
+    paths = [ROOT / "train.py", *(p for d in sorted(OURS - {"train"}) for p in (ROOT / d).rglob("*.py"))]
     for path in paths:
         if path.exists():
             yield path, ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
