@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 READ = 0.1
 """Read weight from which a slot counts as read."""
 
-_WINDOW = 16  # passages stored by one call
+_WINDOW = 2**13  # tokens that are stored by one call, at most
 _BATCH = 1024  # sentences encoded at a time
 _PROGRESS = 2.0  # seconds after which a progress bar appears
 # Where a text may be cut without other tokens on either side: after a sentence or before a new line.
@@ -498,7 +498,8 @@ class ExperienceModel(LanguageModel):
         """
         local = state.local
         state = state._replace(local=local._replace(document=torch.full_like(local.document, document)))
-        for window in _progress(iter(lambda: list(itertools.islice(passages, _WINDOW)), []), "storing"):
+        n = max(1, _WINDOW // self.segment_len)
+        for window in _progress(iter(lambda: list(itertools.islice(passages, n)), []), "storing"):
             rows = [torch.tensor(passage) for passage in window]
             ids = torch.stack([F.pad(row, (0, self.segment_len - len(row))) for row in rows])
             valid = torch.stack([torch.arange(self.segment_len) < len(row) for row in rows])
@@ -530,7 +531,9 @@ class ExperienceModel(LanguageModel):
     def _described(self, found: list[_Found], opened: dict[str, _Opened]) -> list[Remembered]:
         """What is known of slots."""
         theirs = {
-            name: torch.isin(part.records.record[0], torch.tensor([one.record for one in found], device=part.records.record.device)).nonzero()[:, 0]
+            name: torch.isin(
+                part.records.record[0], torch.tensor([one.record for one in found], device=part.records.record.device)
+            ).nonzero()[:, 0]
             for name, part in opened.items()
         }
         return [self._describe(one, opened[one.memory], theirs[one.memory]) for one in found]

@@ -9,8 +9,8 @@ time, while slots are few, every slot is searched.
 Source: the inverted file with coarse centroids of Sivic and Zisserman (Video Google, 2003) and of Jegou et al. (Product
 quantization for nearest neighbor search, 2011), with spherical k-means (Dhillon and Modha, 2001).
 
-Shapes: B rows of slots, S segments, N = S * T queries of a row, M slots, L lists, C cells of a list, p lists probed by a
-query, l lists probed by any, K slots written at a time, k slots read.
+Shapes: B rows of slots, S segments, N = S * T queries of a row, M slots, L lists, C cells of a list, p lists probed by
+a query, l lists probed by any, K slots written at a time, k slots read.
 """
 
 from __future__ import annotations
@@ -336,9 +336,7 @@ class InvertedFile:
         values, slots = [], []
         most = table.amax(dim=0)
         for part in torch.arange(n_query, device=query.device).split(max(1, _SCORES // (n_probe * self.n_cell))):
-            score, place = _by_list(
-                query[part], temperature, threshold, keys, searched, most, extent, near[part]
-            )
+            score, place = _by_list(query[part], temperature, threshold, keys, searched, most, extent, near[part])
             if n_segment > 1:
                 pair = torch.empty_like(place.flatten()).scatter_(0, place.flatten(), near[part].flatten())
                 reader = torch.empty_like(pair).scatter_(0, place.flatten(), segment[part].repeat_interleave(n_probe))
@@ -407,9 +405,7 @@ def _by_list(
     score = query.new_full((len(flat), keys.shape[1]), -torch.inf)
     start = 0
     sizes = flat.bincount(minlength=len(searched))
-    for row, (number, size, end) in enumerate(
-        zip(searched.tolist(), sizes.tolist(), extent.tolist(), strict=True)
-    ):
+    for row, (number, size, end) in enumerate(zip(searched.tolist(), sizes.tolist(), extent.tolist(), strict=True)):
         if size and end:
             part = score[start : start + size, :end]
             torch.mm(scaled[start : start + size], keys[number, :end].T, out=part)
