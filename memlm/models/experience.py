@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from memlm.config import ConfigError
+from memlm.config import ConfigError, whole
 from memlm.memory.base import MANY, Memory, Records
 from memlm.memory.state import State, from_dict, tensors, to_dict
 from memlm.models import memory_file
@@ -158,7 +158,7 @@ class ExperienceModel(LanguageModel):
                 that keeps records.
         """
         self._kept("query_memory")
-        return self.recalled(self.encode_text(text), top_k=_whole("top_k", top_k, least=1))
+        return self.recalled(self.encode_text(text), top_k=whole("top_k", top_k, least=1))
 
     def recalled(self, ids: Sequence[int], first: int = 0, top_k: int = 1) -> list[Remembered]:
         """What is read from the persistent memory for tokens; see `query_memory`.
@@ -190,7 +190,7 @@ class ExperienceModel(LanguageModel):
             ConfigError: If ``n`` is no whole number of at least 0, or the model has no memory that keeps records.
         """
         kept = self._kept("list_memory")
-        n = _whole("n", n)
+        n = whole("n", n)
         listed = []
         with self._at_rest():
             opened = _opened(kept, self.bank_state())
@@ -272,13 +272,13 @@ class ExperienceModel(LanguageModel):
             several = isinstance(asked, Iterable) and not isinstance(asked, str | Mapping)
             numbers = self._check_ids(asked if several else [asked], kept)
         elif document is not None:
-            document = _whole("document (the number of a text)", document)
+            document = whole("document (the number of a text)", document)
             known = {int(found) for part in kept for found in _documents(part.module)}
             end = min((found for found in known if found > document), default=int(_n_record(kept)))
             there = document in known or (document not in before and self._may_be_merged(document, kept))
             numbers = list(range(document, end)) if there else []
         else:
-            older_than = _whole("older_than (an age in records)", older_than)
+            older_than = whole("older_than (an age in records)", older_than)
             numbers = list(range(max(int(_n_record(kept)) - 1 - older_than, 0)))
         if not numbers:
             return []
@@ -420,7 +420,7 @@ class ExperienceModel(LanguageModel):
             stored |= bool((records.origins == MANY).any())
         for value in asked:
             number = _plain(value)
-            if not _is_whole(number) or not 0 <= number < n_record:
+            if type(number) is not int or not 0 <= number < n_record:
                 shown = reprlib.repr(value)
                 if n_record == 0:
                     raise ConfigError(f"there is no record {shown}: nothing is stored yet")
@@ -600,18 +600,6 @@ class ExperienceModel(LanguageModel):
 def _plain(value: Any) -> Any:
     """Numbers and arrays of numpy and torch as those of Python."""
     return value.tolist() if isinstance(value, Tensor | np.ndarray | np.generic) else value
-
-
-def _is_whole(number: Any) -> bool:
-    return isinstance(number, int) and not isinstance(number, bool)
-
-
-def _whole(name: str, value: Any, least: int = 0) -> int:
-    """An argument that has to be a whole number of at least ``least``."""
-    number = _plain(value)
-    if not _is_whole(number) or number < least:
-        raise ConfigError(f"{name} must be a whole number of at least {least}, got {reprlib.repr(value)}")
-    return number
 
 
 def _opened(kept: list[_Kept], banks: Any) -> dict[str, _Opened]:

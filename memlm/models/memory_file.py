@@ -121,7 +121,7 @@ def _checksum(tensors: dict[str, Tensor], header: dict[str, str]) -> str:
     crc = zlib.crc32(json.dumps(told, sort_keys=True).encode())
     for name, tensor in sorted(tensors.items()):
         crc = zlib.crc32(f"{name} {describe(tensor)}".encode(), crc)
-        crc = zlib.crc32(tensor.unsqueeze(-1).view(torch.uint8).numpy(), crc)
+        crc = zlib.crc32(tensor.unsqueeze(-1).view(torch.uint8).numpy().data, crc)
     return f"{crc:08x}"
 
 
