@@ -17,6 +17,7 @@ import logging
 import os
 import re
 import reprlib
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -56,7 +57,7 @@ class Remembered(NamedTuple):
         weight: Greatest share of a token's read that came from the slot, in 0..1; None if nothing was asked.
         importance: What the memory gives on the slot, in 0..1.
         age: Records written since.
-        uses: How often the slot was among what `ExperienceModel.query_memory` or a conversation showed, with a weight
+        uses: How often the record was among what `ExperienceModel.query_memory` or a conversation showed, with a weight
             of at least `READ`. Training and generation alone do not count.
         document: Number of the text it was stored with: the id of that text's first record.
         position: Place of the slot's token in that text, in tokens.
@@ -157,8 +158,10 @@ class ExperienceModel(LanguageModel):
             ConfigError: If the text is empty, ``top_k`` is no whole number of at least 1, or the model has no memory
                 that keeps records.
         """
-        self._kept("query_memory")
-        return self.recalled(self.encode_text(text), top_k=whole("top_k", top_k, least=1))
+        kept = self._kept("query_memory")
+        found = self.recalled(self.encode_text(text), top_k=whole("top_k", top_k, least=1))
+        uses = _uses(kept) if found else {}
+        return [record._replace(uses=uses[record.id]) for record in found]
 
     def recalled(self, ids: Sequence[int], first: int = 0, top_k: int = 1) -> list[Remembered]:
         """What is read from the persistent memory for tokens; see `query_memory`.
@@ -201,7 +204,8 @@ class ExperienceModel(LanguageModel):
                     slots.append((float(importance.max()), name, int(importance.argmax())))
                 _, name, slot = max(slots)
                 listed.append(self._describe(_Found(0.0, 0.0, name, slot, number), opened[name]))
-        return [record._replace(similarity=None, weight=None) for record in listed]
+        uses = _uses(kept) if listed else {}
+        return [record._replace(similarity=None, weight=None, uses=uses[record.id]) for record in listed]
 
     def edit_memory(self, number: int, text: str) -> int:
         """Replace the text of a record; it keeps its id, document and age.
@@ -637,6 +641,18 @@ def _n_record(kept: list[_Kept]) -> Tensor:
 
 def _n_filled(kept: list[_Kept]) -> int:
     return sum(int(part.module.filled(part.module.bank()).sum()) for part in kept)
+
+
+def _uses(kept: list[_Kept]) -> Counter[int]:
+    """How often each record was shown, by any of its slots."""
+    uses: Counter[int] = Counter()
+    for part in kept:
+        of_slot = part.module.uses()
+        slots = of_slot.nonzero()[:, 0]
+        numbers = part.module.records(part.module.bank()).record[0, slots]
+        for number, n in zip(numbers.tolist(), of_slot[slots].tolist(), strict=True):
+            uses[number] += n
+    return uses
 
 
 def _documents(module: Memory) -> list[int]:

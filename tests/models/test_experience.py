@@ -207,6 +207,16 @@ def test_uses_count_what_was_shown_and_read(tokenizer: Tokenizer) -> None:
     assert model.memory["ltm"][0].uses().sum() == 0
 
 
+def test_uses_are_those_of_the_record_whichever_slot_was_read(tokenizer: Tokenizer) -> None:
+    model = build(tokenizer, temperature=60.0)
+    model.store_experience(A)
+    model.store_experience(B)
+    shown = [model.query_memory(text, top_k=1)[0] for text in ("The cat", "red box.", B)]
+    assert [(hit.id, hit.uses) for hit in shown] == [(0, 1), (0, 2), (1, 1)]
+    assert shown[0].slot != shown[1].slot
+    assert [(record.id, record.uses) for record in model.list_memory()] == [(1, 1), (0, 2)]
+
+
 def test_an_empty_memory_has_nothing_to_tell(tokenizer: Tokenizer) -> None:
     model = build(tokenizer)
     assert model.query_memory(A) == model.list_memory() == []
