@@ -20,6 +20,7 @@ import inspect
 import math
 import os
 import re
+import reprlib
 import shlex
 import shutil
 import signal
@@ -69,6 +70,18 @@ def did_you_mean(name: str, options: Iterable[str]) -> str:
     """Return `" Did you mean 'x'?"` for the option closest to `name`, or an empty string."""
     close = difflib.get_close_matches(str(name), [str(o) for o in options], n=1, cutoff=0.5)
     return f" Did you mean {close[0]!r}?" if close else ""
+
+
+def whole(name: str, value: Any, least: int = 0) -> int:
+    """Return an argument that has to be a whole number, also one of numpy or torch, as an int.
+
+    Raises:
+        ConfigError: it is none, or less than `least`.
+    """
+    number = value.tolist() if hasattr(value, "tolist") else value
+    if type(number) is not int or number < least:  # bool is no number here
+        raise ConfigError(f"{name} must be a whole number of at least {least}, got {reprlib.repr(value)}")
+    return number
 
 
 def config_dir() -> Path:

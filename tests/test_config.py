@@ -8,12 +8,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Optional
 
+import numpy as np
 import pytest
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
 from memlm import config
-from memlm.config import ConfigError, check_command_line, compose, did_you_mean, to_dict, validate
+from memlm.config import ConfigError, check_command_line, compose, did_you_mean, to_dict, validate, whole
 
 if TYPE_CHECKING:
     from decimal import Decimal
@@ -641,6 +642,15 @@ def test_shipped_trainers(tmp_path: Path, name: str) -> None:
     cfg = compose([], "main", directory=tmp_path, searchpath=[here])
     assert set(cfg.logger) == {"csv", "wandb"}
     validate(cfg)
+
+
+def test_whole_numbers() -> None:
+    assert [whole("n", n) for n in (0, 7, np.int64(7))] == [0, 7, 7]
+    for wrong in (-1, True, 7.0, "7", None, np.True_, np.array([7])):
+        with pytest.raises(ConfigError, match="n must be a whole number of at least 0, got"):
+            whole("n", wrong)
+    with pytest.raises(ConfigError, match="at least 2, got 1"):
+        whole("n", 1, least=2)
 
 
 def test_did_you_mean() -> None:

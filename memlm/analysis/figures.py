@@ -10,7 +10,7 @@ A *history* is a list of rows, each a dict from column to value, as Lightning's 
 
 import csv
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from os import PathLike
 from typing import Any
@@ -144,12 +144,12 @@ def read_history(metrics_csv: str | PathLike[str]) -> list[dict[str, Any]]:
         Empty list for an empty file.
 
     Raises:
-        ValueError: If a line has more fields than the header names, or a step is not a number.
+        ValueError: If it is no text, a line has more fields than the header names, or a step is not a number.
     """
     history = []
     with open(metrics_csv, newline="", encoding="utf-8") as file:
         reader = csv.DictReader(file)
-        for row in reader:
+        for row in _lines(reader, metrics_csv):
             if None in row:
                 raise ValueError(
                     f"{metrics_csv}, line {reader.line_num}: {len(row[None])} more field(s) than the header names; "
@@ -160,6 +160,13 @@ def read_history(metrics_csv: str | PathLike[str]) -> list[dict[str, Any]]:
             except ValueError as error:
                 raise ValueError(f"{metrics_csv}, line {reader.line_num}: {error}") from None
     return history
+
+
+def _lines(reader: Iterable[dict[Any, Any]], path: str | PathLike[str]) -> Iterator[dict[Any, Any]]:
+    try:
+        yield from reader
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{path} is no CSV file: {error}; expected a metrics.csv written by one CSVLogger") from error
 
 
 def loss_curve(history: History, into: SubFigure | None = None) -> Figure | None:
@@ -447,8 +454,13 @@ def _series(history: History, column: str) -> dict[int, float]:
     series = {}
     for i, row in enumerate(history):
         value = row.get(column)
-        if value is None or math.isnan(value):
+        if value is None:
             continue
+        try:
+            if math.isnan(value):
+                continue
+        except TypeError:
+            raise ValueError(f"row {i} of the history holds {value!r} as {column!r}; expected a number") from None
         step = row.get("step")
         if step is None or math.isnan(step):
             raise ValueError(f"row {i} of the history holds {column!r} but no 'step'; expected both in one row")

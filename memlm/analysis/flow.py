@@ -8,7 +8,8 @@ Shapes: N tokens of the text, k slots read by a token, M slots of a bank.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import reprlib
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from memlm.analysis.figures import PALETTE, style
 from memlm.analysis.usage import banks, slot_changes
+from memlm.config import whole
 from memlm.memory.base import Memory
 from memlm.models.base import LanguageModel
 
@@ -122,20 +124,35 @@ class Flow:
         return np.max([read.strength for read in self.reads.values()], axis=0, initial=0.0)
 
 
+def check_texts(name: str, texts: Any) -> None:
+    """Refuse what is no list of texts.
+
+    Raises:
+        ValueError: Also for a bare text, whose letters would be taken for texts.
+    """
+    if isinstance(texts, str | bytes) or not isinstance(texts, Iterable):
+        raise ValueError(f"{name} is a list of texts: give [text] for a single one, got {reprlib.repr(texts)}")
+
+
 def token_ids(model: LanguageModel, text: Text) -> list[int]:
     """Token ids of a text.
 
     Raises:
-        ValueError: If it has no token, several rows, or an id that is not in the vocabulary.
+        ValueError: If it is neither text nor ids, has no token, several rows, or an id that is not in the vocabulary.
     """
     if isinstance(text, str):
         ids = model.tokenizer.encode(text)
     else:
-        tensor = torch.as_tensor(text)
+        try:
+            tensor = torch.as_tensor(text)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(f"a text is a str or its token ids, got {reprlib.repr(text)}") from error
+        if tensor.numel() and not torch.can_cast(tensor.dtype, torch.long):
+            raise ValueError(f"token ids are whole numbers, got {str(tensor.dtype).removeprefix('torch.')}")
         if tensor.dim() == 2 and len(tensor) == 1:
             tensor = tensor[0]
         if tensor.dim() != 1:
-            raise ValueError(f"the flow of one text is shown: expected ids (N,) or (1, N), got {tuple(tensor.shape)}")
+            raise ValueError(f"of one text at a time: expected ids (N,) or (1, N), got {tuple(tensor.shape)}")
         ids = [int(i) for i in tensor]
     if not ids:
         raise ValueError("the text has no token: give a longer one")
@@ -156,11 +173,13 @@ def memory_flow(model: LanguageModel, contexts: Sequence[Text], state: Any = Non
         top: Most slots told per token and layer, the heaviest.
 
     Raises:
-        ValueError: If a context has no token, or ``contexts`` is a bare text.
+        ValueError: If there is no context, one has no token, or ``contexts`` is a bare text.
     """
-    if isinstance(contexts, str | Tensor):
-        raise ValueError("contexts is a list of texts: give [text] for a single one")
+    check_texts("contexts", None if isinstance(contexts, Tensor) else contexts)
+    top = whole("top", top)
     parts = [token_ids(model, text) for text in contexts]
+    if not parts:
+        raise ValueError("contexts has no text: give at least one")
     device, training = model.head_weight.device, model.training
     model.eval()
     try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import lightning
@@ -13,6 +14,7 @@ from matplotlib.figure import Figure
 
 from memlm.analysis.figures import memory_curves
 from memlm.analysis.usage import banks, memory_numbers
+from memlm.config import whole
 from memlm.models.base import LanguageModel
 
 
@@ -45,12 +47,13 @@ class MemoryMonitor(Callback):
             slots that hold something (if the state was carried).
 
         Raises:
-            ValueError: If the step was recorded before, or ``outputs`` is no output of the model.
+            ValueError: If the step was recorded before or is no whole number, or ``outputs`` is no output of the model.
         """
         if self.model is None:
             raise ValueError("record_step needs the model: make the monitor with MemoryMonitor(model)")
         if not hasattr(outputs, "reads") or not hasattr(outputs, "trace"):
             raise ValueError(f"outputs is a {type(outputs).__name__}: give what model(ids) returned")
+        step = whole("step", step)
         numbers = {name: value.item() for name, value in memory_numbers(outputs).items()}
         if outputs.state is not None:
             for label, (module, part) in banks(self.model, outputs.state).items():
@@ -89,6 +92,8 @@ class MemoryMonitor(Callback):
         """
         figure = memory_curves(self.history)
         if figure is not None and path is not None:
+            path = Path(path).expanduser()
+            path.parent.mkdir(parents=True, exist_ok=True)
             figure.savefig(path)
         return figure
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import reprlib
 from collections.abc import Mapping, Sequence
 from os import PathLike
 from pathlib import Path
@@ -37,16 +38,24 @@ def generate_memory_report(
 
     Args:
         model: A language model; it is left as it was.
-        data: Its data, such as `memlm.data.datamodule.TextData`.
-        contexts: The text whose reads are shown, in one context or several; None for `passage`.
+        data: Its data, such as `memlm.data.datamodule.TextData`; None if it is not at hand.
+        contexts: The text whose reads are shown, in one context or several; None for `passage`, which takes data.
         path: Where to write the page too.
 
     Returns:
         The page, which needs nothing but itself.
+
+    Raises:
+        ConfigError: If ``data`` is something else, such as the texts.
     """
+    if data is not None and not hasattr(data, "tokens"):
+        raise ConfigError(
+            "data is what the model was trained on, as memlm.checkpoint.load_run(path) gives it beside the model, or "
+            f"None, got {reprlib.repr(data)}; texts of your own are contexts=[text, ...]"
+        )
     text = render("Memory report", [Chapter("Memory", *memory_parts(model, data, contexts))])
     if path is not None:
-        with atomic_file(Path(path)) as file:
+        with atomic_file(Path(path).expanduser()) as file:
             file.write(text.encode("utf-8", errors="replace"))
     return text
 

@@ -112,12 +112,17 @@ class Conversation:
             function(rest)
             return f"[{done} {rest}]"
 
+        def load() -> str:
+            done = path(self.model.load_memory, "memory replaced by that of")
+            self.context = []  # what was said there is of the memory that is gone
+            return f"{done[:-1]}; the context was cleared]"
+
         commands: dict[str, Callable[[], str | None]] = {
             "clear": clear,
             "memory": lambda: _listed(self.model.query_memory(rest) if rest else self.model.list_memory()),
             "forget": forget,
             "save": lambda: path(self.model.save_memory, "memory saved to"),
-            "load": lambda: path(self.model.load_memory, "memory replaced by that of"),
+            "load": load,
             "help": lambda: HELP,
             "quit": lambda: None,
         }

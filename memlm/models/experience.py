@@ -16,15 +16,18 @@ import itertools
 import logging
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+import reprlib
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from memlm.config import ConfigError
+from memlm.config import ConfigError, whole
 from memlm.memory.base import MANY, Memory, Records
 from memlm.memory.state import State, from_dict, tensors, to_dict
 from memlm.models import memory_file
@@ -54,7 +57,7 @@ class Remembered(NamedTuple):
         weight: Greatest share of a token's read that came from the slot, in 0..1; None if nothing was asked.
         importance: What the memory gives on the slot, in 0..1.
         age: Records written since.
-        uses: How often the slot was among what `ExperienceModel.query_memory` or a conversation showed, with a weight
+        uses: How often the record was among what `ExperienceModel.query_memory` or a conversation showed, with a weight
             of at least `READ`. Training and generation alone do not count.
         document: Number of the text it was stored with: the id of that text's first record.
         position: Place of the slot's token in that text, in tokens.
@@ -152,12 +155,11 @@ class ExperienceModel(LanguageModel):
             model reads fewer.
 
         Raises:
-            ConfigError: If the text is empty, ``top_k`` is below 1, or the model has no memory that keeps records.
+            ConfigError: If the text is empty, ``top_k`` is no whole number of at least 1, or the model has no memory
+                that keeps records.
         """
         self._kept("query_memory")
-        if top_k < 1:
-            raise ConfigError(f"top_k must be at least 1, got {top_k}")
-        return self.recalled(self.encode_text(text), top_k=top_k)
+        return self.recalled(self.encode_text(text), top_k=whole("top_k", top_k, least=1))
 
     def recalled(self, ids: Sequence[int], first: int = 0, top_k: int = 1) -> list[Remembered]:
         """What is read from the persistent memory for tokens; see `query_memory`.
@@ -183,12 +185,17 @@ class ExperienceModel(LanguageModel):
             return self._described(best, opened)
 
     def list_memory(self, n: int = 10) -> list[Remembered]:
-        """The ``n`` latest records of the persistent memory, newest first, each by its most important slot."""
+        """The ``n`` latest records of the persistent memory, newest first, each by its most important slot.
+
+        Raises:
+            ConfigError: If ``n`` is no whole number of at least 0, or the model has no memory that keeps records.
+        """
         kept = self._kept("list_memory")
+        n = whole("n", n)
         listed: list[_Found] = []
         with self._at_rest():
             opened = _opened(kept, self.bank_state())
-            for number in sorted(self._ids(kept), reverse=True)[: max(n, 0)]:
+            for number in sorted(self._ids(kept), reverse=True)[:n]:
                 slots = []
                 for name, part in opened.items():
                     importance = part.records.importance[0].masked_fill(part.records.record[0] != number, -torch.inf)
@@ -212,7 +219,7 @@ class ExperienceModel(LanguageModel):
             ConfigError: If there is no such record, or the text is empty.
         """
         kept = self._kept("edit_memory")
-        self._check_ids([number], kept)
+        (number,) = self._check_ids([number], kept)
         passages = self._passages(text)
         with self._at_rest():
             first = int(_n_record(kept))
@@ -255,28 +262,25 @@ class ExperienceModel(LanguageModel):
             Ids of the records that are gone from the memory, those included that were merged with them.
 
         Raises:
-            ConfigError: If an id is unknown, also because its record is gone already; nothing is forgotten then.
+            ConfigError: If an id is unknown, also because its record is gone already, or a number is none; nothing is
+                forgotten then.
         """
         kept = self._kept("forget")
         if sum(part is not None for part in (ids, document, older_than)) != 1:
             raise ConfigError("forget takes one of ids, document=... and older_than=...: say what to forget")
-        for name, number, what in (("document", document, "the number of a text"),
-                                   ("older_than", older_than, "an age in records")):  # fmt: skip
-            if number is not None and (not isinstance(number, int) or number < 0):
-                raise ConfigError(f"{name} is {what}, so a whole number of at least 0, got {number!r}")
         before = self._ids(kept)
         if ids is not None:
-            if not isinstance(ids, Iterable):
-                ids = [ids]
-            numbers = list(ids)
-            self._check_ids(numbers, kept)
+            asked: Any = _plain(ids)
+            several = isinstance(asked, Iterable) and not isinstance(asked, str | Mapping)
+            numbers = self._check_ids(asked if several else [asked], kept)
         elif document is not None:
+            document = whole("document (the number of a text)", document)
             known = {int(found) for part in kept for found in _documents(part.module)}
             end = min((found for found in known if found > document), default=int(_n_record(kept)))
             there = document in known or (document not in before and self._may_be_merged(document, kept))
             numbers = list(range(document, end)) if there else []
         else:
-            assert older_than is not None
+            older_than = whole("older_than (an age in records)", older_than)
             numbers = list(range(max(int(_n_record(kept)) - 1 - older_than, 0)))
         if not numbers:
             return []
@@ -303,14 +307,15 @@ class ExperienceModel(LanguageModel):
             ConfigError: If the threshold is out of range, or the model has no memory that keeps records.
         """
         kept = self._kept("consolidate")
-        if not 0 <= threshold <= 2:
-            raise ConfigError(f"threshold is a cosine distance, so in 0..2, got {threshold}")
+        number = _plain(threshold)
+        if isinstance(number, bool) or not isinstance(number, int | float) or not 0 <= number <= 2:
+            raise ConfigError(f"threshold is a cosine distance, so a number in 0..2, got {reprlib.repr(threshold)}")
         counts = {"slots_before": _n_filled(kept), "merged": 0}
         with self._at_rest():
 
             def consolidate(module: Any, part: State) -> State:
                 for turn in range(module.n_turn if module.keeps_records else 0):
-                    part, done = module.consolidate(part, threshold, turn=turn)
+                    part, done = module.consolidate(part, number, turn=turn)
                     counts["merged"] += done["merged"]
                 return part
 
@@ -406,22 +411,32 @@ class ExperienceModel(LanguageModel):
         records = [part.module.records(part.module.bank()) for part in kept]
         return number < int(_n_record(kept)) and any(bool(_merged_from(found, [number]).any()) for found in records)
 
-    def _check_ids(self, numbers: list[int], kept: list[_Kept]) -> None:
-        """Refuse ids of which nothing is stored."""
-        n_record = int(_n_record(kept))
-        for number in numbers:
-            if not isinstance(number, int) or isinstance(number, bool) or not 0 <= number < n_record:
+    def _check_ids(self, asked: Iterable[Any], kept: list[_Kept]) -> list[int]:
+        """The ids ``asked``; refuses those of which nothing is stored."""
+        n_record, numbers = int(_n_record(kept)), []
+        stored = np.zeros(n_record, dtype=bool)
+        for part in kept:
+            records = part.module.records(part.module.bank())
+            for held in (records.record, records.origins):
+                stored[held[held >= 0].cpu().numpy()] = True
+            stored |= bool((records.origins == MANY).any())
+        for value in asked:
+            number = _plain(value)
+            if type(number) is not int or not 0 <= number < n_record:
+                shown = reprlib.repr(value)
                 if n_record == 0:
-                    raise ConfigError(f"there is no record {number!r}: nothing is stored yet")
+                    raise ConfigError(f"there is no record {shown}: nothing is stored yet")
                 raise ConfigError(
-                    f"there is no record {number!r}: ids are whole numbers below {n_record} here; list_memory and "
+                    f"there is no record {shown}: ids are whole numbers below {n_record} here; list_memory and "
                     "query_memory tell them"
                 )
-            if not any(bool(_holds(part.module.records(part.module.bank()), [number]).any()) for part in kept):
+            numbers.append(number)
+            if not stored[number]:
                 raise ConfigError(
                     f"record {number} is no longer stored: it was forgotten, or replaced by more important ones; "
                     "list_memory and query_memory tell what is"
                 )
+        return numbers
 
     def _without(self, gone: Any) -> Any:
         """A state with what is stored but for the slots that ``gone`` names of their `Records`."""
@@ -529,17 +544,20 @@ class ExperienceModel(LanguageModel):
         return found
 
     def _described(self, found: list[_Found], opened: dict[str, _Opened]) -> list[Remembered]:
-        """What is known of slots."""
-        theirs = {
-            name: torch.isin(
-                part.records.record[0], torch.tensor([one.record for one in found], device=part.records.record.device)
-            ).nonzero()[:, 0]
-            for name, part in opened.items()
-        }
-        return [self._describe(one, opened[one.memory], theirs[one.memory]) for one in found]
+        """What is known of records, each by a slot of it."""
+        slots: dict[str, Tensor] = {}  # of all of these records
+        uses: Counter[int] = Counter()
+        for name, part in opened.items():
+            record = part.records.record[0]
+            numbers = torch.tensor([one.record for one in found], device=record.device)
+            slots[name] = torch.isin(record, numbers).nonzero()[:, 0]
+            of_slot = part.module.uses()[slots[name]]
+            for number, n in zip(record[slots[name]].tolist(), of_slot.tolist(), strict=True):
+                uses[number] += n
+        return [self._describe(one, opened[one.memory], slots[one.memory], uses[one.record]) for one in found]
 
-    def _describe(self, found: _Found, opened: _Opened, slots: Tensor) -> Remembered:
-        """What is known of a slot; all of its record are among ``slots``."""
+    def _describe(self, found: _Found, opened: _Opened, slots: Tensor, uses: int) -> Remembered:
+        """What is known of a record by a slot of it; ``slots`` are among others those of the record."""
         (module, bank, records), slot = opened, found.slot
         places, tokens = module.places(bank), module.tokens(bank)
         assert places is not None
@@ -557,7 +575,7 @@ class ExperienceModel(LanguageModel):
             weight=found.weight,
             importance=float(records.importance[0, slot]),
             age=int(records.n_record[0]) - 1 - found.record,
-            uses=int(module.uses()[slot]),
+            uses=uses,
             document=int(records.document[0, slot]),
             position=int(places[0, slot]),
             snippet=self.tokenizer.decode(token for token in tokens[0, slot].tolist() if token >= 0).strip(),
@@ -593,6 +611,11 @@ class ExperienceModel(LanguageModel):
                 "%s was written by a model with other weights: what it holds may be read badly, or not at all", path
             )
         return content
+
+
+def _plain(value: Any) -> Any:
+    """Numbers and arrays of numpy and torch as those of Python."""
+    return value.tolist() if isinstance(value, Tensor | np.ndarray | np.generic) else value
 
 
 def _opened(kept: list[_Kept], banks: Any) -> dict[str, _Opened]:

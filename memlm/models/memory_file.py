@@ -1,21 +1,29 @@
 """Files of memories: what a model has stored, apart from its weights.
 
-A file is safetensors, and says in its header for which memories and which tokenizer it was written.
+A file is safetensors, and says in its header for which memories and which tokenizer it was written. A checksum there
+covers all of it, as safetensors has none.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import os
+import reprlib
+import stat
+import zlib
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from memlm.config import ConfigError
 from memlm.data.tokens import atomic_file
+
+log = logging.getLogger(__name__)
 
 FORMAT = "memlm.memory.1"
 """Changes when old files can no longer be read."""
@@ -43,15 +51,24 @@ def write(path: str | os.PathLike[str], content: MemoryFile) -> None:
     """Write a file, and the directories above it; it appears whole or not at all.
 
     Raises:
-        ConfigError: If the path is that of a directory.
+        ConfigError: If the path is none, or that of a directory, or the file cannot be written.
     """
     path = _path(path)
-    if not path.name or path.is_dir():
-        raise ConfigError(f"{str(path)!r} is a directory: give the path of the file to write")
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in content.tensors.items()}
     header = {name: json.dumps(part) for name, part in content._asdict().items() if name != "tensors"}
-    with atomic_file(path) as file:
-        save_file(tensors, file.name, {"format": FORMAT, **header})
+    header |= {"format": FORMAT}
+    try:
+        if not path.name or path.is_dir():
+            raise ConfigError(f"{str(path)!r} is a directory: give the path of the file to write")
+        with atomic_file(path) as file:
+            mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
+            save_file(tensors, file.name, header | {"checksum": _checksum(tensors, header)})
+            os.chmod(file.name, mode)  # some versions of safetensors put a file in its place that others cannot read
+            with open(file.name, "rb") as written:
+                os.fsync(written.fileno())
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(f"{path} cannot be written: {reason}; what was there is as before") from error
 
 
 def read(path: str | os.PathLike[str]) -> MemoryFile:
@@ -61,9 +78,11 @@ def read(path: str | os.PathLike[str]) -> MemoryFile:
         ConfigError: If there is none, or it is cut short, damaged or no memory.
     """
     path = _path(path)
-    if not path.is_file():
-        raise ConfigError(f"there is no memory file at {path}: give the path of a file that save_memory has written")
     try:
+        if not path.is_file():
+            raise ConfigError(
+                f"there is no memory file at {path}: give the path of a file that save_memory has written"
+            )
         with safe_open(path, "pt") as file:
             header = file.metadata() or {}
             if header.get("format") != FORMAT:
@@ -72,16 +91,38 @@ def read(path: str | os.PathLike[str]) -> MemoryFile:
                     f"{header.get('format')}; give a file that save_memory has written"
                 )
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # no mapping
+        if "checksum" not in header:
+            log.warning("%s was written without a checksum: damage may go unseen; save the memory again", path)
+        elif header["checksum"] != _checksum(tensors, header):
+            raise KeyError("the contents are not those that were written")
         parts: dict[str, Any] = {name: json.loads(header[name]) for name in MemoryFile._fields[1:]}
         if any(describe(tensors[name]) != told for name, told in parts["geometry"].items() if "/" in name):
             raise KeyError("a tensor is not what the header says")
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror or error}") from error
     except (SafetensorError, KeyError, json.JSONDecodeError) as error:
         raise ConfigError(f"{path} cannot be read: it is damaged or cut short; save the memory again") from error
     return MemoryFile(tensors, **parts)
 
 
 def _path(path: str | os.PathLike[str]) -> Path:
-    return Path(path).expanduser()
+    try:
+        found = Path(path).expanduser()
+        if "\0" in str(found):
+            raise ValueError("there is a null byte in it")
+        return found
+    except (TypeError, ValueError, RuntimeError) as error:  # RuntimeError: ~ of a user who is not there
+        raise ConfigError(f"a path of a file is expected, got {reprlib.repr(path)}: {error}") from error
+
+
+def _checksum(tensors: dict[str, Tensor], header: dict[str, str]) -> str:
+    """CRC-32 of the header, but for the checksum itself, and of all tensors with their names, types and shapes."""
+    told = {name: text for name, text in header.items() if name != "checksum"}
+    crc = zlib.crc32(json.dumps(told, sort_keys=True).encode())
+    for name, tensor in sorted(tensors.items()):
+        crc = zlib.crc32(f"{name} {describe(tensor)}".encode(), crc)
+        crc = zlib.crc32(tensor.unsqueeze(-1).view(torch.uint8).numpy().data, crc)
+    return f"{crc:08x}"
 
 
 def describe(tensor: Tensor) -> str:

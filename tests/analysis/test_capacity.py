@@ -62,3 +62,6 @@ def test_a_bank_that_is_never_full_and_one_that_always_is():
         analyze_memory_capacity(model, [[1] * 5])
     with pytest.raises(ValueError, match="at least one text"):
         analyze_memory_capacity(model, [])
+    for texts in ("a text", None, 5):
+        with pytest.raises(ValueError, match=r"texts is a list of texts: give \[text\] for a single one"):
+            analyze_memory_capacity(model, texts)

@@ -155,8 +155,19 @@ def test_the_model_is_left_as_it_was_also_with_a_shared_bank():
 def test_what_cannot_be_shown_is_told(model):
     with pytest.raises(ValueError, match="no token"):
         memory_flow(model, [""])
-    with pytest.raises(ValueError, match=r"contexts is a list of texts: give \[text\]"):
-        memory_flow(model, "text")
+    with pytest.raises(ValueError, match="contexts has no text: give at least one"):
+        memory_flow(model, [])
+    for contexts in ("text", None, 5, torch.tensor([1, 2])):
+        with pytest.raises(ValueError, match=r"contexts is a list of texts: give \[text\]"):
+            memory_flow(model, contexts)
+    for text in (None, b"text", ["a", "b"]):
+        with pytest.raises(ValueError, match="a text is a str or its token ids, got"):
+            visualize_memory_flow(model, text)
+    with pytest.raises(ValueError, match="token ids are whole numbers, got float32"):
+        memory_flow(model, [torch.rand(3)])
+    for top in (-1, "3", 2.5):
+        with pytest.raises(ValueError, match="top must be a whole number of at least 0, got"):
+            memory_flow(model, [[1, 2]], top=top)
     with pytest.raises(ValueError, match=r"expected ids \(N,\) or \(1, N\), got \(2, 3\)"):
         memory_flow(model, [torch.zeros(2, 3, dtype=torch.long)])
     with pytest.raises(ValueError, match=r"token ids must be in 0..29, got 0..30"):

@@ -39,3 +39,27 @@ def test_nothing_to_draw_and_mistakes(tmp_path):
         plot_training_history(tmp_path / "no")
     with pytest.raises(ValueError, match="must be of one length"):
         plot_training_history({"a": [1], "b": [1, 2]})
+    with pytest.raises(ValueError, match="a column of a history is a list of values, got 5 as 'a'"):
+        plot_training_history({"a": 5})
+    for history in (None, 5, [1, 2], ["a"], b"path"):
+        with pytest.raises(ValueError, match="a history is a list of rows, columns by name, or a path, got"):
+            plot_training_history(history)
+    with pytest.raises(ValueError, match="row 0 of the history holds 'a' as 'train/loss'; expected a number"):
+        plot_training_history({"train/loss": ["a"]})
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "has nothing to draw: expected the metrics.csv of a run"),
+        (b"step,train/loss\n", "has nothing to draw"),
+        (b"a,b\n1,2\n", "has nothing to draw"),
+        (b"\x89PNG\xff\n", "is no CSV file"),
+        (b"a,b\n1,2,3\n", "more field"),
+    ],
+)
+def test_a_file_that_is_no_history_is_refused(tmp_path, content, message):
+    path = tmp_path / "metrics.csv"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=f"metrics.csv.*{message}"):
+        plot_training_history(path)

@@ -13,7 +13,7 @@ from tests.training import small
 TOKENIZER = SimpleNamespace(pad_id=0, vocab_size=30)
 
 
-def test_steps_by_hand(tmp_path):
+def test_steps_by_hand(tmp_path, monkeypatch):
     model = tiny(TOKENIZER, "ltm", "stm").eval()
     monitor, state, share = MemoryMonitor(model), None, []
     ids = torch.randint(30, (2, 3 * T), generator=torch.Generator().manual_seed(0))
@@ -28,14 +28,18 @@ def test_steps_by_hand(tmp_path):
     found = monitor.get_statistics()["memory/ltm/1/filled"]
     assert found == pytest.approx({"mean": sum(share) / 3, "min": share[0], "max": share[2], "last": share[2], "n": 3})
     assert share[0] < share[2]
-    figure = monitor.plot_history(tmp_path / "history.png")
-    assert (tmp_path / "history.png").stat().st_size > 1000
+    monkeypatch.setenv("HOME", str(tmp_path))
+    figure = monitor.plot_history("~/new/history.png")
+    assert (tmp_path / "new" / "history.png").stat().st_size > 1000
     (panel,) = (axes for axes in figure.axes if axes.get_title(loc="left") == "filled")
     lines = {line.get_label(): line.get_ydata() for line in panel.lines}
     assert list(lines["ltm/1"]) == pytest.approx(share)
     assert list(lines["stm/1"]) == [1, 1, 1]
     with pytest.raises(ValueError, match="step 20 comes after step 20"):
         monitor.record_step(20, out)
+    for wrong in ("30", None, 30.5, True):
+        with pytest.raises(ValueError, match="step must be a whole number of at least 0, got"):
+            monitor.record_step(wrong, out)
     with pytest.raises(ValueError, match="outputs is a Tensor"):
         monitor.record_step(30, out.logits)
 

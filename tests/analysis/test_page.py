@@ -138,9 +138,10 @@ def test_the_passage_tells_a_fact_once_and_asks_for_it_in_a_new_context():
 
 
 @pytest.mark.parametrize("memories", [("ltm", "stm"), ()])
-def test_report_of_a_model_shows_costs_slots_and_reads(tmp_path, memories):
+def test_report_of_a_model_shows_costs_slots_and_reads(tmp_path, memories, monkeypatch):
     model = tiny(TOKENIZER, *memories)
-    html = generate_memory_report(model, DATA, path=tmp_path / "report.html")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    html = generate_memory_report(model, DATA, path="~/report.html")
     assert (tmp_path / "report.html").read_text(encoding="utf-8") == html
     parsed = Page(html)
     text = " ".join("".join(parsed.text).split())
@@ -200,3 +201,9 @@ def test_long_texts_and_large_banks_are_cut_with_a_note(monkeypatch):
     assert f"5 of {int((flow.state.memory['ltm'][0].record >= 0).sum())} slots are shown" in table.notes[1]
     html = generate_memory_report(model, DATA, ["1 2 3"])
     assert "Nothing was read: memory holds what earlier segments and contexts wrote" in html
+
+
+@pytest.mark.parametrize("data", [["text"], "text", 5])
+def test_what_is_no_data_is_refused(data):
+    with pytest.raises(ConfigError, match=r"data is what the model was trained on, .*; texts .* contexts=\[text"):
+        generate_memory_report(tiny(TOKENIZER, "ltm"), data)

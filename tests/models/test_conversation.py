@@ -112,12 +112,27 @@ def test_commands(tokenizer: Any, tmp_path: Path) -> None:
     assert talk.respond("/forget 0") == "[forgotten: record 0; the context was cleared]"
     assert FACT not in str(talk.respond("/memory"))
     assert talk.context == []
-    assert talk.respond(f"/load {path}") == f"[memory replaced by that of {path}]"
+    assert talk.respond(f"/load {path}") == f"[memory replaced by that of {path}; the context was cleared]"
     assert FACT in str(talk.respond("/memory"))
     assert talk.respond("/help") == HELP
     assert all(f"/{name}" in HELP for name in ("clear", "memory", "forget", "save", "load", "help", "quit"))
     assert talk.respond("/quit") is None
     assert talk.respond("  ") == ""
+
+
+def test_a_loaded_memory_is_not_answered_from_the_context_of_before(tokenizer: Any, tmp_path: Path) -> None:
+    talk, fresh = Conversation(reader(tokenizer)), Conversation(reader(tokenizer))
+    path = tmp_path / "memory"
+    Conversation(reader(tokenizer)).respond(f"/save {path}")
+    talk.respond(FACT)
+    talk.respond("ba ce is")
+    said = list(talk.context)
+    assert "no memory file" in str(talk.respond(f"/load {path}.not"))
+    assert talk.context == said  # nothing was replaced
+    talk.respond(f"/load {path}")
+    fresh.respond(f"/load {path}")
+    assert talk.ask("ba ce is") == fresh.ask("ba ce is")
+    assert talk.context == fresh.context  # all that an answer is made from, beside the memory
 
 
 @pytest.mark.parametrize(

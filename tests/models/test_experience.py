@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import random
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from memlm.build import build_model
 from memlm.config import ConfigError
 from memlm.data.tokenizer import Tokenizer, train_tokenizer
 from memlm.memory.base import MANY
+from memlm.models import memory_file
 from tests.experiments.tiny import MEMORIES, tiny
 
 T = 64
@@ -204,6 +207,16 @@ def test_uses_count_what_was_shown_and_read(tokenizer: Tokenizer) -> None:
     assert model.memory["ltm"][0].uses().sum() == 0
 
 
+def test_uses_are_those_of_the_record_whichever_slot_was_read(tokenizer: Tokenizer) -> None:
+    model = build(tokenizer, temperature=60.0)
+    model.store_experience(A)
+    model.store_experience(B)
+    shown = [model.query_memory(text, top_k=1)[0] for text in ("The cat", "red box.", B)]
+    assert [(hit.id, hit.uses) for hit in shown] == [(0, 1), (0, 2), (1, 1)]
+    assert shown[0].slot != shown[1].slot
+    assert [(record.id, record.uses) for record in model.list_memory()] == [(1, 1), (0, 2)]
+
+
 def test_an_empty_memory_has_nothing_to_tell(tokenizer: Tokenizer) -> None:
     model = build(tokenizer)
     assert model.query_memory(A) == model.list_memory() == []
@@ -274,15 +287,12 @@ def test_forgetting_takes_all_or_nothing_of_a_list(tokenizer: Tokenizer) -> None
     assert model.forget([2, 0]) == [0, 2]
     with pytest.raises(ConfigError, match="record 2 is no longer stored"):
         model.forget(2)
-    for wrong in (-1, True, "1"):
-        with pytest.raises(ConfigError, match="no record"):
-            model.forget([wrong])
+    with pytest.raises(ConfigError, match="no record"):
+        model.forget([-1])
     with pytest.raises(ConfigError, match="one of ids, document"):
         model.forget()
     with pytest.raises(ConfigError, match="one of ids, document"):
         model.forget(1, older_than=3)
-    with pytest.raises(ConfigError, match="older_than"):
-        model.forget(older_than=-1)
     assert texts(model) == [B]
 
 
@@ -514,13 +524,90 @@ def test_a_save_that_fails_leaves_the_old_file(tokenizer: Tokenizer, tmp_path: P
     model.save_memory(path)
     whole = path.read_bytes()
 
-    def fail(*_: Any) -> None:
-        raise OSError("no space")
+    model.store_experience(B)
+    for error in (OSError(28, "No space left on device"), SafetensorError("No space left on device")):
 
-    monkeypatch.setattr("memlm.models.memory_file.save_file", fail)
-    with pytest.raises(OSError, match="no space"):
-        model.save_memory(path)
-    assert [file.read_bytes() for file in tmp_path.iterdir()] == [whole]
+        def fail(_: Any, name: str, *__: Any, error: Exception = error) -> None:
+            Path(name).write_bytes(whole[:1000])
+            raise error
+
+        monkeypatch.setattr("memlm.models.memory_file.save_file", fail)
+        with pytest.raises(
+            ConfigError, match="cannot be written: No space left on device; what was there is as before"
+        ):
+            model.save_memory(path)
+        assert [file.read_bytes() for file in tmp_path.iterdir()] == [whole]
+
+
+def test_places_that_cannot_be_written_are_refused(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for path, message in ((tmp_path / "file" / "memory", "File exists"), (tmp_path / ("x" * 300), "name too long")):
+        with pytest.raises(ConfigError, match=f"{message}"):
+            build(tokenizer).save_memory(path)
+    with pytest.raises(ConfigError, match="name too long"):
+        build(tokenizer).load_memory(tmp_path / ("x" * 300))
+
+
+def test_a_file_is_for_all_whom_the_umask_lets(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    build(tokenizer).save_memory(tmp_path / "memory")
+    (tmp_path / "other").touch()
+    assert (tmp_path / "memory").stat().st_mode == (tmp_path / "other").stat().st_mode
+
+
+def test_any_changed_byte_is_refused(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    model, path = build(tokenizer, n_slot=20), tmp_path / "memory"
+    model.store_experience(A)
+    model.save_memory(path)
+    whole = path.read_bytes()
+    end = 8 + int.from_bytes(whole[:8], "little")  # of the header
+    content = memory_file.read(path)
+    for place in (*range(0, end, 7), *range(end, len(whole), 97), len(whole) - 1):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        try:
+            found = memory_file.read(path)
+        except ConfigError:
+            continue
+        assert place < end  # where only the name of the checksum, or its white space, can be changed to no effect
+        assert found[1:] == content[1:]
+        assert all(torch.equal(found.tensors[name], tensor) for name, tensor in content.tensors.items())
+    path.write_bytes(whole)
+    model.load_memory(path)
+
+
+def test_a_file_without_a_checksum_is_read_with_a_warning(tokenizer: Tokenizer, tmp_path: Path, caplog: Any) -> None:
+    model, path = build(tokenizer), tmp_path / "memory"
+    model.store_experience(A)
+    model.save_memory(path)
+    with safe_open(path, "pt") as file:
+        header = file.metadata()
+    del header["checksum"]
+    save_file(load_file(path), path, header)
+    other = build(tokenizer)
+    other.load_memory(path)
+    assert texts(other) == [A]
+    assert "without a checksum" in caplog.text
+
+
+def test_of_processes_that_save_to_one_path_each_leaves_a_whole_file(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    path, children = tmp_path / "memory", []
+    for n in range(1, 4):
+        model = build(tokenizer, n_slot=1000)
+        for text in (A, B, C)[:n]:
+            model.store_experience(text)
+        process = multiprocessing.get_context("fork").Process(
+            target=lambda model=model: [model.save_memory(path) for _ in range(20)]
+        )
+        process.start()
+        children.append(process)
+    other, seen = build(tokenizer, n_slot=1000), set()
+    while any(process.is_alive() for process in children):
+        if path.is_file():
+            other.load_memory(path)  # is whole at any time
+            seen.add(len(texts(other)))
+    assert [process.exitcode for process in children] == [0, 0, 0]
+    other.load_memory(path)
+    assert {len(texts(other)), *seen} <= {1, 2, 3}
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_a_merged_memory_gets_new_ids(tokenizer: Tokenizer, tmp_path: Path) -> None:
@@ -606,9 +693,52 @@ def test_models_without_records_say_so(tokenizer: Tokenizer, memories: tuple[str
     assert not list(tmp_path.iterdir())
 
 
-def test_top_k_is_checked(tokenizer: Tokenizer) -> None:
-    with pytest.raises(ConfigError, match="top_k must be at least 1, got 0"):
-        build(tokenizer).query_memory(A, top_k=0)
+NAN = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        *((lambda m, k=k: m.query_memory(A, top_k=k), rf"top_k must be a whole number of at least 1, got {shown}")
+          for k, shown in ((0, "0"), ("3", "'3'"), (2.5, "2.5"), (True, "True"), (None, "None"), (NAN, "nan"))),
+        *((lambda m, n=n: m.list_memory(n), "n must be a whole number of at least 0, got")
+          for n in ("3", 2.5, None, True, -1)),
+        *((lambda m, t=t: m.consolidate(t), "threshold is a cosine distance, so a number in 0..2, got")
+          for t in ("x", NAN, None, True, [0.1], 2.1)),
+        *((lambda m, i=i: m.forget(i), "there is no record")
+          for i in (True, "0", "abc", 1.0, [None], [[0]], {0: 1}, torch.tensor(True), torch.tensor([9]), np.array(9))),
+        *((lambda m, d=d: m.forget(document=d), "document .* must be a whole number of at least 0, got")
+          for d in (True, "1", [1], 1.5, np.True_)),
+        *((lambda m, a=a: m.forget(older_than=a), "older_than .* must be a whole number of at least 0, got")
+          for a in (True, "1", -1)),
+        *((lambda m, i=i: m.edit_memory(i, B), "there is no record") for i in ("a", True, None, [0], 0.0)),
+        (lambda m: m.edit_memory(0, None), "a text must be a str, got NoneType"),
+        *((lambda m, name=name, p=p: getattr(m, name)(p), "a path of a file is expected, got")
+          for name in ("save_memory", "load_memory", "merge_memory")
+          for p in (None, 5, b"bytes", "a\0b", "~nobody.of.this.name/x")),
+    ],
+)  # fmt: skip
+def test_arguments_of_a_wrong_kind_are_refused_and_change_nothing(
+    tokenizer: Tokenizer, call: Any, message: str
+) -> None:
+    model = build(tokenizer)
+    for text in (A, B):
+        model.store_experience(text)
+    with pytest.raises(ConfigError, match=message):
+        call(model)
+    assert texts(model) == [A, B]
+
+
+def test_numbers_of_numpy_and_torch_are_numbers(tokenizer: Tokenizer) -> None:
+    model = build(tokenizer)
+    for text in (A, B, C, A):
+        model.store_experience(text)
+    assert len(model.query_memory(A, top_k=np.int64(2))) == 2
+    assert model.edit_memory(np.int32(0), B) == 0
+    assert model.forget(torch.tensor(0)) == [0]
+    assert model.forget(np.array([1, 2])) == [1, 2]
+    assert model.consolidate(np.float32(0.1))["slots_before"] == len(f" {A}") - 1
+    assert model.forget(document=np.int64(3)) == [3]
 
 
 def test_a_file_is_plain_safetensors(tokenizer: Tokenizer, tmp_path: Path) -> None:
