@@ -841,6 +841,16 @@ def cli(
     return decorate
 
 
+@contextmanager
+def mistakes_told() -> Iterator[None]:
+    """Let a ConfigError inside the block end the program with ``error: <sentence>`` and exit code 2."""
+    try:
+        yield
+    except ConfigError as error:
+        _report(error)
+        raise SystemExit(2) from None
+
+
 def _job_failed(error: Exception) -> JobFailed:
     """Report why a job of a sweep has failed, and write it into its directory."""
     sentence, user = _message(error), _is_user_error(error)
