@@ -30,7 +30,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from experiments.base import ALONE, PALETTE, Result, Row, Share, evaluating, style, wilson
+from experiments.base import ALONE, PALETTE, Result, Row, Share, check_settings, evaluating, style, wilson
 from experiments.recall import device_of, n_row_of
 from memlm.analysis.figures import CONTROLS
 from memlm.config import ConfigError
@@ -69,9 +69,7 @@ class AssociativeRecall:
     n_row: int = 16
 
     def __post_init__(self) -> None:
-        for name, least in {"n_document": 2, "seed": 0, "n_row": 1}.items():
-            if getattr(self, name) < least:
-                raise ConfigError(f"associative_recall.{name} must be at least {least}, got {getattr(self, name)}")
+        check_settings(self, {"n_document": 2, "seed": 0, "n_row": 1})
         if not self.n_pairs or self.n_pairs[0] < 1:
             raise ConfigError(
                 f"associative_recall.n_pair must be a number of pairs or a list of them, not {self.n_pair}"

@@ -31,7 +31,7 @@ from matplotlib.ticker import PercentFormatter
 from torch import Tensor
 
 from experiments import streams
-from experiments.base import PALETTE, Result, Row, evaluating, style
+from experiments.base import PALETTE, Result, Row, check_settings, evaluating, style
 from experiments.needle import Needle, draw
 from experiments.perplexity import ratio_interval
 from experiments.recall import Document, question
@@ -78,16 +78,9 @@ class ContextInfluence:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.split not in ("val", "test"):
-            raise ConfigError(
-                f"context_influence.split must be 'val' or 'test', text the model never saw, got {self.split!r}"
-            )
+        check_settings(self, {"n_row": 2, "n_document": 2, "n_fact": 0, "distance": 0, "seed": 0})
         if self.limit is not None and self.limit < 1:
             raise ConfigError(f"context_influence.limit must be at least 1 or null, got {self.limit}")
-        least = {"n_row": 2, "n_document": 2, "n_fact": 0, "distance": 0, "seed": 0}
-        for name, number in least.items():
-            if getattr(self, name) < number:
-                raise ConfigError(f"context_influence.{name} must be at least {number}, got {getattr(self, name)}")
 
 
 def run(model: Any, data: Any, cfg: ContextInfluence, progress: Callable[[float], None] | None = None) -> Result:

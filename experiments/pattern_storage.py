@@ -39,7 +39,7 @@ from matplotlib.ticker import PercentFormatter, StrMethodFormatter
 from torch.nn import functional as F
 
 from experiments import streams
-from experiments.base import PALETTE, Result, Row, evaluating, mean_interval, style, wilson
+from experiments.base import PALETTE, Result, Row, check_settings, evaluating, mean_interval, style, wilson
 from experiments.needle import Needle, draw
 from experiments.recall import CONDITIONS, Document, draw_interval, question
 from memlm.analysis.figures import CONTROLS
@@ -88,10 +88,7 @@ class PatternStorage:
     def __post_init__(self) -> None:
         if self.pattern not in ("fact", "passage"):
             raise ConfigError(f"pattern_storage.pattern must be 'fact' or 'passage', got {self.pattern!r}")
-        least = {"passage_len": 3, "n_document": 2, "n_probe": 1, "n_candidate": 2, "seed": 0}
-        for name, number in least.items():
-            if getattr(self, name) < number:
-                raise ConfigError(f"pattern_storage.{name} must be at least {number}, got {getattr(self, name)}")
+        check_settings(self, {"passage_len": 3, "n_document": 2, "n_probe": 1, "n_candidate": 2, "seed": 0})
         if not self.n_stored or list(self.n_stored) != sorted(set(self.n_stored)):
             raise ConfigError(f"pattern_storage.n_stored must be ascending numbers, got {list(self.n_stored)}")
         if self.n_stored[0] < max(self.n_probe, self.n_candidate):
@@ -101,10 +98,6 @@ class PatternStorage:
             )
         if not self.patterns_per_segment > 0:
             raise ConfigError(f"pattern_storage.patterns_per_segment must be positive, got {self.patterns_per_segment}")
-        if self.split not in ("val", "test"):
-            raise ConfigError(
-                f"pattern_storage.split must be 'val' or 'test', text the model never saw, got {self.split!r}"
-            )
 
 
 class Passage(NamedTuple):

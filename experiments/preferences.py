@@ -37,7 +37,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from experiments.base import PALETTE, Result, Row, style, wilson
+from experiments.base import PALETTE, Result, Row, check_settings, style, wilson
 from memlm.config import ConfigError
 from memlm.data.preferences import ASPECTS, SIGNALS, TELL, Users, draw, phrasings
 from memlm.memory.adaptive import AdaptiveMemory, AdaptiveState, Decision, policy_gradient
@@ -95,19 +95,8 @@ class Preferences:
     n_row: int = 250
 
     def __post_init__(self) -> None:
-        least = {
-            "n_user": 2,
-            "n_session": 6,
-            "n_turn": 1,
-            "top_k": 1,
-            "write_price": 0,
-            "n_step": 1,
-            "seed": 0,
-            "n_row": 1,
-        }
-        for name, number in least.items():
-            if getattr(self, name) < number:
-                raise ConfigError(f"preferences.{name} must be at least {number}, got {getattr(self, name)}")
+        least = {"n_user": 2, "n_session": 6, "n_turn": 1, "top_k": 1, "write_price": 0, "n_step": 1}
+        check_settings(self, least | {"seed": 0, "n_row": 1})
 
 
 class Agent(nn.Module):

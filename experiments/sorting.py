@@ -34,7 +34,18 @@ from matplotlib.figure import Figure
 
 from experiments.associative_recall import LABELS as RECALL_LABELS
 from experiments.associative_recall import Points, curves
-from experiments.base import ALONE, PALETTE, Result, Row, Share, evaluating, mean_interval, style, wilson
+from experiments.base import (
+    ALONE,
+    PALETTE,
+    Result,
+    Row,
+    Share,
+    check_settings,
+    evaluating,
+    mean_interval,
+    style,
+    wilson,
+)
 from experiments.recall import device_of, n_row_of
 from memlm.config import ConfigError
 from memlm.data.sorting import Sequence as Symbols
@@ -68,9 +79,7 @@ class Sorting:
     n_row: int = 32
 
     def __post_init__(self) -> None:
-        for name, least in {"n_document": 2, "seed": 0, "n_row": 1}.items():
-            if getattr(self, name) < least:
-                raise ConfigError(f"sorting.{name} must be at least {least}, got {getattr(self, name)}")
+        check_settings(self, {"n_document": 2, "seed": 0, "n_row": 1})
         if not self.n_tokens or self.n_tokens[0] < 1:
             raise ConfigError(f"sorting.n_token must be a number of symbols or a list of them, got {self.n_token}")
 

@@ -55,6 +55,8 @@ INJECTED = frozenset({"d_model", "memories", "model", "n_vocab", "tokenizer", "t
 # Packages that take seconds to import: their nodes are checked last, and before a run only if the command line
 # touches them.
 _SLOW = ("lightning", "pytorch_lightning", "wandb")
+# Packages whose ValueErrors are mistakes of a user.
+_OURS = ("memlm", "experiments", "benchmarks", "scripts", "__main__")
 _STOPPED = frozenset(128 + signum for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2))
 _LAUNCHERS = ("joblib", "submitit")  # packages that start the jobs of a sweep, and tell when one of them dies
 _HYDRA_KEYS = frozenset({"_target_", "_partial_", "_recursive_", "_convert_", "_args_"})
@@ -852,6 +854,16 @@ def cli(
     return decorate
 
 
+@contextmanager
+def mistakes_told() -> Iterator[None]:
+    """Let a ConfigError inside the block end the program with ``error: <sentence>`` and exit code 2."""
+    try:
+        yield
+    except ConfigError as error:
+        _report(error)
+        raise SystemExit(2) from None
+
+
 def _job_failed(error: Exception) -> JobFailed:
     """Report why a job of a sweep has failed, and write it into its directory."""
     sentence, user = _message(error), _is_user_error(error)
@@ -962,7 +974,7 @@ def _is_user_error(error: BaseException) -> bool:
     while frame is not None and frame.tb_next is not None:
         frame = frame.tb_next
     module = frame.tb_frame.f_globals.get("__name__", "") if frame is not None else ""
-    return isinstance(error, ValueError) and module.partition(".")[0] in ("memlm", "experiments", "scripts", "__main__")
+    return isinstance(error, ValueError) and module.partition(".")[0] in _OURS
 
 
 def _root(error: BaseException) -> BaseException:

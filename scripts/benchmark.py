@@ -10,7 +10,7 @@ import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from memlm.config import ConfigError, cli, config_dir, did_you_mean, to_dict, validate
+from memlm.config import ConfigError, cli, config_dir, did_you_mean, mistakes_told, to_dict, validate
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -59,9 +59,6 @@ def main(cfg: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with mistakes_told():
         sys.argv[1:] = name_command(sys.argv[1:])
-    except ConfigError as mistake:
-        print(f"error: {mistake}", file=sys.stderr)
-        raise SystemExit(2) from None
     main()

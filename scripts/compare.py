@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 
-from memlm.config import ConfigError
+from memlm.config import mistakes_told
 
 _DESCRIPTION = (
     "One table and one figure over runs and seeds: parameters, bytes of memory, speed, and the headline of every "
@@ -37,8 +36,5 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with mistakes_told():
         main()
-    except ConfigError as mistake:
-        print(f"error: {mistake}", file=sys.stderr)
-        raise SystemExit(2) from None

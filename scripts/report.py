@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 
-from memlm.config import ConfigError
+from memlm.config import ConfigError, mistakes_told
 
 _DESCRIPTION = (
     "One web page that needs nothing but itself: results beside their controls, figures, settings, what memories hold, "
@@ -45,8 +45,5 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with mistakes_told():
         main()
-    except ConfigError as mistake:
-        print(f"error: {mistake}", file=sys.stderr)
-        raise SystemExit(2) from None

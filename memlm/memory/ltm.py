@@ -15,7 +15,6 @@ writes, N = S * T, k slots read per token.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
@@ -26,17 +25,13 @@ from torch.nn import functional as F
 from memlm.memory import ranks
 from memlm.memory.base import MANY, Memory, Records, Residual, Scope, Segment, Trace
 from memlm.memory.state import named_tensors, take
+from memlm.retrieval import similar
 from memlm.retrieval.exact import Pool, attend, attend_dealt
 from memlm.retrieval.inverted import InvertedFile, Lists, dealt
 
 _EMPTY = -(2.0**23)  # priority of the first empty slot; slot i has _EMPTY + i, so that banks fill from the front
 _USED = -(2.0**22)  # every used slot has a priority above this
 _TIE = 1e-3  # weight of a token's own log gate in its worth, to tell the tokens of a span apart
-_EXACT = 16_384  # slots of a bank up to which consolidation compares all pairs
-_PART = 65_536  # most slots of a bank that one call of consolidation looks at
-_BLOCK = 256  # least slots of a block, within which a large bank compares all pairs
-_TREES = 2  # ways to cut a large bank into blocks, in one call
-_CELLS = 2**22  # similarities held at a time
 _ORIGINS = 8  # records that a merged slot lists
 
 
@@ -716,12 +711,8 @@ class LongTermMemory(Memory):
         means; the joined slots become empty.
         It needs the whole bank: one that is dealt out to processes has to be gathered first.
 
-        Up to 16,384 slots all pairs are compared. In a larger bank a slot is compared with the 255 or more of its
-        blocks: balanced cuts by random directions, which near-duplicates seldom part. Other turns cut in other
-        directions, so that over some turns nearly all are found. Of a bank of more than 65,536 slots one turn looks
-        at a part, again slots on the same side of some cuts; as many turns in a row as there are parts see every slot.
-
-        Source: S. Dasgupta and Y. Freund, "Random projection trees and low dimensional manifolds" (STOC 2008).
+        Up to 16,384 slots all pairs are compared; in a larger bank some turns find nearly all that are similar, and of
+        one of more than 65,536 slots each turn looks at a part: see `memlm.retrieval.similar`.
 
         Args:
             state: The bank.
@@ -743,24 +734,17 @@ class LongTermMemory(Memory):
         n_used = int(state.host_used.max())
         if n_used == 0:
             return state, {"merged": 0}
-        cuts = _Cuts(state.key[:, :n_used], turn)
-        index = cuts.part()  # (B, P)
-        priority = state.priority.gather(1, index)
-        used = priority > _USED
-        rank = priority.argsort(dim=1, descending=True, stable=True).argsort(dim=1)  # 0 is the most important
-        key, value = take(state.key, index), F.normalize(take(state.value, index), dim=-1)
-        itself = torch.arange(index.shape[1], device=index.device).expand_as(index)
-        best = rank.masked_fill(~used, 0)  # rank of the slot that each would join: its own for none
-        for places in cuts.blocks(index):  # (B, n_block, size)
-            best = torch.minimum(best, _best_similar(key, value, rank, used, places, threshold))
-        target = itself.scatter(1, rank, itself).gather(1, best)
-        target = torch.where(used, target, itself)
-        joins = (target != itself) & (target.gather(1, target) == target)
-        bank, joined = joins.nonzero(as_tuple=True)
+        bank, joined, survivor = similar.joins(
+            state.key[:, :n_used],
+            state.value[:, :n_used],
+            state.priority[:, :n_used],
+            state.priority[:, :n_used] > _USED,
+            threshold,
+            turn,
+        )
         if not len(bank):
             return state, {"merged": 0}
-        survivor = index[bank, target[bank, joined]]
-        new = self._merge(state, bank, index[bank, joined], survivor)
+        new = self._merge(state, bank, joined, survivor)
         if new.lists is not None:
             new = new._replace(lists=self._deal_out(new, new.lists.host_n_list > 0))
         return new, {"merged": len(bank)}
@@ -768,7 +752,7 @@ class LongTermMemory(Memory):
     @property
     def n_turn(self) -> int:
         """Turns of `consolidate` in a row that look at every slot of a full bank, beginning with a multiple of them."""
-        return 2 ** _n_halving(self.n_slot)
+        return similar.n_turn(self.n_slot)
 
     def _merge(self, state: LongTermState, bank: Tensor, joined: Tensor, survivor: Tensor) -> LongTermState:
         """The bank with slots ``joined`` (J,) of rows ``bank`` (J,) merged into the slots ``survivor`` (J,)."""
@@ -837,91 +821,6 @@ def _origins(state: LongTermState, slots: Tensor, member: Tensor, n_group: int) 
     origins[pair[fits, 0], number[fits]] = pair[fits, 1]
     origins[:, -1] = torch.where(many, MANY, origins[:, -1])
     return origins.to(state.origins.dtype)
-
-
-def _n_halving(n: int) -> int:
-    """How often a bank of ``n`` slots is halved to a part that one turn of consolidation looks at."""
-    return max(math.ceil(math.log2(n / _PART)), 0)
-
-
-class _Cuts:
-    """How consolidation cuts banks into parts and blocks of slots that are alike.
-
-    Args:
-        key: Unit keys, (B, n, d_key).
-        turn: Number of the call.
-    """
-
-    def __init__(self, key: Tensor, turn: int) -> None:
-        n = key.shape[1]
-        self.n_halving = _n_halving(n)
-        self.round, self.number = divmod(turn, 2**self.n_halving)
-        n_part = -(-n // 2**self.n_halving)
-        self.n_level = 0 if n <= _EXACT else int(math.log2(n_part / _BLOCK))
-        generator = torch.Generator().manual_seed(self.round)  # on the CPU: the same directions on every device
-        n_direction = self.n_halving + _TREES * self.n_level
-        direction = torch.randn(key.shape[2], n_direction, generator=generator).to(key)
-        self.projection = (key @ direction).movedim(2, 0)  # (n_direction, B, n)
-
-    def part(self) -> Tensor:
-        """Slots that this turn looks at, in order, (B, P)."""
-        _, n_row, n = self.projection.shape
-        index = torch.arange(n, device=self.projection.device).expand(n_row, -1)
-        for level in range(self.n_halving):
-            index = index.gather(1, self.projection[level].gather(1, index).argsort(dim=1, stable=True))
-            half = index.shape[1] // 2
-            index = (index[:, half:] if self.number >> level & 1 else index[:, :half]).sort(dim=1).values
-        return index
-
-    def blocks(self, index: Tensor) -> Iterator[Tensor]:
-        """Places in ``index`` (B, P) of the slots of each block, (B, n_block, size); -1 fills up. Once per tree."""
-        n_row, n = index.shape
-        place = torch.arange(n, device=index.device).expand(n_row, -1)
-        if self.n_level == 0:
-            yield place[:, None]
-            return
-        size = -(-n // 2**self.n_level)
-        place = F.pad(place, (0, size * 2**self.n_level - n), value=-1)
-        for tree in range(_TREES):
-            cut = place
-            for level in range(self.n_level):
-                projection = self.projection[self.n_halving + tree * self.n_level + level].gather(1, index)
-                height = F.pad(projection, (0, 1), value=torch.inf).gather(1, cut.remainder(n + 1))
-                order = height.unflatten(1, (2**level, -1)).argsort(dim=2, stable=True)
-                cut = cut.unflatten(1, (2**level, -1)).gather(2, order).flatten(1)
-            yield cut.unflatten(1, (2**self.n_level, size))
-
-
-def _best_similar(key: Tensor, value: Tensor, rank: Tensor, used: Tensor, places: Tensor, threshold: float) -> Tensor:
-    """Rank of the most important slot that is similar to each and more important; its own if there is none, (B, P).
-
-    Args:
-        key: Unit keys, (B, P, d_key).
-        value: Unit values, (B, P, d_value).
-        rank: Rank by importance, (B, P).
-        used: Slots that hold something, (B, P).
-        places: Blocks of slots that are compared, (B, n_block, size); -1 for none.
-        threshold: Largest cosine distance.
-    """
-    n_row, n_block, size = places.shape
-    best = rank.clone()
-    n_together = max(_CELLS // (n_row * size * size), 1)  # blocks at a time
-    n_line = max(min(_CELLS // (n_row * size), size), 1)  # slots of a block at a time
-    for first in range(0, n_block, n_together):
-        block = places[:, first : first + n_together]  # (B, b, size)
-        flat = block.flatten(1).clamp(min=0)
-        there = (block >= 0) & used.gather(1, flat).view_as(block)
-        ranks = rank.gather(1, flat).view_as(block)
-        keys, values = (take(part, flat).unflatten(1, block.shape[1:]) for part in (key, value))
-        for line in range(0, size, n_line):
-            rows = slice(line, line + n_line)
-            close = keys[:, :, rows] @ keys.transpose(2, 3) >= 1 - threshold
-            close &= values[:, :, rows] @ values.transpose(2, 3) >= 1 - threshold
-            close &= there[:, :, rows, None] & there[:, :, None] & (ranks[:, :, None] < ranks[:, :, rows, None])
-            found = ranks[:, :, None].expand_as(close).masked_fill(~close, rank.shape[1]).amin(dim=3)
-            found = torch.minimum(found, ranks[:, :, rows])
-            best.scatter_reduce_(1, flat.view_as(block)[:, :, rows].flatten(1), found.flatten(1), "amin")
-    return best
 
 
 class _Plan(NamedTuple):

@@ -1,1 +1,1 @@
-"""Top-k search over memory slots."""
+"""Search over memory slots: those that a query reads, and those that are alike."""

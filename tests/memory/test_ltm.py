@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from memlm.memory import ltm
 from memlm.memory.base import Segment
 from memlm.memory.ltm import LongTermMemory, LongTermState
 from memlm.memory.state import map_tensors, named_tensors, tensors
 from memlm.models.lmcode import LMCode
 from memlm.models.segments import ModelState
+from memlm.retrieval import similar
+from tests.retrieval import naive
 
 D, T = 8, 12
 SETTINGS: dict[str, Any] = {"n_slot": 30, "d_key": 8, "top_k": 4, "write_budget": 6, "span": 3}
@@ -462,25 +463,10 @@ def random_bank(memory: LongTermMemory, n: int, seed: int, n_row: int = 1, pairs
     return state
 
 
-def naive_merge(memory: LongTermMemory, state: LongTermState, row: int, threshold: float) -> dict[int, list[int]]:
-    """What joins what by the rule, slot by slot: survivors and those that join them."""
-    priority = state.priority[row].tolist()
-    used = [i for i, p in enumerate(priority) if p > -(2.0**22)]
-    target = {}
-    for i in used:
-        near = [
-            j
-            for j in used
-            if (priority[j], -j) > (priority[i], -i)
-            and float(state.key[row, i] @ state.key[row, j]) >= 1 - threshold
-            and float(F.cosine_similarity(state.value[row, i], state.value[row, j], dim=0)) >= 1 - threshold
-        ]
-        target[i] = max(near, key=lambda j: (priority[j], -j)) if near else i
-    groups: dict[int, list[int]] = {}
-    for i, j in target.items():
-        if i != j and target[j] == j:
-            groups.setdefault(j, []).append(i)
-    return groups
+def naive_merge(state: LongTermState, row: int, threshold: float) -> dict[int, list[int]]:
+    """What joins what by the rule: survivors and those that join them."""
+    used = state.priority[row] > -(2.0**22)
+    return naive.joins(state.key[row], state.value[row], state.priority[row], used, threshold)
 
 
 def check_merged(state: LongTermState, new: LongTermState, row: int, groups: dict[int, list[int]]) -> None:
@@ -510,7 +496,7 @@ def test_consolidation_of_random_banks_is_that_of_the_rule() -> None:
     memory = LongTermMemory(D, **(SETTINGS | {"n_slot": 90}))
     state = random_bank(memory, 80, seed=3, n_row=2)
     new, report = memory.consolidate(state, threshold=0.3)
-    groups = [naive_merge(memory, state, row, 0.3) for row in range(2)]
+    groups = [naive_merge(state, row, 0.3) for row in range(2)]
     assert report == {"merged": sum(len(members) for group in groups for members in group.values())}
     assert report["merged"] > 10
     assert max(len(members) for members in groups[0].values()) > 1
@@ -522,14 +508,14 @@ def test_consolidation_of_random_banks_is_that_of_the_rule() -> None:
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if 1,000 slots were too many to be looked at at once, or 100 to be compared with each other."""
     for name, value in {"_EXACT": 100, "_PART": 260, "_BLOCK": 16, "_CELLS": 5000}.items():
-        monkeypatch.setattr(ltm, name, value)
+        monkeypatch.setattr(similar, name, value)
 
 
 def test_large_banks_are_consolidated_in_turns(small_blocks: None) -> None:
     memory = LongTermMemory(D, **(SETTINGS | {"n_slot": 1000, "d_key": 32}))
     assert memory.n_turn == 4
     state = random_bank(memory, 1000, seed=0, pairs=250)
-    wanted = naive_merge(memory, state, 0, 0.1)
+    wanted = naive_merge(state, 0, 0.1)
     assert len(wanted) > 100
     assert all(len(members) == 1 for members in wanted.values())
     found = []
@@ -546,22 +532,6 @@ def test_large_banks_are_consolidated_in_turns(small_blocks: None) -> None:
         state = new
     assert found[0] < 0.4 * len(wanted) < found[3], "a quarter of the bank in each turn"
     assert found[-1] > 0.97 * len(wanted), found
-
-
-def test_turns_in_a_row_see_every_slot_once(small_blocks: None) -> None:
-    key = F.normalize(torch.randn(2, 999, 8, generator=torch.Generator().manual_seed(0)), dim=-1)
-    parts = [ltm._Cuts(key, turn) for turn in range(4, 8)]
-    for row in range(2):
-        assert sorted(i for cuts in parts for i in cuts.part()[row].tolist()) == list(range(999))
-    index = parts[0].part()
-    trees = [blocks.clone() for blocks in parts[0].blocks(index)]
-    for blocks in trees:
-        assert blocks.shape[1] == 8
-        for row in range(2):
-            held = [place for place in blocks[row].flatten().tolist() if place >= 0]
-            assert sorted(held) == list(range(index.shape[1]))
-    assert not torch.equal(trees[0], trees[1])
-    assert not torch.equal(parts[0].part(), ltm._Cuts(key, 0).part()), "another round, other directions"
 
 
 def test_a_negative_turn_is_refused() -> None:

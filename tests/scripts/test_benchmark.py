@@ -6,24 +6,38 @@ from pathlib import Path
 import pytest
 
 import benchmarks
+from benchmarks import train
 from memlm.config import ConfigError, compose, config_dir, to_dict
 from scripts import benchmark
 
 
-def test_command_line_writes_the_result(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+@pytest.fixture
+def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A command line that measures tiny models."""
     monkeypatch.setattr(
         "sys.argv",
         ["benchmark.py", *benchmark.name_command(["train"]), f"out={tmp_path}", "candidates=[none,ltm]",
          'overrides=["model.n_layer=1","model.d_model=16","model.segment_len=16","memory.ltm.n_slot=32"]',
          "sizes=[default]", "n_row=1", "n_segment=2", "rounds=1", "warmup=1", "peak_memory=false"],
     )  # fmt: skip
+
+
+def test_command_line_writes_the_result(command: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     benchmark.main()
     stored = json.loads((tmp_path / "result.json").read_text())
     assert stored["metrics"]["default/ltm/vs_none"] > 0
     assert stored["metadata"]["settings"]["rounds"] == 1
     assert str(tmp_path / "result.json") in capsys.readouterr().out
+
+
+def test_what_a_benchmark_refuses_to_report_is_told(
+    command: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(train, "fill", lambda model, setup: model.init_state(setup.n_row))
+    with pytest.raises(SystemExit) as end:
+        benchmark.main()
+    assert end.value.code == 2
+    assert "error: the long-term memory was not full" in capsys.readouterr().err
 
 
 def test_unknown_settings_and_benchmarks() -> None:
