@@ -545,6 +545,8 @@ class ExperienceModel(LanguageModel):
 
     def _described(self, found: list[_Found], opened: dict[str, _Opened]) -> list[Remembered]:
         """What is known of records, each by a slot of it."""
+        if not found:
+            return []
         slots: dict[str, Tensor] = {}  # of all of these records
         uses: Counter[int] = Counter()
         for name, part in opened.items():

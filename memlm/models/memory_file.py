@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load, save_file
 from torch import Tensor
 
 from memlm.config import ConfigError
@@ -83,14 +83,14 @@ def read(path: str | os.PathLike[str]) -> MemoryFile:
             raise ConfigError(
                 f"there is no memory file at {path}: give the path of a file that save_memory has written"
             )
-        with safe_open(path, "pt") as file:
-            header = file.metadata() or {}
-            if header.get("format") != FORMAT:
-                raise ConfigError(
-                    f"{path} is not a memory of this version of memlm: expected the format {FORMAT}, got "
-                    f"{header.get('format')}; give a file that save_memory has written"
-                )
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # no mapping
+        content = path.read_bytes()  # at once: safe_open opens the path twice, and another process may replace the file
+        tensors = load(content)
+        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")]).get("__metadata__") or {}
+        if header.get("format") != FORMAT:
+            raise ConfigError(
+                f"{path} is not a memory of this version of memlm: expected the format {FORMAT}, got "
+                f"{header.get('format')}; give a file that save_memory has written"
+            )
         if "checksum" not in header:
             log.warning("%s was written without a checksum: damage may go unseen; save the memory again", path)
         elif header["checksum"] != _checksum(tensors, header):
