@@ -243,15 +243,16 @@ def check_settings(settings: Any, least: Mapping[str, float]) -> None:
 
     Args:
         settings: Of an experiment, whose name is that of its module.
-        least: By name of a setting, the least it may be.
+        least: By name of a setting, the least it may be; None is always right.
 
     Raises:
         ConfigError: If one is less, ``facts_per_segment`` is not positive, or ``split`` is text of training.
     """
     name = type(settings).__module__.rpartition(".")[2]
     for key, number in least.items():
-        if getattr(settings, key) < number:
-            raise ConfigError(f"{name}.{key} must be at least {number}, got {getattr(settings, key)}")
+        given = getattr(settings, key)
+        if given is not None and given < number:
+            raise ConfigError(f"{name}.{key} must be at least {number}, got {given}")
     if not getattr(settings, "facts_per_segment", 1) > 0:
         raise ConfigError(f"{name}.facts_per_segment must be positive, got {settings.facts_per_segment}")
     if getattr(settings, "split", "val") not in ("val", "test"):

@@ -30,6 +30,7 @@ from experiments.headline import recall_entries
 from experiments.recall import (
     COLORS,
     LABELS,
+    Consolidation,
     Document,
     Haystack,
     ask,
@@ -65,6 +66,8 @@ class Needle:
         split: Where the text around the facts is from: ``val``, or ``test`` for final numbers.
         seed: Of facts, gaps and passages.
         n_row: Documents read at once; the result does not depend on it. One at a time with a shared memory.
+        consolidate_every: Segments of a document after which similar slots of memories are merged
+            (`memlm.memory.base.Memory.consolidate`); None for never.
 
     Raises:
         ConfigError: If a setting cannot work.
@@ -80,9 +83,10 @@ class Needle:
     split: Literal["val", "test"] = "val"
     seed: int = 0
     n_row: int = 8
+    consolidate_every: int | None = None
 
     def __post_init__(self) -> None:
-        check_settings(self, {"n_document": 2, "n_fact": 1, "seed": 0, "n_row": 1})
+        check_settings(self, {"n_document": 2, "n_fact": 1, "seed": 0, "n_row": 1, "consolidate_every": 1})
         for name in ("distance", "n_other"):
             values = _several(getattr(self, name))
             if not values or min(values) < 0:
@@ -125,7 +129,8 @@ def run(
 
     Returns:
         One row per question, by kind, number of other facts, length, condition, document and fact: ``distance`` is the
-        setting, for the rest see `experiments.recall.ask`. For metrics see `summarise`.
+        setting, ``merged`` (with ``consolidate_every``) how many slots of the document's memory were merged into
+        others, for the rest see `experiments.recall.ask`. For metrics see `summarise`; ``merged`` is a mean.
     """
     plans = _plans(cfg)
     drawn = [draw(data, cfg, model.segment_len, plan) for plan in plans]
@@ -137,10 +142,15 @@ def run(
             more = cfg.n_document * lengths[-1]
             show = part_of(progress, done, more, n_token)
             others = _strangers(data, cfg, plan, documents)
-            for numbers, i, state in visit(model, documents, lengths, cfg.n_row, show, share):
+            consolidation = None if cfg.consolidate_every is None else Consolidation(cfg.consolidate_every)
+            for numbers, i, state in visit(model, documents, lengths, cfg.n_row, show, share, consolidation):
                 given = {"kind": plan.kind, "n_other": plan.n_other, "distance": plan.distances[i]}
                 asked = ask(model, state, documents, unseen, numbers, lengths[i], plan.kind == "paraphrased", others)
                 rows += [given | row for row in asked]
+                if consolidation:
+                    counts = dict(zip(numbers, consolidation.merged, strict=True))
+                    for row in rows[-len(asked) :]:
+                        row["merged"] = counts[row["document"]] if row["condition"] == "on" else None
             done += more
     rows = share.join(rows)
     rows.sort(key=lambda row: (cfg.kinds.index(row["kind"]), row["n_other"], row["distance"],
@@ -169,7 +179,11 @@ def run(
         "shared": is_shared(model),
         "headline": _headline(cfg),
     }
-    return Result("needle", summarise(rows), tuple(rows), metadata)
+    metrics = summarise(rows)
+    if cfg.consolidate_every is not None:
+        merged = [row["merged"] for row in rows if row["condition"] == "on" and row["distance"] == cfg.distances[-1]]
+        metrics["merged"] = float(np.mean(merged))
+    return Result("needle", metrics, tuple(rows), metadata)
 
 
 def _headline(cfg: Needle) -> list[dict[str, Any]]:

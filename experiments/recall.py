@@ -156,11 +156,48 @@ def tell(
     return Document(list(facts), begins, np.concatenate(parts), haystack, taken, others)
 
 
+class Consolidation:
+    """Consolidates memories now and then while documents are read, and counts what that frees.
+
+    Args:
+        every: Segments from one time to the next.
+
+    Attributes:
+        every: See above.
+        merged: Slots that were merged into another since a document's beginning, for each row.
+    """
+
+    def __init__(self, every: int) -> None:
+        self.every = every
+        self.merged: list[int] = []
+
+    def __call__(self, model: Any, state: Any, turn: int) -> Any:
+        """The state with consolidated memories; ``turn`` is how often that was done before."""
+        before = _n_filled(model, state)
+        state = model.map_memory(lambda module, part: module.consolidate(part, turn=turn)[0], state)
+        fewer = [n - left for n, left in zip(before, _n_filled(model, state), strict=True)]
+        self.merged = [n + more for n, more in zip(self.merged if turn else [0] * len(fewer), fewer, strict=True)]
+        return state
+
+
+def _n_filled(model: Any, state: Any) -> list[int]:
+    """Slots that hold something, of all memories, for each row."""
+    counts: list[Tensor] = []
+
+    def count(module: Any, part: Any) -> Any:
+        counts.append(module.filled(part).sum(dim=1).cpu())
+        return part
+
+    model.map_memory(count, state)
+    return torch.stack(counts).sum(dim=0).tolist()
+
+
 def read(
     model: Any,
     documents: Sequence[Document],
     lengths: Sequence[int],
     progress: Callable[[int], None] | None = None,
+    consolidation: Consolidation | None = None,
 ) -> Iterator[Any]:
     """Read documents side by side.
 
@@ -169,18 +206,22 @@ def read(
         documents: One per row.
         lengths: Tokens after which to stop and look, ascending, multiples of the segment.
         progress: Called with the tokens read so far of a document.
+        consolidation: What is done to memories in between; None for nothing.
 
     Yields:
         At each length the memories, without local context.
     """
     device = device_of(model)
     state, place = None, 0
+    step = consolidation.every * model.segment_len if consolidation else lengths[-1]
     for length in lengths:
         while place < length:
-            end = min(place + _WINDOW * model.segment_len, length)
+            end = min(place + _WINDOW * model.segment_len, length, (place // step + 1) * step)
             ids = np.stack([document.tokens(place, end) for document in documents])
             state = model.absorb(torch.from_numpy(ids).long().to(device), state)
             place = end
+            if consolidation and place % step == 0:
+                state = consolidation(model, state, place // step - 1)
             if progress is not None:
                 progress(place)
         yield model.new_context(state)
@@ -193,6 +234,7 @@ def visit(
     n_row: int,
     progress: Callable[[float], None] | None = None,
     share: Share = ALONE,
+    consolidation: Consolidation | None = None,
 ) -> Iterator[tuple[range, int, Any]]:
     """Read documents, some side by side.
 
@@ -203,6 +245,7 @@ def visit(
         n_row: Documents to read at once, where rows do not share a memory.
         progress: Called with the share of the text that is read, in 0..1.
         share: Which of the documents.
+        consolidation: See `read`.
 
     Yields:
         Numbers of the documents that were read side by side, which of the lengths was reached, and their memories
@@ -216,7 +259,7 @@ def visit(
             if progress is not None:
                 progress((before * lengths[-1] + n * place) / n_token)
 
-        states = read(model, [documents[i] for i in numbers], lengths, show)
+        states = read(model, [documents[i] for i in numbers], lengths, show, consolidation)
         yield from ((numbers, i, state) for i, state in enumerate(states))
 
 

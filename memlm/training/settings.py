@@ -82,6 +82,7 @@ def plan_steps(config: dict[str, Any]) -> dict[str, Any]:
                 f"memory.{name}.signals names {', '.join(node['signals'])}, but the data of train.py is text and has "
                 "none: leave it null (from Python, each call may bring some: model(ids, signals=...))"
             )
+    _check_consolidation(config)
     Training(**{name: value for name, value in config["training"].items() if name != "_target_"})
     if trainer["max_steps"] in (None, -1):
         batches = Curriculum(config["curriculum"]["phases"], config["curriculum"]["task"]).steps
@@ -94,6 +95,19 @@ def plan_steps(config: dict[str, Any]) -> dict[str, Any]:
             "searches and banks in 32 bits, and the loss makes its gradients before they could be scaled for fp16"
         )
     return config | {"trainer": trainer}
+
+
+def _check_consolidation(config: Mapping[str, Any]) -> None:
+    """Refuse to consolidate where no memory outlives a step."""
+    every = config["training"]["consolidate_every"]
+    shared = any(node.get("scope") == "shared" for node in config["memory"].values())
+    goes_on = any(phase.get("task") is None or phase.get("n_window", 1) > 1 for phase in config["curriculum"]["phases"])
+    if every is not None and config["memory"] and not shared and not goes_on:
+        raise ConfigError(
+            f"training.consolidate_every={every} would consolidate nothing: documents of this curriculum are one "
+            "window long, and their memory ends with them; leave it null, give phases with n_window above 1, or share "
+            "the memory (such as memory.ltm.scope=shared)"
+        )
 
 
 def check_device(config: Mapping[str, Any]) -> None:

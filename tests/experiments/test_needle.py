@@ -525,3 +525,37 @@ def test_yaml_and_settings_agree():
     assert node.pop("_target_") == "experiments.needle.Needle"
     assert Needle(**node) == Needle()
     assert set(node) == set(Needle.__dataclass_fields__)
+
+
+def test_memories_are_consolidated_while_documents_are_read(data, real):
+    """Against a loop over single segments; every third segment similar slots are merged."""
+    real.eval()
+    settings = Needle(n_document=2, n_fact=3, distance=[40, 120], consolidate_every=3)
+    result = run(real, data, settings)
+    documents, _, lengths = draw(data, settings, SEGMENT_LEN)
+    module = real.memory["ltm"][0]
+    for number, document in enumerate(documents):
+        state, merged = None, 0
+        for segment in range(lengths[-1] // SEGMENT_LEN):
+            ids = document.tokens(segment * SEGMENT_LEN, (segment + 1) * SEGMENT_LEN)
+            with torch.no_grad():
+                state = real.absorb(torch.from_numpy(np.asarray(ids)).long()[None], state)
+                if segment % 3 == 2:
+                    bank, done = module.consolidate(state.memory["ltm"][0], turn=segment // 3)
+                    state = state._replace(memory={"ltm": (bank,)})
+                    merged += done["merged"]
+            if (segment + 1) * SEGMENT_LEN in lengths:
+                distance = settings.distances[lengths.index((segment + 1) * SEGMENT_LEN)]
+                rows = [row for row in result.rows if row["condition"] == "on" and row["document"] == number
+                        and row["distance"] == distance]  # fmt: skip
+                with torch.no_grad():
+                    found = [answer(real, real.new_context(state), [fact])[0][1] for fact in document.facts]
+                assert [row["nll"] for row in rows] == pytest.approx(found, rel=1e-3)
+                assert {row["merged"] for row in rows} == {merged}
+        assert merged > 0
+    last = {row["document"]: row["merged"] for row in result.rows if row["merged"] is not None}
+    assert result.metrics["merged"] == sum(last.values()) / 2
+    without = run(real, data, Needle(n_document=2, n_fact=3, distance=[40, 120]))
+    assert [row["nll"] for row in without.rows] != [row["nll"] for row in result.rows]
+    with pytest.raises(ConfigError, match="needle.consolidate_every must be at least 1, got 0"):
+        Needle(consolidate_every=0)

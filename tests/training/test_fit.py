@@ -321,6 +321,19 @@ def test_how_to_upload_is_told(tmp_path: Path) -> None:
     assert sync_hint(None) is None
 
 
+def test_consolidation_where_no_memory_outlives_a_step_is_refused(tmp_path: Path) -> None:
+    every = "training.consolidate_every=3"
+    with pytest.raises(ConfigError, match="consolidate_every=3 would consolidate nothing"):
+        config(tmp_path, "a", every, phases=[SHORT])
+    for more, memory, phase in (
+        ([], "ltm", FACTS),
+        ([], "ltm", PLAIN),
+        ([], "none", SHORT),
+        (["memory.ltm.scope=shared"], "ltm", SHORT),
+    ):
+        assert config(tmp_path, "a", every, *more, memory=memory, phases=[SHORT, phase])["trainer"]["max_steps"]
+
+
 def test_no_logger_at_all(tmp_path: Path) -> None:
     settings = config(tmp_path, "a") | {"logger": None}
     assert plan_steps(settings)
