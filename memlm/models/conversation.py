@@ -27,7 +27,7 @@ A sentence (it ends in . or !) is told: it is stored. Anything else is asked: a 
   /save PATH       write the memory to a file
   /load PATH       replace the memory by that of a file
   /help            this
-  /quit            end"""
+  /quit            end; what was not saved is gone"""
 
 
 class Answer(NamedTuple):
