@@ -84,8 +84,8 @@ class Conversation:
         line = line.strip("\ufeff").strip()
         try:
             if line.startswith("/"):
-                name, _, rest = line[1:].partition(" ")
-                return self._command(name, rest.strip())
+                name, *rest = line[1:].split(maxsplit=1) or [""]
+                return self._command(name, "".join(rest))
             if not line:
                 return ""
             if line.endswith((".", "!")):

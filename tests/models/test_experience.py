@@ -625,12 +625,12 @@ def test_of_processes_that_save_to_one_path_each_leaves_a_whole_file(tokenizer: 
         for text in (A, B, C)[:n]:
             model.store_experience(text)
         process = multiprocessing.get_context("fork").Process(
-            target=lambda model=model: [model.save_memory(path) for _ in range(20)]
+            target=lambda model=model: [model.save_memory(path) for _ in range(20)], daemon=True
         )
         process.start()
         children.append(process)
-    other, seen = build(tokenizer, n_slot=1000), set()
-    while any(process.is_alive() for process in children):
+    other, seen, end = build(tokenizer, n_slot=1000), set(), time.monotonic() + 60
+    while any(process.is_alive() for process in children) and time.monotonic() < end:
         if path.is_file():
             other.load_memory(path)  # is whole at any time
             seen.add(len(texts(other)))
