@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import multiprocessing
 import os
@@ -439,8 +440,11 @@ def test_more_origins_than_are_listed_count_as_all(tokenizer: Tokenizer) -> None
     for slot in (origins[:, -1] == MANY).nonzero()[:, 0].tolist():
         others = [number for number in range(12) if number != int(bank(model).record[0, slot])]
         assert origins[slot, :-1].tolist() == others[:7]
+    other = copy.deepcopy(model)
     model.forget(12)  # which is in none of them, but that cannot be told
     assert model.list_memory() == []
+    other.forget(11)  # which no slot lists
+    assert texts(other) == [B]
 
 
 def test_what_replaces_a_merged_slot_was_merged_with_nothing(tokenizer: Tokenizer) -> None:
