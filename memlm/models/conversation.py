@@ -27,7 +27,7 @@ A sentence (it ends in . or !) is told: it is stored. Anything else is asked: a 
   /save PATH       write the memory to a file
   /load PATH       replace the memory by that of a file
   /help            this
-  /quit            end"""
+  /quit            end; what was not saved is gone"""
 
 
 class Answer(NamedTuple):
@@ -84,8 +84,8 @@ class Conversation:
         line = line.strip("\ufeff").strip()
         try:
             if line.startswith("/"):
-                name, _, rest = line[1:].partition(" ")
-                return self._command(name, rest.strip())
+                name, *rest = line[1:].split(maxsplit=1) or [""]
+                return self._command(name, "".join(rest))
             if not line:
                 return ""
             if line.endswith((".", "!")):

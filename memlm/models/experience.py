@@ -206,7 +206,7 @@ class ExperienceModel(LanguageModel):
         return [record._replace(similarity=None, weight=None) for record in described]
 
     def edit_memory(self, number: int, text: str) -> int:
-        """Replace the text of a record; it keeps its id, document and age.
+        """Replace the text of a record; it keeps its id and document, and grows older as before.
 
         Args:
             number: Id of the record. Slots that other records were merged with go too.
@@ -216,7 +216,8 @@ class ExperienceModel(LanguageModel):
             The id.
 
         Raises:
-            ConfigError: If there is no such record, or the text is empty.
+            ConfigError: If there is no such record, the text is empty, or nothing of it would be kept; the record then
+                stays as it was.
         """
         kept = self._kept("edit_memory")
         (number,) = self._check_ids([number], kept)
@@ -238,7 +239,13 @@ class ExperienceModel(LanguageModel):
                 new = records.record >= first
                 return module.relabel(part, records.record.masked_fill(new, number), records.document)
 
-            self._commit(self.map_memory(relabel, state))
+            state = self.map_memory(relabel, state)
+            if not any(bool((part.records.record == number).any()) for part in _opened(kept, state).values()):
+                raise ConfigError(
+                    f"nothing of the new text would be kept, so record {number} stays as it was: the memory finds none "
+                    f"of it worth a slot; give more words, or forget({number})"
+                )
+            self._commit(state)
         return number
 
     def forget(
@@ -499,10 +506,11 @@ class ExperienceModel(LanguageModel):
                 if passage and len(passage) + len(sentence) > self.segment_len:
                     yield passage
                     passage = []
-                passage = passage + sentence
-                while len(passage) > self.segment_len:
-                    yield passage[: self.segment_len]
-                    passage = passage[self.segment_len :]
+                passage, begins = passage + sentence, 0
+                while len(passage) - begins > self.segment_len:
+                    yield passage[begins : begins + self.segment_len]
+                    begins += self.segment_len
+                passage = passage[begins:]
         if passage:
             yield passage
 

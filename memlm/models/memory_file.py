@@ -51,7 +51,7 @@ def write(path: str | os.PathLike[str], content: MemoryFile) -> None:
     """Write a file, and the directories above it; it appears whole or not at all.
 
     Raises:
-        ConfigError: If the path is none, or that of a directory, or the file cannot be written.
+        ConfigError: If the path is none, or that of a directory or device, or the file cannot be written.
     """
     path = _path(path)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in content.tensors.items()}
@@ -60,6 +60,8 @@ def write(path: str | os.PathLike[str], content: MemoryFile) -> None:
     try:
         if not path.name or path.is_dir():
             raise ConfigError(f"{str(path)!r} is a directory: give the path of the file to write")
+        if path.exists() and not path.is_file():  # a device or a pipe, which the file would take the place of
+            raise ConfigError(f"{str(path)!r} is no regular file: give the path of the file to write")
         with atomic_file(path) as file:
             mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
             save_file(tensors, file.name, header | {"checksum": _checksum(tensors, header)})
@@ -101,7 +103,9 @@ def read(path: str | os.PathLike[str]) -> MemoryFile:
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror or error}") from error
     except (SafetensorError, KeyError, json.JSONDecodeError) as error:
-        raise ConfigError(f"{path} cannot be read: it is damaged or cut short; save the memory again") from error
+        raise ConfigError(
+            f"{path} cannot be read: it is no memory file, or damaged or cut short; save the memory again"
+        ) from error
     return MemoryFile(tensors, **parts)
 
 

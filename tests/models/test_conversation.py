@@ -114,6 +114,7 @@ def test_commands(tokenizer: Any, tmp_path: Path) -> None:
     assert talk.context == []
     assert talk.respond(f"/load {path}") == f"[memory replaced by that of {path}; the context was cleared]"
     assert FACT in str(talk.respond("/memory"))
+    assert FACT in str(talk.respond("/memory\tba ce"))
     assert talk.respond("/help") == HELP
     assert all(f"/{name}" in HELP for name in ("clear", "memory", "forget", "save", "load", "help", "quit"))
     assert talk.respond("/quit") is None
@@ -139,6 +140,7 @@ def test_a_loaded_memory_is_not_answered_from_the_context_of_before(tokenizer: A
     ("line", "message"),
     [
         ("/forgte 1", "no command /forgte: /help lists them. Did you mean 'forget'?"),
+        ("/", "no command /: /help lists them."),
         ("/forget", "/forget takes ids"),
         ("/forget x", "/forget takes ids"),
         ("/forget 7", "no record 7"),

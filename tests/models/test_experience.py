@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+import itertools
 import multiprocessing
+import os
 import random
+import time
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +104,17 @@ def test_a_sentence_longer_than_a_segment_is_cut(tokenizer: Tokenizer) -> None:
     ids = model.store_experience(text)
     assert len(ids) == 3  # 153 bytes
     assert "".join(texts(model)).replace(" ", "") == text.replace(" ", "")
+
+
+def test_a_sentence_without_end_is_cut_in_a_time_that_grows_with_its_length(
+    tokenizer: Tokenizer, monkeypatch: Any
+) -> None:
+    model, ids, begun = build(tokenizer), list(range(2_000_000)), time.perf_counter()
+    monkeypatch.setattr(type(tokenizer), "encode_batch", lambda _, texts: [ids for _ in texts])
+    passages = list(model._passages("x"))
+    assert list(itertools.chain.from_iterable(passages)) == ids
+    assert {len(passage) for passage in passages} == {T}
+    assert time.perf_counter() - begun < 5  # copying the rest for each passage would take minutes
 
 
 def test_generation_begins_with_what_is_stored(tokenizer: Tokenizer) -> None:
@@ -314,6 +329,18 @@ def test_an_edited_record_holds_the_new_text_alone(tokenizer: Tokenizer) -> None
     assert contents(model) == before
 
 
+def test_an_edit_of_which_nothing_would_be_kept_is_refused(tokenizer: Tokenizer) -> None:
+    model = build(train_tokenizer("word", [A, B], 50))
+    assert model.store_experience(A) == [0]
+    before = contents(model)
+    with pytest.raises(ConfigError, match="nothing of the new text would be kept, so record 0 stays as it was"):
+        model.edit_memory(0, "cat")  # one token is no slot
+    assert contents(model) == before
+    full = build(tokenizer, n_slot=20, importance="token")
+    full.store_experience(f"{A} {B}")
+    assert full.edit_memory(0, B) == 0  # its own slots made room
+
+
 def test_ids_are_never_given_again(tokenizer: Tokenizer, tmp_path: Path) -> None:
     model = build(tokenizer, n_slot=60, importance="fifo")
     seen = {number: text for text in (A, B) for number in model.store_experience(text)}
@@ -413,8 +440,11 @@ def test_more_origins_than_are_listed_count_as_all(tokenizer: Tokenizer) -> None
     for slot in (origins[:, -1] == MANY).nonzero()[:, 0].tolist():
         others = [number for number in range(12) if number != int(bank(model).record[0, slot])]
         assert origins[slot, :-1].tolist() == others[:7]
+    other = copy.deepcopy(model)
     model.forget(12)  # which is in none of them, but that cannot be told
     assert model.list_memory() == []
+    other.forget(11)  # which no slot lists
+    assert texts(other) == [B]
 
 
 def test_what_replaces_a_merged_slot_was_merged_with_nothing(tokenizer: Tokenizer) -> None:
@@ -512,6 +542,10 @@ def test_a_place_that_is_no_file_is_refused(tokenizer: Tokenizer, tmp_path: Path
     for path in ("", ".", tmp_path):
         with pytest.raises(ConfigError, match="is a directory: give the path of the file"):
             model.save_memory(path)
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ConfigError, match="pipe' is no regular file"):
+        model.save_memory(tmp_path / "pipe")
+    assert (tmp_path / "pipe").is_fifo()
     monkeypatch.setenv("HOME", str(tmp_path))
     model.save_memory("~/memory")
     assert (tmp_path / "memory").is_file()
@@ -595,12 +629,12 @@ def test_of_processes_that_save_to_one_path_each_leaves_a_whole_file(tokenizer: 
         for text in (A, B, C)[:n]:
             model.store_experience(text)
         process = multiprocessing.get_context("fork").Process(
-            target=lambda model=model: [model.save_memory(path) for _ in range(20)]
+            target=lambda model=model: [model.save_memory(path) for _ in range(20)], daemon=True
         )
         process.start()
         children.append(process)
-    other, seen = build(tokenizer, n_slot=1000), set()
-    while any(process.is_alive() for process in children):
+    other, seen, end = build(tokenizer, n_slot=1000), set(), time.monotonic() + 60
+    while any(process.is_alive() for process in children) and time.monotonic() < end:
         if path.is_file():
             other.load_memory(path)  # is whole at any time
             seen.add(len(texts(other)))
