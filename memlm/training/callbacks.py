@@ -199,7 +199,7 @@ class DuringTraining(Callback):
         if (batch_idx + 1) % self.every:
             return
         pause = self.clock.paused() if self.clock is not None else contextlib.nullcontext()
-        with pause, module.whole_banks():  # type: ignore[operator]
+        with pause, module.whole_banks(), module.whole_layers():  # type: ignore[operator]
             numbers = {name: float(value) for name, value in self.run(module.model).items()}  # type: ignore[operator, arg-type]
         if not numbers:
             return
