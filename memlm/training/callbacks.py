@@ -90,7 +90,7 @@ class Checkpoints(Checkpoint):
             raise self._stopped
 
     def on_train_end(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
-        """All of the last step is logged. Leave signals to others; stop if asked to in it, or while it was validated."""
+        """All of the last step is logged. Leave signals to others; stop if asked to in it or in its validation."""
         self._publish(trainer)
         if self._stopped is None and self._any_asked(trainer):
             self._stopped = self._signals.stopped(self._asked or signal.SIGTERM)

@@ -182,7 +182,7 @@ def evaluation_logger(config: Mapping[str, Any], trained: Mapping[str, Any]) -> 
 def save_last(trainer: lightning.Trainer, run: Path) -> Path:
     """The checkpoint of the last step; it is written if training ended before its last step.
 
-    Every process has to ask. The first one decides: others may look before it has given the file its name, or elsewhere.
+    Every process has to ask. The first one decides: others may look before the file has its name, or elsewhere.
     """
     newest = checkpoints(run)[-1:] if (run / FOLDER).is_dir() else []
     path = run / FOLDER / f"step={trainer.global_step}.ckpt"

@@ -208,7 +208,7 @@ class LanguageModeling(lightning.LightningModule):
                 layers[i] = layer
 
     def _whole_layers(self) -> list[nn.Module]:
-        """Copies, with all of their weights, of the layers that are dealt out to processes. Every process has to ask."""
+        """Copies, with all weights, of the layers that are dealt out to processes. Every process has to ask."""
         layers: Any = self.model.layers
         copies = [_skeleton(plain) for plain in self._plain_layers]
         for i, plain in enumerate(copies):
