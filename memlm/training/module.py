@@ -573,8 +573,8 @@ def _skeleton(layer: nn.Module) -> nn.Module:
 
 def _weightless(batch: Batch) -> Batch:
     """The first row of a batch, in which nothing counts in the loss."""
-    row = Batch(*(part[:1] if isinstance(part, Tensor) else part for part in batch))
-    return row._replace(weight=torch.zeros_like(row.weight))
+    first: dict[str, Any] = {name: part[:1] for name, part in batch._asdict().items() if isinstance(part, Tensor)}
+    return batch._replace(**first | {"weight": torch.zeros_like(first["weight"])})
 
 
 def _finite(weight: Tensor) -> bool:
