@@ -74,10 +74,7 @@ class Checkpoints(Checkpoint):
         if step == self._seen:
             return
         self._seen = step
-        # All processes stop after the same step.
-        asked = self._asked is not None
-        if trainer.world_size > 1:
-            asked = trainer.strategy.reduce_boolean_decision(asked, all=False)
+        asked = self._any_asked(trainer)
         if step != self._last and (asked or step % self.every == 0 or step == trainer.max_steps):
             self._last = step
             self._write(trainer)
@@ -93,8 +90,10 @@ class Checkpoints(Checkpoint):
             raise self._stopped
 
     def on_train_end(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
-        """All of the last step is logged. Leave signals to others; stop if asked to in it."""
+        """All of the last step is logged. Leave signals to others; stop if asked to in it or in its validation."""
         self._publish(trainer)
+        if self._stopped is None and self._any_asked(trainer):
+            self._stopped = self._signals.stopped(self._asked or signal.SIGTERM)
         self._signals.give_back()
         if self._stopped is not None:
             raise self._stopped
@@ -105,6 +104,11 @@ class Checkpoints(Checkpoint):
         """Leave signals to others; what was written is whole."""
         self._signals.give_back()
         self._publish(trainer)
+
+    def _any_asked(self, trainer: lightning.Trainer) -> bool:
+        """Whether any process was asked to stop: all stop after the same step. Every process has to ask."""
+        asked = self._asked is not None
+        return asked if trainer.world_size == 1 else trainer.strategy.reduce_boolean_decision(asked, all=False)
 
     def _ask(self, signum: int) -> None:
         """Handle a signal."""
@@ -195,7 +199,7 @@ class DuringTraining(Callback):
         if (batch_idx + 1) % self.every:
             return
         pause = self.clock.paused() if self.clock is not None else contextlib.nullcontext()
-        with pause, module.whole_banks():  # type: ignore[operator]
+        with pause, module.whole_banks(), module.whole_layers():  # type: ignore[operator]
             numbers = {name: float(value) for name, value in self.run(module.model).items()}  # type: ignore[operator, arg-type]
         if not numbers:
             return

@@ -180,13 +180,18 @@ def evaluation_logger(config: Mapping[str, Any], trained: Mapping[str, Any]) -> 
 
 
 def save_last(trainer: lightning.Trainer, run: Path) -> Path:
-    """The checkpoint of the last step; it is written if training ended before its last step."""
+    """The checkpoint of the last step; it is written if training ended before its last step.
+
+    Every process has to ask. The first one decides: others may look before the file has its name, or elsewhere.
+    """
     newest = checkpoints(run)[-1:] if (run / FOLDER).is_dir() else []
+    path = run / FOLDER / f"step={trainer.global_step}.ckpt"
     # Where processes were forked to train, this one has made no step itself.
-    if not newest or (newest[0].name != f"step={trainer.global_step}.ckpt" and trainer.global_step > 0):
-        newest = [run / FOLDER / f"step={trainer.global_step}.ckpt"]
-        trainer.save_checkpoint(newest[0])
-    return newest[0]
+    lacks = not newest or (newest[0].name != path.name and trainer.global_step > 0)
+    lacks, path = trainer.strategy.broadcast((lacks, path if lacks else newest[0]))
+    if lacks:
+        trainer.save_checkpoint(path)
+    return path
 
 
 def _fault(error: BaseException) -> str | None:

@@ -191,16 +191,40 @@ class LanguageModeling(lightning.LightningModule):
             for module in dealt:
                 module.deal(self.global_rank, self.trainer.world_size)
 
+    @contextlib.contextmanager
+    def whole_layers(self) -> Iterator[None]:
+        """Hold layers that are dealt out to processes as a whole in each of them, for what they do not all do alike.
+
+        All processes have to enter: layers that are dealt out wait for all processes whenever they are called.
+        """
+        layers: Any = self.model.layers
+        dealt = list(layers)
+        for i, layer in enumerate(self._whole_layers()):
+            layers[i] = layer
+        try:
+            yield
+        finally:
+            for i, layer in enumerate(dealt):
+                layers[i] = layer
+
+    def _whole_layers(self) -> list[nn.Module]:
+        """Copies, with all weights, of the layers that are dealt out to processes. Every process has to ask."""
+        layers: Any = self.model.layers
+        copies = [_skeleton(plain) for plain in self._plain_layers]
+        for i, plain in enumerate(copies):
+            weights = layers[i].state_dict()
+            whole = {name: w.full_tensor() if isinstance(w, DTensor) else w for name, w in weights.items()}
+            plain.load_state_dict(whole, assign=True)
+            plain.to(self.device)  # tables that are not among the weights
+        return copies
+
     def on_train_end(self) -> None:
         """Put banks and layers that were dealt out together again, in every process."""
         for module in self._dealt.values():
             module.gather("cpu")
         layers: Any = self.model.layers
-        for i, plain in enumerate(self._plain_layers):
-            weights = layers[i].state_dict()
-            whole = {name: w.full_tensor() if isinstance(w, DTensor) else w for name, w in weights.items()}
-            plain.load_state_dict(whole, assign=True)
-            layers[i] = plain
+        for i, layer in enumerate(self._whole_layers()):
+            layers[i] = layer
         self._plain_layers = []
 
     def on_fit_end(self) -> None:
@@ -226,11 +250,14 @@ class LanguageModeling(lightning.LightningModule):
             state = self.model.init_state(len(batch.ids))
         with self._all_ranks_write():
             out = self._forward(batch, state, carry=not batch.ends or bool(self.shared) or self._retrieves)
-        drawn = None
+        drawn, own = None, self._weight(batch).sum()
         if self.replay is not None:
             reads = retrieved(self.model, state, out.state, out.reads) if self._retrieves else ()
             drawn = self.replay.draw(batch, self.global_rank, reads)
-        own = self._weight(batch).sum()
+            if self._plain_layers and self._mean_over_ranks(own.new_tensor(float(drawn is not None))) > 0:
+                # All processes call layers that are dealt out, or none does: one that drew nothing has a row without
+                # weight.
+                drawn = drawn or (_weightless(batch), [])
         weight = self._mean_over_ranks(own if drawn is None else own + self._weight(drawn[0]).sum()).clamp(min=1)
         losses, nll, by_row = self._losses(batch, out, weight)
         logged = losses["next-token loss"].detach()
@@ -239,7 +266,10 @@ class LanguageModeling(lightning.LightningModule):
         if drawn is not None:
             again, places = drawn
             repeated, _, of_rows = self._losses(again, self._forward(again, state=None, carry=False), weight)
-            self.replay.update(places, of_rows)  # type: ignore[union-attr]
+            if places:
+                self.replay.update(places, of_rows)  # type: ignore[union-attr]
+            else:
+                repeated = {"next-token loss": repeated["next-token loss"]}
             losses |= {f"replayed {name}": value for name, value in repeated.items()}
         total = sum(losses.values(), torch.zeros((), device=nll.device))
         if not torch.isfinite(total):
@@ -264,7 +294,7 @@ class LanguageModeling(lightning.LightningModule):
                 self._consolidate((self.global_step + 1) // every - 1)
             if (self.global_step + 1) % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
                 self._log_details(batch, nll, losses, out)
-                if drawn is not None:
+                if drawn is not None and places:
                     self._log_once({"train/replay_nll": of_rows.mean()})
         return total
 
@@ -352,7 +382,9 @@ class LanguageModeling(lightning.LightningModule):
 
     def _mean_over_ranks(self, value: Tensor) -> Tensor:
         """Mean of a scalar over all processes, so that a batch that is dealt out to ranks has the loss of the whole."""
-        return value if self.trainer.world_size == 1 else self.trainer.strategy.reduce(value, reduce_op="mean")
+        if self.trainer.world_size == 1:
+            return value
+        return self.trainer.strategy.reduce(value.clone(), reduce_op="mean")  # which overwrites what it is given
 
     def _without_banks(self, state: Any) -> Any:
         """``state`` without what all rows share: that is kept in the model, and nowhere else."""
@@ -537,6 +569,12 @@ def _skeleton(layer: nn.Module) -> nn.Module:
     """A copy of a layer whose weights take no memory."""
     memo = {id(p): nn.Parameter(torch.empty_like(p, device="meta")) for p in layer.parameters()}
     return copy.deepcopy(layer, memo)
+
+
+def _weightless(batch: Batch) -> Batch:
+    """The first row of a batch, in which nothing counts in the loss."""
+    first: dict[str, Any] = {name: part[:1] for name, part in batch._asdict().items() if isinstance(part, Tensor)}
+    return batch._replace(**first | {"weight": torch.zeros_like(first["weight"])})
 
 
 def _finite(weight: Tensor) -> bool:

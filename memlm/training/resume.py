@@ -96,7 +96,7 @@ def find_in_sweep(config: Mapping[str, Any], sweep: Path) -> Finished | Origin |
         if content is not None:
             if _whole(content["config"]) == _whole(config):
                 return Finished(run, content["value"])
-        elif not _is_alive(run):
+        elif not _is_alive(run, config):
             origin = _newest_of(run, lambda there: _whole(there) == _whole(config))
             unfinished += [origin] if origin is not None else []
     if not unfinished:
@@ -239,8 +239,13 @@ def refuse_other_run(run: Path, origin: Origin | None) -> None:
         raise ConfigError(f"{run} holds a run already: give another hydra.run.dir, or go on with it: resume={run}")
 
 
-def _is_alive(run: Path) -> bool:
-    """Whether a process of this machine is training the run."""
+def _is_alive(run: Path, config: Mapping[str, Any]) -> bool:
+    """Whether a process of this machine is training the run, as another run than the one of ``config``.
+
+    A run that goes on in its own directory may be marked as alive by its first process before the others look.
+    """
+    if run.resolve() == Path(config["paths"]["run_dir"]).resolve():
+        return False
     with contextlib.suppress(FileNotFoundError), open(run / _LOCK, "r+") as lock:
         try:
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -258,7 +263,7 @@ def _newest(config: Mapping[str, Any], roots: Sequence[Path]) -> Origin | None:
             with contextlib.suppress(FileNotFoundError):  # a run that is alive removes its old ones
                 newest[run] = max(newest.get(run, 0.0), path.stat().st_mtime)
     for run in sorted(newest, key=newest.__getitem__, reverse=True):
-        if _is_alive(run):
+        if _is_alive(run, config):
             print(f"resume=auto: {run} is still being trained; left alone")
             continue
         origin = _newest_of(run, lambda there: _same_run(config, there))

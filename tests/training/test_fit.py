@@ -15,7 +15,7 @@ from memlm.checkpoint import checkpoints
 from memlm.config import ConfigError
 from memlm.training import callbacks
 from memlm.training.callbacks import Progress, Throughput
-from memlm.training.fit import make_trainer, sync_hint, wandb_logger
+from memlm.training.fit import make_trainer, save_last, sync_hint, wandb_logger
 from memlm.training.module import LanguageModeling
 from memlm.training.resume import history_files
 from memlm.training.settings import check_device, plan_steps
@@ -175,6 +175,26 @@ def test_the_newest_checkpoints_are_kept_and_the_last_step_is_written(tmp_path: 
     assert [path.name for path in checkpoints(tmp_path / "a")] == ["step=6.ckpt", "step=7.ckpt"]
     fit(config(tmp_path, "b", "checkpoint.every=2", "trainer.max_steps=5", "checkpoint.keep=null"))
     assert [path.name for path in checkpoints(tmp_path / "b")] == ["step=2.ckpt", "step=4.ckpt", "step=5.ckpt"]
+
+
+@pytest.mark.parametrize("lacks", [False, True])
+def test_the_first_process_says_whether_the_last_step_is_still_to_be_written(lacks: bool, tmp_path: Path) -> None:
+    """Another may look before the file has its name, or in a directory of its own: nobody writes alone."""
+    (tmp_path / "first" / "checkpoints").mkdir(parents=True)
+    expected = tmp_path / "first" / "checkpoints" / "step=4.ckpt"
+    if not lacks:
+        expected.touch()
+    said: list[Any] = []
+    written: list[Path] = []
+
+    def broadcast(own: Any) -> Any:
+        said.append(own)
+        return said[0]
+
+    strategy = SimpleNamespace(broadcast=broadcast)
+    trainer: Any = SimpleNamespace(global_step=4, strategy=strategy, save_checkpoint=written.append)
+    assert [save_last(trainer, tmp_path / name) for name in ("first", "other")] == [expected] * 2
+    assert written == [expected] * 2 * lacks
 
 
 def test_a_full_disk_is_told_in_a_sentence(tmp_path: Path) -> None:

@@ -15,14 +15,14 @@ from memlm.analysis.figures import read_history
 from memlm.checkpoint import FOLDER
 from memlm.config import compose, to_dict
 from memlm.training.resume import history_files
-from tests.training.small import FACTS, config, curve, fit
+from tests.training.small import FACTS, SHORT, config, curve, fit
 
 # Without the price of writing, which is a mean over the tokens of each process.
 SAME = ["model.dropout=0", "memory.ltm.gate_penalty=0", "training.min_lr_ratio=1", "trainer.max_steps=20"]
 SAME += ["checkpoint.every=10", "checkpoint.keep=null"]
 
 
-def fit_dealt(settings: dict[str, Any], n_rank: int = 2) -> None:
+def fit_dealt(settings: dict[str, Any], n_rank: int = 2, watch: Any = None) -> None:
     """Train in processes as torchrun starts them; the first writes the outputs of its model after training."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -38,7 +38,7 @@ def fit_dealt(settings: dict[str, Any], n_rank: int = 2) -> None:
             places |= {"GROUP_RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "x"}
             os.environ |= {name: str(value) for name, value in places.items()}
             rank_zero_only.rank = rank
-            model = fit(settings)[1].model
+            model = fit(settings, watch)[1].model
             if rank == 0:  # alone, as the experiments are run
                 torch.save(outputs(model), Path(settings["paths"]["run_dir"]) / "outputs.pt")
             os._exit(0)
@@ -86,3 +86,33 @@ def test_dealt_layers_are_the_run_of_one_process(model: str, tmp_path: Path) -> 
             torch.testing.assert_close(b, a, rtol=1e-3, atol=1e-4, msg=f"{run}: {name}")
         if (tmp_path / run / "outputs.pt").exists():
             assert torch.equal(torch.load(tmp_path / run / "outputs.pt"), outputs(loaded))
+
+
+def test_a_process_that_replays_nothing_waits_for_no_other(tmp_path: Path) -> None:
+    """Each process replays a row or none by chance: the run of copies (``trainer=ddp``), to rounding."""
+    more = [*SAME[:3], "trainer.max_steps=8", "replay.ratio=0.25", "checkpoint.every=4"]
+    phases = [SHORT | {"n_row": 4}]
+    copies = config(tmp_path, "copies", *more, replay="reservoir", phases=phases)
+    copies["trainer"] |= {"devices": 2, "strategy": "ddp_fork"}
+    expected = fit(copies)[2]
+    fit_dealt(config(tmp_path, "dealt", *more, replay="reservoir", phases=phases))
+    found = [row for file in history_files(tmp_path / "dealt") for row in read_history(file)]
+    replayed = [sorted(curve(rows, "train/replay_nll")) for rows in (expected, found)]
+    assert replayed[0] == replayed[1]
+    assert 0 < len(replayed[0]) < 7  # of the first process
+    assert curve(found) == pytest.approx(curve(expected), abs=1e-4)
+    for a, b in zip(*(memlm.load(tmp_path / run).parameters() for run in ("copies", "dealt")), strict=True):
+        torch.testing.assert_close(b, a, rtol=1e-3, atol=1e-4)
+
+
+def test_what_is_watched_need_not_be_the_same_in_all_processes(tmp_path: Path) -> None:
+    def watch(model: Any) -> dict[str, float]:
+        n = int(os.environ.get("RANK", 0)) + 1
+        return {"watched": [float(outputs(model).square().mean()) for _ in range(n)][-1]}
+
+    more = [*SAME[:3], "trainer.max_steps=6", "trainer.val_check_interval=2", "trainer.limit_val_batches=0"]
+    expected = curve(fit(config(tmp_path, "one", *more), watch)[2], "watched")
+    fit_dealt(config(tmp_path, "two", *more), watch=watch)
+    found = [row for file in history_files(tmp_path / "two") for row in read_history(file)]
+    assert sorted(expected) == [1, 3, 5]
+    assert curve(found, "watched") == pytest.approx(expected, abs=1e-3)

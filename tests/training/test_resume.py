@@ -230,6 +230,13 @@ with running(Path({str(tmp_path / "first")!r})):
         assert other.stdout.readline() == "on\n"
         assert find_origin("auto", settings, [tmp_path]) is None
         assert "is still being trained" in capsys.readouterr().out
+        # In its own directory its first process has marked it before the others look.
+        for found in (
+            find_origin("auto", config(tmp_path, "first"), [tmp_path]),
+            find_in_sweep(config(tmp_path, "first"), tmp_path),
+        ):
+            assert isinstance(found, Origin)
+            assert found.path == checkpoints(tmp_path / "first")[-1]
     finally:
         other.communicate()
     assert find_origin("auto", settings, [tmp_path]) is not None
@@ -279,6 +286,17 @@ def test_asked_to_stop_in_the_last_step(tmp_path: Path) -> None:
     """What comes after training is left for later."""
     assert fit_until_asked(config(tmp_path, "stopped"), step=8) == 128 + signal.SIGTERM
     assert checkpoints(tmp_path / "stopped")[-1].name == "step=9.ckpt"
+
+
+def test_asked_to_stop_while_the_last_step_is_validated(tmp_path: Path) -> None:
+    def stop(module: Any, batch: Any) -> None:
+        if batch.step == 7:
+            module.validation_step = lambda *_: os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(SystemExit) as left:
+        fit(config(tmp_path, "stopped", "trainer.max_steps=8"), before_step=stop)
+    assert left.value.code == 128 + signal.SIGTERM
+    assert checkpoints(tmp_path / "stopped")[-1].name == "step=8.ckpt"
 
 
 def test_all_processes_stop_after_the_same_step(tmp_path: Path) -> None:
