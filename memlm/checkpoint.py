@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
 from memlm.config import ConfigError
 
@@ -144,7 +144,9 @@ def export(model: LanguageModel, directory: str | os.PathLike[str]) -> list[Path
         whole = Path(folder) / "whole"  # renamed, so that what removes the folder does not find it
         whole.mkdir()
         entry = describe(model)
-        save_file({name: value.contiguous() for name, value in model.state_dict().items()}, whole / _WEIGHTS)
+        # Not save_file, which makes files that nobody else can read.
+        weights = {name: value.contiguous() for name, value in model.state_dict().items()}
+        (whole / _WEIGHTS).write_bytes(save(weights))
         (whole / "tokenizer.json").write_text(entry.pop("tokenizer"), encoding="utf-8")
         (whole / "config.json").write_text(json.dumps(entry, indent=2) + "\n", encoding="utf-8")
         os.replace(whole, directory)

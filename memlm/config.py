@@ -15,6 +15,7 @@ from __future__ import annotations
 import collections.abc
 import difflib
 import functools
+import hashlib
 import importlib
 import inspect
 import math
@@ -118,6 +119,12 @@ def device_of_job(num: int) -> str:
     return devices[num % len(devices)] if devices else ""
 
 
+def digest(text: str) -> str:
+    """Return six hexadecimal digits that stand for a text in the name of a directory."""
+    return hashlib.sha256(text.encode()).hexdigest()[:6]
+
+
+OmegaConf.register_new_resolver("digest", digest, replace=True)
 OmegaConf.register_new_resolver("run_dir", run_dir, replace=True)
 OmegaConf.register_new_resolver("device_of_job", device_of_job, replace=True)
 

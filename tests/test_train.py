@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -112,12 +113,19 @@ def test_a_sweep_makes_a_run_of_each_job(tmp_path: Path) -> None:
     assert out.count("Perplexity of held-out text") == 2
     (sweep,) = (tmp_path / "multirun").iterdir()
     jobs = sorted(path for path in sweep.iterdir() if path.is_dir())
-    assert [job.name for job in jobs] == ["0-lmcode-none-seed1", "1-lmcode-stm-seed1"]
+    assert [named(job) for job in jobs] == ["0-lmcode-none-seed1", "1-lmcode-stm-seed1"]
     found = [next(record.run for record in records(job) if record.HasField("run")) for job in jobs]
     assert {run.run_group for run in found} == {sweep.name}
     assert [run.display_name for run in found] == ["lmcode-none", "lmcode-stm"]
     assert found[0].run_id != found[1].run_id
     assert [sorted(memlm.load(job).memory) for job in jobs] == [[], ["stm"]]
+
+
+def named(job: Path) -> str:
+    """The name of the directory of a job, without the digest of its overrides."""
+    name, _, digest = job.name.rpartition("-")
+    assert re.fullmatch(r"[0-9a-f]{6}", digest)
+    return name
 
 
 def sweep(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
@@ -138,19 +146,24 @@ def test_a_sweep_that_is_repeated_runs_what_is_left(
     common += ["memory=none", "trainer.max_steps=4", "hydra.sweep.dir=jobs"]
     assert sweep(monkeypatch, *common, f"data.path={tmp_path / 'text.txt'},/nowhere.txt", "seed=1") == 2
     out, err = capsys.readouterr()
-    assert "jobs/1-lmcode-none-seed1: text file '/nowhere.txt' does not exist" in err
+    assert re.search(r"jobs/1-lmcode-none-seed1-\w{6}: text file '/nowhere.txt' does not exist", err)
     assert out.count("Perplexity of held-out text") == 1
-    written = {path: path.stat().st_mtime_ns for path in (tmp_path / "jobs" / "0-lmcode-none-seed1").rglob("*.json")}
+    written = {path: path.stat().st_mtime_ns for path in (tmp_path / "jobs").rglob("*.json")}
     assert len(written) == 4  # three results, and that it is finished
 
     # with another seed before it: the job has another number, and no second directory
     assert sweep(monkeypatch, *common, f"data.path={tmp_path / 'text.txt'}", "seed=2,1") == 0
     out, err = capsys.readouterr()
     assert out.count("Perplexity of held-out text") == 1
-    assert "jobs/0-lmcode-none-seed1: finished with these settings, skipped" in out
+    assert re.search(r"jobs/0-lmcode-none-seed1-\w{6}: finished with these settings, skipped", out)
     assert {path: path.stat().st_mtime_ns for path in written} == written
-    found = sorted(path.name for path in (tmp_path / "jobs").iterdir() if path.is_dir())
-    assert found == ["0-lmcode-none-seed1", "0-lmcode-none-seed2"]
+
+    # with other values of a setting that no name of a directory tells
+    assert sweep(monkeypatch, *common, f"data.path={tmp_path / 'text.txt'}", "seed=2", "training.lr=0.01,0.02") == 0
+    finished = sorted(path.parent for path in (tmp_path / "jobs").glob("*/finished.json"))
+    assert [named(job) for job in finished] == [
+        "0-lmcode-none-seed1", "0-lmcode-none-seed2", "0-lmcode-none-seed2", "1-lmcode-none-seed2"
+    ]  # fmt: skip
 
 
 @pytest.mark.slow
@@ -169,7 +182,7 @@ def test_jobs_of_a_sweep_train_with_several_processes(
     assert out.count("4 steps on 2 processes") == 2
     assert "Traceback" not in err
     for i, memory in enumerate(("none", "stm")):
-        job = tmp_path / "jobs" / f"{i}-lmcode-{memory}-seed0"
+        (job,) = (tmp_path / "jobs").glob(f"{i}-lmcode-{memory}-seed0-*")
         alone = compose([*common, f"memory={memory}", f"paths.run_dir={tmp_path / memory}"])
         whole = curve(fit(plan_steps(to_dict(alone)))[2])
         found = curve([row for file in history_files(job) for row in read_history(file)])
