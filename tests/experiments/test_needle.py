@@ -557,5 +557,5 @@ def test_memories_are_consolidated_while_documents_are_read(data, real):
     assert result.metrics["merged"] == sum(last.values()) / 2
     without = run(real, data, Needle(n_document=2, n_fact=3, distance=[40, 120]))
     assert [row["nll"] for row in without.rows] != [row["nll"] for row in result.rows]
-    with pytest.raises(ConfigError, match="needle.consolidate_every must be at least 1, got 0"):
+    with pytest.raises(ConfigError, match=r"needle\.consolidate_every must be at least 1, got 0"):
         Needle(consolidate_every=0)
