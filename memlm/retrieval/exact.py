@@ -3,14 +3,15 @@
 Slots come from two pools: a bank that was there before the window, in which each query searches its best k, and slots
 written inside the window, which are few and searched densely so that gradients reach their keys and values cheaply.
 The scores of a bank exist for a few segments of a few rows at a time: on a CPU one, so that they stay in its cache, on
-a GPU as many as keep it busy. A bank that needs no gradient (what earlier windows
-wrote) is read without a copy of what was found.
+a GPU as many as keep it busy; of a very large bank for a few tokens. A bank that needs no gradient (what earlier
+windows wrote) is read without a copy of what was found.
 
 Shapes: B rows, R processes, S segments, N = S * T queries, M slots of a bank, P slots of a window, k slots read.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -21,6 +22,7 @@ from torch.nn import functional as F
 from memlm.memory import ranks
 
 _ON_CPU, _ON_GPU = 2**20, 2**28  # scores that exist at a time, at most, where a segment of a row has fewer
+_MOST = 2**27  # scores that exist at a time, at most, where a token of a row has fewer
 _GROUP = 32  # scores whose maximum is ranked before they are
 
 
@@ -200,18 +202,19 @@ def search(query: Tensor, temperature: Tensor, threshold: float, k: int, bank: P
     limit = _ON_GPU if query.is_cuda else _ON_CPU
     by_segment = min(n_segment, max(1, limit // (n_token * n_slot)))
     by_row = min(n_row, max(1, limit // (by_segment * n_token * n_slot)))
-    buffer = query.new_empty(by_row, by_segment * n_token, n_slot)  # one: fresh memory of this size is slow to get
-    for row in range(0, n_row, by_row):
-        for segment in range(0, n_segment, by_segment):
-            here = slice(row, row + by_row), slice(segment, segment + by_segment)
-            part = scaled[here]  # (by_row, by_segment, T, d_key), fewer at the end
-            score = buffer[: part.shape[0], : part.shape[1] * n_token]
-            torch.bmm(part.flatten(1, 2), keys[here[0]].transpose(1, 2), out=score)
-            score = score.unflatten(1, (-1, n_token))
-            if threshold > -1:
-                score.masked_fill_(score < threshold * temperature, -torch.inf)
-            score.add_(hidden[here][:, :, None])
-            best[here], index[here] = top(score, k)
+    by_token = min(n_token, max(1, _MOST // n_slot))
+    buffer = query.new_empty(by_row, by_segment * by_token, n_slot)  # one: fresh memory of this size is slow to get
+    starts = (range(0, n_row, by_row), range(0, n_segment, by_segment), range(0, n_token, by_token))
+    for row, segment, token in itertools.product(*starts):
+        here = slice(row, row + by_row), slice(segment, segment + by_segment), slice(token, token + by_token)
+        part = scaled[here]  # (by_row, by_segment, by_token, d_key), fewer at the end
+        score = buffer[: part.shape[0], : part.shape[1] * part.shape[2]]
+        torch.bmm(part.flatten(1, 2), keys[here[0]].transpose(1, 2), out=score)
+        score = score.unflatten(1, (-1, part.shape[2]))
+        if threshold > -1:
+            score.masked_fill_(score < threshold * temperature, -torch.inf)
+        score.add_(hidden[here[:2]][:, :, None])
+        best[here], index[here] = top(score, k)
     return best.flatten(1, 2), index.flatten(1, 2)
 
 

@@ -71,6 +71,19 @@ def test_however_many_cells_are_searched_at_a_time(cells, monkeypatch):
     torch.testing.assert_close(read, naive(query, 3.0, 0.5, 0.2, 4, bank, None), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("tokens", [1, 2, 5])
+def test_few_tokens_are_searched_at_a_time_in_a_very_large_bank(tokens, monkeypatch):
+    bank, query = pool(2, 7, 3, seed=6), F.normalize(torch.randn(2, 15, 4), dim=-1)  # 2 rows of 3 segments of 5 tokens
+    monkeypatch.setattr(exact, "_MOST", tokens * 7 + 6)
+    monkeypatch.setattr(exact, "_ON_CPU", 1)
+    made = []
+    monkeypatch.setattr(exact, "top", lambda score, k: made.append(score.numel()) or score.topk(k))
+    read, _, _ = attend(query, torch.tensor(3.0), torch.tensor(0.5), 0.2, 4, bank, None)
+    torch.testing.assert_close(read, naive(query, 3.0, 0.5, 0.2, 4, bank, None), rtol=1e-4, atol=1e-5)
+    assert max(made) == tokens * 7
+    assert sum(made) == query.shape[0] * query.shape[1] * 7
+
+
 @pytest.mark.parametrize("n_slot", [255, 256, 257, 287, 800])  # too few to group; groups, with and without a rest
 def test_the_best_of_groups_are_the_best_of_all(n_slot):
     score = torch.randn(3, 5, n_slot, generator=torch.Generator().manual_seed(n_slot))
