@@ -17,6 +17,7 @@ FLOORS = [
     {"memlm.config", "memlm.__version__"},
     {"memlm.memory", "memlm.retrieval"},
     {"memlm.models", "memlm.data"},
+    {"memlm.cli"},
     {"memlm.build"},
     {"memlm.training", "memlm.analysis", "memlm.checkpoint"},
     {"memlm"},
@@ -25,6 +26,13 @@ FLOORS = [
     {"scripts", "train", "memlm.compat"},
 ]
 OURS = {"memlm", "experiments", "benchmarks", "scripts", "train"}
+
+# A trained model is loaded, and its memory used, without what trains it: these modules and all that they import when
+# they are imported do without `TRAINING`.
+LOADING = ("memlm", "memlm.config", "memlm.memory", "memlm.retrieval", "memlm.models", "memlm.data", "memlm.build")
+LOADING += ("memlm.checkpoint",)
+NOT_LOADED = {"memlm.data.datamodule"}  # a LightningDataModule, which only training and measuring ask for
+TRAINING = {"hydra", "omegaconf", "lightning", "lightning_fabric", "pytorch_lightning", "wandb"}
 
 
 def floor(module: str) -> int:
@@ -50,6 +58,17 @@ def imports(tree: ast.Module, module: str, is_package: bool) -> Iterator[tuple[i
                 base = ".".join([*package, base] if base else package)
             # `from memlm import build` names a module; `from memlm.build import build` a function
             yield from ((node.lineno, f"{base}.{alias.name}") for alias in node.names)
+
+
+def run_on_import(tree: ast.AST) -> Iterator[ast.AST]:
+    """Yield what is executed when a module is imported: no bodies of functions, nothing for type checkers only."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            continue
+        yield node
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            continue
+        yield from run_on_import(node)
 
 
 def sources() -> Iterator[tuple[Path, str]]:
