@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from memlm.config import cli, to_dict, validate
+from memlm.cli import cli, to_dict
+from memlm.config import validate
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -64,7 +65,7 @@ def main(cfg: DictConfig) -> float | None:
     from memlm.training.module import LanguageModeling
     from memlm.training.replay import build_replay
 
-    validate(cfg)
+    validate(to_dict(cfg))
     data = build_data(config, tokenizer, corpus)
     if origin is not None:
         check_text(origin, data)

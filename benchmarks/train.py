@@ -23,7 +23,8 @@ from benchmarks.base import (
     surroundings,
     torch_threads,
 )
-from memlm.config import ConfigError, compose, to_dict, validate
+from memlm.cli import compose, to_dict
+from memlm.config import ConfigError, validate
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -122,13 +123,11 @@ def size_config(size: str, overrides: Sequence[str]) -> dict[str, Any]:
     for override in overrides:
         if override.partition("=")[0] in ("recipe", "memory", "model"):
             raise ConfigError(f"overrides changes {override!r}, which sizes and candidates decide: leave it out.")
-    config = compose([*SIZES[size], "memory=ltm", *overrides])
-    for part in ("model", "training"):
+    config = to_dict(compose([*SIZES[size], "memory=ltm", *overrides]))
+    config["memory"] = {"ltm": config["memory"]["ltm"]}  # a recipe may have settings for other memories
+    for part in ("model", "training", "memory"):
         validate(config[part], key=part)
-    plain = to_dict(config)
-    plain["memory"] = {"ltm": plain["memory"]["ltm"]}  # a recipe may have settings for other memories
-    validate(plain["memory"], key="memory")
-    return plain
+    return config
 
 
 class Setup(NamedTuple):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from memlm.config import ConfigError, compose, instantiate, to_dict, validate
+from memlm.config import ConfigError, instantiate, validate
 from memlm.data.tokenizer import Tokenizer, get_tokenizer
 from memlm.data.tokens import cache_dir
 
@@ -34,12 +34,13 @@ def build(*overrides: str) -> LanguageModel:
     Raises:
         ConfigError: If a name or value is wrong; the message says which and what was expected.
     """
-    config = compose(overrides)
+    from memlm.cli import compose, to_dict  # here, as a trained model is built without Hydra
+
+    config = to_dict(compose(overrides))
     validate({name: config[name] for name in ("seed", "n_parameter")})
     for part in ("model", "memory", "data", "curriculum"):
         validate(config[part], key=part)
-    plain = to_dict(config)
-    return build_model(plain, build_tokenizer(plain))
+    return build_model(config, build_tokenizer(config))
 
 
 def build_corpus(config: dict[str, Any]) -> Corpus:

@@ -1,13 +1,11 @@
-"""Configuration: composing, checking and running Hydra configs.
+"""Settings: what they may be, and what is built of them.
 
-Three questions are answered before anything heavy is imported or built:
+- `validate`: does every `_target_` node fit the signature of what it names?
+- `instantiate`: build the object of a node.
 
-- `compose`: do the overrides name settings and options that exist?
-- `validate`: does every `_target_` node fit the signature of what it builds?
-- `check_command_line` and `cli`: both, for every job of a command line, ahead of the first one.
-
-Every mistake is a `ConfigError`: one sentence with the full name of the setting, what was given, what was expected.
-Whatever needs torch or lightning is imported only when a node that names it is checked.
+Both take plain dicts, as a checkpoint holds them, so that a trained model is loaded without Hydra; `memlm.cli` composes
+them. Every mistake is a `ConfigError`: one sentence with the full name of the setting, what was given, what was
+expected. Whatever needs torch or lightning is imported only when a node that names it is checked.
 """
 
 from __future__ import annotations
@@ -15,51 +13,23 @@ from __future__ import annotations
 import collections.abc
 import difflib
 import functools
-import hashlib
 import importlib
 import inspect
 import math
 import os
-import re
 import reprlib
-import shlex
-import shutil
-import signal
-import sys
-import traceback
 import types
 import typing
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, NewType, TypeVar, Union
-
-import hydra
-import yaml
-from hydra._internal.utils import get_args_parser  # the flags of a Hydra command line, which have no public home
-from hydra.core.config_loader import ConfigLoader
-from hydra.core.global_hydra import GlobalHydra
-from hydra.core.hydra_config import HydraConfig
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
-from hydra.core.utils import JobRuntime
-from hydra.errors import HydraException, MissingConfigException
-from hydra.experimental.callback import Callback
-from hydra.types import RunMode
-from omegaconf import DictConfig, ListConfig, OmegaConf
-from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 # Constructor parameters that the code supplies, so that no YAML has to: the width of the model for its memories,
 # the size of the vocabulary for the model, what one built object hands to the next.
 INJECTED = frozenset({"d_model", "memories", "model", "n_vocab", "tokenizer", "train"})
 
-# Packages that take seconds to import: their nodes are checked last, and before a run only if the command line
-# touches them.
+# Packages that take seconds to import.
 _SLOW = ("lightning", "pytorch_lightning", "wandb")
-# Packages whose ValueErrors are mistakes of a user.
-_OURS = ("memlm", "experiments", "benchmarks", "scripts", "__main__")
-_STOPPED = frozenset(128 + signum for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2))
-_LAUNCHERS = ("joblib", "submitit")  # packages that start the jobs of a sweep, and tell when one of them dies
 _HYDRA_KEYS = frozenset({"_target_", "_partial_", "_recursive_", "_convert_", "_args_"})
 # Settings that belong to the run as a whole, and so to no constructor.
 _TOP_LEVEL: dict[str, Any] = {"name": str | None, "resume": str | None, "seed": int, "n_parameter": int | None}
@@ -87,292 +57,6 @@ def whole(name: str, value: Any, least: int = 0) -> int:
     return number
 
 
-def config_dir() -> Path:
-    """Return the directory of the shipped configs: inside an installed package, or beside it in a checkout."""
-    package = Path(__file__).resolve().parent
-    inside = package / "configs"
-    return inside if inside.is_dir() else package.parent / "configs"
-
-
-def run_dir() -> str:
-    """Return the output directory of the running Hydra job, or `.` outside of one.
-
-    Configs reach it as `${run_dir:}`, which unlike Hydra's own resolver also works for a composed config.
-    """
-    if HydraConfig.initialized():
-        runtime: Any = HydraConfig.get().runtime
-        return "." if OmegaConf.is_missing(runtime, "output_dir") else runtime.output_dir
-    return "."
-
-
-def device_of_job(num: int) -> str:
-    """Return what `CUDA_VISIBLE_DEVICES` is for a job of a sweep, so that jobs side by side use different GPUs.
-
-    A process that does several jobs keeps the GPU of its first one, as CUDA does not look again.
-    """
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is None:
-        import torch
-
-        visible = ",".join(map(str, range(torch.cuda.device_count())))
-    devices = [device for device in visible.split(",") if device]
-    return devices[num % len(devices)] if devices else ""
-
-
-def digest(text: str) -> str:
-    """Return six hexadecimal digits that stand for a text in the name of a directory."""
-    return hashlib.sha256(text.encode()).hexdigest()[:6]
-
-
-OmegaConf.register_new_resolver("digest", digest, replace=True)
-OmegaConf.register_new_resolver("run_dir", run_dir, replace=True)
-OmegaConf.register_new_resolver("device_of_job", device_of_job, replace=True)
-
-
-# ---------------------------------------------------------------------------------------------------- composing
-
-
-def compose(
-    overrides: Sequence[str] = (),
-    config_name: str = "train",
-    *,
-    directory: str | Path | None = None,
-    searchpath: Sequence[str | Path] = (),
-) -> DictConfig:
-    """Compose a config from its YAML files and overrides; usable anywhere, also inside a Hydra job.
-
-    Args:
-        overrides: what would stand on the command line, such as `["memory=ltm", "model.n_layer=2"]`.
-        config_name: the primary config, a YAML file in `directory`.
-        directory: the config tree; the shipped one by default.
-        searchpath: further config trees, looked up after `directory`.
-
-    Raises:
-        ConfigError: an unknown option or setting, a malformed override, or a required setting without a value.
-    """
-    with _session(directory) as loader:
-        config = _compose(loader, list(overrides), config_name, searchpath)
-    _check_missing(config)
-    return config
-
-
-@contextmanager
-def _session(directory: str | Path | None) -> Iterator[ConfigLoader]:
-    """Set up Hydra on a config tree and put back whatever was set up before."""
-    path = Path(directory or config_dir()).resolve()
-    if not path.is_dir():
-        raise ConfigError(f"There is no config directory {str(path)!r}.")
-    state, runtime = GlobalHydra.instance(), JobRuntime.instance()
-    outer, job_name = state.hydra, runtime.get("name")
-    state.hydra = None
-    try:
-        with hydra.initialize_config_dir(str(path), job_name=job_name, version_base="1.3"):
-            yield GlobalHydra.instance().config_loader()
-    finally:
-        GlobalHydra.instance().hydra = outer
-
-
-def _compose(
-    loader: ConfigLoader, overrides: list[str], config_name: str, searchpath: Sequence[str | Path]
-) -> DictConfig:
-    parsed = _parse(overrides, loader)
-    for override in parsed:
-        if override.is_sweep_override():
-            key, value = override.get_key_element(), (override.input_line or "").partition("=")[2]
-            raise ConfigError(
-                f"{override.input_line!r} gives several values: add -m to run one job for each, "
-                f"or write a list as '{key}=[{value}]'."
-            )
-    path = [f"file://{Path(p).resolve()}" for p in searchpath]
-    extra = [f"hydra.searchpath=[{','.join(path)}]"] if path else []
-    if path and any(o.key_or_group == "hydra.searchpath" for o in parsed):
-        raise ConfigError("Give either --config-dir or hydra.searchpath, not both.")
-    if config_name not in (names := _options(loader, "", extra, None)):
-        raise ConfigError(f"There is no config {config_name!r}.{did_you_mean(config_name, names)} {_listing(names)}")
-
-    settings: list[Override] = []
-    base = list(extra)
-    for override, line in zip(parsed, overrides, strict=True):
-        if override.is_hydra_override():
-            base.append(line)
-        elif options := _options(loader, override.key_or_group, extra, config_name):
-            _check_choice(override, options)
-            groups = _groups(loader, config_name, extra)
-            if override.type.name == "CHANGE" and override.key_or_group not in groups:
-                raise ConfigError(
-                    f"{override.key_or_group} is no choice of {config_name}, which has {', '.join(groups)}. See --help."
-                )
-            base.append(line)
-        elif override.type.name != "CHANGE":  # +key, ++key and ~key may name what is not there
-            base.append(line)
-        else:
-            settings.append(override)
-    # First only what decides which settings there are, so that each of the others can be looked up.
-    if settings:
-        known = _hydra_compose(config_name, base)
-        groups = _groups(loader, config_name, extra)
-        for override in settings:
-            _check_key(known, override, groups)
-    return _hydra_compose(config_name, extra + overrides)
-
-
-def _hydra_compose(config_name: str, overrides: list[str]) -> DictConfig:
-    with _told_in_a_sentence():
-        return hydra.compose(config_name, overrides)
-
-
-@contextmanager
-def _told_in_a_sentence() -> Iterator[None]:
-    """Turn the errors of Hydra, OmegaConf and PyYAML into a ConfigError."""
-    try:
-        yield
-    except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(_sentence(error)) from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"A config file is not valid YAML: {_sentence(error)}") from error
-
-
-def _parse(overrides: Sequence[str], loader: ConfigLoader | None = None) -> list[Override]:
-    parser = OverridesParser.create(config_loader=loader)
-    parsed = []
-    for line in overrides:
-        try:
-            parsed += parser.parse_overrides([line])
-        except HydraException as error:
-            if line.startswith("-"):
-                reason = "It looks like an option, but options come from Hydra only (see --hydra-help)."
-            elif "=" not in line:
-                reason = "A setting is changed with key=value."
-            else:
-                reason = "Values with spaces or special characters need quotes, such as 'key=\"a, b\"'."
-            raise ConfigError(f"Cannot read {line!r}. {reason}") from error
-    return parsed
-
-
-def _options(loader: ConfigLoader, group: str, extra: list[str], config_name: str | None) -> list[str]:
-    with _told_in_a_sentence():
-        return sorted(set(loader.get_group_options(group, config_name=config_name, overrides=extra)))
-
-
-def _groups(loader: ConfigLoader, config_name: str, extra: list[str]) -> list[str]:
-    """The groups of which a config chooses an option."""
-    with _told_in_a_sentence():
-        defaults = loader.compute_defaults_list(config_name, extra, RunMode.RUN)
-    chosen = {str(path).rpartition("/")[0] for path in (part.config_path for part in defaults.defaults) if path}
-    chosen |= set(defaults.overrides.known_choices)  # also where the option is null
-    return sorted(group for group in chosen if group and group.partition("/")[0] != "hydra")
-
-
-def _check_choice(override: Override, options: list[str]) -> None:
-    group, value = override.key_or_group, override.value()
-    for choice in value if isinstance(value, list) else [value]:
-        if override.is_delete() and choice in (None, ""):
-            continue
-        if choice is None:
-            raise ConfigError(
-                f"{group}=null chooses nothing: give an option, or leave {group} out. {_listing(options)}"
-            )
-        if not isinstance(choice, str) or choice.removesuffix(".yaml") not in options:
-            raise ConfigError(
-                f"{group} has no option {str(choice)!r}.{did_you_mean(str(choice), options)} {_listing(options)}"
-            )
-
-
-def _check_key(config: DictConfig, override: Override, groups: list[str]) -> None:
-    """Raise unless the setting of an override exists."""
-    key = override.key_or_group
-    node: Any = config
-    done = ""
-    for part in filter(None, re.split(r"[.\[\]]+", key)):
-        if isinstance(node, ListConfig):
-            return  # Hydra's own message about an index says it all
-        if not isinstance(node, DictConfig) or node._is_none():
-            raise ConfigError(f"There is no setting {key!r}: {done} is a single value.")
-        names = [str(k) for k in node]
-        if part not in names:
-            raise ConfigError(_unknown(config, done, part, names if done else [*names, *groups]))
-        done = f"{done}.{part}" if done else part
-        try:
-            node = node[part]
-        except OmegaConfBaseException:  # a missing value, or a reference to something that is still to be set
-            return
-    if isinstance(node, DictConfig) and not node._is_none() and len(node) and override.value() == {}:
-        raise ConfigError(f"{key}={{}} would change nothing, as mappings are merged: use {key}=null for nothing.")
-
-
-def _unknown(config: DictConfig, parent: str, name: str, names: Sequence[str]) -> str:
-    prefix = f"{parent}." if parent else ""
-    hint = did_you_mean(name, names)
-    if not hint and (places := [k for k in _walk_keys(config) if k.rpartition(".")[2] == name]):
-        hint = f" Did you mean {places[0]!r}?"
-    known = ", ".join(sorted({n for n in names if n[0] != "_"}))
-    where = f"{parent} has" if parent else "The settings are"
-    return f"There is no setting {prefix + name!r}.{hint} {where}: {known or 'nothing'}."
-
-
-def _walk_keys(config: DictConfig, prefix: str = "") -> Iterator[str]:
-    for key in map(str, config):
-        yield f"{prefix}{key}"
-        child = config._get_node(key)
-        if isinstance(child, DictConfig) and not child._is_none() and not child._is_missing():
-            yield from _walk_keys(child, f"{prefix}{key}.")
-
-
-def _check_missing(config: DictConfig) -> None:
-    # Not OmegaConf.missing_keys, which follows references, and fails at one to a missing value.
-    if missing := sorted(_missing(OmegaConf.to_container(config, resolve=False))):
-        raise ConfigError(_required(missing[0]))
-
-
-def _missing(value: Any, key: str = "") -> Iterator[str]:
-    if value == "???":
-        yield key
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    for name, child in items:
-        yield from _missing(child, _dot(key, str(name)))
-
-
-def _required(key: str) -> str:
-    return f"{key} is required and has no value: give it as {key}=VALUE."
-
-
-def _listing(options: Sequence[str]) -> str:
-    return f"Choose one of: {', '.join(options)}."
-
-
-def _sentence(error: BaseException) -> str:
-    """Return the message of a library's error, and of its cause, on one line."""
-    parts: list[str] = []
-    cause: BaseException | None = error
-    while cause is not None and len(parts) < 3:
-        # OmegaConf appends details on lines of their own: "    full_key: ..." and "    object_type=dict"
-        lines = [line.strip() for line in str(cause).splitlines()]
-        text = " ".join(line for line in lines if line and not line.startswith(("object_type=", "reference_type=")))
-        if text and not any(text in part for part in parts):
-            parts.append(text)
-        cause = cause.__cause__
-    return ": ".join(parts) or type(error).__name__
-
-
-def to_dict(config: Any) -> Any:
-    """Return a config as plain dicts, lists and values with every reference resolved.
-
-    Raises:
-        ConfigError: a required setting has no value, or a reference leads nowhere.
-    """
-    if not isinstance(config, DictConfig | ListConfig):
-        return config
-    try:
-        return OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
-    except MissingMandatoryValue as error:
-        raise ConfigError(_required(str(error.full_key))) from error
-    except OmegaConfBaseException as error:
-        raise ConfigError(f"Cannot resolve {error.full_key}: {_sentence(error)}") from error
-
-
-# --------------------------------------------------------------------------------------------------- validation
-
-
 def validate(
     config: Any,
     *,
@@ -385,25 +69,35 @@ def validate(
     Checked are unknown and missing keys and the simple types of values: int, float, bool, str, None, unions,
     `Literal`, and lists, tuples and dicts of these. An annotation that is anything else accepts every value.
 
+    Nodes of packages that take seconds to import are checked last.
+
     Args:
-        config: a config or a part of it; a plain dict or list will do.
-        key: the full name of `config`, for the errors; by default what OmegaConf knows.
+        config: a plain config or a part of it, see `memlm.cli.to_dict`.
+        key: the full name of `config`, for the errors.
         injected: required parameters that the code passes when it builds the node.
         skip: full names of top-level parts that are not looked at.
 
     Raises:
         ConfigError: naming the setting, what was given and what was expected.
     """
-    if not key and isinstance(config, DictConfig | ListConfig):
-        key = config._get_full_key("") or ""
-    plain = to_dict(config)
-    if not key and isinstance(plain, dict):
+    if isinstance(config, Mapping) and not isinstance(config, dict):
+        raise TypeError(f"validate takes a plain config, made by memlm.cli.to_dict, not a {type(config).__name__}")
+    if not key and isinstance(config, dict):
         for name, hint in _TOP_LEVEL.items():
-            if name in plain and "_target_" not in plain:
-                _check_value(name, plain[name], hint)
-    nodes = [(k, node) for k, node in _nodes(plain, key) if k.partition(".")[0] not in skip]
-    for full_key, node in sorted(nodes, key=lambda item: str(item[1]["_target_"]).startswith(_SLOW)):
+            if name in config and "_target_" not in config:
+                _check_value(name, config[name], hint)
+    nodes = [(k, node) for k, node in _nodes(config, key) if k.partition(".")[0] not in skip]
+    for full_key, node in sorted(nodes, key=lambda item: _is_slow(item[1])):
         _check_node(full_key, node, frozenset(injected))
+
+
+def slow_parts(config: Any) -> set[str]:
+    """Return the top-level parts of a plain config with nodes of packages that take seconds to import."""
+    return {key.partition(".")[0].partition("[")[0] for key, node in _nodes(config, "") if _is_slow(node)}
+
+
+def _is_slow(node: dict[str, Any]) -> bool:
+    return str(node["_target_"]).startswith(_SLOW)
 
 
 def _nodes(value: Any, key: str) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -651,356 +345,3 @@ def _show(value: Any) -> str:
     if isinstance(value, float) and not math.isfinite(value):
         return f"{text} (not a finite number)"
     return (text if len(text) <= 80 else f"{text[:77]}...") + names.get(type(value), "")
-
-
-# ------------------------------------------------------------------------------------------------- command lines
-
-
-def check_command_line(
-    argv: Sequence[str],
-    config_name: str = "train",
-    *,
-    directory: str | Path | None = None,
-    injected: Collection[str] = INJECTED,
-    check: Callable[[DictConfig], None] | None = None,
-) -> None:
-    """Check a command line before Hydra acts on it.
-
-    Of a sweep every choice of every swept setting is checked, with the other settings at their first choice: a typing
-    error in the last value is found before the first job starts. `--help` and the like pass unchecked.
-
-    Args:
-        argv: the arguments without the name of the program.
-        config_name: the primary config, unless `argv` names another.
-        directory: the config tree; the shipped one by default.
-        injected: see `validate`.
-        check: what else a config is put before.
-
-    Raises:
-        ConfigError: what `compose`, `validate` and `check` raise.
-    """
-    _check_options(argv)
-    # A newer Hydra may know further flags: they are its own business.
-    flags, rest = get_args_parser().parse_known_intermixed_args(list(argv))
-    if flags.help or flags.hydra_help or flags.shell_completion or flags.experimental_rerun or flags.info:
-        return
-    if unknown := [a for a in rest if a.startswith("-")]:
-        raise _no_option(unknown[0])
-    if flags.config_path is not None:
-        if not os.path.isabs(flags.config_path):
-            return  # relative to the script, which only Hydra knows
-        directory = flags.config_path
-    searchpath = [flags.config_dir] if flags.config_dir else []
-    if searchpath and not Path(flags.config_dir).is_dir():
-        raise ConfigError(f"There is no config directory {flags.config_dir!r} (--config-dir).")
-    config_name = flags.config_name or config_name
-
-    with _session(directory) as loader:
-        parsed = _parse(flags.overrides, loader)
-        multirun = flags.multirun or any(
-            o.key_or_group == "hydra.mode" and str(o.value()).upper().endswith("MULTIRUN") for o in parsed
-        )
-        touched = {o.key_or_group.partition(".")[0].partition("/")[0] for o in parsed}
-        for override in parsed:
-            if override.key_or_group == "hydra/launcher":
-                _check_launcher(loader, config_name, override)
-        for overrides in _jobs(parsed) if multirun else [list(flags.overrides)]:
-            config = _compose(loader, overrides, config_name, searchpath)
-            if flags.cfg:  # to be looked at, complete or not
-                continue
-            _check_missing(config)
-            slow = {
-                key
-                for key, node in _nodes(OmegaConf.to_container(config), "")
-                if str(node["_target_"]).startswith(_SLOW)
-            }
-            idle = {key.partition(".")[0].partition("[")[0] for key in slow} - touched
-            validate(config, injected=injected, skip=idle)
-            if check is not None:
-                check(config)
-
-
-def _check_options(argv: Sequence[str]) -> None:
-    """Refuse an option that does not exist, which `argparse` may take for the beginning of another."""
-    known = _known_options()
-    for argument in argv:
-        option = argument.partition("=")[0]
-        if option.startswith("--") and option not in known:
-            raise _no_option(option)
-
-
-def _known_options() -> list[str]:
-    return [option for action in get_args_parser()._actions for option in action.option_strings]
-
-
-def _no_option(option: str) -> ConfigError:
-    close = difflib.get_close_matches(option, _known_options(), n=1, cutoff=0.8)
-    hint = f" Did you mean {close[0]!r}?" if close else f" A setting is written {option.lstrip('-')}=VALUE."
-    return ConfigError(f"There is no option {option!r}.{hint} See --help.")
-
-
-def _check_launcher(loader: ConfigLoader, config_name: str, override: Override) -> None:
-    """Refuse a launcher that does not exist, or whose package is not installed."""
-    _check_choice(override, _options(loader, "hydra/launcher", [], config_name))
-    try:
-        hydra.compose(config_name, [str(override.input_line)], return_hydra_config=True)
-    except MissingConfigException as error:
-        raise ConfigError(
-            f"{override.input_line} needs a package that is not installed: pip install 'memlm[launchers]' "
-            "(in a checkout: pip install -e '.[launchers]')"
-        ) from error
-
-
-def _jobs(parsed: Sequence[Override]) -> Iterator[list[str]]:
-    """Yield the overrides of enough jobs to see every choice of every sweep once."""
-    choices: list[list[str]] = []
-    for override in parsed:
-        key = override.get_key_element()
-        value = override.value()
-        if not override.is_sweep_override():
-            choices.append([str(override.input_line)])
-        elif isinstance(value, IntervalSweep):
-            choices.append([f"{key}={value.start}", f"{key}={value.end}"])
-        elif isinstance(value, RangeSweep):
-            ends = list(override.sweep_string_iterator())
-            choices.append([f"{key}={v}" for v in dict.fromkeys([*ends[:1], *ends[-1:]])])
-        else:
-            choices.append([f"{key}={v}" for v in override.sweep_string_iterator()])
-        if not choices[-1]:
-            raise ConfigError(f"{override.input_line!r} sweeps over nothing.")
-    yield [c[0] for c in choices]
-    for i, lines in enumerate(choices):
-        for line in lines[1:]:
-            yield [line if j == i else c[0] for j, c in enumerate(choices)]
-
-
-class JobFailed(Exception):
-    """A job of a sweep has failed, and `ERROR` in its directory says why.
-
-    Arguments are the first line of that, and the directory of the sweep.
-    """
-
-
-ERROR = "error.txt"
-"""File in the directory of a failed job: one sentence, and the traceback if it was no mistake of the user."""
-
-
-def cli(
-    config_name: str,
-    check: Callable[[DictConfig], None] | None = None,
-    *,
-    directory: str | Path | None = None,
-) -> Callable[[Callable[[DictConfig], Any]], Any]:
-    """Make a function of a config the main function of a script.
-
-        @cli("train")
-        def main(cfg: DictConfig) -> float | None: ...
-
-        if __name__ == "__main__":
-            main()
-
-    The command line is checked first. A mistake of the user ends the program with `error: <sentence>` on stderr and
-    exit code 2; `MEMLM_TRACEBACK=1` (or Hydra's `HYDRA_FULL_ERROR=1`) shows the traceback instead. Of a sweep the
-    other jobs still run; the failed ones are reported when they fail, and listed at the end. A run that leaves
-    nothing leaves no directory. Called with a config, `main(cfg)` is the bare function.
-
-    Args:
-        config_name: the primary config.
-        check: what refuses a config before anything is run, see `check_command_line`.
-        directory: the config tree; the shipped one by default.
-    """
-
-    def decorate(function: Callable[[DictConfig], Any]) -> Callable[..., Any]:
-        @functools.wraps(function)
-        def job(cfg: DictConfig) -> Any:
-            # What _quiet_hydra() sets must not reach the processes that this job starts.
-            os.environ.pop("HYDRA_FULL_ERROR", None)
-            try:
-                if _is_sweep():
-                    (Path(run_dir()) / ERROR).unlink(missing_ok=True)
-                return function(cfg)
-            except Exception as error:
-                if _is_sweep():
-                    raise _job_failed(error) from error
-                if _is_user_error(error):
-                    _report(error)
-                    # Not an Exception, so Hydra adds no report of its own.
-                    raise SystemExit(2) from error
-                raise
-            except (KeyboardInterrupt, SystemExit) as stop:
-                if _is_sweep() and (code := _exit_code(stop)) in _STOPPED:
-                    print(f"The sweep was stopped. {_again(HydraConfig.get().sweep.dir)}", file=sys.stderr)
-                    raise SystemExit(code) from stop
-                raise
-            finally:
-                os.environ["HYDRA_FULL_ERROR"] = "1"
-                _remove_if_bare(Path(run_dir()))
-
-        @functools.wraps(function)
-        def main(cfg: DictConfig | None = None) -> Any:
-            if cfg is not None:
-                return function(cfg)
-            sys.argv[1:] = [_quoted(argument) for argument in sys.argv[1:]]
-            path = str(Path(directory or config_dir()).resolve())
-            run = hydra.main(version_base="1.3", config_path=path, config_name=config_name)
-            if _wants_traceback():
-                os.environ["HYDRA_FULL_ERROR"] = "1"
-                check_command_line(sys.argv[1:], config_name, directory=directory, check=check)
-                return run(function)()
-            try:
-                check_command_line(sys.argv[1:], config_name, directory=directory, check=check)
-                with _quiet_hydra():
-                    run(job)()
-            except (KeyboardInterrupt, SystemExit) as stop:
-                raise SystemExit(_exit_code(stop)) from None
-            except Exception as error:
-                raise SystemExit(_end_of_failed(error)) from None
-
-        return main
-
-    return decorate
-
-
-@contextmanager
-def mistakes_told() -> Iterator[None]:
-    """Let a ConfigError inside the block end the program with ``error: <sentence>`` and exit code 2."""
-    try:
-        yield
-    except ConfigError as error:
-        _report(error)
-        raise SystemExit(2) from None
-
-
-def _job_failed(error: Exception) -> JobFailed:
-    """Report why a job of a sweep has failed, and write it into its directory."""
-    sentence, user = _message(error), _is_user_error(error)
-    lines = sentence if user else f"{sentence}\n\n{''.join(traceback.format_exception(error))}"
-    (Path(run_dir()) / ERROR).write_text(lines + "\n", encoding="utf-8")
-    if user:
-        _report(error, f"job {HydraConfig.get().job.num}: ")
-    else:
-        sys.stdout.flush()
-        print(lines.partition("\n\n")[2], file=sys.stderr)
-    return JobFailed(sentence, HydraConfig.get().sweep.dir)
-
-
-def _end_of_failed(error: Exception) -> int:
-    """Say what is not said yet of what ended a program; returns its exit code."""
-    if isinstance(error, JobFailed):
-        sweep = error.args[1]
-        texts = {
-            path.parent: path.read_text(encoding="utf-8").splitlines() for path in sorted(Path(sweep).rglob(ERROR))
-        }
-        lines = [f"  {place}: {text[0]}" for place, text in texts.items()]
-        print(f"\nerror: {len(lines)} of the jobs in {sweep} failed:", *lines, _again(sweep), sep="\n", file=sys.stderr)
-        return 1 if any(len(text) > 1 for text in texts.values()) else 2
-    if type(error).__module__.partition(".")[0] in _LAUNCHERS:
-        print(f"error: the process of a job has died: {_sentence(error)}", file=sys.stderr)
-        return 1
-    if _is_user_error(error):
-        _report(error)
-        return 2
-    raise error
-
-
-def _exit_code(stop: KeyboardInterrupt | SystemExit) -> Any:
-    """What a program that was stopped leaves with. Lightning exits with code 1 on Ctrl-C."""
-    if isinstance(stop, KeyboardInterrupt) or isinstance(stop.__context__, KeyboardInterrupt):
-        return 130
-    return stop.code
-
-
-def _again(sweep: str) -> str:
-    """How a sweep is started again."""
-    return f"To run what is left, repeat the command with hydra.sweep.dir={shlex.quote(sweep)}"
-
-
-def _remove_if_bare(run: Path) -> None:
-    """Remove a run directory in which there is nothing but what Hydra and a lock have put there."""
-    if run.resolve() == Path.cwd() or not (run / ".hydra").is_dir():
-        return
-    if {path.name for path in run.iterdir()} <= {".hydra", ".lock", f"{HydraConfig.get().job.name}.log"}:
-        shutil.rmtree(run, ignore_errors=True)
-
-
-def _quoted(argument: str) -> str:
-    """Put quotes around paths with = or a comma, such as those of checkpoints, which Hydra could not read."""
-    key, _, value = argument.partition("=")
-    if key not in ("resume", "checkpoint") or set(value) & set("'\"[]{}()"):
-        return argument
-    return f"{key}=" + ",".join(f"'{path}'" if set(path) & set("=,") else path for path in _paths(value))
-
-
-def _paths(value: str) -> Iterator[str]:
-    """Split at commas, but not at those of a path that exists."""
-    parts = value.split(",")
-    while parts:
-        n = next((n for n in range(len(parts), 1, -1) if Path(",".join(parts[:n])).exists()), 1)
-        yield ",".join(parts[:n])
-        parts = parts[n:]
-
-
-class CompareHint(Callback):
-    """Says at the end of a sweep how its jobs are put side by side."""
-
-    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
-        """Print the command."""
-        print(f"\nTo compare the jobs: python scripts/compare.py {shlex.quote(config.hydra.sweep.dir)}")
-
-
-@contextmanager
-def _quiet_hydra() -> Iterator[None]:
-    """Let Hydra pass errors on instead of printing them and leaving."""
-    before = os.environ.get("HYDRA_FULL_ERROR")
-    os.environ["HYDRA_FULL_ERROR"] = "1"
-    try:
-        yield
-    finally:
-        os.environ.pop("HYDRA_FULL_ERROR")
-        if before is not None:
-            os.environ["HYDRA_FULL_ERROR"] = before
-
-
-def _wants_traceback() -> bool:
-    return any(os.environ.get(name, "0") not in ("", "0") for name in ("HYDRA_FULL_ERROR", "MEMLM_TRACEBACK"))
-
-
-def _is_sweep() -> bool:
-    return HydraConfig.initialized() and HydraConfig.get().mode is RunMode.MULTIRUN
-
-
-def _is_user_error(error: BaseException) -> bool:
-    """Tell a mistake of the user from one of the program, which needs its traceback."""
-    error = _root(error)
-    if isinstance(error, ConfigError | HydraException | OmegaConfBaseException):
-        return True
-    if isinstance(error, FileNotFoundError | IsADirectoryError | NotADirectoryError | PermissionError):
-        return error.filename is not None
-    # By convention this project raises ValueError for what a user can get wrong; elsewhere it may mean anything.
-    frame = error.__traceback__
-    while frame is not None and frame.tb_next is not None:
-        frame = frame.tb_next
-    module = frame.tb_frame.f_globals.get("__name__", "") if frame is not None else ""
-    return isinstance(error, ValueError) and module.partition(".")[0] in _OURS
-
-
-def _root(error: BaseException) -> BaseException:
-    """Return what went wrong inside of `hydra.utils.instantiate`, which wraps every error."""
-    while type(error).__name__ == "InstantiationException" and error.__cause__ is not None:
-        error = error.__cause__
-    return error
-
-
-def _message(error: BaseException) -> str:
-    """What an error says, on one line."""
-    error = _root(error)
-    if isinstance(error, OSError) and error.filename is not None:
-        return f"{error.strerror}: {error.filename}"
-    return str(error) if isinstance(error, ConfigError) else _sentence(error)
-
-
-def _report(error: BaseException, prefix: str = "") -> None:
-    sys.stdout.flush()
-    print(f"error: {prefix}{_message(error)}", file=sys.stderr)
-    if not isinstance(_root(error), ConfigError):
-        print("(MEMLM_TRACEBACK=1 shows where it was raised)", file=sys.stderr)

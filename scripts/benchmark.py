@@ -10,7 +10,8 @@ import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from memlm.config import ConfigError, cli, config_dir, did_you_mean, mistakes_told, to_dict, validate
+from memlm.cli import cli, config_dir, mistakes_told, to_dict
+from memlm.config import ConfigError, did_you_mean, validate
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig

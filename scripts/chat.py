@@ -6,7 +6,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from memlm.config import cli
+from memlm.cli import cli
 
 
 def lines() -> Iterator[str]:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 
-from memlm.config import mistakes_told
+from memlm.cli import mistakes_told
 
 _DESCRIPTION = (
     "One table and one figure over runs and seeds: parameters, bytes of memory, speed, and the headline of every "

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
-from memlm.config import ConfigError, cli, config_dir, did_you_mean, run_dir, to_dict
+from memlm.cli import cli, config_dir, run_dir, to_dict
+from memlm.config import ConfigError, did_you_mean
 
 if TYPE_CHECKING:
     from memlm.models.base import LanguageModel

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from omegaconf import DictConfig
 
-from memlm.config import cli
+from memlm.cli import cli
 
 
 @cli("export")

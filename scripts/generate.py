@@ -4,7 +4,8 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from memlm.config import ConfigError, cli
+from memlm.cli import cli
+from memlm.config import ConfigError
 
 
 @cli("generate")

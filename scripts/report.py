@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 
-from memlm.config import ConfigError, mistakes_told
+from memlm.cli import mistakes_told
+from memlm.config import ConfigError
 
 _DESCRIPTION = (
     "One web page that needs nothing but itself: results beside their controls, figures, settings, what memories hold, "

@@ -20,7 +20,8 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
 
 import train
-from memlm.config import ConfigError, check_command_line, cli, run_dir, to_dict
+from memlm.cli import check_command_line, cli, run_dir, to_dict
+from memlm.config import ConfigError
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig

@@ -21,7 +21,8 @@ import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from memlm.config import ConfigError, cli, compose, to_dict
+from memlm.cli import cli, compose, to_dict
+from memlm.config import ConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

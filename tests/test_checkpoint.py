@@ -1,5 +1,6 @@
 import builtins
 import errno
+import inspect
 import json
 import os
 import shutil
@@ -213,13 +214,21 @@ def test_a_tokenizer_larger_than_the_model_is_refused(tmp_path: Path) -> None:
 # --- exported models -------------------------------------------------------------------------------------------------
 
 
+def _used(model: Any, text: str) -> dict[str, Any]:
+    """What a model predicts, generates and, if it has a memory that keeps records, remembers of a text."""
+    ids = torch.arange(40)[None] % 50
+    found = {"logits": model(ids).logits.detach()}
+    if "ltm" in model.config["memory"]:
+        found["stored"] = model.store_experience(text)
+        found["asked"] = [part._asdict() for part in model.query_memory(text)]
+    return found | {"generated": model.generate(ids[:, :8], max_new_tokens=24, temperature=0)}
+
+
 @pytest.mark.parametrize("memory", ["none", "dual"])
-def test_an_exported_model_is_the_same_without_lightning(memory: str, tmp_path: Path) -> None:
+def test_an_exported_model_is_the_same_without_what_trained_it(memory: str, tmp_path: Path) -> None:
     scope = ["memory.ltm.scope=shared"] if memory == "dual" else []  # with a bank, which is a part of the model
     fit(config(tmp_path, "a", *scope, "trainer.max_steps=2", memory=memory, phases=[FACTS]))
     model = memlm.load(tmp_path / "a")
-    ids = torch.arange(40)[None] % 50
-    expected = model(ids)
     assert [path.name for path in export(model, tmp_path / "out")] == [
         "config.json", "model.safetensors", "tokenizer.json",
     ]  # fmt: skip
@@ -228,15 +237,24 @@ def test_an_exported_model_is_the_same_without_lightning(memory: str, tmp_path: 
     assert again.state_dict().keys() == model.state_dict().keys()
     assert all(torch.equal(value, again.state_dict()[name]) for name, value in model.state_dict().items())
     assert again.tokenizer.to_json() == model.tokenizer.to_json()
-    torch.save((ids, expected.logits), tmp_path / "expected.pt")
+
+    text = (tmp_path / "text.txt").read_text().splitlines()[0]
     code = f"""
 import sys
-sys.modules["lightning"] = None  # importing it is an error
-import torch, memlm
-ids, logits = torch.load({str(tmp_path / "expected.pt")!r})
-assert torch.equal(memlm.load({str(tmp_path / "out")!r})(ids).logits, logits)
+for name in ("hydra", "omegaconf", "lightning", "lightning_fabric", "pytorch_lightning", "wandb"):
+    sys.modules[name] = None  # importing it is an error
+import memlm, torch
+model = memlm.load({str(tmp_path / "out")!r})
+{inspect.getsource(_used)}
+torch.save(_used(model, {text!r}), {str(tmp_path / "used.pt")!r})
 """
+    code = f"from __future__ import annotations\nfrom typing import Any\n{code}"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1])
+    expected, found = _used(model, text), torch.load(tmp_path / "used.pt")
+    for name in ("logits", "generated"):
+        assert torch.equal(found.pop(name), expected.pop(name))
+    assert found == expected
+    assert memory == "none" or (found["stored"] and any(part["text"] in text for part in found["asked"]))
 
 
 def test_what_others_read_of_an_export_is_plain(tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """The house: imports point down only."""
 
 import ast
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
 
@@ -17,6 +17,7 @@ FLOORS = [
     {"memlm.config", "memlm.__version__"},
     {"memlm.memory", "memlm.retrieval"},
     {"memlm.models", "memlm.data"},
+    {"memlm.cli"},
     {"memlm.build"},
     {"memlm.training", "memlm.analysis", "memlm.checkpoint"},
     {"memlm"},
@@ -25,6 +26,11 @@ FLOORS = [
     {"scripts", "train", "memlm.compat"},
 ]
 OURS = {"memlm", "experiments", "benchmarks", "scripts", "train"}
+
+# A trained model is loaded and used without what trains it: that holds for the floors up to `memlm.build` but for two
+# of their modules, for `memlm.checkpoint`, and for all that these import when they are imported.
+TRAINING = {"hydra", "omegaconf", "lightning", "lightning_fabric", "pytorch_lightning", "wandb"}
+NOT_LOADED = {"memlm.cli", "memlm.data.datamodule"}
 
 
 def floor(module: str) -> int:
@@ -38,9 +44,22 @@ def floor(module: str) -> int:
     raise AssertionError(f"{module} has no floor: add it to FLOORS")
 
 
-def imports(tree: ast.Module, module: str, is_package: bool) -> Iterator[tuple[int, str]]:
-    """Yield the line and the dotted name of everything a module imports, also inside of functions."""
-    for node in ast.walk(tree):
+def at_import(tree: ast.AST) -> Iterator[ast.AST]:
+    """Yield what is run when a module is imported: not what functions do, or what only type checkers see."""
+    for node in ast.iter_child_nodes(tree):
+        functions = ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda
+        if not isinstance(node, functions) and not (
+            isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)
+        ):
+            yield node
+            yield from at_import(node)
+
+
+def imports(
+    tree: ast.Module, module: str, is_package: bool, walk: Callable[[ast.AST], Iterable[ast.AST]] = ast.walk
+) -> Iterator[tuple[int, str]]:
+    """Yield the line and the dotted name of everything a module imports, by default also inside of functions."""
+    for node in walk(tree):
         if isinstance(node, ast.Import):
             yield from ((node.lineno, alias.name) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -78,10 +97,50 @@ def test_violations_are_seen() -> None:
     assert violations("def f():\n    import experiments.base", "memlm.training.module")
     assert violations("from ..training import module", "memlm.memory.ltm")
     assert violations("from .training import module", "memlm.memory", is_package=False)
+    assert violations("from memlm.cli import compose", "memlm.models.lmcode")
     assert violations("from memlm.compat.lmcode import LMCODE", "experiments.needle")
     assert not violations("from memlm.config import ConfigError", "memlm.memory.ltm")
     assert not violations("from .base import Memory\nfrom ..retrieval import exact", "memlm.memory.ltm")
     assert not violations("from experiments.base import Result", "scripts.evaluate")
+
+
+def ways_to_training(start: str, sources: Mapping[str, str], packages: Collection[str] = ()) -> list[str]:
+    """Return how the import of a module comes to import a package of training, module by module."""
+    found, seen, ways = [], {start}, [[start]]
+    for way in ways:  # which grows
+        module = way[-1]
+        for _, name in imports(ast.parse(sources[module]), module, module in packages, at_import):
+            if name.split(".")[0] in TRAINING:
+                found.append(" > ".join([*way, name]))
+            target = next((n for n in (name, name.rpartition(".")[0]) if n in sources), None)
+            if target is not None and target not in seen:
+                seen.add(target)
+                ways.append([*way, target])
+    return found
+
+
+def test_a_model_is_loaded_without_what_trains_it() -> None:
+    texts = {name: path.read_text() for path, name in sources()}
+    packages = {name for path, name in sources() if path.name == "__init__.py"}
+    loaded = {name for name in texts if name.split(".")[0] == "memlm" and floor(name) <= floor("memlm.build")}
+    loaded = loaded - NOT_LOADED | {"memlm", "memlm.checkpoint"}
+    assert loaded > {"memlm.config", "memlm.memory.ltm", "memlm.models.lmcode", "memlm.data.tokenizer", "memlm.build"}
+    found = [way for name in sorted(loaded) for way in ways_to_training(name, texts, packages)]
+    assert not found, "\n".join(found)
+
+
+def test_ways_to_training_are_seen() -> None:
+    texts = {
+        "memlm.config": "import hydra.errors",
+        "memlm.build": "from memlm.config import compose\ntry:\n    from . import cli\nfinally:\n    pass",
+        "memlm.cli": "class A:\n    from lightning.pytorch import Trainer",
+        "memlm.checkpoint": "if TYPE_CHECKING:\n    import lightning\ndef load():\n    import memlm.build",
+    }
+    assert ways_to_training("memlm.build", texts) == [
+        "memlm.build > memlm.config > hydra.errors",
+        "memlm.build > memlm.cli > lightning.pytorch.Trainer",
+    ]
+    assert ways_to_training("memlm.checkpoint", texts) == []
 
 
 def test_no_catch_all_modules() -> None:

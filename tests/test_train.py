@@ -17,7 +17,8 @@ import memlm
 from experiments import runner
 from memlm.analysis.figures import read_history
 from memlm.checkpoint import checkpoints, load_run, read
-from memlm.config import ConfigError, compose, config_dir, to_dict
+from memlm.cli import compose, config_dir, to_dict
+from memlm.config import ConfigError
 from memlm.training.resume import history_files
 from memlm.training.settings import plan_steps
 from tests.training.small import curve, fit, overrides
@@ -194,7 +195,7 @@ def test_jobs_of_a_sweep_train_with_several_processes(
 def test_runs_that_start_together_have_directories_of_their_own() -> None:
     import hydra
 
-    from memlm.config import config_dir
+    from memlm.cli import config_dir
 
     with hydra.initialize_config_dir(str(config_dir()), version_base="1.3"):
         found = [hydra.compose("train", return_hydra_config=True).hydra for _ in range(2)]

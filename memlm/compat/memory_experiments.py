@@ -17,7 +17,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from memlm.config import cli
+from memlm.cli import cli
 
 SETTINGS = (
     "recipe=imm",

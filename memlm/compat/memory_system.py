@@ -17,7 +17,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from memlm.config import cli, to_dict
+from memlm.cli import cli, to_dict
 
 SETTINGS = ("recipe=preferences", "experiment=[preferences]")
 """The source's simulation, in memlm's settings."""

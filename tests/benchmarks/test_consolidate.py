@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from benchmarks import consolidate
-from memlm.config import ConfigError, compose, to_dict
+from memlm.cli import compose, to_dict
+from memlm.config import ConfigError
 from scripts import benchmark
 
 

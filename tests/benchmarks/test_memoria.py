@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 
-from memlm.config import ConfigError, compose, to_dict
+from memlm.cli import compose, to_dict
+from memlm.config import ConfigError
 from scripts import benchmark
 from tests.benchmarks.tiny import hide
 

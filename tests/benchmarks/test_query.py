@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from memlm.build import build_corpus, build_data, build_model, build_tokenizer
-from memlm.config import ConfigError, compose, to_dict
+from memlm.cli import compose, to_dict
+from memlm.config import ConfigError
 from scripts import benchmark
 
 TINY = [

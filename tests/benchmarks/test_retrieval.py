@@ -10,7 +10,8 @@ import torch
 
 from benchmarks import retrieval
 from benchmarks.train import Candidate
-from memlm.config import ConfigError, compose, to_dict
+from memlm.cli import compose, to_dict
+from memlm.config import ConfigError
 from scripts import benchmark
 from tests.benchmarks.tiny import hide, setup
 

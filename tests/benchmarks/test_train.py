@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from benchmarks import base, train
-from memlm.config import ConfigError, compose, to_dict
+from memlm.cli import compose, to_dict
+from memlm.config import ConfigError
 from scripts import benchmark
 from tests.benchmarks.tiny import TINY, hide, setup
 

@@ -20,9 +20,10 @@ import torch
 
 import memlm
 from memlm.analysis.efficiency import Efficiency
+from memlm.cli import compose, to_dict
 from memlm.compat import lmcode
 from memlm.compat.lmcode import LMCODE, LMCODEConfig, MemoryDataset
-from memlm.config import ConfigError, compose, to_dict
+from memlm.config import ConfigError
 from tests.training.small import write_text
 
 SAMPLES = Path(__file__).parent / "samples"

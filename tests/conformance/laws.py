@@ -24,7 +24,8 @@ from omegaconf import OmegaConf
 from torch import Tensor
 from torch.nn import functional as F
 
-from memlm.config import INJECTED, compose, config_dir
+from memlm.cli import compose, config_dir
+from memlm.config import INJECTED
 from memlm.memory import state as states
 from memlm.memory.base import Memory, Residual
 from memlm.models.lmcode import LMCode

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from memlm.build import build_corpus, build_data, build_tokenizer
-from memlm.config import ConfigError, compose, instantiate, to_dict
+from memlm.cli import compose, to_dict
+from memlm.config import ConfigError, instantiate
 from memlm.data.corpus import Symbols, symbols_of
 from memlm.data.mqar import MQAR
 from memlm.data.sorting import Sorting

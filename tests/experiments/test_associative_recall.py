@@ -9,7 +9,8 @@ import torch
 from experiments import associative_recall
 from experiments.associative_recall import LABELS, AssociativeRecall, plot, run, summarise
 from experiments.base import ALONE, Result, Share
-from memlm.config import ConfigError, compose
+from memlm.cli import compose
+from memlm.config import ConfigError
 from memlm.data.curriculum import Curriculum
 from memlm.data.mqar import MQAR
 from memlm.data.sorting import Sorting

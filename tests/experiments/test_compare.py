@@ -10,7 +10,8 @@ import pytest
 from experiments.base import Result, wilson
 from experiments.compare import Comparison, Line, compare, markdown, plot, report, rows
 from experiments.runs import Run, Trained
-from memlm.config import ConfigError, compose, to_dict
+from memlm.cli import compose, to_dict
+from memlm.config import ConfigError
 
 CONFIG = to_dict(compose([]))
 ENTRY = {"low": None, "high": None, "n": None, "percent": False, "better": "lower", "control": False}

@@ -13,7 +13,8 @@ from experiments.base import Result
 from experiments.context_influence import EDGES, OTHERS, ContextInfluence, plot, run, summarise
 from experiments.needle import Needle, draw
 from experiments.perplexity import Perplexity
-from memlm.config import ConfigError, compose
+from memlm.cli import compose
+from memlm.config import ConfigError
 from memlm.data.tokens import TokenizedCorpus
 from tests.experiments.test_needle import Data
 from tests.experiments.tiny import T, tiny

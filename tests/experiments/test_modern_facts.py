@@ -27,7 +27,8 @@ from experiments.modern_facts import (
     summarise,
 )
 from experiments.recall import Haystack
-from memlm.config import ConfigError, compose
+from memlm.cli import compose
+from memlm.config import ConfigError
 from memlm.data.tokenizer import train_tokenizer
 from memlm.data.tokens import TokenizedCorpus
 from memlm.memory.ltm import LongTermMemory

@@ -16,7 +16,8 @@ from experiments.base import ALONE, Result, Share
 from experiments.headline import headline
 from experiments.needle import Needle, draw, plot, run, summarise
 from experiments.recall import CONDITIONS, answer
-from memlm.config import ConfigError, compose
+from memlm.cli import compose
+from memlm.config import ConfigError
 from memlm.data.curriculum import Curriculum
 from memlm.data.facts import Fact, FactMaker, Facts
 from memlm.data.stream import TrainingBatches

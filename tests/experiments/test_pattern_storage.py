@@ -13,7 +13,8 @@ from experiments.base import Result
 from experiments.needle import Needle, draw
 from experiments.pattern_storage import TIE, Passages, PatternStorage, plot, rank, run, summarise
 from experiments.recall import CONDITIONS
-from memlm.config import ConfigError, compose
+from memlm.cli import compose
+from memlm.config import ConfigError
 from tests.experiments.test_needle import Data
 from tests.experiments.tiny import T, tiny
 

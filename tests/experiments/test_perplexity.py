@@ -13,7 +13,8 @@ from torch import nn
 from experiments import perplexity
 from experiments.base import ALONE, Result, Share, mean_interval
 from experiments.perplexity import CONDITIONS, Perplexity, plot, run, summarise
-from memlm.config import ConfigError, compose
+from memlm.cli import compose
+from memlm.config import ConfigError
 from memlm.data.tokens import TokenizedCorpus
 from memlm.memory.ltm import LongTermMemory
 from memlm.models.lmcode import LMCode

@@ -27,7 +27,8 @@ from experiments.preferences import (
     simulate,
     summarise,
 )
-from memlm.config import ConfigError, compose, to_dict
+from memlm.cli import compose, to_dict
+from memlm.config import ConfigError
 from memlm.data.preferences import ASPECTS, Users, draw
 from memlm.memory.adaptive import AdaptiveMemory
 from memlm.memory.ltm import LongTermMemory

@@ -14,7 +14,8 @@ from experiments import needle, perplexity, runs
 from experiments.base import Result
 from experiments.recall import CONDITIONS
 from experiments.report import summary
-from memlm.config import ConfigError, check_command_line, compose, config_dir
+from memlm.cli import check_command_line, compose, config_dir
+from memlm.config import ConfigError
 from memlm.data.facts import FactMaker
 from memlm.data.tokenizer import train_tokenizer
 from memlm.data.tokens import TokenizedCorpus

@@ -12,7 +12,8 @@ from experiments.headline import headline
 from experiments.recall import CONDITIONS
 from experiments.report import summary
 from experiments.retention import Retention, draw, half_life, plot, run, summarise
-from memlm.config import ConfigError, compose
+from memlm.cli import compose
+from memlm.config import ConfigError
 from memlm.memory.ltm import LongTermMemory
 from memlm.models.lmcode import LMCode
 from tests.experiments.shares import check_shares

@@ -9,7 +9,8 @@ import torch
 
 from experiments import needle, perplexity, runner
 from experiments.base import Result, Share
-from memlm.config import ConfigError, compose, config_dir, to_dict, validate
+from memlm.cli import compose, config_dir, to_dict
+from memlm.config import ConfigError, validate
 
 RATES = {"on": 0.75, "off": 0.125, "wiped": 0.25, "swapped": 0.0, "unseen": 0.5}
 NODES = {
@@ -105,7 +106,7 @@ def test_what_cannot_be_measured_during_training_is_told(node: Any, message: str
 def test_watched_settings_are_checked_by_their_full_name() -> None:
     more = "+watch.far={_target_: experiments.needle.Needle, distanze: 100}"
     with pytest.raises(ConfigError, match=r"watch\.far\.distanze is not a setting of experiments\.needle"):
-        validate(compose([more]))
+        validate(to_dict(compose([more])))
     config = to_dict(compose([]))
     assert set(config["watch"]) == {"needle"}
     assert set(runner.chosen(config)) == {"perplexity", "needle"}  # and not what is watched

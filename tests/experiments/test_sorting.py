@@ -10,7 +10,8 @@ import torch
 from experiments import sorting
 from experiments.base import ALONE, Result, Share
 from experiments.sorting import LABELS, Sorting, kendall, plot, run, summarise
-from memlm.config import ConfigError, compose
+from memlm.cli import compose
+from memlm.config import ConfigError
 from memlm.data.curriculum import Curriculum
 from memlm.data.mqar import MQAR
 from memlm.data.sorting import Sorting as Task

@@ -7,7 +7,8 @@ import pytest
 
 import benchmarks
 from benchmarks import train
-from memlm.config import ConfigError, compose, config_dir, to_dict
+from memlm.cli import compose, config_dir, to_dict
+from memlm.config import ConfigError
 from scripts import benchmark
 
 

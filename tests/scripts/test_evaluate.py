@@ -12,7 +12,8 @@ import torch
 import memlm
 from experiments import perplexity
 from memlm.analysis.figures import read_history
-from memlm.config import ConfigError, compose
+from memlm.cli import compose
+from memlm.config import ConfigError
 from memlm.memory import state as states
 from scripts import evaluate
 from tests.training.small import FACTS, overrides

@@ -10,7 +10,8 @@ import optuna
 import pytest
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
-from memlm.config import ConfigError, compose, config_dir, to_dict
+from memlm.cli import compose, config_dir, to_dict
+from memlm.config import ConfigError
 from memlm.training.stopping import Stopped
 from scripts import search
 

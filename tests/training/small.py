@@ -13,7 +13,7 @@ import lightning
 from omegaconf import DictConfig, OmegaConf
 
 from memlm.build import build_corpus, build_data, build_model, build_tokenizer
-from memlm.config import compose, to_dict
+from memlm.cli import compose, to_dict
 from memlm.training.fit import make_trainer
 from memlm.training.module import LanguageModeling
 from memlm.training.replay import build_replay

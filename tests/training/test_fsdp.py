@@ -13,7 +13,7 @@ from lightning.pytorch.utilities import rank_zero_only
 import memlm
 from memlm.analysis.figures import read_history
 from memlm.checkpoint import FOLDER
-from memlm.config import compose, to_dict
+from memlm.cli import compose, to_dict
 from memlm.training.resume import history_files
 from tests.training.small import FACTS, SHORT, config, curve, fit
 
