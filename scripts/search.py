@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
@@ -21,7 +22,7 @@ from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
 
 import train
 from memlm.cli import check_command_line, cli, run_dir, to_dict
-from memlm.config import ConfigError
+from memlm.config import ConfigError, did_you_mean, whole
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -50,7 +51,7 @@ def distributions(space: Mapping[str, str]) -> dict[str, Any]:
     """What Optuna draws from, by the name of the setting.
 
     Raises:
-        ConfigError: If a setting has but one value.
+        ConfigError: If a setting has but one value, or an interval that nothing can be drawn from.
     """
     from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
@@ -64,16 +65,19 @@ def distributions(space: Mapping[str, str]) -> dict[str, Any]:
             )
         value: Any = override.value()
         log = "log" in getattr(value, "tags", ())
-        if isinstance(value, IntervalSweep):
-            ends: Any = (value.start, value.end)
-            whole = all(isinstance(end, int) for end in ends)  # as in int(interval(8, 64))
-            kind: Any = IntDistribution if whole else FloatDistribution
-            found[name] = kind(*ends, log=log)
-        elif isinstance(value, RangeSweep) and isinstance(value.step, int) and value.step > 0:
-            numbers = value.range()
-            found[name] = IntDistribution(numbers[0], numbers[-1], step=value.step)  # type: ignore[index]
-        else:
-            found[name] = CategoricalDistribution(list(override.sweep_string_iterator()))
+        try:
+            if isinstance(value, IntervalSweep):
+                ends: Any = (value.start, value.end)
+                integers = all(isinstance(end, int) for end in ends)  # as in int(interval(8, 64))
+                kind: Any = IntDistribution if integers else FloatDistribution
+                found[name] = kind(*ends, log=log)
+            elif isinstance(value, RangeSweep) and isinstance(value.step, int) and value.step > 0 and value.range():
+                numbers = value.range()
+                found[name] = IntDistribution(numbers[0], numbers[-1], step=value.step)  # type: ignore[index]
+            else:
+                found[name] = CategoricalDistribution(list(override.sweep_string_iterator()))
+        except ValueError as error:
+            raise ConfigError(f"search.space: nothing can be drawn from {name}={text}: {error}") from error
     return found
 
 
@@ -81,7 +85,7 @@ def measured(run: Path, metric: str | None, returned: float | None) -> float:
     """The number that a trial is judged by.
 
     Raises:
-        ConfigError: If it was not measured.
+        ConfigError: If it was not measured, or is no number.
     """
     if metric is None:
         if returned is None:
@@ -93,6 +97,8 @@ def measured(run: Path, metric: str | None, returned: float | None) -> float:
     if name not in metrics:
         known = ", ".join(f"{experiment}/{key}" for key in metrics) or f"nothing of {experiment!r}"
         raise ConfigError(f"search.metric={metric} was not measured; there is {known}")
+    if math.isnan(metrics[name]):
+        raise ConfigError(f"search.metric={metric} is no number (nan)")
     return metrics[name]
 
 
@@ -138,12 +144,27 @@ def check(cfg: DictConfig) -> None:
     for name, known in {"direction": ("maximize", "minimize"), "sampler": ("tpe", "random")}.items():
         if search[name] not in known:
             raise ConfigError(f"search.{name} must be {' or '.join(known)}, got {search[name]!r}")
-    if not isinstance(search["n_trial"], int) or search["n_trial"] < 1:
-        raise ConfigError(f"search.n_trial must be a whole number of at least 1, got {search['n_trial']!r}")
+    whole("search.n_trial", search["n_trial"], 1)
+    whole("search.seed", search["seed"])
     if not search["space"]:
         raise ConfigError("there is nothing to search over: give a setting several values, or hparams_search=NAME")
     distributions(search["space"])
+    _check_metric(search["metric"], cfg)
     train.check(cfg)
+
+
+def _check_metric(metric: str | None, cfg: DictConfig) -> None:
+    """Refuse a number of an experiment that no trial would run."""
+    from experiments import runner
+
+    names = runner.chosen(to_dict(cfg))
+    experiment = "needle" if metric is None else metric.partition("/")[0]
+    if experiment not in names:
+        raise ConfigError(
+            f"search.metric={'null' if metric is None else metric} is a number of experiment={experiment}, but trials "
+            f"measure {', '.join(names) or 'nothing'}.{did_you_mean(experiment, names)} Name another search.metric, or "
+            "choose that experiment"
+        )
 
 
 @cli("search", check)

@@ -3,6 +3,7 @@
 import json
 import sys
 from collections.abc import Sequence
+from math import nan
 from pathlib import Path
 from typing import Any
 
@@ -118,8 +119,10 @@ def test_a_trial_in_which_the_search_was_stopped_is_made_again(
 
 def test_any_number_that_was_measured_may_be_searched_for(tmp_path: Path) -> None:
     (tmp_path / "perplexity").mkdir()
-    (tmp_path / "perplexity" / "result.json").write_text(json.dumps({"metrics": {"nll/on": 1.5}}))
+    (tmp_path / "perplexity" / "result.json").write_text(json.dumps({"metrics": {"nll/on": 1.5, "nll/off": nan}}))
     assert search.measured(tmp_path, "perplexity/nll/on", None) == 1.5
+    with pytest.raises(ConfigError, match="search.metric=perplexity/nll/off is no number"):
+        search.measured(tmp_path, "perplexity/nll/off", None)
     assert search.measured(tmp_path, None, 0.5) == 0.5
     for metric, told in {"perplexity/x": "there is perplexity/nll/on", "needle/x": "nothing of 'needle'"}.items():
         with pytest.raises(ConfigError, match=told):
@@ -134,6 +137,14 @@ def test_any_number_that_was_measured_may_be_searched_for(tmp_path: Path) -> Non
         ("search.direction=up", "search.direction must be maximize or minimize, got 'up'"),
         ("search.n_trial=0", "search.n_trial must be a whole number of at least 1, got 0"),
         ("training.warmup_steps=1,-1", "training.warmup_steps must not be negative, got -1"),
+        ("search.seed=-1", "search.seed must be a whole number of at least 0, got -1"),
+        ("search.metric=perplexty/nll/on", "but trials measure perplexity, needle. Did you mean 'perplexity'?"),
+        (
+            "experiment=perplexity",
+            "search.metric=null is a number of experiment=needle, but trials measure perplexity.",
+        ),
+        ("model.dropout=interval(0.5,0.1)", "search.space: nothing can be drawn from model.dropout=interval(0.5,0.1)"),
+        ("training.warmup_steps=range(9,5)", "search.space: nothing can be drawn from training.warmup_steps="),
         ("seed=3", "nothing to search over"),
     ],
 )
