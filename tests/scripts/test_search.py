@@ -121,7 +121,7 @@ def test_any_number_that_was_measured_may_be_searched_for(tmp_path: Path) -> Non
     (tmp_path / "perplexity").mkdir()
     (tmp_path / "perplexity" / "result.json").write_text(json.dumps({"metrics": {"nll/on": 1.5, "nll/off": nan}}))
     assert search.measured(tmp_path, "perplexity/nll/on", None) == 1.5
-    with pytest.raises(ConfigError, match="search.metric=perplexity/nll/off is no number"):
+    with pytest.raises(ConfigError, match=r"search\.metric=perplexity/nll/off is no number"):
         search.measured(tmp_path, "perplexity/nll/off", None)
     assert search.measured(tmp_path, None, 0.5) == 0.5
     for metric, told in {"perplexity/x": "there is perplexity/nll/on", "needle/x": "nothing of 'needle'"}.items():
