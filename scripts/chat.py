@@ -11,6 +11,8 @@ from memlm.cli import cli
 
 def lines() -> Iterator[str]:
     """What is typed, or comes through a pipe."""
+    if sys.stdin is None:  # closed
+        return
     if sys.stdin.isatty():
         import readline  # noqa: F401  # lines can then be edited
 

@@ -276,7 +276,7 @@ class _Walk:
             reads[key] = BankFlow(slots, weights, gate, strength, norm, self.origins[key])
         return Flow(
             ids=np.array(self.ids),
-            tokens=[self.model.tokenizer.decode([i]) for i in self.ids],
+            tokens=self.model.tokenizer.decode_each(self.ids),
             segment=np.array(self.segment),
             context=np.repeat(np.arange(len(self.n_token)), self.n_token),
             nll=torch.cat(self.nll).numpy(),

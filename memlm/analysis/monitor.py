@@ -32,6 +32,8 @@ class MemoryMonitor(Callback):
     """
 
     def __init__(self, model: LanguageModel | None = None) -> None:
+        if model is not None and not isinstance(model, LanguageModel):
+            raise ValueError(f"model is a {type(model).__name__}: give a language model, or nothing")
         self.model = model
         self.history: list[dict[str, Any]] = []
 

@@ -258,7 +258,7 @@ def _token(flow: Flow, i: int, first: int, fates: Mapping[int, Sequence[str]]) -
         told.append(f"Next comes {flow.tokens[i + 1]!r}, expected at {chances}.")
     told += fates.get(i, [])
     starts = i == first or flow.context[i] != flow.context[i - 1]
-    begins = f"context {flow.context[i] + 1}" if starts and flow.context[-1] else ""
+    begins = f"context {flow.context[i] + 1}, segment {flow.segment[i]}" if starts and flow.context[-1] else ""
     if not begins and i > first and flow.segment[i] != flow.segment[i - 1]:
         begins = f"segment {flow.segment[i]}"
     strength = float(np.clip(flow.strength[i], 0, 1))

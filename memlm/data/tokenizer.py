@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +32,8 @@ PIECE_CHARS = 10_000
 _LAST_CUT = re.compile(rf"(?s).{{1,{PIECE_CHARS}}}(?<=\S)(?=[ \n])")
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _NEXT_CUT = re.compile(r"(?<=\S)(?=[ \n])")
+
+_MOST_BYTES = 4  # of a character
 
 # One character each; words and signs each with the space before them (so that joining tokens gives the text back).
 _CHAR_PATTERN = r"[\s\S]"
@@ -104,6 +106,16 @@ class Tokenizer:
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text of token ids; padding is left out."""
         return self._backend.decode([int(i) for i in ids if int(i) != self._pad], skip_special_tokens=False)
+
+    def decode_each(self, ids: Sequence[int]) -> list[str]:
+        """Return the text of each token; a character of several tokens stands with the last of them."""
+        texts, begin = [], 0
+        for end in range(1, len(ids) + 1):
+            text = self.decode(ids[begin:end])
+            cut = text.endswith("\ufffd") and end < len(ids) and end - begin < _MOST_BYTES
+            texts.append("" if cut else text)
+            begin = begin if cut else end
+        return texts
 
     @property
     def vocab_size(self) -> int:

@@ -5,12 +5,15 @@ Shapes: N = tokens of one split, n_doc = its documents.
 
 from __future__ import annotations
 
+import fcntl
+import glob
 import hashlib
 import logging
 import os
+import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 
@@ -30,6 +33,7 @@ FORMAT = 1
 BATCH_CHARS = 2_000_000
 # Below this many characters encoding is over before a progress bar is read.
 PROGRESS_CHARS = 20_000_000
+_TO_LOCK = 10  # seconds that a writer may take from making its file to locking it
 
 
 def cache_dir() -> Path:
@@ -42,7 +46,7 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
     """Open a binary file that appears under `path` only when it is complete.
 
     Readers see the old file or the new one, never a part; of several writers the last one wins. When the body
-    raises, `path` stays as it was.
+    raises, `path` stays as it was. What a writer that was killed has left is removed by the next one.
 
     Args:
         path: The final name; missing parent folders are made.
@@ -51,13 +55,24 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
         The open file, under a temporary name beside `path`.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    _remove_leftovers(path)
     temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         with temporary.open("wb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)  # says that this writer is alive
             yield file
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _remove_leftovers(path: Path) -> None:
+    """Remove temporary files of writers of `path` that live no more."""
+    for temporary in path.parent.glob(f"{glob.escape(path.name)}.{'[0-9a-f]' * 32}.tmp"):
+        with suppress(OSError), temporary.open("rb") as file:  # or it is gone, or being written
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if time.time() - os.fstat(file.fileno()).st_mtime > _TO_LOCK:
+                temporary.unlink()
 
 
 class TokenizedCorpus(NamedTuple):

@@ -56,7 +56,7 @@ class Remembered(NamedTuple):
         similarity: Cosine of what was asked and the slot; None if nothing was asked.
         weight: Greatest share of a token's read that came from the slot, in 0..1; None if nothing was asked.
         importance: What the memory gives on the slot, in 0..1.
-        age: Records written since.
+        age: Passages read to be stored since, those included of which nothing was kept.
         uses: How often the record was among what `ExperienceModel.query_memory` or a conversation showed, with a weight
             of at least `READ`. Training and generation alone do not count.
         document: Number of the text it was stored with: the id of that text's first record.

@@ -10,14 +10,13 @@ import json
 import logging
 import os
 import reprlib
-import stat
 import zlib
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load, save_file
+from safetensors.torch import load, save
 from torch import Tensor
 
 from memlm.config import ConfigError
@@ -63,11 +62,10 @@ def write(path: str | os.PathLike[str], content: MemoryFile) -> None:
         if path.exists() and not path.is_file():  # a device or a pipe, which the file would take the place of
             raise ConfigError(f"{str(path)!r} is no regular file: give the path of the file to write")
         with atomic_file(path) as file:
-            mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
-            save_file(tensors, file.name, header | {"checksum": _checksum(tensors, header)})
-            os.chmod(file.name, mode)  # some versions of safetensors put a file in its place that others cannot read
-            with open(file.name, "rb") as written:
-                os.fsync(written.fileno())
+            # Not save_file, which puts another file in the place of this one.
+            file.write(save(tensors, header | {"checksum": _checksum(tensors, header)}))
+            file.flush()
+            os.fsync(file.fileno())
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
         raise ConfigError(f"{path} cannot be written: {reason}; what was there is as before") from error

@@ -19,6 +19,7 @@ TOKENIZER = SimpleNamespace(
     pad_id=0,
     vocab_size=V,
     decode=lambda ids: "".join(f"<{i}>" for i in ids),
+    decode_each=lambda ids: [f"<{i}>" for i in ids],
     encode=lambda text: [ord(c) % V for c in text],
 )
 TEXT = torch.randint(V, (4 * T + 5,), generator=torch.Generator().manual_seed(0)).tolist()

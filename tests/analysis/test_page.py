@@ -100,6 +100,7 @@ TOKENIZER = SimpleNamespace(
     pad_id=0,
     vocab_size=V,
     decode=lambda ids: "".join(f" w{i}" for i in ids),
+    decode_each=lambda ids: [f" w{i}" for i in ids],
     encode=lambda text: [int(word) for word in text.split()],
 )
 

@@ -316,3 +316,14 @@ def test_wrong_settings_are_told(tmp_path):
 def test_halves_of_surrogate_pairs_are_no_text(kind: str) -> None:
     tokenizer = train_tokenizer(kind, ["some text \ufffd"], 400)
     assert tokenizer.encode("a\ud800b") == tokenizer.encode("a\ufffdb")
+
+
+def test_texts_of_tokens_keep_characters_whole():
+    """By hand: the emoji is four bytes, the é two; a lone byte is no character, and the end may be cut."""
+    tokenizer = train_tokenizer("byte", [], 0)
+    ids = tokenizer.encode("a😀é!")
+    assert tokenizer.decode_each(ids) == ["a", "", "", "", "😀", "", "é", "!"]
+    (lone,) = set(tokenizer.encode("é")[:1])
+    assert "".join(tokenizer.decode_each([lone, lone, *ids])).endswith("😀é!")
+    assert tokenizer.decode_each(ids[:3]) == ["a", "", "\ufffd"]
+    assert tokenizer.decode_each([]) == []

@@ -1,3 +1,6 @@
+import multiprocessing
+import os
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -132,6 +135,35 @@ def test_atomic_file_appears_whole_or_not_at_all(tmp_path):
         fail()
     assert path.read_bytes() == b"one"
     assert list(path.parent.iterdir()) == [path]
+
+
+def test_what_a_killed_writer_left_is_removed_by_the_next_one(tmp_path):
+    path = tmp_path / "file[1]"
+
+    def write(killed):
+        with atomic_file(path) as file:
+            file.write(b"half")
+            file.flush()
+            if killed:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    for name in ("file[1].0.tmp", "file1." + "0" * 32 + ".tmp"):  # of others
+        (tmp_path / name).touch()
+        os.utime(tmp_path / name, (0, 0))
+    process = multiprocessing.get_context("fork").Process(target=write, args=(True,))
+    process.start()
+    process.join()
+    (left,) = set(tmp_path.glob("*.tmp")) - {tmp_path / "file[1].0.tmp", tmp_path / ("file1." + "0" * 32 + ".tmp")}
+    write(killed=False)
+    assert left.exists(), "its writer may be about to lock it"
+    os.utime(left, (0, 0))
+    with atomic_file(path) as slow:  # a writer that is alive, however long it takes
+        assert not left.exists()
+        os.utime(slow.name, (0, 0))
+        write(killed=False)
+        slow.write(b"whole")
+    assert path.read_bytes() == b"whole"
+    assert len(list(tmp_path.glob("*.tmp"))) == 2
 
 
 def test_cache_dir_follows_the_environment(monkeypatch):

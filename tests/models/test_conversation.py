@@ -180,3 +180,8 @@ def test_the_script_talks_through_a_pipe(tokenizer: Any, monkeypatch: Any, capsy
     assert "> ba ce is\ndi fo gu.\n  [read with weight" in said
     assert "bad \ufffd byte" in said
     assert "never reached" not in said
+
+
+def test_the_script_ends_where_nothing_can_be_typed(tokenizer: Any, monkeypatch: Any, capsys: Any) -> None:
+    monkeypatch.setattr("sys.stdin", None)
+    assert list(chat.lines()) == []

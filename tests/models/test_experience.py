@@ -559,13 +559,13 @@ def test_a_save_that_fails_leaves_the_old_file(tokenizer: Tokenizer, tmp_path: P
     whole = path.read_bytes()
 
     model.store_experience(B)
-    for error in (OSError(28, "No space left on device"), SafetensorError("No space left on device")):
+    for place, error in (("os.fsync", OSError(28, "No space left on device")),
+                         ("memlm.models.memory_file.save", SafetensorError("No space left on device"))):  # fmt: skip
 
-        def fail(_: Any, name: str, *__: Any, error: Exception = error) -> None:
-            Path(name).write_bytes(whole[:1000])
+        def fail(*_: Any, error: Exception = error) -> None:
             raise error
 
-        monkeypatch.setattr("memlm.models.memory_file.save_file", fail)
+        monkeypatch.setattr(place, fail)
         with pytest.raises(
             ConfigError, match="cannot be written: No space left on device; what was there is as before"
         ):
