@@ -30,14 +30,15 @@ if TYPE_CHECKING:
 
 def apart(arguments: Sequence[str]) -> list[str]:
     """Move settings with several values, which Hydra would make a sweep of, into `search.space`."""
-    fixed, space = [], []
+    fixed, space, place = [], [], 0
     for argument in arguments:
         override = None if argument.startswith("-") else _parse(argument)
         if override is not None and override.is_sweep_override():
+            place = len(fixed)  # among the settings: no option may stand between two of them
             space.append(f"{override.get_key_element()}: {json.dumps(argument.partition('=')[2])}")
         else:
             fixed.append(argument)
-    return [*fixed, *([f"+search.space={{{', '.join(space)}}}"] if space else [])]
+    return [*fixed[:place], *([f"+search.space={{{', '.join(space)}}}"] if space else []), *fixed[place:]]
 
 
 def _parse(line: str) -> Override | None:
@@ -173,7 +174,7 @@ def main(cfg: DictConfig) -> None:
     from optuna.trial import TrialState
 
     from experiments.base import table
-    from memlm.training.apart import run_apart
+    from memlm.training.apart import config_dirs, run_apart
     from memlm.training.resume import running
 
     settings, directory = to_dict(cfg)["search"], Path(run_dir())
@@ -181,7 +182,8 @@ def main(cfg: DictConfig) -> None:
     fixed = [line for line in HydraConfig.get().overrides.task
              if not line.lstrip("+").startswith(("search.", "hparams_search="))]  # fmt: skip
     drawn_from = distributions(space)
-    check_command_line(["-m", *fixed, *(f"{name}={text}" for name, text in space.items())], check=train.check)
+    places = config_dirs()
+    check_command_line(["-m", *places, *fixed, *(f"{name}={text}" for name, text in space.items())], check=train.check)
     about = {"settings": sorted(fixed), **{name: settings[name] for name in ("space", "metric", "direction")}}
 
     with running(directory):
@@ -196,7 +198,8 @@ def main(cfg: DictConfig) -> None:
             # If the search was stopped in a trial, the run to go on with is below this directory too.
             lines += [f"paths.root='{directory}'", "resume=auto"]
             try:
-                study.tell(trial, measured(run, settings["metric"], run_apart(train.__file__, [*fixed, *lines], run)))
+                returned = run_apart(train.__file__, [*places, *fixed, *lines], run)
+                study.tell(trial, measured(run, settings["metric"], returned))
             except (ConfigError, RuntimeError) as error:
                 failed[trial.number] = str(error)
                 trial.set_user_attr("error", str(error))

@@ -46,13 +46,18 @@ def starts_processes(config: Mapping[str, Any]) -> bool:
 def job_overrides() -> list[str]:
     """The command line that makes the job of a sweep, in which this is called, a run of its own."""
     hydra: Any = HydraConfig.get()
-    places = [source.path for source in hydra.runtime.config_sources if source.provider == "command-line"]
     return [
         f"--config-name={hydra.job.config_name}",
-        *(f"--config-dir={place}" for place in places),
+        *config_dirs(),
         *hydra.overrides.task,
         *(line for line in hydra.overrides.hydra if not line.lstrip("+~").startswith(_OF_THE_SWEEP)),
     ]
+
+
+def config_dirs() -> list[str]:
+    """The options of this command line by which configs of a user's own are found."""
+    sources: Any = HydraConfig.get().runtime.config_sources
+    return [f"--config-dir={source.path}" for source in sources if source.provider == "command-line"]
 
 
 def run_apart(script: str | Path, overrides: Sequence[str], run: Path) -> float | None:
