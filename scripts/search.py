@@ -29,7 +29,9 @@ if TYPE_CHECKING:
 
 def apart(arguments: Sequence[str]) -> list[str]:
     """Move settings with several values, which Hydra would make a sweep of, into `search.space`."""
-    fixed, space, place = [], [], 0
+    fixed: list[str] = []
+    space: list[str] = []
+    place = 0
     for argument in arguments:
         override = None if argument.startswith("-") else _parse(argument)
         if override is not None and override.is_sweep_override():
