@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from memlm.checkpoint import FOLDER, checkpoints, find, read, remove_leftovers
+from memlm.cli import ERROR
 from memlm.config import ConfigError
 from memlm.data.tokens import atomic_file
 
@@ -62,7 +63,8 @@ class Finished(NamedTuple):
 
 
 def mark_finished(run: Path, config: Mapping[str, Any], value: float | None) -> None:
-    """Write into a run directory that all is done."""
+    """Write into a run directory that all is done, and no longer why another start of it failed."""
+    (run / ERROR).unlink(missing_ok=True)
     with atomic_file(run / _FINISHED) as file:
         file.write((json.dumps({"config": config, "value": value}, indent=1) + "\n").encode())
 

@@ -337,7 +337,9 @@ def test_a_job_of_a_repeated_sweep_is_known_by_its_settings(tmp_path: Path) -> N
     sweep = tmp_path / "sweep"
     done = config(sweep, "0", "trainer.max_steps=3")
     fit(done)
+    (sweep / "0" / "error.txt").touch()  # of a second start at the same time, which was refused
     mark_finished(sweep / "0", done, 0.25)
+    assert not (sweep / "0" / "error.txt").exists()
     assert fit_until_asked(config(sweep, "1", "seed=1", "checkpoint.every=100"), step=4) == 128 + signal.SIGTERM
     # by another number, logged elsewhere
     assert find_in_sweep(config(sweep, "7", "trainer.max_steps=3", logger="wandb"), sweep) == (sweep / "0", 0.25)
