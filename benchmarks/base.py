@@ -13,9 +13,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from memlm.config import ConfigError
+
+if TYPE_CHECKING:
+    from memlm.data.datamodule import TextData
+
+SHIFT = 41
+"""Tokens by which a further reading of a text begins later."""
 
 _LIBRARIES = ("torch", "transformers", "memoria-pytorch", "faiss-cpu")  # whose versions a result names
 
@@ -87,6 +93,20 @@ def peer_library(peer: Peer) -> Any:
             f"The comparison with {peer.needs}: install it with pip install 'memlm[bench]' "
             f"(in a checkout: pip install -e '.[bench]'), or leave {peer.without}."
         ) from error
+
+
+def trained_with_ltm(checkpoint: str) -> tuple[Any, TextData]:
+    """The model of a run directory, and the data it was trained on.
+
+    Raises:
+        ConfigError: If it has no long-term memory.
+    """
+    from memlm.checkpoint import load_run
+
+    model, data = load_run(checkpoint)
+    if "ltm" not in model.memory:
+        raise ConfigError(f"checkpoint must name a model with memory=ltm; {checkpoint} has {', '.join(model.memory)}")
+    return model, data
 
 
 def quartiles(key: str, values: list[float]) -> dict[str, float]:

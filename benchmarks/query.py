@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from benchmarks.base import check_least, conditions, quartiles, surroundings, torch_threads
+from benchmarks.base import SHIFT, check_least, conditions, quartiles, surroundings, torch_threads, trained_with_ltm
 from memlm.config import ConfigError
 
 if TYPE_CHECKING:
@@ -23,7 +23,6 @@ KINDS = {
 }
 """What is asked."""
 
-_SHIFT = 41  # tokens by which a further reading of the text begins later
 _SENTENCE = re.compile(r"(?<=[.!?])\s+")
 _LENGTH = range(30, 80)  # characters of the sentences that are asked
 
@@ -66,13 +65,9 @@ def run(
             "recipe=needle: what a model that learned nothing reads says nothing about searches."
         )
     from experiments.base import Result
-    from memlm.checkpoint import load_run
     from memlm.training.module import check_memory_settings, memory_settings
 
-    loaded, data = load_run(checkpoint)
-    model: Any = loaded
-    if "ltm" not in model.memory:
-        raise ConfigError(f"checkpoint must name a model with memory=ltm; {checkpoint} has {', '.join(model.memory)}")
+    model, data = trained_with_ltm(checkpoint)
     if model.memory["ltm"][0].has_bank:
         raise ConfigError(
             f"checkpoint must name a model with an empty memory of its own; {checkpoint} has stored text already, or "
@@ -102,7 +97,7 @@ def _fill(model: Any, data: TextData, n_slot: int, cache: str | None) -> None:
     module = model.memory["ltm"][0]
     left, reading = n_slot, 0
     while left:
-        begin = reading * _SHIFT % len(tokens)
+        begin = reading * SHIFT % len(tokens)
         # Some tokens write no slot: the last of a passage have none after them to be the value of.
         text = model.tokenizer.decode(tokens[begin : begin + left + left // 50 + model.segment_len].tolist())
         model.store_experience(text)

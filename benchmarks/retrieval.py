@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from benchmarks.base import (
+    SHIFT,
     Peer,
     check_least,
     check_names,
@@ -22,6 +23,7 @@ from benchmarks.base import (
     quartiles,
     surroundings,
     torch_threads,
+    trained_with_ltm,
 )
 from memlm.config import ConfigError
 
@@ -31,7 +33,6 @@ if TYPE_CHECKING:
     from experiments.base import Result
 
 FAISS = Peer("faiss", "faiss needs the library faiss-cpu", "faiss out with candidates=[exact,inverted,torch]")
-_SHIFT = 41  # tokens by which a further reading of a text begins later
 
 
 def run(
@@ -141,7 +142,7 @@ def made_keys(n_key: int, n_query: int, d_key: int, clusters: bool, seed: int) -
 def trained_keys(checkpoint: str, n_key: int, n_query: int, cache: str | None) -> Keys:
     """Keys and biases that a trained model writes of its training text, and queries that it makes of held-out text.
 
-    All tokens are written, and nothing is read. Each further reading of the text begins `_SHIFT` tokens later in its
+    All tokens are written, and nothing is read. Each further reading of the text begins `SHIFT` tokens later in its
     segment, so that no segment comes twice.
 
     Raises:
@@ -150,7 +151,7 @@ def trained_keys(checkpoint: str, n_key: int, n_query: int, cache: str | None) -
     import numpy as np
     import torch
 
-    from memlm.checkpoint import load_run, read_plain
+    from memlm.checkpoint import read_plain
     from memlm.training.module import memory_settings
 
     if cache and Path(cache).exists():
@@ -161,17 +162,14 @@ def trained_keys(checkpoint: str, n_key: int, n_query: int, cache: str | None) -
                 "are needed: remove it, or name another cache"
             )
         return kept
-    loaded, data = load_run(checkpoint)
-    model: Any = loaded
-    if "ltm" not in model.memory:
-        raise ConfigError(f"checkpoint must name a model with memory=ltm; {checkpoint} has {', '.join(model.memory)}")
+    model, data = trained_with_ltm(checkpoint)
     module, n_row, n_token = model.memory["ltm"][0], 8, 16 * model.segment_len
 
     def written(split: str, n: int) -> tuple[Tensor, Tensor]:
         ids = torch.from_numpy(np.asarray(data.tokens(split).tokens, dtype=np.int64))
         found: list[tuple[Tensor, Tensor]] = []
         for reading in range(model.segment_len):
-            rows = ids[reading * _SHIFT % model.segment_len :]
+            rows = ids[reading * SHIFT % model.segment_len :]
             rows = rows[: len(rows) // n_row * n_row].view(n_row, -1)
             state = None
             for text in rows.split(n_token, dim=1):

@@ -146,11 +146,11 @@ def run(
             for numbers, i, state in visit(model, documents, lengths, cfg.n_row, show, share, consolidation):
                 given = {"kind": plan.kind, "n_other": plan.n_other, "distance": plan.distances[i]}
                 asked = ask(model, state, documents, unseen, numbers, lengths[i], plan.kind == "paraphrased", others)
-                rows += [given | row for row in asked]
                 if consolidation:
-                    counts = dict(zip(numbers, consolidation.merged, strict=True))
-                    for row in rows[-len(asked) :]:
-                        row["merged"] = counts[row["document"]] if row["condition"] == "on" else None
+                    merged = dict(zip(numbers, consolidation.merged.expand(len(numbers)).tolist(), strict=True))
+                    for row in asked:
+                        row["merged"] = merged[row["document"]] if row["condition"] == "on" else None
+                rows += [given | row for row in asked]
             done += more
     rows = share.join(rows)
     rows.sort(key=lambda row: (cfg.kinds.index(row["kind"]), row["n_other"], row["distance"],
@@ -181,8 +181,8 @@ def run(
     }
     metrics = summarise(rows)
     if cfg.consolidate_every is not None:
-        merged = [row["merged"] for row in rows if row["condition"] == "on" and row["distance"] == cfg.distances[-1]]
-        metrics["merged"] = float(np.mean(merged))
+        on = [row for row in rows if row["condition"] == "on" and row["distance"] == cfg.distances[-1]]
+        metrics["merged"] = float(np.mean([row["merged"] for row in on]))
     return Result("needle", metrics, tuple(rows), metadata)
 
 

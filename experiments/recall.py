@@ -29,6 +29,7 @@ from torch import Tensor
 
 from experiments.base import ALONE, PALETTE, Row, Share, wilson
 from memlm.analysis.figures import CONTROLS
+from memlm.analysis.usage import banks
 from memlm.data.facts import Fact
 from memlm.data.sentences import LEVELS
 
@@ -164,32 +165,24 @@ class Consolidation:
 
     Attributes:
         every: See above.
-        merged: Slots that were merged into another since a document's beginning, for each row.
+        merged: Slots that were merged into another since the documents' beginning, (B,), or () if it was not time yet.
     """
 
     def __init__(self, every: int) -> None:
         self.every = every
-        self.merged: list[int] = []
+        self.merged = torch.tensor(0)
 
     def __call__(self, model: Any, state: Any, turn: int) -> Any:
         """The state with consolidated memories; ``turn`` is how often that was done before."""
-        before = _n_filled(model, state)
-        state = model.map_memory(lambda module, part: module.consolidate(part, turn=turn)[0], state)
-        fewer = [n - left for n, left in zip(before, _n_filled(model, state), strict=True)]
-        self.merged = [n + more for n, more in zip(self.merged if turn else [0] * len(fewer), fewer, strict=True)]
-        return state
+        new = model.map_memory(lambda module, part: module.consolidate(part, turn=turn)[0], state)
+        self.merged = self.merged + _n_filled(model, state) - _n_filled(model, new)
+        return new
 
 
-def _n_filled(model: Any, state: Any) -> list[int]:
-    """Slots that hold something, of all memories, for each row."""
-    counts: list[Tensor] = []
-
-    def count(module: Any, part: Any) -> Any:
-        counts.append(module.filled(part).sum(dim=1).cpu())
-        return part
-
-    model.map_memory(count, state)
-    return torch.stack(counts).sum(dim=0).tolist()
+def _n_filled(model: Any, state: Any) -> Tensor:
+    """Slots that hold something, of all memories, for each row, (B,); 0 without memory."""
+    counts = (module.filled(part).sum(dim=1).cpu() for module, part in banks(model, state).values())
+    return sum(counts, torch.tensor(0))
 
 
 def read(
@@ -213,7 +206,9 @@ def read(
     """
     device = device_of(model)
     state, place = None, 0
-    step = consolidation.every * model.segment_len if consolidation else lengths[-1]
+    step = lengths[-1]
+    if consolidation:
+        step, consolidation.merged = consolidation.every * model.segment_len, torch.tensor(0)
     for length in lengths:
         while place < length:
             end = min(place + _WINDOW * model.segment_len, length, (place // step + 1) * step)

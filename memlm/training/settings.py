@@ -100,9 +100,12 @@ def plan_steps(config: dict[str, Any]) -> dict[str, Any]:
 def _check_consolidation(config: Mapping[str, Any]) -> None:
     """Refuse to consolidate where no memory outlives a step."""
     every = config["training"]["consolidate_every"]
+    if every is None:
+        return
     shared = any(node.get("scope") == "shared" for node in config["memory"].values())
-    goes_on = any(phase.get("task") is None or phase.get("n_window", 1) > 1 for phase in config["curriculum"]["phases"])
-    if every is not None and config["memory"] and not shared and not goes_on:
+    phases = Curriculum(config["curriculum"]["phases"], config["curriculum"]["task"]).phases
+    goes_on = any(phase.task is None or phase.n_window > 1 for phase in phases)
+    if config["memory"] and not shared and not goes_on:
         raise ConfigError(
             f"training.consolidate_every={every} would consolidate nothing: documents of this curriculum are one "
             "window long, and their memory ends with them; leave it null, give phases with n_window above 1, or share "

@@ -560,3 +560,15 @@ def test_memories_are_consolidated_while_documents_are_read(data, real):
     assert [row["nll"] for row in without.rows] != [row["nll"] for row in result.rows]
     with pytest.raises(ConfigError, match=r"needle\.consolidate_every must be at least 1, got 0"):
         Needle(consolidate_every=0)
+
+
+@pytest.mark.parametrize("memories", [{}, {"ltm": functools.partial(LongTermMemory, n_slot=32)}])
+def test_where_nothing_is_consolidated_nothing_is_merged(data, memories):
+    """Without a memory, or when a document ends before it is time: the numbers of a run without consolidation."""
+    torch.manual_seed(0)
+    model = LMCode(data.tokenizer.vocab_size, memories, n_layer=1, n_head=2, d_model=16, segment_len=SEGMENT_LEN)
+    every = 1000 if memories else 2
+    result = run(model, data, Needle(n_document=2, n_fact=2, distance=[20, 60], consolidate_every=every))
+    assert result.metrics["merged"] == 0
+    without = run(model, data, Needle(n_document=2, n_fact=2, distance=[20, 60]))
+    assert [row["nll"] for row in result.rows] == pytest.approx([row["nll"] for row in without.rows], rel=1e-3)
