@@ -529,20 +529,20 @@ def test_yaml_and_settings_agree():
 
 
 def test_memories_are_consolidated_while_documents_are_read(data, real):
-    """Against a loop over single segments; every third segment similar slots are merged."""
+    """Against a loop over single segments; after every second one similar slots are merged, early and late."""
     real.eval()
-    settings = Needle(n_document=2, n_fact=3, distance=[40, 120], consolidate_every=3)
+    settings = Needle(n_document=2, n_fact=3, distance=[40, 120], consolidate_every=2)
     result = run(real, data, settings)
     documents, _, lengths = draw(data, settings, SEGMENT_LEN)
     module = real.memory["ltm"][0]
     for number, document in enumerate(documents):
-        state, merged = None, 0
+        state, merged, seen = None, 0, []
         for segment in range(lengths[-1] // SEGMENT_LEN):
             ids = document.tokens(segment * SEGMENT_LEN, (segment + 1) * SEGMENT_LEN)
             with torch.no_grad():
                 state = real.absorb(torch.from_numpy(np.asarray(ids)).long()[None], state)
-                if segment % 3 == 2:
-                    bank, done = module.consolidate(state.memory["ltm"][0], turn=segment // 3)
+                if segment % 2 == 1:
+                    bank, done = module.consolidate(state.memory["ltm"][0], turn=segment // 2)
                     state = state._replace(memory={"ltm": (bank,)})
                     merged += done["merged"]
             if (segment + 1) * SEGMENT_LEN in lengths:
@@ -553,9 +553,12 @@ def test_memories_are_consolidated_while_documents_are_read(data, real):
                     found = [answer(real, real.new_context(state), [fact])[0][1] for fact in document.facts]
                 assert [row["nll"] for row in rows] == pytest.approx(found, rel=1e-3)
                 assert {row["merged"] for row in rows} == {merged}
-        assert merged > 0
+                seen.append(merged)
+        assert 0 < seen[0] < seen[1]
     last = {row["document"]: row["merged"] for row in result.rows if row["merged"] is not None}
     assert result.metrics["merged"] == sum(last.values()) / 2
+    alone = run(real, data, Needle(n_document=2, n_fact=3, distance=[40, 120], consolidate_every=2, n_row=1))
+    assert [row["merged"] for row in alone.rows] == [row["merged"] for row in result.rows]
     without = run(real, data, Needle(n_document=2, n_fact=3, distance=[40, 120]))
     assert [row["nll"] for row in without.rows] != [row["nll"] for row in result.rows]
     with pytest.raises(ConfigError, match=r"needle\.consolidate_every must be at least 1, got 0"):
