@@ -1,0 +1,164 @@
+"""How a wrong, odd or hostile input is tried: in a process of its own, in an empty directory, with a limit of time.
+
+A module ``tests/hostile/<subject>.py`` has functions ``settings``, ``files`` or ``faults`` that return cases;
+``python -m tests.hostile`` tries them all and prints the counts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import runpy
+import shutil
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+CHECKOUT = Path(__file__).parents[2]
+CANARY = "EXECUTED"  # a file of this name in the case's directory means that a file of a stranger ran something
+
+TINY = (  # a run of a second; add trainer.max_steps=N and whatever is tried
+    "model=lmcode model.n_layer=2 model.d_model=32 model.n_head=2 model.segment_len=16 model.overlap=4 watch=null "
+    "experiment=[] logger=csv trainer=cpu trainer.max_steps=1 curriculum=plain data.tokenizer.vocab_size=300"
+).split()
+
+Answer = Literal["right", "sentence", "traceback", "silent", "hang", "crash", "executed"]
+
+
+class Silent(Exception):  # noqa: N818 - an outcome, no error of the code
+    """Raised by a case that finds wrong values taken without a word."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One input.
+
+    Attributes:
+        name: What is tried, unique within its subject.
+        do: Tries it in the current directory, which is empty. It returns where memlm did what it should, lets the error
+            of memlm pass where memlm refuses, and raises `Silent` where memlm takes what it should not.
+        wanted: The right answers: ``right`` (does what it should, or goes on unharmed), ``sentence`` (one clear line).
+        seconds: After how long it counts as a hang.
+    """
+
+    name: str
+    do: Callable[[], object]
+    wanted: tuple[Answer, ...] = ("sentence",)
+    seconds: float = 60.0
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of a case.
+
+    Attributes:
+        case: The case.
+        answer: What memlm did.
+        text: The end of what was printed.
+    """
+
+    case: Case
+    answer: Answer
+    text: str
+
+    @property
+    def good(self) -> bool:
+        """Whether memlm did what was wanted."""
+        return self.answer in self.case.wanted
+
+
+def command(script: str, *overrides: str) -> None:
+    """Run ``train.py`` (``"train"``) or a script of ``scripts/`` in this process, as its command line would.
+
+    Raises:
+        SystemExit: With the exit code, as the command does.
+    """
+    path = CHECKOUT / ("train.py" if script == "train" else f"scripts/{script}.py")
+    sys.argv = [str(path), *overrides]
+    runpy.run_path(str(path), run_name="__main__")
+
+
+def attempt(case: Case) -> Outcome:
+    """Try one case in a forked process."""
+    folder = Path(tempfile.mkdtemp(prefix="memlm-hostile-"))
+    printed = folder / ".printed"
+    try:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        child = os.fork()
+        if child == 0:
+            _child(case, folder, printed)
+        status = _wait(child, case.seconds)
+        text = printed.read_text(encoding="utf-8", errors="replace") if printed.exists() else ""
+        return Outcome(case, _answer(case, status, text, folder), text[-2000:])
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _child(case: Case, folder: Path, printed: Path) -> None:
+    """Do the case; never returns. 0: it returned, 2: refused in a sentence, 3: silent, 1: any other exception."""
+    code = 1
+    try:
+        os.setsid()  # so that all that it starts can be ended with it
+        out = os.open(printed, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        os.dup2(out, 1)
+        os.dup2(out, 2)
+        os.chdir(folder)
+        from memlm.config import ConfigError
+
+        try:
+            case.do()
+            code = 0
+        except Silent as error:
+            print(f"silent: {error}", flush=True)
+            code = 3
+        except ConfigError as error:
+            print(f"ConfigError: {error}", flush=True)
+            code = 2 if "\n" not in str(error) else 1
+        except SystemExit as error:
+            code = error.code if isinstance(error.code, int) else int(error.code is not None)
+        except BaseException:
+            traceback.print_exc()
+    finally:
+        with contextlib.suppress(Exception):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(code)
+
+
+def _wait(child: int, seconds: float) -> int | None:
+    """The status of the process, or None if it had to be ended."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(child, signal.SIGKILL)
+            return status
+        time.sleep(0.01)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    return None
+
+
+def _answer(case: Case, status: int | None, text: str, folder: Path) -> Answer:
+    if any(path.name == CANARY for path in folder.rglob("*")):
+        return "executed"
+    if status is None:
+        return "hang"
+    if os.WIFSIGNALED(status):
+        return "crash"
+    code = os.WEXITSTATUS(status)
+    if "Traceback (most recent call last)" in text:
+        return "traceback"
+    if code == 3 or (code == 0 and "right" not in case.wanted):
+        return "silent"
+    return {0: "right", 2: "sentence"}.get(code, "traceback")
