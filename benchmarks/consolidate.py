@@ -83,6 +83,7 @@ def near_duplicates(
     from torch.nn import functional as F
 
     from memlm.memory.ltm import LongTermMemory
+    from memlm.tensors import Host
 
     generator = torch.Generator().manual_seed(seed)
     memory = LongTermMemory(d_key, n_slot, d_key, d_value)
@@ -115,7 +116,7 @@ def near_duplicates(
         position=torch.arange(n_slot)[None],
         tokens=torch.zeros_like(bank.tokens, memory_format=torch.contiguous_format),
         n_record=torch.ones(1, dtype=torch.long),
-        host_used=torch.tensor([n_slot]),
+        n_used=Host(torch.tensor([n_slot])),
     )
     return memory, state, n_pair
 

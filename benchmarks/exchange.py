@@ -72,9 +72,9 @@ def _exchange_steps(rank: int, n_rank: int, setup: Setup, warmup: int, rounds: i
     candidate = Candidate("ltm", setup)
     for module in candidate.model.memory["ltm"]:
         module.over_ranks = True
-        module.deal(rank, n_rank)
+        module.shard_bank(rank, n_rank)
     candidate.state = fill(candidate.model, setup)
-    for name in ("all_gather", "all_to_all_single"):  # what `memlm.memory.ranks` sends with
+    for name in ("all_gather", "all_to_all_single"):  # what `memlm.distributed` sends with
         setattr(distributed, name, timed(getattr(distributed, name)))
     rows = []
     for i in range(warmup + rounds):

@@ -68,7 +68,7 @@ def run(
     from memlm.training.module import check_memory_settings, memory_settings
 
     model, data = trained_with_ltm(checkpoint)
-    if model.memory["ltm"][0].has_bank:
+    if model.memory["ltm"][0].bank.exists:
         raise ConfigError(
             f"checkpoint must name a model with an empty memory of its own; {checkpoint} has stored text already, or "
             "its memory is shared by all text (memory.ltm.scope=shared)"
@@ -101,7 +101,7 @@ def _fill(model: Any, data: TextData, n_slot: int, cache: str | None) -> None:
         # Some tokens write no slot: the last of a passage have none after them to be the value of.
         text = model.tokenizer.decode(tokens[begin : begin + left + left // 50 + model.segment_len].tolist())
         model.store_experience(text)
-        before, left = left, n_slot - int(module.filled(module.bank()).sum())
+        before, left = left, n_slot - int(module.filled(module.bank.state()).sum())
         if left == before:
             raise ConfigError(
                 f"storing the training text left {left:,} of n_slot={n_slot:,} slots empty, and again: the model "

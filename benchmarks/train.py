@@ -300,6 +300,8 @@ def fill(model: Any, setup: Setup) -> Any:
     import torch
     from torch.nn import functional as F
 
+    from memlm.tensors import Host
+
     generator = torch.Generator().manual_seed(setup.seed)
 
     def normal(like: Tensor) -> Tensor:
@@ -319,7 +321,7 @@ def fill(model: Any, setup: Setup) -> Any:
             position=uniform(bank.position, 0, 100_000),
             tokens=uniform(bank.tokens, 0, setup.n_vocab),
             n_record=torch.ones_like(bank.n_record, memory_format=torch.contiguous_format),
-            host_used=torch.full_like(bank.host_used, bank.key.shape[1], memory_format=torch.contiguous_format),
+            n_used=Host(torch.full_like(bank.n_used.tensor, bank.key.shape[1])),
         )
 
     return model.map_memory(full, model.init_state(setup.n_row))

@@ -67,7 +67,7 @@ class Needle:
         seed: Of facts, gaps and passages.
         n_row: Documents read at once; the result does not depend on it. One at a time with a shared memory.
         consolidate_every: Segments of a document after which similar slots of memories are merged
-            (`memlm.memory.base.Memory.consolidate`); None for never.
+            (`memlm.memory.contract.Memory.consolidate`); None for never.
 
     Raises:
         ConfigError: If a setting cannot work.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -127,7 +126,11 @@ def untrained(model: LanguageModel) -> LanguageModel:
 
 def _memory(name: str, node: dict[str, Any]) -> Callable[..., Any]:
     """A constructor of one memory module."""
-    return functools.partial(instantiate, node, f"memory.{name}")
+
+    def make(d_model: int, sizes: Any) -> Any:
+        return instantiate(node, f"memory.{name}", d_model, offered={"sizes": sizes})
+
+    return make
 
 
 def _cache(config: dict[str, Any]) -> Path:

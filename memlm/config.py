@@ -26,7 +26,7 @@ from typing import Annotated, Any, Literal, NewType, TypeVar, Union
 
 # Constructor parameters that the code supplies, so that no YAML has to: the width of the model for its memories,
 # the size of the vocabulary for the model, what one built object hands to the next.
-INJECTED = frozenset({"d_model", "memories", "model", "n_vocab", "tokenizer", "train"})
+INJECTED = frozenset({"d_model", "memories", "model", "n_vocab", "sizes", "tokenizer", "train"})
 
 # Packages that take seconds to import.
 _SLOW = ("lightning", "pytorch_lightning", "wandb")
@@ -151,14 +151,21 @@ def check_arguments(target: str, given: Mapping[str, Any], key: str, supplied: C
     _check_node(key, {"_target_": target, "_partial_": True, **given}, frozenset(supplied))
 
 
-def instantiate(node: Mapping[str, Any], key: str, *arguments: Any, **injected: Any) -> Any:
-    """Call the ``_target_`` of a plain node; what a constructor refuses is told with the node's name."""
+def instantiate(
+    node: Mapping[str, Any], key: str, *arguments: Any, offered: Mapping[str, Any] | None = None, **injected: Any
+) -> Any:
+    """Call the ``_target_`` of a plain node; what a constructor refuses is told with the node's name.
+
+    Of what is ``offered`` it gets what it has a parameter for, by name.
+    """
     settings = {name: value for name, value in node.items() if name != "_target_"}
     module, _, name = node["_target_"].rpartition(".")
     try:
         constructor = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:  # such as a checkpoint of somebody's own mechanism
         raise ConfigError(f"{key}._target_: {node['_target_']} cannot be imported here: {error}") from error
+    if offered:
+        injected |= {name: part for name, part in offered.items() if name in inspect.signature(constructor).parameters}
     try:
         return constructor(*arguments, **injected, **settings)
     except ConfigError:

@@ -23,7 +23,7 @@ from torch import Tensor
 from memlm.analysis.figures import PALETTE, style
 from memlm.analysis.usage import banks, slot_changes
 from memlm.config import whole
-from memlm.memory.base import Memory
+from memlm.memory.slots import Slots
 from memlm.models.base import LanguageModel
 
 Text = str | Sequence[int] | Tensor
@@ -213,7 +213,7 @@ class _Walk:
 
     def context(self, ids: Tensor) -> None:
         """Read a context, (1, L), and drop it."""
-        start, opened = 0, int(self.state.local.host_open[0])
+        start, opened = 0, int(self.state.local.n_open.tensor[0])
         hidden, without = [], []
         while start < ids.shape[1]:
             part = ids[:, start : start + self.model.segment_len - opened]
@@ -265,7 +265,7 @@ class _Walk:
             self.writes[label].written.append(self._origins(label, module, part, written.nonzero()[:, 0]))
             self.writes[label].n_filled.append(int(module.filled(part)[0].sum()))
 
-    def _origins(self, label: str, module: Memory, part: Any, slots: Tensor) -> list[Origin]:
+    def _origins(self, label: str, module: Slots, part: Any, slots: Tensor) -> list[Origin]:
         return origins(self.model, self.ids, self.begin, module, part, slots, self.last[label])
 
     def flow(self) -> Flow:
@@ -290,7 +290,7 @@ class _Walk:
 
 
 def origins(
-    model: LanguageModel, ids: Sequence[int], begin: int, module: Memory, part: Any, slots: Tensor, last: Tensor
+    model: LanguageModel, ids: Sequence[int], begin: int, module: Slots, part: Any, slots: Tensor, last: Tensor
 ) -> list[Origin]:
     """Where slots of a bank come from.
 

@@ -118,12 +118,12 @@ class LongTermMemory:
         Returns:
             How many slots were merged into another.
         """
-        bank, merged = self._module.bank(), 0
+        bank, merged = self._module.bank.state(), 0
         for turn in range(self._module.n_turn):
             bank, counts = self._module.consolidate(bank, threshold, turn=turn)
             merged += counts["merged"]
         if merged:
-            self._module.commit(bank)
+            self._module.bank.commit(bank)
         return merged
 
 

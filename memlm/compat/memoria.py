@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from memlm.memory import memoria
-from memlm.memory.state import take
+from memlm.tensors import take
 
 _NEVER = torch.iinfo(torch.int64).min  # birth of an empty slot
 

@@ -21,7 +21,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from memlm.memory.base import Memory, Residual, Segment, Trace
+from memlm.memory.contract import Needs, Read, Segment, Trace
+from memlm.memory.slots import Slots
 from memlm.memory.state import where_rows
 
 _WRITTEN = 0.5  # importance above which an item is written, when nothing is left to chance
@@ -61,7 +62,7 @@ class Decision(NamedTuple):
     entropy: Tensor
 
 
-class AdaptiveMemory(Memory):
+class AdaptiveMemory(Slots):
     """Short-term and long-term slots with strengths, filled by a learned controller.
 
     Args:
@@ -87,8 +88,6 @@ class AdaptiveMemory(Memory):
     Raises:
         ValueError: If a setting cannot work; the message names it.
     """
-
-    lookback = 1
 
     def __init__(
         self,
@@ -143,6 +142,7 @@ class AdaptiveMemory(Memory):
         self.match_threshold, self.promote_at = match_threshold, promote_at
         self.retrieval_threshold, self.gate_penalty, self.exploration = retrieval_threshold, gate_penalty, exploration
         self.signals = dict(signals or {})
+        self.needs = Needs(lookback=1, signals=self.signals)
 
         self.cue_norm = nn.RMSNorm(d_model)
         self.content_norm = nn.RMSNorm(d_model)
@@ -358,22 +358,22 @@ class AdaptiveMemory(Memory):
 
     # --- in a language model -----------------------------------------------------------------------------------------
 
-    def read(self, x: Tensor, recalled: AdaptiveState, layer: int) -> Residual:
+    def read(self, y: Tensor, prepared: AdaptiveState) -> Read:
         """Soft attention over the best slots and a null slot that holds nothing; see `Memory.read`."""
-        gate = self.read_gate(x).sigmoid()  # (B, T, 1)
-        with torch.autocast(x.device.type, enabled=False):
-            score, slots = self.retrieve(x.float(), recalled)
+        gate = self.read_gate(y).sigmoid()  # (B, T, 1)
+        with torch.autocast(y.device.type, enabled=False):
+            score, slots = self.retrieve(y.float(), prepared)
             temperature = self.log_temperature.exp()
             null = self.null_score.expand(*score.shape[:2], 1)
             every = torch.cat([null, score], dim=2)
             hidden = every == -torch.inf
             scaled = (temperature * every.masked_fill(hidden, 0.0)).masked_fill(hidden, -torch.inf)  # no inf x gradient
             weight = scaled.softmax(dim=2)[..., 1:]  # (B, T, M)
-            found = weight @ recalled.value
+            found = weight @ prepared.value
         weights = weight.gather(2, slots.clamp(min=0)) * (slots >= 0)
-        return Residual(gate * self.to_output(found.to(x.dtype)), slots, weights, gate[..., 0])
+        return Read(gate * self.to_output(found.to(y.dtype)), slots, weights, gate[..., 0])
 
-    def write(self, segment: Segment, state: AdaptiveState, reads: list[Residual]) -> tuple[AdaptiveState, Trace]:
+    def write(self, segment: Segment, state: AdaptiveState) -> tuple[AdaptiveState, Trace]:
         """Store what the controller chooses of the segment's tokens with a successor; see `Memory.write`.
 
         The trace has, by row, the mean log-probability of the choices and the reward that was expected.
@@ -384,7 +384,9 @@ class AdaptiveMemory(Memory):
             cue, content = segment.hidden[:, :-1].float(), segment.embeddings[:, 1:].float()
             key, value, logit = self.encode(cue, content, segment.signals)
             decision = self.decide(logit, valid)
-            written = segment.complete[:, 0] & segment.valid[:, self.lookback :].any(dim=1)  # an empty segment is none
+            written = segment.complete[:, 0] & segment.valid[:, segment.lookback :].any(
+                dim=1
+            )  # an empty segment is none
             everything, source = self._settle(state, self.items(key, value, decision, position))
             new = where_rows(written, self._placed(everything, source), state)
             n_valid = valid.sum(dim=1).clamp(min=1)  # (B,)

@@ -17,8 +17,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from memlm.memory.base import Memory, Residual, Segment, Trace
-from memlm.memory.state import take, where_rows
+from memlm.memory.contract import Read, Segment, Trace
+from memlm.memory.slots import Slots
+from memlm.memory.state import where_rows
+from memlm.tensors import take
 
 Compat = Literal["none", "1.0.0", "1.1.0"]
 
@@ -336,7 +338,7 @@ class MemoriaState(NamedTuple):
     active: Tensor
 
 
-class MemoriaMemory(Memory):
+class MemoriaMemory(Slots):
     """Working, short-term and long-term engrams; tokens attend to working memory and to what it reminds of.
 
     After each segment an abstractor makes ``n_working`` engrams of it, the new working memory; what they remind of is
@@ -362,7 +364,7 @@ class MemoriaMemory(Memory):
         ValueError: If a setting cannot work; the message names it.
     """
 
-    layerwise = False
+    around = "layers"
 
     def __init__(
         self,
@@ -416,26 +418,26 @@ class MemoriaMemory(Memory):
         active = torch.full((n_row, n_active), -1, device=device)
         return MemoriaState(graph.empty(n_row, self.d_model, device), active)
 
-    def recall(self, state: MemoriaState) -> tuple[Tensor, Tensor, Tensor]:
+    def prepare(self, state: MemoriaState) -> tuple[Tensor, Tensor, Tensor]:
         """Keys and values of the engrams to read, (B, A, D) each, and their slots, (B, A), -1 where none."""
         engrams, at = state.engrams, state.active.clamp(min=0)
         held = (state.active >= 0) & (engrams.kind.gather(1, at) != EMPTY)
         content = self.engram_norm(take(engrams.data, at))
         return self.read_key(content), self.read_value(content), state.active.masked_fill(~held, -1)
 
-    def read(self, x: Tensor, recalled: tuple[Tensor, Tensor, Tensor], layer: int) -> Residual:
+    def read(self, y: Tensor, prepared: tuple[Tensor, Tensor, Tensor]) -> Read:
         """Multi-head attention of tokens over engrams and a null one of score 0 and value 0. See `Memory.read`."""
-        key, value, slots = recalled
-        gate = self.read_gate(x).sigmoid() * (slots >= 0).any(dim=1)[:, None, None]  # (B, T, 1)
-        weight = self._weights(x, key, slots)  # (B, H, T, A)
+        key, value, slots = prepared
+        gate = self.read_gate(y).sigmoid() * (slots >= 0).any(dim=1)[:, None, None]  # (B, T, 1)
+        weight = self._weights(y, key, slots)  # (B, H, T, A)
         found = (weight @ self._heads(value)).transpose(1, 2).flatten(2)  # (B, T, D)
-        slots = slots[:, None].expand(-1, x.shape[1], -1)
-        return Residual(gate * self.to_output(found), slots, weight.mean(dim=1), gate[..., 0])
+        slots = slots[:, None].expand(-1, y.shape[1], -1)
+        return Read(gate * self.to_output(found), slots, weight.mean(dim=1), gate[..., 0])
 
-    def write(self, segment: Segment, state: MemoriaState, reads: list[Residual]) -> tuple[MemoriaState, Trace]:
+    def write(self, segment: Segment, state: MemoriaState) -> tuple[MemoriaState, Trace]:
         """Lives go on by the attention paid, then the segment becomes working memory. See `Memory.write`.
 
-        The attention is worked out again from the hidden states, as ``reads`` are only of the last call.
+        The attention is worked out again from the hidden states: a segment may have come in several calls.
         """
         graph = self.graph
         written = segment.complete[:, 0] & segment.valid.any(dim=1)  # (B,)
@@ -481,7 +483,7 @@ class MemoriaMemory(Memory):
 
         Attention is summed over the tokens, layers and heads of the segment.
         """
-        key, _, slots = self.recall(state)
+        key, _, slots = self.prepare(state)
         weight = self._weights(segment.hidden.flatten(1, 2), key, slots).sum(dim=1)  # (B, T * L, A)
         valid = segment.valid.repeat_interleave(segment.hidden.shape[2], dim=1)
         attention = (weight * valid[..., None]).sum(dim=1).float()  # (B, A)

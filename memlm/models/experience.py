@@ -28,10 +28,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from memlm.config import ConfigError, whole
-from memlm.memory.base import MANY, Memory, Records
-from memlm.memory.state import State, from_dict, tensors, to_dict
+from memlm.memory.contract import Memory
+from memlm.memory.records import MANY, RecordKeeper, Records
+from memlm.memory.state import State, from_dict, move, tensors, to_dict
 from memlm.models import memory_file
-from memlm.models.base import LanguageModel
+from memlm.models.base import LanguageModel, placed
 
 log = logging.getLogger(__name__)
 
@@ -95,14 +96,16 @@ class _Kept(NamedTuple):
     """A memory module that keeps records."""
 
     name: str
-    place: int  # among the layers with memory
-    module: Memory
+    memory: str
+    number: int  # among the modules of the memory
+    reads: list[str]
+    module: RecordKeeper
 
 
 class _Opened(NamedTuple):
     """Its persistent bank, to be looked into."""
 
-    module: Memory
+    module: RecordKeeper
     bank: State
     records: Records
 
@@ -181,7 +184,7 @@ class ExperienceModel(LanguageModel):
                     best = _best([*best, *found], top_k)
             for part in best:
                 if part.weight >= READ:
-                    opened[part.memory].module.uses()[part.slot] += 1
+                    opened[part.memory].module.bank.uses()[part.slot] += 1
             return self._described(best, opened)
 
     def list_memory(self, n: int = 10) -> list[Remembered]:
@@ -226,14 +229,14 @@ class ExperienceModel(LanguageModel):
             first = int(_n_record(kept))
             document = number
             for part in kept:
-                records = part.module.records(part.module.bank())
+                records = part.module.records(part.module.bank.state())
                 mine = records.record == number
                 document = int(records.document[mine][0]) if bool(mine.any()) else document
             state = self._without(lambda records: _holds(records, [number]))
             state = self._absorb(passages, state, document)
 
             def relabel(module: Memory, part: State) -> State:
-                if not module.keeps_records:
+                if not isinstance(module, RecordKeeper):
                     return part
                 records = module.records(part)
                 new = records.record >= first
@@ -321,7 +324,7 @@ class ExperienceModel(LanguageModel):
         with self._at_rest():
 
             def consolidate(module: Any, part: State) -> State:
-                for turn in range(module.n_turn if module.keeps_records else 0):
+                for turn in range(module.n_turn if isinstance(module, RecordKeeper) else 0):
                     part, done = module.consolidate(part, number, turn=turn)
                     counts["merged"] += done["merged"]
                 return part
@@ -338,9 +341,9 @@ class ExperienceModel(LanguageModel):
         from memlm import __version__
 
         kept = self._kept("save_memory")
-        parts = {part.name: part.module.bank() for part in kept}
+        parts = {part.name: part.module.bank.state() for part in kept}
         tensors = {f"{name}/{field}": value for name, bank in parts.items() for field, value in _flat(bank).items()}
-        tensors |= {f"{part.name}/uses": part.module.uses() for part in kept}
+        tensors |= {f"{part.name}/uses": part.module.bank.uses() for part in kept}
         memory_file.write(
             path,
             memory_file.MemoryFile(
@@ -361,8 +364,8 @@ class ExperienceModel(LanguageModel):
         content = self._read_file(path, kept)
         restored = [_restored(content, part) for part in kept]
         for part, bank in zip(kept, restored, strict=True):
-            part.module.commit(bank)
-            part.module.uses().copy_(content.tensors[f"{part.name}/uses"])
+            part.module.bank.commit(bank)
+            part.module.bank.uses().copy_(content.tensors[f"{part.name}/uses"])
 
     def merge_memory(self, path: str | os.PathLike[str]) -> list[int]:
         """Add the memory of a file to the persistent memory; where room is wanted, the most important slots stay.
@@ -382,7 +385,7 @@ class ExperienceModel(LanguageModel):
         with self._at_rest():
             came = {id(part.module): _restored(content, part) for part in kept}
             state = self.map_memory(
-                lambda module, part: module.merge(part, came[id(module)]) if id(module) in came else part,
+                lambda module, part: module.admit(part, came[id(module)]) if id(module) in came else part,  # type: ignore[attr-defined]
                 self.init_state(1),
             )
             self._commit(state)
@@ -393,10 +396,9 @@ class ExperienceModel(LanguageModel):
     def _kept(self, what: str) -> list[_Kept]:
         """The memory modules that keep records."""
         found = [
-            _Kept(f"{name}/{self.memory_layers[place]}", place, module)
-            for name, modules in self.memory.items()
-            for place, module in enumerate(modules)
-            if module.keeps_records
+            _Kept(label, name, number, reads, module)
+            for label, name, number, reads, module in placed(self)
+            if isinstance(module, RecordKeeper)
         ]
         if not found:
             has = ", ".join(self.memory) or "none"
@@ -410,12 +412,12 @@ class ExperienceModel(LanguageModel):
         """Ids of all records that hold a slot, in order."""
         found: set[int] = set()
         for part in kept:
-            found |= set(part.module.records(part.module.bank()).record.unique().tolist())
+            found |= set(part.module.records(part.module.bank.state()).record.unique().tolist())
         return sorted(found - {-1})
 
     def _may_be_merged(self, number: int, kept: list[_Kept]) -> bool:
         """Whether a record that holds no slot of its own may be part of a merged one."""
-        records = [part.module.records(part.module.bank()) for part in kept]
+        records = [part.module.records(part.module.bank.state()) for part in kept]
         return number < int(_n_record(kept)) and any(bool(_merged_from(found, [number]).any()) for found in records)
 
     def _check_ids(self, asked: Iterable[Any], kept: list[_Kept]) -> list[int]:
@@ -423,7 +425,7 @@ class ExperienceModel(LanguageModel):
         n_record, numbers = int(_n_record(kept)), []
         stored = np.zeros(n_record, dtype=bool)
         for part in kept:
-            records = part.module.records(part.module.bank())
+            records = part.module.records(part.module.bank.state())
             for held in (records.record, records.origins):
                 stored[held[held >= 0].cpu().numpy()] = True
             stored |= bool((records.origins == MANY).any())
@@ -449,7 +451,7 @@ class ExperienceModel(LanguageModel):
         """A state with what is stored but for the slots that ``gone`` names of their `Records`."""
 
         def forget(module: Memory, part: State) -> State:
-            return module.forget(part, gone(module.records(part))) if module.keeps_records else part
+            return module.forget(part, gone(module.records(part))) if isinstance(module, RecordKeeper) else part
 
         return self.map_memory(forget, self.init_state(1))
 
@@ -457,13 +459,13 @@ class ExperienceModel(LanguageModel):
         """Make the memories of ``state`` that keep records persistent; slots that changed hands were never used."""
         for name, modules in self.memory.items():
             for module, part in zip(modules, state.memory[name], strict=True):
-                if not module.keeps_records:
+                if not isinstance(module, RecordKeeper):
                     continue
-                old, new, bank = module.records(module.bank()), module.records(part), module.bank()
-                same = (old.record == new.record) & (module.places(bank) == module.places(part))
-                uses = module.uses() * same[0]
-                module.commit(part)
-                module.uses().copy_(uses)
+                bank = module.bank.state()
+                same = module.records(bank).record == module.records(part).record
+                same = same & (module.places(bank) == module.places(part))
+                module.bank.commit(part)
+                module.bank.uses().mul_(same[0])
 
     @contextmanager
     def _at_rest(self) -> Iterator[None]:
@@ -539,16 +541,18 @@ class ExperienceModel(LanguageModel):
         found = []
         device = banks.local.ids.device
         out = self(torch.tensor([list(ids)], device=device), state=banks, write=False, logits=False)
-        for part in (part for part in kept if part.name in out.reads):
-            module, bank, records = opened[part.name]
-            read = out.reads[part.name]
+        read_at = [(one.name, place) for one in kept for place in one.reads if place in out.reads]
+        for name, place in read_at:
+            module, bank, records = opened[name]
+            read = out.reads[place]
             slots, weights = read.slots[:, first:], read.weights[:, first:]  # (1, N, k)
-            hidden = out.state.local.hidden[:, part.place, self.lookback :][:, first : len(ids)]
+            layer = self.memory_layers.index(int(place.rpartition("/")[2]))
+            hidden = out.state.local.streams["mixed"][:, layer, self.lookback :][:, first : len(ids)]
             similarity = module.similarity(hidden, bank, slots.clamp(min=0))
             there = (slots >= 0) & (weights > 0)
             columns = weights[there], similarity[there], slots[there], records.record[0, slots[there]]
             for weight, cosine, slot, number in zip(*(column.tolist() for column in columns), strict=True):
-                found.append(_Found(weight, cosine, part.name, slot, number))
+                found.append(_Found(weight, cosine, name, slot, number))
         return found
 
     def _described(self, found: list[_Found], opened: dict[str, _Opened]) -> list[Remembered]:
@@ -561,7 +565,7 @@ class ExperienceModel(LanguageModel):
             record = part.records.record[0]
             numbers = torch.tensor([one.record for one in found], device=record.device)
             slots[name] = torch.isin(record, numbers).nonzero()[:, 0]
-            of_slot = part.module.uses()[slots[name]]
+            of_slot = part.module.bank.uses()[slots[name]]
             for number, n in zip(record[slots[name]].tolist(), of_slot.tolist(), strict=True):
                 uses[number] += n
         return [self._describe(one, opened[one.memory], slots[one.memory], uses[one.record]) for one in found]
@@ -630,7 +634,7 @@ def _plain(value: Any) -> Any:
 
 def _opened(kept: list[_Kept], banks: Any) -> dict[str, _Opened]:
     """The banks of a state by name."""
-    parts = ((part, banks.memory[part.name.split("/")[0]][part.place]) for part in kept)
+    parts = ((part, banks.memory[part.memory][part.number]) for part in kept)
     return {part.name: _Opened(part.module, bank, part.module.records(bank)) for part, bank in parts}
 
 
@@ -658,15 +662,15 @@ def _holds(records: Records, numbers: Sequence[int]) -> Tensor:
 
 def _n_record(kept: list[_Kept]) -> Tensor:
     """Records written so far."""
-    return torch.stack([part.module.records(part.module.bank()).n_record[0] for part in kept]).max()
+    return torch.stack([part.module.records(part.module.bank.state()).n_record[0] for part in kept]).max()
 
 
 def _n_filled(kept: list[_Kept]) -> int:
-    return sum(int(part.module.filled(part.module.bank()).sum()) for part in kept)
+    return sum(int(part.module.filled(part.module.bank.state()).sum()) for part in kept)
 
 
-def _documents(module: Memory) -> list[int]:
-    return module.records(module.bank()).document.unique().tolist()
+def _documents(module: RecordKeeper) -> list[int]:
+    return module.records(module.bank.state()).document.unique().tolist()
 
 
 def _flat(state: State) -> dict[str, Tensor]:
@@ -694,10 +698,9 @@ def _restored(content: memory_file.MemoryFile, part: _Kept) -> State:
             return {name: fill(value, f"{path}/{name}") for name, value in plain.items()}
         if plain is None:
             return None
-        value = content.tensors[path]
-        return value if "host_" in path else value.to(device)
+        return content.tensors[path]
 
-    return from_dict(fill(to_dict(like), part.name), like)
+    return move(from_dict(fill(to_dict(like), part.name), like), device)
 
 
 def _fingerprint(kept: list[_Kept]) -> str:

@@ -44,7 +44,7 @@ def test_reads_are_those_of_one_parallel_pass(model, flow):
         found, n = flow.reads[key], len(TEXT)
         weights = torch.where(read.slots >= 0, read.weights, 0.0)[0, :n]
         assert np.allclose(found.strength, (read.gate[0, :n] * weights.sum(dim=1)).numpy(), atol=1e-5)
-        assert np.allclose(found.norm, read.values[0, :n].norm(dim=1).numpy(), atol=1e-4)
+        assert np.allclose(found.norm, read.value[0, :n].norm(dim=1).numpy(), atol=1e-4)
         for i in range(n):  # slot by slot: the order among equal weights is free
             expected = dict(zip(read.slots[0, i].tolist(), weights[i].tolist(), strict=True))
             for slot, weight in zip(found.slots[i].tolist(), found.weights[i].tolist(), strict=True):

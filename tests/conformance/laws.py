@@ -27,9 +27,11 @@ from torch.nn import functional as F
 from memlm.cli import compose, config_dir
 from memlm.config import INJECTED
 from memlm.memory import state as states
-from memlm.memory.base import Memory, Residual
+from memlm.memory.contract import Memory, Read
 from memlm.models.lmcode import LMCode
-from memlm.models.segments import ModelState, Output, SegmentModel
+from memlm.models.segments import SegmentModel
+from memlm.models.state import ModelState, Output
+from memlm.tensors import Host
 
 Make = Callable[..., SegmentModel]
 Nodes = Mapping[str, Mapping[str, Any]]
@@ -154,22 +156,22 @@ def close(a: Tensor, b: Tensor, what: str, tolerance: float = 1e-4) -> None:
     assert error <= tolerance, f"{what}: differ by {error:.3g}"  # false for NaN as well
 
 
-def named_tensors(state: Any, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of a state with its path."""
-    plain = states.to_dict(state)
-    if isinstance(plain, Tensor):
-        yield prefix, plain
-    elif plain is not None:
-        for key, value in plain.items() if isinstance(plain, dict) else enumerate(plain):
-            yield from named_tensors(value, f"{prefix}.{key}" if prefix else str(key))
+def named_tensors(state: Any, prefix: str = "", host: bool = True) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of a state with its path; without each `Host` if ``host`` is false."""
+    if isinstance(state, Host):
+        state = state.tensor if host else None
+    if isinstance(state, Tensor):
+        yield prefix, state
+    elif state is not None:
+        parts = state._asdict() if hasattr(state, "_asdict") else state
+        for key, value in parts.items() if isinstance(parts, dict) else enumerate(parts):
+            yield from named_tensors(value, f"{prefix}.{key}" if prefix else str(key), host)
 
 
 def same_memory(a: ModelState, b: ModelState, what: str) -> None:
-    """Equal memory states, up to fp32 rounding. ``host_`` fields may be bounds, which depend on the calls made."""
-    pairs = zip(named_tensors(a.memory), named_tensors(b.memory), strict=True)
+    """Equal memory states, up to fp32 rounding. A `Host` may be a bound, which depends on the calls made."""
+    pairs = zip(named_tensors(a.memory, host=False), named_tensors(b.memory, host=False), strict=True)
     for (name, left), (_, right) in pairs:
-        if name.rpartition(".")[2].startswith("host_"):
-            continue
         if left.is_floating_point():
             close(left, right, f"{what}: {name}")
         else:
@@ -193,7 +195,7 @@ def alive(make: Make) -> None:
     effect = (late[1:] - late[:1]).abs().amax(dim=(1, 2))
     assert effect.max() > 1e-3, f"no token of a segment changes what comes two segments later: {effect.tolist()}"
     for name, read in out.reads.items():
-        assert read.values[:, 2 * T :].abs().max() > 1e-3, f"{name} reads nothing"
+        assert read.value is None or read.value[:, 2 * T :].abs().max() > 1e-3, f"{name} reads nothing"
     off = logits(model, ids, state, read=False)[:, 2 * T :]
     assert (off - late).abs().max() > 1e-3, "reads off changes nothing"
     assert torch.equal(off[1:].sub(off[:1]), torch.zeros_like(off[1:])), (
@@ -266,7 +268,7 @@ def chunk_invariant(make: Make, scope: str = "sequence") -> None:
             close(torch.cat(parts, dim=1), whole.logits, f"calls of {lengths}")
             same_memory(now, whole.state, f"calls of {lengths}")
             assert torch.equal(now.local.position, whole.state.local.position)
-            assert torch.equal(now.local.host_open, whole.state.local.host_open)
+            assert torch.equal(now.local.n_open.tensor, whole.state.local.n_open.tensor)
 
 
 def ragged(make: Make) -> None:
@@ -339,30 +341,24 @@ def generates_as_parallel(make: Make) -> None:
 @contextmanager
 def segments_outside(model: SegmentModel) -> Iterator[None]:
     """Run one segment after the other through all layers, which is the definition."""
-    run = model._run
-
-    def by_segment(grid: Any, *rest: Any) -> Any:
-        # the former may be told that no state is needed, which the definition does not know
-        return run(grid, *rest) if grid.complete.shape[1] == 1 else model._run_segments(grid, *rest[:4])
-
-    model._run = by_segment  # type: ignore[method-assign]
+    model.one_by_one = True
     try:
         yield
     finally:
-        del model._run
+        model.one_by_one = False
 
 
 @contextmanager
-def slow_process(model: SegmentModel) -> Iterator[None]:
-    """Read and write segment by segment within each layer, by `Memory.process`."""
-    modules = [module for parts in model.memory.values() for module in parts]
+def slow_scan(model: SegmentModel) -> Iterator[None]:
+    """Read and write segment by segment within each layer, by `Memory.scan`."""
+    modules = [module for parts in model.memory.values() for module in parts if not module.within]
     for module in modules:
-        module.process = types.MethodType(Memory.process, module)  # type: ignore[method-assign]
+        module.scan = types.MethodType(Memory.scan, module)  # type: ignore[method-assign]
     try:
         yield
     finally:
         for module in modules:
-            del module.process
+            del module.scan
 
 
 def windows_of_documents(n_row: int = 3, n_segment: int = 6) -> tuple[Tensor, Tensor, Tensor]:
@@ -386,7 +382,7 @@ def _loss(model: SegmentModel, ids: Tensor, out: Output, mask: Tensor) -> Tensor
     return nll[counts].mean() + sum(value for values in own for value in values)
 
 
-def _by_slot(read: Residual) -> Tensor:
+def _by_slot(read: Read) -> Tensor:
     """Read weights by number of the slot, (B, N, 1000); slots of weight 0 may have any number."""
     slots = read.slots.masked_fill(read.weights == 0, 0)
     return torch.zeros(*slots.shape[:2], 1000).scatter_add(2, slots, read.weights.detach())
@@ -399,8 +395,8 @@ def schedules_agree(make: Make) -> None:
     """
     model = make(memory_layers="all")
     results = {}
-    for kind in ("fast", "segments outside", "slow process"):
-        change = {"segments outside": segments_outside, "slow process": slow_process}.get(kind)
+    for kind in ("fast", "segments outside", "slow scan"):
+        change = {"segments outside": segments_outside, "slow scan": slow_scan}.get(kind)
         found = []
         for case in ("documents", "open"):
             ids, reset, mask = windows_of_documents()
@@ -418,7 +414,7 @@ def schedules_agree(make: Make) -> None:
                 if case == "documents":
                     new[2] = True  # row 2 ended with the window, the others go on
                 second = model(second_ids, state=first.state, reset=new)
-                last = model(second_ids, state=first.state, reset=new, carry=False)
+                last = model(second_ids, state=first.state, reset=new, keep_state=False)
                 assert last.state is None
                 assert torch.equal(last.logits, second.logits), "outputs depend on whether the state is worked out"
             loss = _loss(model, ids, first, mask) + _loss(model, second_ids, second, torch.ones_like(second_ids) > 0)
@@ -426,16 +422,18 @@ def schedules_agree(make: Make) -> None:
             grads = {n: torch.zeros_like(p) if p.grad is None else p.grad.clone() for n, p in model.named_parameters()}
             found.append((case, first, second, mask, grads, loss.detach()))
         results[kind] = found
-    for kind in ("segments outside", "slow process"):
+    for kind in ("segments outside", "slow scan"):
         for (case, *fast), (_, *slow) in zip(results["fast"], results[kind], strict=True):
             what = f"{case}, {kind}"
             close(fast[0].logits[fast[2]], slow[0].logits[fast[2]], f"{what}: outputs")
             close(fast[1].logits, slow[1].logits, f"{what}: outputs of the next window")
             if case == "documents":  # else reads lie on a grid of segments, not where the tokens are
                 for name, read in fast[0].reads.items():
+                    if read.value is None or read.weights is None:
+                        continue
                     weights = (_by_slot(read)[fast[2]], _by_slot(slow[0].reads[name])[fast[2]])
                     close(*weights, f"{what}: slots read by {name}")
-                    close(read.values[fast[2]], slow[0].reads[name].values[fast[2]], f"{what}: values read by {name}")
+                    close(read.value[fast[2]], slow[0].reads[name].value[fast[2]], f"{what}: values read by {name}")
             close(fast[4], slow[4], f"{what}: loss with the memory's own losses")
             same_memory(fast[0].state, slow[0].state, f"{what}: state")
             same_memory(fast[1].state, slow[1].state, f"{what}: next state")

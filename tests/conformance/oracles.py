@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from memlm.memory.adaptive import AdaptiveMemory, AdaptiveState
 from memlm.memory.auto import AutoMemory, AutoState
-from memlm.memory.base import Residual, Segment, Trace
+from memlm.memory.contract import Segment, Trace
 from memlm.memory.ltm import LongTermMemory
 from memlm.memory.memoria import EMPTY, LONG_TERM, Engrams, MemoriaMemory
 from memlm.models.segments import SegmentModel
@@ -156,8 +156,8 @@ def _auto_keeps(model: SegmentModel, module: AutoMemory, dropped: dict[str, int]
     seen: list[tuple[AutoState, Segment, AutoState]] = []
     write = module.write
 
-    def watch(segment: Segment, state: AutoState, reads: list[Residual]) -> tuple[AutoState, Trace]:
-        new, trace = write(segment, state, reads)
+    def watch(segment: Segment, state: AutoState) -> tuple[AutoState, Trace]:
+        new, trace = write(segment, state)
         seen.append((state, segment, new))
         return new, trace
 

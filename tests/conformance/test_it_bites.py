@@ -11,10 +11,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from memlm.memory import ltm_write
 from memlm.memory.adaptive import AdaptiveMemory, AdaptiveState
-from memlm.memory.base import Memory, Residual, Segment, Trace
+from memlm.memory.contract import Memory, Mixer, Read, Scanned, Segment, Trace
 from memlm.memory.ltm import LongTermMemory
 from memlm.memory.memoria import Engrams, MemoriaMemory
+from memlm.memory.slots import Slots
 from tests.conformance import laws
 from tests.conformance.oracles import ORACLES
 
@@ -24,7 +26,7 @@ class RingState(NamedTuple):
     n_written: Tensor  # (B,)
 
 
-class Ring(Memory):
+class Ring(Slots):
     """The mean of each of the last ``n_slot`` segments, read by attention. Healthy."""
 
     def __init__(self, d_model: int, n_slot: int = 4) -> None:
@@ -38,17 +40,17 @@ class Ring(Memory):
         d_model = self.to_output.in_features
         return RingState(torch.zeros(n_row, self.n_slot, d_model), torch.zeros(n_row, dtype=torch.long))
 
-    def read(self, x: Tensor, recalled: RingState, layer: int) -> Residual:
-        slot = recalled.slot
+    def read(self, y: Tensor, prepared: RingState) -> Read:
+        slot = prepared.slot
         n_slot = slot.shape[1]
         place = torch.arange(n_slot)
-        filled = self.filled(recalled)
-        score = self.query(x) @ slot.transpose(1, 2) / x.shape[-1] ** 0.5
+        filled = self.filled(prepared)
+        score = self.query(y) @ slot.transpose(1, 2) / y.shape[-1] ** 0.5
         # Nothing is read with a little weight as well, so that rows that hold nothing read nothing.
         score = torch.cat([score.masked_fill(~filled[:, None], -torch.inf), torch.zeros_like(score[..., :1])], dim=2)
         weight = score.softmax(dim=2)[..., :-1]
         values = self.to_output(weight @ slot) * filled.any(dim=1)[:, None, None]
-        return Residual(values, place.expand(*x.shape[:2], -1), weight, torch.ones(x.shape[:2]))
+        return Read(values, place.expand(*y.shape[:2], -1), weight, torch.ones(y.shape[:2]))
 
     def content(self, segment: Segment) -> Tensor:
         """What a segment leaves behind, (B, D)."""
@@ -62,7 +64,7 @@ class Ring(Memory):
         """The slot to write, (B,)."""
         return state.n_written % self.n_slot
 
-    def write(self, segment: Segment, state: RingState, reads: list[Residual]) -> tuple[RingState, Trace]:
+    def write(self, segment: Segment, state: RingState) -> tuple[RingState, Trace]:
         written = segment.complete[:, 0] & segment.valid.any(dim=1)
         here = (torch.arange(self.n_slot) == self.place(state)[:, None]) & written[:, None]
         slot = torch.where(here[..., None], self.content(segment)[:, None], state.slot)
@@ -75,28 +77,35 @@ class Ring(Memory):
 class Dead(Ring):
     """Reads nothing."""
 
-    def read(self, x: Tensor, recalled: RingState, layer: int) -> Residual:
-        read = super().read(x, recalled, layer)
-        return read._replace(values=0 * read.values)
+    def read(self, y: Tensor, prepared: RingState) -> Read:
+        read = super().read(y, prepared)
+        return read._replace(value=0 * read.value)
 
 
 class WritesFirst(Ring):
     """Writes a segment before reading it (IMM)."""
 
-    def process(
-        self, x: Tensor, segment: Segment, state: Any, layer: int, read: bool, write: bool, carry: bool = True
-    ) -> tuple[Residual | None, Any, Trace]:
-        _, after, trace = super().process(x, segment, state, layer, False, write)
-        found, _, _ = super().process(x, segment, after, layer, read, False)
-        return found, after, trace
+    def scan(
+        self,
+        x: Tensor,
+        window: Segment,
+        state: Any,
+        mixer: Mixer,
+        read: bool = True,
+        write: bool = True,
+        keep_state: bool = True,
+    ) -> Scanned:
+        written = super().scan(x, window, state, mixer, False, write)
+        found = super().scan(x, window, written.state, mixer, read, False)
+        return written._replace(output=found.output, read=found.read)
 
 
 class Averages(Ring):
     """Its gate averages over the tokens of the segment, later ones included (LM2)."""
 
-    def read(self, x: Tensor, recalled: RingState, layer: int) -> Residual:
-        read = super().read(x, recalled, layer)
-        return read._replace(values=read.values * x.mean(dim=1, keepdim=True).sigmoid())
+    def read(self, y: Tensor, prepared: RingState) -> Read:
+        read = super().read(y, prepared)
+        return read._replace(value=read.value * y.mean(dim=1, keepdim=True).sigmoid())
 
 
 class MixesRows(Ring):
@@ -131,27 +140,42 @@ class Padded(Ring):
 class EveryCall(Ring):
     """Writes at the end of a call, whether or not the segment ends there."""
 
-    def write(self, segment: Segment, state: RingState, reads: list[Residual]) -> tuple[RingState, Trace]:
-        return super().write(segment._replace(complete=torch.ones_like(segment.complete)), state, reads)
+    def write(self, segment: Segment, state: RingState) -> tuple[RingState, Trace]:
+        flags = segment.flags._replace(complete=torch.ones_like(segment.complete))
+        return super().write(segment._replace(flags=flags), state)
 
 
 class ReadsOnce(Ring):
     """Its fast path reads the state from before the window, for all segments of the window."""
 
-    def process(
-        self, x: Tensor, segment: Segment, state: Any, layer: int, read: bool, write: bool, carry: bool = True
-    ) -> tuple[Residual | None, Any, Trace]:
-        _, after, trace = super().process(x, segment, state, layer, False, write)
-        return (self.read(x, state, layer) if read else None), after, trace
+    def scan(
+        self,
+        x: Tensor,
+        window: Segment,
+        state: Any,
+        mixer: Mixer,
+        read: bool = True,
+        write: bool = True,
+        keep_state: bool = True,
+    ) -> Scanned:
+        written = super().scan(x, window, state, mixer, False, write)
+        return written._replace(output=None, read=self.read(x, state) if read else None)
 
 
 class ForgetsWindowGradient(Ring):
     """Its fast path has the right outputs and the wrong gradients."""
 
-    def process(
-        self, x: Tensor, segment: Segment, state: Any, layer: int, read: bool, write: bool, carry: bool = True
-    ) -> tuple[Residual | None, Any, Trace]:
-        return super().process(x, segment._replace(embeddings=segment.embeddings.detach()), state, layer, read, write)
+    def scan(
+        self,
+        x: Tensor,
+        window: Segment,
+        state: Any,
+        mixer: Mixer,
+        read: bool = True,
+        write: bool = True,
+        keep_state: bool = True,
+    ) -> Scanned:
+        return super().scan(x, window._replace(embeddings=window.embeddings.detach()), state, mixer, read, write)
 
 
 class KeepsDocuments(Ring):
@@ -173,20 +197,20 @@ class Attribute(Ring):
 
     last: Tensor | None = None
 
-    def read(self, x: Tensor, recalled: RingState, layer: int) -> Residual:
-        read = super().read(x, recalled, layer)
-        return read if self.last is None else read._replace(values=read.values + self.last)
+    def read(self, y: Tensor, prepared: RingState) -> Read:
+        read = super().read(y, prepared)
+        return read if self.last is None else read._replace(value=read.value + self.last)
 
-    def write(self, segment: Segment, state: RingState, reads: list[Residual]) -> tuple[RingState, Trace]:
+    def write(self, segment: Segment, state: RingState) -> tuple[RingState, Trace]:
         self.last = self.content(segment).mean()
-        return super().write(segment, state, reads)
+        return super().write(segment, state)
 
 
 class InPlace(Ring):
     """Changes the state it was given."""
 
-    def write(self, segment: Segment, state: RingState, reads: list[Residual]) -> tuple[RingState, Trace]:
-        new, trace = super().write(segment, state, reads)
+    def write(self, segment: Segment, state: RingState) -> tuple[RingState, Trace]:
+        new, trace = super().write(segment, state)
         state.slot.copy_(new.slot.detach())
         return new, trace
 
@@ -198,9 +222,9 @@ class Learns(Ring):
         super().__init__(d_model, n_slot)
         self.register_buffer("n_seen", torch.zeros(()))
 
-    def write(self, segment: Segment, state: RingState, reads: list[Residual]) -> tuple[RingState, Trace]:
+    def write(self, segment: Segment, state: RingState) -> tuple[RingState, Trace]:
         self.n_seen += 1
-        return super().write(segment, state, reads)
+        return super().write(segment, state)
 
 
 class NoBackpropagation(Ring):
@@ -215,12 +239,12 @@ class NeverCuts(Ring):
 
     graph: Any = None
 
-    def recall(self, state: RingState) -> RingState:
+    def prepare(self, state: RingState) -> RingState:
         alive = self.graph is not None and self.graph.slot.shape == state.slot.shape
         return self.graph if alive and torch.equal(self.graph.slot, state.slot) else state
 
-    def write(self, segment: Segment, state: RingState, reads: list[Residual]) -> tuple[RingState, Trace]:
-        self.graph, trace = super().write(segment, self.recall(state), reads)
+    def write(self, segment: Segment, state: RingState) -> tuple[RingState, Trace]:
+        self.graph, trace = super().write(segment, self.prepare(state))
         return self.graph, trace
 
 
@@ -231,19 +255,19 @@ class Idle(Ring):
         super().__init__(d_model, n_slot)
         self.threshold = nn.Parameter(torch.zeros(1))
 
-    def read(self, x: Tensor, recalled: RingState, layer: int) -> Residual:
-        read = super().read(x, recalled, layer)
-        return read._replace(values=read.values * (self.threshold < 10))
+    def read(self, y: Tensor, prepared: RingState) -> Read:
+        read = super().read(y, prepared)
+        return read._replace(value=read.value * (self.threshold < 10))
 
 
 class Grows(Ring):
     """Appends a slot for each segment."""
 
-    def read(self, x: Tensor, recalled: RingState, layer: int) -> Residual:
-        read = super().read(x, recalled, layer)
+    def read(self, y: Tensor, prepared: RingState) -> Read:
+        read = super().read(y, prepared)
         return read._replace(slots=read.slots[..., : self.n_slot], weights=read.weights[..., : self.n_slot])
 
-    def write(self, segment: Segment, state: RingState, reads: list[Residual]) -> tuple[RingState, Trace]:
+    def write(self, segment: Segment, state: RingState) -> tuple[RingState, Trace]:
         slot = torch.cat([state.slot, self.content(segment)[:, None]], dim=1)
         return RingState(slot, state.n_written + segment.complete[:, 0]), {}
 
@@ -251,8 +275,8 @@ class Grows(Ring):
 class Overflows(Ring):
     """Adds up without end."""
 
-    def write(self, segment: Segment, state: RingState, reads: list[Residual]) -> tuple[RingState, Trace]:
-        new, trace = super().write(segment, state, reads)
+    def write(self, segment: Segment, state: RingState) -> tuple[RingState, Trace]:
+        new, trace = super().write(segment, state)
         return new._replace(slot=2 * state.slot + new.slot), trace
 
 
@@ -270,14 +294,14 @@ class Unsaved(Ring):
         super().__init__(d_model, n_slot)
         self.extra: dict[float, Tensor] = {}
 
-    def write(self, segment: Segment, state: RingState, reads: list[Residual]) -> tuple[RingState, Trace]:
-        new, trace = super().write(segment, state, reads)
+    def write(self, segment: Segment, state: RingState) -> tuple[RingState, Trace]:
+        new, trace = super().write(segment, state)
         self.extra[float(new.slot.detach().sum())] = new.slot.detach().mean()
         return new, trace
 
-    def read(self, x: Tensor, recalled: RingState, layer: int) -> Residual:
-        read = super().read(x, recalled, layer)
-        return read._replace(values=read.values + self.extra.get(float(recalled.slot.detach().sum()), 0.0))
+    def read(self, y: Tensor, prepared: RingState) -> Read:
+        read = super().read(y, prepared)
+        return read._replace(value=read.value + self.extra.get(float(prepared.slot.detach().sum()), 0.0))
 
 
 class StillHolds(Ring):
@@ -381,11 +405,11 @@ class BesideState(Ring):
 
     held: Any = None
 
-    def read(self, x: Tensor, recalled: RingState, layer: int) -> Residual:
-        return super().read(x, recalled._replace(slot=self.held) if recalled.n_written.any() else recalled, layer)
+    def read(self, y: Tensor, prepared: RingState) -> Read:
+        return super().read(y, prepared._replace(slot=self.held) if prepared.n_written.any() else prepared)
 
-    def write(self, segment: Segment, state: RingState, reads: list[Residual]) -> tuple[RingState, Trace]:
-        new, trace = super().write(segment, state, reads)
+    def write(self, segment: Segment, state: RingState) -> tuple[RingState, Trace]:
+        new, trace = super().write(segment, state)
         self.held = new.slot
         return new, trace
 
@@ -395,31 +419,39 @@ def test_a_memory_that_is_not_what_is_read_is_caught() -> None:
         laws.useful(make_of(BesideState))
 
 
-class KeepsOldest(LongTermMemory):
+def keeps_oldest(memory: LongTermMemory, priority: Tensor, n_written: Tensor) -> Tensor:
     """Under ``fifo`` nothing gets older, so that what came first may stay."""
-
-    def _age(self, priority: Tensor, n_written: Tensor) -> Tensor:
-        return priority
+    return priority
 
 
-class AdmitsHalf(LongTermMemory):
-    """Writes fewer slots than it may."""
+CANDIDATES = ltm_write.candidates
 
-    def _candidates(self, segment: Segment) -> Any:
-        candidates, trace = super()._candidates(segment)
-        half = torch.arange(candidates.priority.shape[2]) % 2 == 0
-        return candidates._replace(priority=candidates.priority.masked_fill(half, -torch.inf)), trace
+
+def admits_half(memory: LongTermMemory, segment: Segment) -> Any:
+    """Fewer slots are written than may be."""
+    found, trace = CANDIDATES(memory, segment)
+    half = torch.arange(found.priority.shape[2]) % 2 == 0
+    return found._replace(priority=found.priority.masked_fill(half, -torch.inf)), trace
 
 
 @pytest.mark.parametrize(
-    ("cls", "kind"), [(LongTermMemory, "fifo"), (KeepsOldest, "fifo"), (LongTermMemory, "span"), (AdmitsHalf, "span")]
+    ("name", "wrong", "kind"),
+    [
+        ("age", None, "fifo"),
+        ("age", keeps_oldest, "fifo"),
+        ("candidates", None, "span"),
+        ("candidates", admits_half, "span"),
+    ],
 )
-def test_an_eviction_other_than_declared_is_caught(cls: type[LongTermMemory], kind: str) -> None:
-    make = laws.builder_of({"ltm": (cls, {})})
-    law = partial(ORACLES["LongTermMemory"].evicts_as_declared, kind=kind, of=cls.__name__)
-    if cls is LongTermMemory:
+def test_an_eviction_other_than_declared_is_caught(
+    name: str, wrong: Callable[..., Any] | None, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make = laws.builder_of({"ltm": (LongTermMemory, {})})
+    law = partial(ORACLES["LongTermMemory"].evicts_as_declared, kind=kind, of="LongTermMemory")
+    if wrong is None:
         law(make)
     else:
+        monkeypatch.setattr(ltm_write, name, wrong)
         with pytest.raises(AssertionError):
             law(make)
 

@@ -353,7 +353,7 @@ def test_any_memory_runs_and_the_model_is_left_as_it_was(data, memory, monkeypat
     class Apart(ShortTermMemory):
         """One state for all layers."""
 
-        layerwise = False
+        around = "layers"
 
         def write(self, segment, state, reads):
             hidden = segment.hidden

@@ -313,7 +313,7 @@ def hidden_of(n_row: int, seed: int, n_layer: int = 2) -> Tensor:
 def state_after(memory: MemoriaMemory, n_segment: int, n_row: int = 2) -> MemoriaState:
     state = memory.init_state(n_row)
     for seed in range(n_segment):
-        state, _ = memory.write(segment_of(hidden_of(n_row, seed)), state, [])
+        state, _ = memory.write(segment_of(hidden_of(n_row, seed)), state)
     return state
 
 
@@ -338,7 +338,7 @@ def test_a_read_equals_attention_by_hand() -> None:
     memory = memory_of()
     state = state_after(memory, 6)
     x = hidden_of(2, seed=9)[:, :, 0]
-    read = memory.read(x, memory.recall(state), 0)
+    read = memory.read(x, memory.prepare(state))
     for row, t in itertools.product(range(2), range(T)):
         slots = [int(slot) for slot in state.active[row] if slot >= 0]
         contents = [state.engrams.data[row, slot] for slot in slots]
@@ -352,7 +352,7 @@ def test_a_read_equals_attention_by_hand() -> None:
             ]
         )
         gate = memory.read_gate(x[row, t]).sigmoid()
-        torch.testing.assert_close(read.values[row, t], gate * memory.to_output(found), atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(read.value[row, t], gate * memory.to_output(found), atol=1e-5, rtol=1e-4)
         kept = read.slots[row, t] >= 0
         assert read.slots[row, t][kept].tolist() == slots
         torch.testing.assert_close(read.weights[row, t][kept], weights.mean(dim=0), atol=1e-5, rtol=1e-4)
@@ -365,7 +365,7 @@ def test_lives_are_extended_by_the_attention_of_all_tokens_layers_and_heads() ->
     memory = memory_of(extension=5.0)
     state = state_after(memory, 5)
     hidden, n_valid = hidden_of(2, seed=9), [3, 5]
-    new, _ = memory.write(segment_of(hidden, n_valid), state, [])
+    new, _ = memory.write(segment_of(hidden, n_valid), state)
     n_working = memory.graph.n_working
     for row in range(2):
         slots = [int(slot) for slot in state.active[row] if slot >= 0]
@@ -388,7 +388,7 @@ def test_lives_are_extended_by_the_attention_of_all_tokens_layers_and_heads() ->
 def test_the_abstractor_pools_the_last_layer_by_hand() -> None:
     memory = memory_of()
     hidden = hidden_of(1, seed=1)
-    state, trace = memory.write(segment_of(hidden, [4]), memory.init_state(1), [])
+    state, trace = memory.write(segment_of(hidden, [4]), memory.init_state(1))
     x = [rms(hidden[0, t, -1], memory.norm.weight) for t in range(4)]
     for number, query in enumerate(memory.abstract_query):
         scores = torch.stack([query @ memory.abstract_key(token) / math.sqrt(D) for token in x]).exp()
@@ -404,7 +404,7 @@ def test_the_abstractor_pools_the_last_layer_by_hand() -> None:
 def test_rows_without_a_complete_segment_keep_their_state() -> None:
     memory = memory_of()
     state = state_after(memory, 4, n_row=3)
-    new, _ = memory.write(segment_of(hidden_of(3, seed=9), [T, T, 0], [True, False, True]), state, [])
+    new, _ = memory.write(segment_of(hidden_of(3, seed=9), [T, T, 0], [True, False, True]), state)
     assert new.engrams.n_born.tolist() == [10, 8, 8]
     for before, after in zip(tensors(state), tensors(new), strict=True):
         assert torch.equal(before[1:], after[1:])
@@ -417,7 +417,7 @@ def test_what_became_long_term_or_went_is_counted() -> None:
     memory = memory_of(lifespan=5)
     state, total = memory.init_state(2), {"promoted": 0, "evicted": 0}
     for s in range(12):
-        new, trace = memory.write(segment_of(hidden_of(2, seed=s)), state, [])
+        new, trace = memory.write(segment_of(hidden_of(2, seed=s)), state)
         expected = dict.fromkeys(total, 0)
         for row in range(2):
             old, now = (

@@ -86,9 +86,9 @@ def test_what_is_shown_was_read_for_the_answer_not_for_the_question(tokenizer: A
 def test_what_is_asked_is_not_stored(tokenizer: Any) -> None:
     talk = Conversation(reader(tokenizer))
     talk.tell(FACT)
-    before = talk.model.memory["ltm"][0].bank().record.clone()
+    before = talk.model.memory["ltm"][0].bank.state().record.clone()
     talk.ask("Who is ba ce?")
-    assert torch.equal(talk.model.memory["ltm"][0].bank().record, before)
+    assert torch.equal(talk.model.memory["ltm"][0].bank.state().record, before)
 
 
 def test_an_answer_ends_with_its_sentence(tokenizer: Any) -> None:

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from memlm.build import build_model
 from memlm.config import ConfigError
 from memlm.data.tokenizer import Tokenizer, train_tokenizer
-from memlm.memory.base import MANY
+from memlm.memory.records import MANY
 from memlm.models import memory_file
 from tests.experiments.tiny import MEMORIES, tiny
 
@@ -52,7 +52,7 @@ def build(tokenizer: Tokenizer, *memories: str, layers: Any = "middle", **settin
 
 
 def bank(model: Any, place: int = 0) -> Any:
-    return model.memory["ltm"][place].bank()
+    return model.memory["ltm"][place].bank.state()
 
 
 def contents(model: Any, place: int = 0) -> list[tuple[Any, ...]]:
@@ -77,7 +77,7 @@ def test_stored_text_is_what_reading_it_writes(tokenizer: Tokenizer) -> None:
     assert model.store_experience(A) == [0]
     state = plain.new_context(plain(torch.tensor([tokenizer.encode(f" {A}")]), read=False).state)
     for module, part in zip(plain.memory["ltm"], state.memory["ltm"], strict=True):
-        module.commit(part)
+        module.bank.commit(part)
     for place in range(2):
         assert len(contents(model, place)) == len(f" {A}") - 1  # a byte is a token, and all but the last make a slot
         torch.testing.assert_close(torch.tensor(contents(model, place)), torch.tensor(contents(plain, place)))
@@ -217,9 +217,9 @@ def test_uses_count_what_was_shown_and_read(tokenizer: Tokenizer) -> None:
     assert (first.id, first.slot, first.uses, second.uses) == (0, second.slot, 1, 2)
     assert first.weight > 0.5
     model.forget(0)
-    assert model.memory["ltm"][0].uses().sum() == 0
+    assert model.memory["ltm"][0].bank.uses().sum() == 0
     model.store_experience(A)
-    assert model.memory["ltm"][0].uses().sum() == 0
+    assert model.memory["ltm"][0].bank.uses().sum() == 0
 
 
 def test_uses_are_those_of_the_record_whichever_slot_was_read(tokenizer: Tokenizer) -> None:
@@ -415,7 +415,7 @@ def test_no_key_of_what_is_forgotten_stays_in_lists(tokenizer: Tokenizer, tmp_pa
     for text in (A, B, C, A, B):
         model.store_experience(text)
     lists = bank(model).lists
-    assert int(lists.host_n_list) > 0
+    assert int(lists.known_n_list.tensor) > 0
     own = bank(model).record[0] == secret
     keys, others = bank(model).key[0, own], bank(model).key[0, ~own]
     keys = keys[(keys @ others.T).max(dim=1).values < 0.9999]  # those of a first space are alike
@@ -680,7 +680,7 @@ def test_checkpoints_hold_what_is_stored(tokenizer: Tokenizer) -> None:
     model.query_memory(A)
     other.load_state_dict(model.state_dict())
     assert contents(other) == contents(model)
-    assert torch.equal(other.memory["ltm"][0].uses(), model.memory["ltm"][0].uses())
+    assert torch.equal(other.memory["ltm"][0].bank.uses(), model.memory["ltm"][0].bank.uses())
     other.load_state_dict(empty)  # of a time when nothing was stored
     assert other.list_memory() == []
     assert set(other.state_dict()) == set(empty)

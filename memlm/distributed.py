@@ -1,16 +1,17 @@
 """What the processes of one training run exchange about a memory that they share.
 
+Every function is collective: all processes call it, in the same order.
+
 Shapes: B rows of this process, R processes.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, distributed
-
-from memlm.memory.state import State, tensors
 
 
 def _gather(part: Tensor) -> Tensor:
@@ -70,32 +71,32 @@ class _Exchange(torch.autograd.Function):
 
 
 def rows_of_all(part: Tensor) -> Tensor:
-    """The rows (B, ...) of all processes, in rank order, (R * B, ...). Every process has to ask, in the same order."""
+    """The rows (B, ...) of all processes, in rank order, (R * B, ...)."""
     if part.dtype == torch.bool:
         return _RowsOfAll.apply(part.to(torch.uint8).contiguous()).bool()
     return _RowsOfAll.apply(part.contiguous())
 
 
 def sum_of_all(part: Tensor) -> Tensor:
-    """Own rows (B, ...) of the sum over processes of ``part`` (R * B, ...), in rank order. Every process has to ask."""
+    """Own rows (B, ...) of the sum over processes of ``part`` (R * B, ...), in rank order."""
     return _SumOfAll.apply(part)
 
 
 def exchange(part: Tensor) -> Tensor:
     """For own rows what each process found, (R * B, ...), of what this one found for the rows of each, (R * B, ...).
 
-    Every process has to ask. Applied twice it is nothing.
+    Applied twice it is nothing.
     """
     return _Exchange.apply(part)
 
 
-def whole(share: Tensor, n_slot: int, device: torch.device | str, keep: bool = True) -> Tensor | None:
-    """All slots of a field (1, n_slot, ...) of which each process holds a share: see `Memory.deal`.
+def whole(shard: Tensor, n_slot: int, device: torch.device | str, keep: bool = True) -> Tensor | None:
+    """All slots of a field (1, n_slot, ...) of which rank r of R holds slots r, r + R, r + 2 R, ...
 
-    Shares come one by one, so that no more than two are on the device of ``share``. Every process has to ask.
+    Shards come one by one, so that no more than two are on the device of ``shard``.
 
     Args:
-        share: What this process holds.
+        shard: What this process holds.
         n_slot: Slots in all.
         device: Where the whole is put together.
         keep: Whether this process wants it.
@@ -104,20 +105,20 @@ def whole(share: Tensor, n_slot: int, device: torch.device | str, keep: bool = T
         The field in the order of slots; None where it is not kept.
     """
     n_rank = distributed.get_world_size()
-    found = torch.empty(1, n_slot, *share.shape[2:], dtype=share.dtype, device=device) if keep else None
+    found = torch.empty(1, n_slot, *shard.shape[2:], dtype=shard.dtype, device=device) if keep else None
     for rank in range(n_rank):
         own = rank == distributed.get_rank()
-        shape = (1, len(range(rank, n_slot, n_rank)), *share.shape[2:])
-        part = share.contiguous() if own else torch.empty(shape, dtype=share.dtype, device=share.device)
+        shape = (1, len(range(rank, n_slot, n_rank)), *shard.shape[2:])
+        part = shard.contiguous() if own else torch.empty(shape, dtype=shard.dtype, device=shard.device)
         distributed.broadcast(part, rank)
         if found is not None:
             found[:, rank::n_rank] = part.to(device)
     return found
 
 
-def differ(state: State) -> bool:
-    """Whether a state is not the same, bit for bit, in all processes. Every process has to ask."""
-    parts = [_bits(part) for part in tensors(state)]
+def differ(tensors: Iterable[Tensor]) -> bool:
+    """Whether any of the tensors is not the same, bit for bit, in all processes."""
+    parts = [_bits(part) for part in tensors]
     own = torch.stack([part.to(parts[0].device) for part in parts])
     total = own.clone()
     distributed.all_reduce(total, distributed.ReduceOp.MAX)
