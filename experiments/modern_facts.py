@@ -40,6 +40,7 @@ from memlm.config import ConfigError
 from memlm.data.facts import Fact, decoded
 from memlm.data.sentences import RELATIONS
 from memlm.data.tokenizer import Tokenizer
+from memlm.memory.slots import Slots
 
 FACTS = Path(__file__).with_suffix(".csv")
 """One fact per row: cue, value, false value, and two other ways to ask."""
@@ -159,7 +160,7 @@ def run(
             others = [shares[i - 1] for i in numbers]  # what the document before told: no other memory need be at hand
             for twin in Twins._fields:
                 texts = [getattr(documents[i], twin) for i in numbers]
-                if twin == "true" and model.memory:
+                if twin == "true" and any(isinstance(modules[0], Slots) for modules in model.memory.values()):
                     state = _watch(model, texts, told, length, "trained", curves)
                 else:
                     (state,) = read(model, texts, [length])
@@ -373,7 +374,8 @@ def look(model: Any, state: Any, facts: Sequence[Fact]) -> list[tuple[float, flo
     ids = torch.tensor([fact.cue + (0,) * (longest - len(fact.cue)) for fact in facts], device=device)  # (B, L)
     last = torch.tensor([len(fact.cue) - 1 for fact in facts], device=device)
     reads = model(ids, state=state, write=False, logits=False).reads.values()
-    weights = [read.weights[torch.arange(len(facts), device=device), last].float() for read in reads]  # (B, k) each
+    rows = torch.arange(len(facts), device=device)
+    weights = [read.weights[rows, last].float() for read in reads if read.weights is not None]  # (B, k) each
     top = torch.stack([weight.amax(dim=1) for weight in weights]).mean(dim=0)
     mass = torch.stack([weight.sum(dim=1) for weight in weights]).mean(dim=0)
     return list(zip(top.tolist(), mass.tolist(), strict=True))

@@ -43,6 +43,7 @@ from experiments.base import PALETTE, Result, Row, check_settings, evaluating, m
 from experiments.needle import Needle, draw
 from experiments.recall import CONDITIONS, Document, draw_interval, question
 from memlm.analysis.figures import CONTROLS
+from memlm.analysis.usage import check_slots
 from memlm.build import untrained
 from memlm.config import ConfigError
 from memlm.data.tokens import TokenizedCorpus
@@ -185,6 +186,7 @@ def run(model: Any, data: Any, cfg: PatternStorage, progress: Callable[[float], 
         memory is that of the next document. Of the untrained model only ``on``. ``similarity``: one per bank,
         document and segment. For metrics see `summarise`.
     """
+    check_slots(model, "pattern_storage")
     source = data if cfg.pattern == "fact" else Passages(data.tokens(cfg.split), cfg.passage_len)
     told = Needle(
         n_document=cfg.n_document, n_fact=cfg.n_stored[-1], distance=0, facts_per_segment=cfg.patterns_per_segment,

@@ -38,7 +38,7 @@ from experiments.base import PALETTE, Result, Row, check_settings, evaluating, m
 from experiments.needle import Needle, draw
 from experiments.recall import Document, question
 from memlm.analysis.figures import effective
-from memlm.analysis.usage import banks, read_weights
+from memlm.analysis.usage import banks, check_slots, read_weights
 from memlm.build import untrained
 from memlm.config import ConfigError
 from memlm.training.loss import token_nll
@@ -107,6 +107,7 @@ def run(model: Any, data: Any, cfg: SlotUsage, progress: Callable[[float], None]
         that falls on it, and of ``even`` reads of all filled slots, averaged over documents. For metrics see
         `summarise`.
     """
+    check_slots(model, "slot_usage")
     told = Needle(n_document=cfg.n_document, n_fact=cfg.n_fact, distance=cfg.distance, split=cfg.split, seed=cfg.seed)
     documents, _, (length,) = draw(data, told, model.segment_len)
     rows: list[Row] = []

@@ -10,7 +10,7 @@ import torch
 
 from memlm.analysis.figures import effective
 from memlm.analysis.flow import Text, check_texts, token_ids
-from memlm.analysis.usage import banks, read_weights, slot_changes
+from memlm.analysis.usage import banks, read_weights, slot_changes, slot_reads
 from memlm.memory.state import n_byte
 from memlm.models.base import LanguageModel
 
@@ -114,8 +114,8 @@ def _read(model: LanguageModel, ids: torch.Tensor) -> dict[str, BankCapacity]:
         out = model(part, state=state, logits=False)
         for label, read in read_weights(model, out.reads, state).items():
             weight[label] += read[0].double().cpu().numpy()
-        for key, read in out.reads.items():
-            mass[key if key in mass else key.partition("/")[0]].append(float(read.weights.sum(dim=2).mean()))
+        for key, (_, weights) in slot_reads(out.reads).items():
+            mass[key if key in mass else key.partition("/")[0]].append(float(weights.sum(dim=2).mean()))
         before, after = banks(model, state), banks(model, out.state)
         for label, (module, now) in after.items():
             written, evicted = slot_changes(module, before[label][1], now)

@@ -21,7 +21,7 @@ from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 from torch import Tensor
 
 from memlm.analysis.figures import PALETTE, style
-from memlm.analysis.usage import banks, slot_changes
+from memlm.analysis.usage import banks, slot_changes, slot_reads
 from memlm.config import whole
 from memlm.memory.slots import Slots
 from memlm.models.base import LanguageModel
@@ -244,12 +244,13 @@ class _Walk:
 
     def _keep_reads(self, reads: dict[str, Any], n: int) -> None:
         held = banks(self.model, self.state)
-        for key, read in reads.items():
+        for key in slot_reads(reads):
+            read = reads[key]
             weights, order = read.weights[0].float().masked_fill(read.slots[0] < 0, 0).sort(dim=1, descending=True)
             slots = read.slots[0].gather(1, order).masked_fill(weights == 0, -1)
             mass, gate = weights.sum(dim=1), read.gate[0].float()
             told = slots[:, : self.top].cpu()
-            parts = (told, weights[:, : self.top], gate, gate * mass, read.values[0].float().norm(dim=1))
+            parts = (told, weights[:, : self.top], gate, gate * mass, read.value[0].float().norm(dim=1))
             self.reads.setdefault(key, []).append(tuple(part.cpu() for part in parts))
             label = key if key in held else key.partition("/")[0]
             slots_read = told[told >= 0].unique()

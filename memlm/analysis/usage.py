@@ -42,6 +42,15 @@ def check_slots(model: Any, what: str) -> None:
         )
 
 
+def slot_reads(reads: Mapping[str, Read]) -> dict[str, tuple[Tensor, Tensor]]:
+    """Slots and weights of the reads that tell them, by the names of the reads, (B, N, k) each."""
+    return {
+        name: (read.slots, read.weights)
+        for name, read in reads.items()
+        if read.slots is not None and read.weights is not None
+    }
+
+
 def read_weights(model: Any, reads: Mapping[str, Read], state: Any, mask: Tensor | None = None) -> dict[str, Tensor]:
     """Total weight with which each slot was read.
 
@@ -56,15 +65,13 @@ def read_weights(model: Any, reads: Mapping[str, Read], state: Any, mask: Tensor
     """
     total = {label: torch.zeros_like(module.filled(part), dtype=torch.float32)
              for label, (module, part) in banks(model, state).items()}  # fmt: skip
-    for key, read in reads.items():
+    for key, (number, weight) in slot_reads(reads).items():
         label = key if key in total else key.partition("/")[0]
-        if label not in total or read.slots is None or read.weights is None:
-            continue
-        known = read.slots >= 0 if mask is None else (read.slots >= 0) & mask[..., None]
-        weights = torch.where(known, read.weights, 0.0).float().flatten(1)  # (B, N * k)
+        known = number >= 0 if mask is None else (number >= 0) & mask[..., None]
+        weights = torch.where(known, weight, 0.0).float().flatten(1)  # (B, N * k)
         if len(total[label]) == 1:  # a shared bank, read by all rows
             weights = weights.flatten()[None]
-        slots = read.slots.clamp(min=0).view_as(weights)
+        slots = number.clamp(min=0).view_as(weights)
         total[label] = total[label].scatter_add(1, slots, weights)
     return total
 

@@ -143,6 +143,7 @@ class _Pass:
         self.lookback = model.lookback
         ids = torch.cat([self.local.ids[:, : self.lookback], grid.ids], dim=1)  # (B, C + N)
         self.ids, self.embeddings = ids, model.embed(ids)
+        self.before = state.memory
         self.memory = {name: list(parts) for name, parts in state.memory.items()}
         self.prepared: dict[str, Any] = {}
         self.caches: list[Any] = []
@@ -202,7 +203,11 @@ class _Pass:
         return y
 
     def layers(self, x: Tensor, cells: _Cells | None = None) -> tuple[Tensor, _Cells]:
-        """All layers; and with them the cells of a memory around the stack."""
+        """All layers; and with them the cells of a memory around the stack. What counts is the last call."""
+        self.caches = []
+        self.streams = {name: [] for name in self.streams}
+        for name, _ in self.memory_of("layer", "layers"):
+            self.memory[name], self.traces[name] = list(self.before[name]), []
         model, last = self.model, self.model.memory_layers[-1] if self.model.memory else -1
         cells = cells or _Cells(None, None)
         for i, layer in enumerate(model.layers):

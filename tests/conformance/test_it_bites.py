@@ -19,6 +19,7 @@ from memlm.memory.memoria import Engrams, MemoriaMemory
 from memlm.memory.slots import Slots
 from tests.conformance import laws
 from tests.conformance.oracles import ORACLES
+from tests.memory import guests
 
 
 class RingState(NamedTuple):
@@ -326,7 +327,7 @@ class Another(Ring):
 
 
 def make_of(cls: type[Memory]) -> laws.Make:
-    return laws.builder_of({"ring": (cls, {"n_slot": 4})}, shrink=False)
+    return laws.builder_of({"ring": (cls, {"n_slot": 4} if issubclass(cls, Ring) else {})}, shrink=False)
 
 
 LAWS: dict[str, Callable[[laws.Make], None]] = {
@@ -417,6 +418,72 @@ class BesideState(Ring):
 def test_a_memory_that_is_not_what_is_read_is_caught() -> None:
     with pytest.raises(AssertionError, match="with another row's memory"):
         laws.useful(make_of(BesideState))
+
+
+class SeesItself(guests.TokenWise):
+    """Token-wise, but every token reads what the last one of its segment wrote."""
+
+    def after(self, state: Tensor, value: Tensor, valid: Tensor) -> Tensor:
+        after = super().after(state, value, valid)
+        return after[:, -1:].expand_as(after)
+
+
+class ShowsItsCells(guests.Cells):
+    """Text sees a cell that is made of all of its segment."""
+
+    def mix(self, x: Tensor, prepared: guests.RingState, mixer: Mixer) -> tuple[Tensor, Read | None]:
+        m, cells = prepared.held.shape[1], prepared.held
+        summary = mixer(torch.cat([cells, x], dim=1))[:, m:].mean(dim=1, keepdim=True)
+        return mixer(torch.cat([cells, summary, x], dim=1))[:, m + 1 :], None
+
+
+class MixesContexts(guests.CacheAtOnce):
+    """Each row attends to what its neighbour holds."""
+
+    def mix(self, x: Tensor, prepared: guests.RingState, mixer: Mixer) -> tuple[Tensor, Read | None]:
+        return super().mix(x, guests.RingState(*(part.roll(1, dims=0) for part in prepared)), mixer)
+
+
+class NeverOff(guests.Cache):
+    """Reads where reads are off, too."""
+
+    def scan(
+        self,
+        x: Tensor,
+        window: Segment,
+        state: Any,
+        mixer: Mixer,
+        read: bool = True,
+        write: bool = True,
+        keep_state: bool = True,
+    ) -> Scanned:
+        return super().scan(x, window, state, mixer, True, write, keep_state)
+
+
+class KeepsTooMuch(guests.CacheAtOnce):
+    """What it keeps of a segment depends on the call in which the segment ended."""
+
+    def write(self, segment: Segment, state: guests.RingState) -> tuple[guests.RingState, Trace]:
+        here = torch.zeros_like(segment.valid)
+        here[:, segment.columns] = True
+        return super().write(segment._replace(valid=segment.valid & here), state)
+
+
+@pytest.mark.parametrize(
+    ("law", "cls", "message"),
+    [
+        (laws.causal, SeesItself, "changes outputs before it"),
+        (laws.causal, ShowsItsCells, "changes outputs before it"),
+        (laws.isolated, MixesContexts, "rows"),
+        (laws.alive, NeverOff, "reads off changes nothing"),
+        (laws.chunk_invariant, KeepsTooMuch, "calls of"),
+    ],
+)
+def test_a_fault_of_a_memory_around_a_mixer_is_caught(
+    law: Callable[[laws.Make], None], cls: type[Memory], message: str
+) -> None:
+    with pytest.raises(AssertionError, match=message):
+        law(make_of(cls))
 
 
 def keeps_oldest(memory: LongTermMemory, priority: Tensor, n_written: Tensor) -> Tensor:

@@ -169,7 +169,7 @@ def test_query_is_the_read_of_each_token_by_hand(tokenizer: Tokenizer, scope: st
     module, state = model.memory["ltm"][0], bank(model)
     ids = tokenizer.encode(" A dog sings")
     local = model(torch.tensor([ids]), read=False, write=False).state.local  # the layer's input is before its read
-    x = local.hidden[0, 0, model.lookback :][: len(ids)]
+    x = local.streams["mixed"][0, 0, model.lookback :][: len(ids)]
     query = torch.nn.functional.normalize(module.to_key(module.norm(x)), dim=-1)
     temperature = module.log_temperature.exp()
     best: dict[int, tuple[float, float]] = {}
@@ -684,7 +684,7 @@ def test_checkpoints_hold_what_is_stored(tokenizer: Tokenizer) -> None:
     other.load_state_dict(empty)  # of a time when nothing was stored
     assert other.list_memory() == []
     assert set(other.state_dict()) == set(empty)
-    old = {name: value for name, value in model.state_dict().items() if not name.endswith("bank_origins")}
+    old = {name: value for name, value in model.state_dict().items() if not name.endswith("bank.origins")}
     other.load_state_dict(old)  # of a version without that field
     assert contents(other) == contents(model)
 
