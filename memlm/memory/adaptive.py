@@ -265,11 +265,11 @@ class AdaptiveMemory(Slots):
             valid: Items that there are, (B, K).
         """
         if self.controller in ("always", "never"):
-            importance = torch.fulllike(logit, float(self.controller == "always"))
-            zero = torch.zeroslike(logit)
+            importance = torch.full_like(logit, float(self.controller == "always"))
+            zero = torch.zeros_like(logit)
             return Decision(importance, (importance > 0) & valid, zero, zero)
         importance = logit.sigmoid()
-        chosen = torch.randlike(importance) < importance if self.training else importance > _WRITTEN
+        chosen = torch.rand_like(importance) < importance if self.training else importance > _WRITTEN
         log_prob = F.logsigmoid(torch.where(chosen, logit, -logit)) * valid
         entropy = (F.softplus(logit) - logit * importance) * valid
         return Decision(importance, chosen & valid, log_prob, entropy)

@@ -309,9 +309,9 @@ def test_reading_equals_a_softmax_slot_by_slot(
 def test_the_null_slot_takes_the_weight_when_nothing_fits(bank: tuple[ByHand, LongTermState, Tensor]) -> None:
     memory, state, x = bank
     memory.null_similarity.fill_(5.0)
-    assert memory.read(x, state, 0).weights.sum(dim=2).max() < 1e-6
+    assert memory.read(x, state).weights.sum(dim=2).max() < 1e-6
     memory.null_similarity.fill_(-5.0)
-    torch.testing.assert_close(memory.read(x, state, 0).weights.sum(dim=2), torch.ones(2, T))
+    torch.testing.assert_close(memory.read(x, state).weights.sum(dim=2), torch.ones(2, T))
 
 
 @torch.no_grad()
