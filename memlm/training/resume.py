@@ -6,6 +6,7 @@ import contextlib
 import csv
 import fcntl
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -253,7 +254,7 @@ def running(run: Path) -> Iterator[None]:
         ConfigError: If another process trains it.
     """
     run.mkdir(parents=True, exist_ok=True)
-    if (run / _LOCK).exists() and not (run / _LOCK).is_file():
+    if os.path.lexists(run / _LOCK) and not (run / _LOCK).is_file():
         raise ConfigError(f"{run / _LOCK} must be a file, by which a run is marked as alive: remove it")
     with open(run / _LOCK, "a") as lock:
         try:
