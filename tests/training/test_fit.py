@@ -201,8 +201,15 @@ def test_a_full_disk_is_told_in_a_sentence(tmp_path: Path) -> None:
     def full(module: Any, batch: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    with pytest.raises(ConfigError, match=r"no space is left in .*resume=auto"):
+    with pytest.raises(ConfigError, match=r"no space is left in .*no checkpoint was written yet"):
         fit(config(tmp_path, "a"), before_step=full)
+
+    def full_later(module: Any, batch: Any) -> None:
+        if batch.step == 4:
+            full(module, batch)
+
+    with pytest.raises(ConfigError, match=r"no space is left in .*what was saved is whole, go on with resume=auto"):
+        fit(config(tmp_path, "b"), before_step=full_later)
 
 
 # --- the console -----------------------------------------------------------------------------------------------------
