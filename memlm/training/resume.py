@@ -23,11 +23,12 @@ if TYPE_CHECKING:
 _LOCK = ".lock"  # held by the process that trains a run
 # What makes two runs the same run. The rest (loggers, paths, devices, precision) may change.
 _SAME = ("model", "memory", "data", "curriculum", "training", "replay", "seed")
-_SAME_TRAINER = ("accumulate_grad_batches", "gradient_clip_val")
+_SAME_TRAINER = ("accumulate_grad_batches", "gradient_clip_val", "gradient_clip_algorithm")
 # Settings of these that say how something is computed, not what.
 _FREE = ("data.n_worker", "model.gradient_checkpointing", "training.compile", "memory.ltm.shard")
 # Settings that no two jobs of a sweep differ in if they are the same: where files go, and what is gone on with.
 _ASIDE = ("paths", "logger", "resume")
+_ASIDE_TRAINER = ("max_time",)
 _FINISHED = "finished.json"  # of a run that is trained and measured: its settings, and what it returned
 _EARLIER = "earlier-{}.csv"  # what was logged before a run was resumed, oldest first
 
@@ -128,7 +129,8 @@ def _finished(run: Path) -> dict[str, Any] | None:
 
 def _whole(config: Mapping[str, Any]) -> Any:
     """A configuration as it can be compared with one that was written to a file."""
-    return json.loads(json.dumps({name: node for name, node in config.items() if name not in _ASIDE}))
+    trainer = {name: value for name, value in config["trainer"].items() if name not in _ASIDE_TRAINER}
+    return json.loads(json.dumps({n: node for n, node in config.items() if n not in _ASIDE} | {"trainer": trainer}))
 
 
 def find_origin(resume: str | None, config: Mapping[str, Any], roots: Sequence[Path]) -> Origin | None:
