@@ -290,11 +290,9 @@ class Progress(ProgressBar):
             return
         if self._enabled and step != self._printed and (last or step % self._every == 0):
             self._printed = step
-            try:
-                print(f"step {step:,} of {trainer.max_steps:,}: {self._numbers(trainer)}", flush=True)
-            except OSError:
-                if not output_lost():
-                    raise
+            with contextlib.suppress(OSError):
+                print(f"step {step:,} of {trainer.max_steps:,}: {self._numbers(trainer)}")
+            if output_lost():
                 self.nobody_reads()
 
     def on_train_end(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:

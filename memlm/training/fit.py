@@ -408,6 +408,7 @@ def _wandb(
 
         def start(offline: bool) -> Any:
             asked = os.environ.get("WANDB_MODE")
+            mode: Any
             if offline:
                 mode = "offline" if asked != "disabled" else None
             else:  # asked for here, or by the environment
