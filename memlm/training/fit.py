@@ -138,6 +138,7 @@ def make_trainer(
         raise
     except Exception as error:
         if isinstance(error, ProcessExitedException) and (asked := Stopped.by_exit(error.exit_code)) is not None:
+            asked.told = True  # by that process
             raise asked from error
         if isinstance(error, OSError) and output_lost():
             raise Stopped(UNREAD) from error
