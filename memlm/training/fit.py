@@ -143,7 +143,7 @@ def make_trainer(
         if isinstance(error, OSError) and output_lost():
             raise Stopped(UNREAD) from error
         if no_space(error):
-            raise ConfigError(f"no space is left in {run}: free some{_then(run)}") from error
+            raise ConfigError(f"no space is left in {run}: free some space{_then(run)}") from error
         if (told := _fault(error)) is not None:
             raise ConfigError(told + _then(run) * bool(_lost(str(error)))) from error
         raise
