@@ -146,6 +146,8 @@ def make_trainer(
             raise ConfigError(f"no space is left in {run}: free some space{_then(run)}") from error
         if (told := _fault(error)) is not None:
             raise ConfigError(told + _then(run) * bool(_lost(str(error)))) from error
+        if isinstance(error, MisconfigurationException):  # what Lightning finds when it meets the data
+            raise ConfigError(f"trainer: {' '.join(str(error).split())}") from error
         raise
     finally:
         for logger in loggers:
