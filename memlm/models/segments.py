@@ -561,14 +561,17 @@ class SegmentModel(ExperienceModel):
         self, grid: Grid, local: LocalState, embeddings: Tensor, hidden: Tensor, module: Memory,
         signals: dict[str, Tensor] | None = None,
     ) -> Segment:  # fmt: skip
-        """What ``module`` may use of the grid. ``embeddings`` and ``hidden`` include the model's lookback."""
+        """What ``module`` may use of the grid. ``embeddings`` and ``hidden`` include the model's lookback.
+
+        Memories work in 32 bits, whatever the model does.
+        """
         skip = self.lookback - module.lookback
         ids = torch.cat([local.ids[:, : self.lookback], grid.ids], dim=1)  # (B, C + N)
         before = grid.continues[:, :1].expand(-1, module.lookback)
         return Segment(
             ids=ids[:, skip:],
-            embeddings=embeddings[:, skip:],
-            hidden=hidden[:, skip:],
+            embeddings=embeddings[:, skip:].float(),
+            hidden=hidden[:, skip:].float(),
             valid=torch.cat([before, grid.valid.flatten(1)], dim=1),
             complete=grid.complete,
             continues=grid.continues,
@@ -587,7 +590,7 @@ class SegmentModel(ExperienceModel):
         following = ids.roll(-1, dims=1)[..., None]  # the last cell has none, and no slot
         parts = zip(hidden.split(self.segment_len, dim=1), following.split(self.segment_len, dim=1), strict=True)
         nats = [-self.head(self.norm(part)).log_softmax(dim=-1).gather(2, targets) for part, targets in parts]
-        return torch.cat(nats, dim=1)[..., 0]
+        return torch.cat(nats, dim=1)[..., 0].float()
 
     def _run(
         self,
@@ -631,7 +634,7 @@ class SegmentModel(ExperienceModel):
                 cells = grid.fill(x, buffer[:, self.lookback :]).flatten(1, 2)
                 hidden = torch.cat([buffer[:, : self.lookback], cells], dim=1)  # (B, C + N, D)
                 hiddens.append(hidden)
-                flat = x.flatten(1, 2)  # (B, S * Q, D)
+                flat = x.flatten(1, 2).float()  # (B, S * Q, D)
                 values = []
                 for name, modules in self.memory.items():
                     if modules[0].layerwise:
@@ -644,7 +647,7 @@ class SegmentModel(ExperienceModel):
                         found = modules[0].read(flat, recalled[name], i) if read else None
                     if found is not None:
                         reads[f"{name}/{i}"] = found
-                        values.append(found.values)
+                        values.append(found.values.to(x.dtype))
                 if values:
                     x = x + sum(values).unflatten(1, x.shape[1:3])  # type: ignore[union-attr]
             if not (storing and i == last):

@@ -246,8 +246,10 @@ def bank_with_lists(scope: str = "sequence", index: str = "inverted") -> tuple[L
     memory = LongTermMemory(16, n_slot=20, d_key=8, d_value=8, n_list=4, scope=scope, index=index)  # type: ignore[arg-type]
     key = unit(1, 20, 8)
     key[:, 1] = key[:, 0]
-    state = memory.init_state(1)._replace(
-        key=key, value=key.clone(), log_gate=torch.zeros(1, 20), priority=-torch.arange(20.0)[None],
+    fresh, number = memory.init_state(1), torch.arange(20)[None]
+    state = fresh._replace(
+        key=key, value=key.clone(), log_gate=torch.zeros(1, 20), priority=-number.float(), record=number,
+        document=number, position=number, tokens=torch.zeros_like(fresh.tokens), n_record=torch.tensor([20]),
         host_used=torch.tensor([20]),
     )  # fmt: skip
     if index == "inverted":
