@@ -18,8 +18,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from memlm.config import ConfigError
 from memlm.memory.base import Memory, Residual, Segment, Trace, join_reads, mean_trace
 from memlm.memory.state import State, map_tensors, select_rows, tensors, where_rows
+from memlm.models import arguments
 from memlm.models.experience import ExperienceModel
 
 
@@ -380,23 +382,23 @@ class SegmentModel(ExperienceModel):
             An `Output`.
 
         Raises:
-            ValueError: If shapes do not fit, or a signal is used by no memory.
+            ConfigError: If types, shapes or ids do not fit, or a signal is used by no memory.
         """
-        if ids.dim() != 2 or not len(ids):
-            raise ValueError(f"ids must be (rows, tokens) with at least one row, got shape {tuple(ids.shape)}")
+        ids = arguments.token_ids(ids, self.n_vocab)
         n_row = ids.shape[0]
         for name, flags in (("mask", mask), ("reset", reset), ("breaks", breaks)):
-            if flags is not None and flags.dtype != torch.bool:
-                raise ValueError(f"{name} must be bool, got {flags.dtype}")
+            arguments.flags(name, flags)
         self._check_signals(signals or {}, n_row)
         if state is None:
             state = self.init_state(n_row)
+        elif not isinstance(state, ModelState):
+            raise ConfigError(f"state must be what a call of this model gave, or None, got {type(state).__name__}")
         elif len(state.local.host_open) != n_row:
-            raise ValueError(f"ids have {n_row} rows, but the state has {len(state.local.host_open)}")
+            raise ConfigError(f"ids have {n_row} rows, but the state has {len(state.local.host_open)}")
         elif _shapes(state.local) != self._shapes or set(state.memory) != set(self.memory):
-            raise ValueError("the state is of another model: its layers, widths, segments or memories differ")
+            raise ConfigError("the state is of another model: its layers, widths, segments or memories differ")
         if mask is not None and mask.shape != ids.shape:
-            raise ValueError(f"mask must have the shape of ids {tuple(ids.shape)}, got {tuple(mask.shape)}")
+            raise ConfigError(f"mask must have the shape of ids {tuple(ids.shape)}, got {tuple(mask.shape)}")
         together = any(modules[0].over_ranks for modules in self.memory.values())
         if together and reset is None and breaks is None:  # other processes may have some, and all have to write
             reset = torch.zeros(n_row, -(-ids.shape[1] // self.segment_len), dtype=torch.bool, device=ids.device)
@@ -432,16 +434,16 @@ class SegmentModel(ExperienceModel):
         for name, given in signals.items():
             if name not in known:
                 width = given.shape[-1] if given.dim() else 1
-                raise ValueError(
+                raise ConfigError(
                     f"signals: {name!r} is used by no memory of this model, which know {', '.join(known) or 'none'}: "
                     f"leave it out, or set memory=adaptive 'memory.adaptive.signals={{{name}: {width}}}'"
                 )
             if given.shape != (n_row, known[name]):
-                raise ValueError(
+                raise ConfigError(
                     f"signals.{name} must be (rows, numbers) = {(n_row, known[name])}, got shape {tuple(given.shape)}"
                 )
             if given.device.type == "cpu" and not torch.compiler.is_compiling() and bool(given.isnan().any()):
-                raise ValueError(f"signals.{name} holds NaN: give 0 where it is unknown")
+                raise ConfigError(f"signals.{name} holds NaN: give 0 where it is unknown")
 
     def absorb(
         self,
@@ -456,7 +458,8 @@ class SegmentModel(ExperienceModel):
         Layers above the last one with memory are not run, and that layer reads nothing, as no write depends on it.
         """
         modules = [modules[0] for modules in self.memory.values()]
-        if ids.dim() != 2 or ids.shape[1] == 0 or not all(module.layerwise for module in modules):
+        ids = arguments.token_ids(ids, self.n_vocab)
+        if ids.shape[1] == 0 or not all(module.layerwise for module in modules):
             return super().absorb(ids, state, read, mask, breaks)
         state = self.init_state(len(ids)) if state is None else state
         if breaks is not None and bool(breaks[:, 0].any()):
@@ -473,7 +476,7 @@ class SegmentModel(ExperienceModel):
         """``state`` with the rows that begin a document at once out of their old context."""
         n_row = len(state.local.host_open)
         if reset.shape[0] != n_row or reset.dim() > 2:
-            raise ValueError(f"reset must be ({n_row},) or ({n_row}, segments), got {tuple(reset.shape)}")
+            raise ConfigError(f"reset must be ({n_row},) or ({n_row}, segments), got {tuple(reset.shape)}")
         rows = (reset if reset.dim() == 1 else reset[:, :1].any(dim=1)).cpu()
         if any(modules[0].scope == "shared" for modules in self.memory.values()):
             state = self._close(state, rows, write)
@@ -491,7 +494,7 @@ class SegmentModel(ExperienceModel):
         by_segment = breaks is not None or (reset is not None and reset.dim() == 2)
         in_place = not any(opened) and n_token % segment_len == 0 and (mask is None or by_segment)
         if by_segment and not in_place:
-            raise ValueError("breaks and reset by segment need rows with no open segment, and whole segments")
+            raise ConfigError("breaks and reset by segment need rows with no open segment, and whole segments")
         if in_place:
             n_segment = n_token // segment_len
             for name, starts in (
@@ -499,7 +502,7 @@ class SegmentModel(ExperienceModel):
                 ("breaks", breaks),
             ):
                 if starts is not None and starts.shape != (n_row, n_segment):
-                    raise ValueError(f"{name} must be ({n_row}, {n_segment}) here, got {tuple(starts.shape)}")
+                    raise ConfigError(f"{name} must be ({n_row}, {n_segment}) here, got {tuple(starts.shape)}")
             cell, grid_ids = None, ids
             valid = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask
             new = valid = valid.view(n_row, n_segment, segment_len)
@@ -511,7 +514,7 @@ class SegmentModel(ExperienceModel):
             n_complete, open_len = [n_segment] * n_row, [0] * n_row
             if mask is not None:
                 if not bool((valid[..., 1:] <= valid[..., :-1]).all() & (complete[:, 1:] <= complete[:, :-1]).all()):
-                    raise ValueError("padding may only end a document: it needs reset or breaks in the next segment")
+                    raise ConfigError("padding may only end a document: it needs reset or breaks in the next segment")
                 n_complete = complete.sum(dim=1).tolist()
                 counts = F.pad(valid.sum(dim=2), (0, 1)).tolist()
                 open_len = [count[n] for count, n in zip(counts, n_complete, strict=True)]
@@ -780,16 +783,12 @@ class SegmentModel(ExperienceModel):
             Prompt and new tokens, (B, L + max_new_tokens).
 
         Raises:
-            ValueError: If a setting is out of range or the prompt is empty.
+            ConfigError: If a setting is out of range or the prompt is empty.
         """
-        if ids.dim() != 2 or ids.shape[1] == 0:
-            raise ValueError(f"the prompt must be (rows, tokens) with at least one token, got {tuple(ids.shape)}")
-        if max_new_tokens < 0 or temperature < 0:
-            raise ValueError(f"max_new_tokens and temperature must not be negative: {max_new_tokens}, {temperature}")
-        if top_k is not None and top_k < 1:
-            raise ValueError(f"top_k must be at least 1 or None, got {top_k}")
-        if top_p is not None and not 0 < top_p <= 1:
-            raise ValueError(f"top_p must be in (0, 1] or None, got {top_p}")
+        ids = arguments.token_ids(ids, self.n_vocab)
+        if ids.shape[1] == 0:
+            raise ConfigError(f"the prompt must be (rows, tokens) with at least one token, got {tuple(ids.shape)}")
+        arguments.sampling(max_new_tokens, temperature, top_k, top_p)
         training, tokens = self.training, [ids]
         self.eval()
         try:

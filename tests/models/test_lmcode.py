@@ -494,7 +494,7 @@ def test_shapes_that_do_not_fit_are_refused() -> None:
     [
         ({"max_new_tokens": -1}, "max_new_tokens"),
         ({"temperature": -0.1}, "temperature"),
-        ({"top_k": 0}, "top_k must be at least 1"),
+        ({"top_k": 0}, "top_k.* must be a whole number of at least 1, got 0"),
         ({"top_p": 0.0}, "top_p"),
         ({"top_p": 1.1}, "top_p"),
         ({"ids": torch.empty(1, 0, dtype=torch.long)}, "at least one token"),
