@@ -181,8 +181,8 @@ def memory_flow(model: LanguageModel, contexts: Sequence[Text], state: Any = Non
     parts = [token_ids(model, text) for text in contexts]
     if not parts:
         raise ConfigError("contexts has no text: give at least one")
-    if state is not None and not isinstance(state, ModelState):
-        raise ConfigError(f"state must be what a call of the model gave, or None, got {type(state).__name__}")
+    if state is not None and (not isinstance(state, ModelState) or set(state.memory) != set(model.memory)):
+        raise ConfigError(f"state must be what a call of the model gave, or None, got {reprlib.repr(state)}")
     device, training = model.head_weight.device, model.training
     model.eval()
     try:

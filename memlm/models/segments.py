@@ -10,6 +10,7 @@ C lookback, N = S * T cells, D model width, V vocabulary.
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -397,6 +398,8 @@ class SegmentModel(ExperienceModel):
             raise ConfigError(f"ids have {n_row} rows, but the state has {len(state.local.host_open)}")
         elif _shapes(state.local) != self._shapes or set(state.memory) != set(self.memory):
             raise ConfigError("the state is of another model: its layers, widths, segments or memories differ")
+        if breaks is not None and (breaks.dim() != 2 or len(breaks) != n_row):
+            raise ConfigError(f"breaks must be ({n_row}, segments), got {tuple(breaks.shape)}")
         if mask is not None and mask.shape != ids.shape:
             raise ConfigError(f"mask must have the shape of ids {tuple(ids.shape)}, got {tuple(mask.shape)}")
         together = any(modules[0].over_ranks for modules in self.memory.values())
@@ -431,6 +434,8 @@ class SegmentModel(ExperienceModel):
     def _check_signals(self, signals: Mapping[str, Tensor], n_row: int) -> None:
         """Refuse what no memory uses, other shapes than (B, n), and NaN, which is looked for on a CPU alone."""
         known = {name: width for modules in self.memory.values() for name, width in modules[0].signals.items()}
+        if not isinstance(signals, Mapping) or not all(isinstance(given, Tensor) for given in signals.values()):
+            raise ConfigError(f"signals must be tensors by name, got {reprlib.repr(signals)}")
         for name, given in signals.items():
             if name not in known:
                 width = given.shape[-1] if given.dim() else 1

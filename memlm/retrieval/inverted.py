@@ -277,8 +277,8 @@ class InvertedFile:
         host = lists.host_n_list.to(lists.n_list.device), lists.host_left.to(lists.left.device)
         if bool((host[0] != lists.n_list).any() | (host[1] < 1).any() | (host[1] > lists.left).any()):
             raise ValueError("lists_host_n_list or lists_host_left is not that of the rows")
-        if bool((lists.centroid.norm(dim=2) > 1.01).any()):
-            raise ValueError("lists_centroid is longer than 1")
+        if not bool((lists.centroid.norm(dim=2) <= 1.01).all()):
+            raise ValueError("lists_centroid is not finite, or longer than 1")
         there = lists.n_list > 0  # rows that are dealt out
         held = lists.slot >= 0  # (B, L * C + 1)
         cell, slot = torch.arange(held.shape[1], device=held.device), lists.slot.clamp(min=0).long()
