@@ -491,7 +491,7 @@ class ForgetsMore(LongTermMemory):
     ("cls", "memory", "message"),
     [
         (LeavesKeys, {}, "left in the memory file"),
-        (LeavesCentres, {"index": "inverted", "n_slot": 24, "n_list": 20, "n_probe": 20}, "left in .*lists_centroid"),
+        (LeavesCentres, {"index": "inverted", "n_slot": 24, "n_list": 20, "n_probe": 20}, "left in"),
         (KeepsOrigins, {}, "a text that was merged with another"),
         (KeepsTokens, {}, "left in the memory file"),
         (ForgetsMore, {}, "one of three texts"),

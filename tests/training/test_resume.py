@@ -205,6 +205,23 @@ def test_no_memory_is_saved_where_none_is_carried(tmp_path: Path) -> None:
         assert (content["carried"] is not None) == carried, name
 
 
+@pytest.mark.parametrize(
+    ("field", "value", "message"), [("key", torch.nan, "key is not finite"), ("n_record", -1, "number of records")]
+)
+def test_a_carried_memory_that_no_text_led_to_is_refused(
+    field: str, value: float, message: str, tmp_path: Path
+) -> None:
+    constant = "training.min_lr_ratio=1"
+    fit(config(tmp_path, "run", constant, "trainer.max_steps=4"))
+    path = checkpoints(tmp_path / "run")[-1]
+    content = read(path)
+    assert content["carried"] is not None
+    content["carried"]["memory"]["ltm"][0][field][:] = value
+    write(content, path)
+    with pytest.raises(ConfigError, match=f"carries a state of the memory 'ltm' that no text can .*{message}"):
+        fit(config(tmp_path, "longer", constant, f"resume={path}"))
+
+
 def test_history_survives_half_a_line(tmp_path: Path) -> None:
     fit_until_killed(config(tmp_path, "a"), step=5)
     file = tmp_path / "a" / "csv" / "metrics.csv"
