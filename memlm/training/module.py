@@ -491,8 +491,8 @@ class LanguageModeling(lightning.LightningModule):
                     module.check(part)
                 except ValueError as error:
                     raise ConfigError(
-                        f"the checkpoint carries a state of the memory {name!r} that no text can have led to ({error}): "
-                        "go on from an earlier checkpoint"
+                        f"the checkpoint carries a state of the memory {name!r} that no text can have led to "
+                        f"({error}): go on from an earlier checkpoint"
                     ) from error
 
     def on_train_start(self) -> None:

@@ -802,6 +802,8 @@ def inspectable(make: Make, scope: str = "sequence") -> None:
         parts = zip(modules, state.memory[name], half.memory[name], model.init_state(2).memory[name], strict=True)
         for module, before, after, fresh in parts:
             assert states.n_byte(after) == states.n_byte(before), f"{name}: forgetting changed the size of the state"
+            for part in (before, after, fresh):
+                module.check(part)  # no state that a text led to is refused
             held, left, empty = (module.contents(part) for part in (before, after, fresh))
             assert held.shape[:2] == module.filled(before).shape, f"{name}: contents of {held.shape[:2]} slots"
             assert held.isfinite().all(), f"{name}: contents are not finite"
@@ -866,6 +868,8 @@ def forgets(make: Make, memory: Mapping[str, Any] | None = None) -> None:
             model.forget(number)
         except ConfigError as error:
             raise AssertionError(f"a text that was merged with another: {error}") from error
+        for module in _keepers(model):
+            module.check(module.bank())
         _never_told(model, naive, traces, "a text that was merged with another")
 
     model = told(first, second)

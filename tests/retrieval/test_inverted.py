@@ -1,6 +1,7 @@
 """The inverted file against exact search, and its lists against lists kept in plain Python."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -297,3 +298,22 @@ def test_a_shared_bank_that_was_kept_without_lists_is_dealt_out() -> None:
     restored.load_state_dict(memory.state_dict())
     again = restored.first_state(3).lists
     assert all(torch.equal(a, b) for a, b in zip(again, moved.lists, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("field", "place", "value"),
+    [
+        ("centroid", (0, 0, 0), torch.nan), ("centroid", (0, 0), 1.0), ("slot", (0, -1), 3), ("slot", (0, 0), 20),
+        ("key", (0, 0, 0), 0.5), ("place", (0, 0), -1), ("place", (0, 0), 2**30), ("n_held", (0, 0), 99),
+        ("extent", (0, 0), -1), ("extent", (0, 0), 2**40), ("n_list", (0,), 5), ("host_n_list", (0,), 0),
+        ("left", (0,), -1), ("host_left", (0,), 2**40),
+    ],
+)  # fmt: skip
+def test_lists_that_are_not_those_of_the_slots_are_refused(field: str, place: Any, value: float) -> None:
+    memory, state = bank_with_lists()
+    assert state.lists is not None
+    memory.check(state)
+    part = getattr(state.lists, field).clone()
+    part[place] = value
+    with pytest.raises(ValueError, match="lists_"):
+        memory.check(state._replace(lists=state.lists._replace(**{field: part})))
