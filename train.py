@@ -13,6 +13,8 @@ from memlm.config import validate
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
+    from memlm.training.stopping import Answer
+
 
 def check(cfg: DictConfig) -> None:
     """Refuse what can be told to be wrong without a look at text, files or devices."""
@@ -33,6 +35,13 @@ def main(cfg: DictConfig) -> float | None:
     Returns:
         The share of planted facts that is recalled, for a hyperparameter search; None if it is not measured.
     """
+    from memlm.training.stopping import answering
+
+    with answering() as answer:
+        return _train(cfg, answer)
+
+
+def _train(cfg: DictConfig, answer: Answer) -> float | None:
     from pathlib import Path
 
     from experiments import runner
@@ -49,6 +58,7 @@ def main(cfg: DictConfig) -> float | None:
     run = Path(config["paths"]["run_dir"])
     experiments, watched = runner.chosen(config), runner.watched(config["watch"])
     sweep = sweep_dir()
+    answer.text = f"stopped before {run} began: give the command again"
     earlier = find_in_sweep(config, sweep) if sweep is not None and config["resume"] is None else None
     if isinstance(earlier, Finished):
         print(f"{earlier.run}: finished with these settings, skipped")
@@ -58,6 +68,8 @@ def main(cfg: DictConfig) -> float | None:
         lines = [line for line in job_overrides() if not line.startswith("resume=")]
         return run_apart(__file__, [*lines, *([f"resume={origin.path}"] if origin else [])], run)
 
+    if origin is not None:
+        answer.text = f"stopped before {run} began: resume={origin.run} goes on after step {origin.step}"
     corpus = build_corpus(config)
     tokenizer = build_tokenizer(config, corpus)
     # From here on with lightning, which takes seconds to import: what can be wrong without it was told by now.
@@ -81,6 +93,7 @@ def main(cfg: DictConfig) -> float | None:
             print(f"{run}: {n_parameter:,} parameters, {trainer.max_steps} steps{n_process}"
                   + (f", going on after step {origin.step} of {origin.path}" if origin else ""))  # fmt: skip
         trainer.fit(module, data, ckpt_path=origin.path if origin else None)
+        answer.text = f"stopped while it was measured, all steps are made: resume={run} measures it"
         written = [save_last(trainer, run)]
         logger = wandb_logger(trainer.loggers) if trainer.is_global_zero else None
         results, files, skipped = runner.run_all(model, data, experiments, run, logger)
@@ -88,6 +101,8 @@ def main(cfg: DictConfig) -> float | None:
             return None
         files += emit(*training_result(model, data, history()), run / "training", logger)
         hint = sync_hint(logger, origin)
+    recall = next((result.metrics.get("exact_match/on") for result in results if result.name == "needle"), None)
+    mark_finished(run, config, recall)  # before what is printed, which may go nowhere
     if results:
         print("\n" + summary(results))
     if skipped:
@@ -95,8 +110,6 @@ def main(cfg: DictConfig) -> float | None:
     print("\nWritten:", *(f"  {path}" for path in [*written, *files]), sep="\n")
     if hint:
         print(f"\nW&B ran offline. To upload: {hint}")
-    recall = next((result.metrics.get("exact_match/on") for result in results if result.name == "needle"), None)
-    mark_finished(run, config, recall)
     return recall
 
 

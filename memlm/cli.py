@@ -9,6 +9,7 @@ All that comes before anything heavy is imported or built. Every mistake is a `C
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import functools
 import hashlib
@@ -43,7 +44,11 @@ from memlm.config import INJECTED, ConfigError, did_you_mean, slow_parts, valida
 
 # Packages whose ValueErrors are mistakes of a user.
 _OURS = ("memlm", "experiments", "benchmarks", "scripts", "__main__")
-_STOPPED = frozenset(128 + signum for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2))
+_ASKING = (signal.SIGINT, signal.SIGHUP, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+_STOPPED = frozenset(128 + signum for signum in _ASKING)
+_OUT_OF_TIME = 124  # of a job whose time is over, which ends no other
+_UNREAD = 128 + signal.SIGPIPE  # output cannot be written
+_MAY_BE_NONE = ("experiment", "logger")  # groups of which any number is chosen
 _LAUNCHERS = ("joblib", "submitit")  # packages that start the jobs of a sweep, and tell when one of them dies
 
 
@@ -79,11 +84,17 @@ def device_of_job(num: int) -> str:
     return devices[num % len(devices)] if devices else ""
 
 
+def wandb_offline() -> bool:
+    """Return whether W&B stays offline by default: unless the environment variable `WANDB_MODE` says otherwise."""
+    return os.environ.get("WANDB_MODE", "offline") not in ("online", "shared")
+
+
 def digest(text: str) -> str:
     """Return six hexadecimal digits that stand for a text in the name of a directory."""
     return hashlib.sha256(text.encode()).hexdigest()[:6]
 
 
+OmegaConf.register_new_resolver("wandb_offline", wandb_offline, replace=True)
 OmegaConf.register_new_resolver("digest", digest, replace=True)
 OmegaConf.register_new_resolver("run_dir", run_dir, replace=True)
 OmegaConf.register_new_resolver("device_of_job", device_of_job, replace=True)
@@ -111,7 +122,7 @@ def compose(
         ConfigError: an unknown option or setting, a malformed override, or a required setting without a value.
     """
     with _session(directory) as loader:
-        config = _compose(loader, list(overrides), config_name, searchpath)
+        config = _compose(loader, [_nothing(line) for line in overrides], config_name, searchpath)
     _check_missing(config)
     return config
 
@@ -487,32 +498,40 @@ def cli(
         def job(cfg: DictConfig) -> Any:
             # What _quiet_hydra() sets must not reach the processes that this job starts.
             os.environ.pop("HYDRA_FULL_ERROR", None)
+            ended = False  # before it was done
             try:
                 if _is_sweep():
                     (Path(run_dir()) / ERROR).unlink(missing_ok=True)
                 return function(cfg)
             except Exception as error:
+                if isinstance(error, OSError) and output_lost():
+                    raise SystemExit(_UNREAD) from error
                 if _is_sweep():
                     raise _job_failed(error) from error
                 if _is_user_error(error):
+                    ended = True
                     _report(error)
                     # Not an Exception, so Hydra adds no report of its own.
                     raise SystemExit(2) from error
                 raise
             except (KeyboardInterrupt, SystemExit) as stop:
+                ended = True
+                if _is_sweep() and _exit_code(stop) == _OUT_OF_TIME:
+                    return None
                 if _is_sweep() and (code := _exit_code(stop)) in _STOPPED:
                     print(f"The sweep was stopped. {_again(HydraConfig.get().sweep.dir)}", file=sys.stderr)
                     raise SystemExit(code) from stop
                 raise
             finally:
                 os.environ["HYDRA_FULL_ERROR"] = "1"
-                _remove_if_bare(Path(run_dir()))
+                _remove_if_bare(Path(run_dir()), ended)
 
         @functools.wraps(function)
         def main(cfg: DictConfig | None = None) -> Any:
             if cfg is not None:
                 return function(cfg)
-            sys.argv[1:] = [_quoted(argument) for argument in sys.argv[1:]]
+            _open_streams()
+            sys.argv[1:] = [_quoted(_nothing(argument)) for argument in sys.argv[1:]]
             path = str(Path(directory or config_dir()).resolve())
             run = hydra.main(version_base="1.3", config_path=path, config_name=config_name)
             if _wants_traceback():
@@ -523,9 +542,13 @@ def cli(
                 check_command_line(sys.argv[1:], config_name, directory=directory, check=check)
                 with _quiet_hydra():
                     run(job)()
+                if output_lost():
+                    raise SystemExit(_UNREAD)
             except (KeyboardInterrupt, SystemExit) as stop:
                 raise SystemExit(_exit_code(stop)) from None
             except Exception as error:
+                if isinstance(error, OSError) and output_lost():
+                    raise SystemExit(_UNREAD) from None
                 raise SystemExit(_end_of_failed(error)) from None
 
         return main
@@ -587,12 +610,98 @@ def _again(sweep: str) -> str:
     return f"To run what is left, repeat the command with hydra.sweep.dir={shlex.quote(sweep)}"
 
 
-def _remove_if_bare(run: Path) -> None:
-    """Remove a run directory in which there is nothing but what Hydra and a lock have put there."""
+def _remove_if_bare(run: Path, ended: bool) -> None:
+    """Remove a run directory in which there is nothing but what a start has put there.
+
+    Args:
+        run: The directory.
+        ended: Whether it was refused or stopped: what loggers and evaluations begin with is nothing either then.
+    """
     if run.resolve() == Path.cwd() or not (run / ".hydra").is_dir():
         return
-    if {path.name for path in run.iterdir()} <= {".hydra", ".lock", f"{HydraConfig.get().job.name}.log"}:
+    started = {".hydra", ".lock", f"{HydraConfig.get().job.name}.log"}
+    if ended:
+        started |= {"csv", "wandb", "evaluation.json"}
+    if {path.name for path in run.iterdir()} <= started:
         shutil.rmtree(run, ignore_errors=True)
+
+
+class _Output:
+    """Standard output that stops nothing where it cannot be written: neither a program nor its log.
+
+    Args:
+        stream: What it was.
+
+    Attributes:
+        lost: Whether it could not be written.
+    """
+
+    def __init__(self, stream: Any) -> None:
+        self._stream, self.lost = stream, False
+
+    def write(self, text: str) -> int:
+        """Write, or let it go nowhere."""
+        try:
+            return self._stream.write(text)
+        except OSError as error:
+            self._lose(error)
+            return len(text)
+
+    def flush(self) -> None:
+        """Write what waits, or let it go nowhere."""
+        try:
+            self._stream.flush()
+        except OSError as error:
+            self._lose(error)
+
+    def _lose(self, error: OSError) -> None:
+        if not self.lost:
+            self.lost = True
+            _go_nowhere(self._stream, error)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def output_lost() -> bool:
+    """Whether standard output cannot be written, since what read it is gone or a disk is full.
+
+    What is printed from then on goes nowhere.
+    """
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        _go_nowhere(sys.stdout, error)
+        return True
+    return getattr(sys.stdout, "lost", False)
+
+
+def _go_nowhere(stream: Any, error: OSError) -> None:
+    """Let what is written to a stream go nowhere from now on, and say why."""
+    with contextlib.suppress(OSError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    if not isinstance(error, BrokenPipeError):  # which what closed it knows of
+        print(f"error: the output cannot be written: {error.strerror}", file=sys.stderr)
+
+
+def _open_streams() -> None:
+    """Give a program standard streams that it can rely on.
+
+    Where it was started without, the next files that are opened would be taken for them.
+    """
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(descriptor)
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"))
+    sys.stdout = _Output(sys.stdout)
+
+
+def _nothing(argument: str) -> str:
+    """Choose nothing of a group by null too, which Hydra knows as an empty list alone."""
+    group, _, value = argument.partition("=")
+    return f"{group}=[]" if value == "null" and group in _MAY_BE_NONE else argument
 
 
 def _quoted(argument: str) -> str:

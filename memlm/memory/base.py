@@ -274,7 +274,9 @@ class Memory(nn.Module):
         if not self.has_bank:
             return fresh
         bank = {name: getattr(self, f"{_BANK}{name}") for name in named_tensors(fresh)}
-        return with_tensors(fresh, {name: t.cpu() if "host_" in name else t for name, t in bank.items()})
+        # (A model that was built without its numbers has none to bring there.)
+        host = {name: t.cpu() for name, t in bank.items() if "host_" in name and not t.is_meta}
+        return with_tensors(fresh, bank | host)
 
     def first_state(self, n_row: int) -> State:
         """State before any text: copies of the persistent bank if there is one, else a fresh state."""

@@ -14,7 +14,7 @@ from hydra.core.hydra_config import HydraConfig
 
 from memlm.config import ConfigError
 from memlm.training.resume import read_finished
-from memlm.training.stopping import Signals
+from memlm.training.stopping import OUT_OF_TIME, Signals
 
 # What a job of a sweep was told that a run of its own must not be: how the sweep goes, and its place in it.
 _OF_THE_SWEEP = ("hydra.mode", "hydra.sweep", "hydra.run", "hydra.launcher", "hydra/launcher", "hydra/sweep")
@@ -103,9 +103,11 @@ def run_apart(script: str | Path, overrides: Sequence[str], run: Path) -> float 
                 sys.stderr.write(line)
         code = process.wait()
         if asked and code != 0:
-            raise signals.stopped(asked[0])
+            raise signals.stopped(128 + asked[0])
     finally:
         signals.give_back()
+    if code == OUT_OF_TIME:  # which it has told
+        return None
     if code == 2 and refusal:
         raise ConfigError(refusal)
     if code != 0:

@@ -6,6 +6,7 @@ import contextlib
 import csv
 import fcntl
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -22,11 +23,12 @@ if TYPE_CHECKING:
 _LOCK = ".lock"  # held by the process that trains a run
 # What makes two runs the same run. The rest (loggers, paths, devices, precision) may change.
 _SAME = ("model", "memory", "data", "curriculum", "training", "replay", "seed")
-_SAME_TRAINER = ("accumulate_grad_batches", "gradient_clip_val")
+_SAME_TRAINER = ("accumulate_grad_batches", "gradient_clip_val", "gradient_clip_algorithm")
 # Settings of these that say how something is computed, not what.
 _FREE = ("data.n_worker", "model.gradient_checkpointing", "training.compile", "memory.ltm.shard")
 # Settings that no two jobs of a sweep differ in if they are the same: where files go, and what is gone on with.
 _ASIDE = ("paths", "logger", "resume")
+_ASIDE_TRAINER = ("max_time",)
 _FINISHED = "finished.json"  # of a run that is trained and measured: its settings, and what it returned
 _EARLIER = "earlier-{}.csv"  # what was logged before a run was resumed, oldest first
 
@@ -99,7 +101,7 @@ def find_in_sweep(config: Mapping[str, Any], sweep: Path) -> Finished | Origin |
             if _whole(content["config"]) == _whole(config):
                 return Finished(run, content["value"])
         elif not _is_alive(run, config):
-            origin = _newest_of(run, lambda there: _whole(there) == _whole(config))
+            origin = _newest_of(run, config, lambda there: _whole(there) == _whole(config))
             unfinished += [origin] if origin is not None else []
     if not unfinished:
         return None
@@ -109,23 +111,35 @@ def find_in_sweep(config: Mapping[str, Any], sweep: Path) -> Finished | Origin |
 
 
 def _finished(run: Path) -> dict[str, Any] | None:
+    """What was written when a run was done; None of a run that is not, or of which that cannot be read."""
+    file = run / _FINISHED
+    if not file.is_file():
+        return None
     try:
-        return json.loads((run / _FINISHED).read_text(encoding="utf-8"))
+        content = json.loads(file.read_text(encoding="utf-8"))
+        if isinstance(content["config"], dict) and isinstance(content["value"], float | int | None):
+            return content
     except FileNotFoundError:
         return None
+    except (ValueError, KeyError, TypeError, RecursionError):
+        pass
+    print(f"{file} is damaged: the run counts as unfinished", file=sys.stderr)
+    return None
 
 
 def _whole(config: Mapping[str, Any]) -> Any:
     """A configuration as it can be compared with one that was written to a file."""
-    return json.loads(json.dumps({name: node for name, node in config.items() if name not in _ASIDE}))
+    trainer = {name: value for name, value in config["trainer"].items() if name not in _ASIDE_TRAINER}
+    return json.loads(json.dumps({n: node for n, node in config.items() if n not in _ASIDE} | {"trainer": trainer}))
 
 
 def find_origin(resume: str | None, config: Mapping[str, Any], roots: Sequence[Path]) -> Origin | None:
     """The checkpoint that ``resume`` means.
 
     Args:
-        resume: A run directory or checkpoint; ``auto`` for the newest run of this configuration below ``roots``, if
-            it is unfinished (stopped in training, or before it was measured); None for none.
+        resume: A run directory or checkpoint; ``auto`` for the unfinished run of this configuration below ``roots``
+            (stopped in training, or before it was measured) that has made most steps, unless a newer one is finished;
+            None for none.
         config: Plain configuration of this run, steps planned.
         roots: Where runs are kept.
 
@@ -133,20 +147,24 @@ def find_origin(resume: str | None, config: Mapping[str, Any], roots: Sequence[P
         What to go on from, or None to begin anew.
 
     Raises:
-        ConfigError: If there is no such checkpoint, it belongs to another configuration, or nothing is left to train.
+        ConfigError: If there is no such checkpoint, it belongs to another configuration, lacks something, is of a run
+            that is still being trained, or nothing is left to train.
     """
     if resume is None:
         return None
     if resume == "auto":
         return _newest(config, roots)
     path = find(resume)
-    origin = _origin(path)
-    if differences := _differences(config, origin.entry["config"]):
+    content = _content(path)
+    if differences := _differences(config, content["memlm"]["config"]):
         more = f" (and {len(differences) - 5} more)" if len(differences) > 5 else ""
         raise ConfigError(
             f"{path} was trained with other settings: {'; '.join(differences[:5])}{more}. "
             "Give the settings of that run, or leave out resume"
         )
+    origin = _origin(path, content, config)
+    if _is_alive(origin.run, config):
+        raise ConfigError(f"{origin.run} is still being trained by another process: wait until it ends, or stop it")
     if origin.step >= config["trainer"]["max_steps"] and _finished(origin.run) is not None:
         raise ConfigError(
             f"{path} has made {origin.step} of {config['trainer']['max_steps']} steps: nothing is left to train. "
@@ -184,11 +202,16 @@ def keep_earlier_history(run: Path, origin: Origin) -> None:
     if sources and run.resolve() == origin.run.resolve():  # at once: a run killed in between would have it twice
         sources.append(sources.pop().replace(run / "csv" / _EARLIER.format(len(sources))))
     for i, source in enumerate(sources):
-        with open(source, newline="", encoding="utf-8") as file:
-            reader = csv.DictReader(file)
-            columns = list(reader.fieldnames or [])
-            # A process that was killed may have left half a line.
-            rows = [row for row in reader if None not in (*row, *row.values()) and (row.get("step") or "").isdigit()]
+        try:
+            with open(source, newline="", encoding="utf-8") as file:
+                reader = csv.DictReader(file)
+                columns = list(reader.fieldnames or [])
+                # A process that was killed may have left half a line.
+                rows = [r for r in reader if None not in (*r, *r.values()) and (r.get("step") or "").isdecimal()]
+        except (UnicodeDecodeError, csv.Error) as error:
+            raise ConfigError(
+                f"{source} is damaged ({error}): move it away to go on without what was logged before"
+            ) from error
         with atomic_file(run / "csv" / _EARLIER.format(i)) as target:
             lines = [columns, *([row[c] for c in columns] for row in rows if int(row["step"]) < origin.step)]
             target.write("".join(",".join(_quoted(cell) for cell in line) + "\n" for line in lines).encode())
@@ -197,8 +220,9 @@ def keep_earlier_history(run: Path, origin: Origin) -> None:
 def history_files(run: Path) -> list[Path]:
     """What a run and those it went on from have logged, oldest first."""
     folder = run / "csv"
-    files = sorted(folder.glob(_EARLIER.format("*")), key=lambda file: int(file.stem.partition("-")[2]))
-    return [*files, *folder.glob("metrics.csv")]
+    numbers = {file: file.stem.partition("-")[2] for file in folder.glob(_EARLIER.format("*"))}
+    files = sorted((file for file in numbers if numbers[file].isdecimal()), key=lambda file: int(numbers[file]))
+    return [file for file in (*files, folder / "metrics.csv") if file.is_file()]
 
 
 def _quoted(cell: str | None) -> str:
@@ -207,10 +231,20 @@ def _quoted(cell: str | None) -> str:
     return '"' + cell.replace('"', '""') + '"' if any(c in cell for c in ',"\n\r') else cell
 
 
-def _origin(path: Path, peek: bool = False) -> Origin:
+def _content(path: Path, peek: bool = False) -> dict[str, Any]:
+    """What a checkpoint holds, if it has a state of training."""
     content = read(path, peek)
     if "global_step" not in content or "optimizer_states" not in content:
         raise ConfigError(f"{path} holds a model but no state of its training: it cannot be resumed")
+    if not isinstance(content["memlm"]["config"], dict):
+        raise ConfigError(f"{path} is not a checkpoint of memlm: the configuration in it is none")
+    return content
+
+
+def _origin(path: Path, content: Mapping[str, Any], config: Mapping[str, Any]) -> Origin:
+    from memlm.training.training_state import check_training_state
+
+    check_training_state(path, content, config)
     return Origin(path, content["global_step"], content["memlm"])
 
 
@@ -222,6 +256,8 @@ def running(run: Path) -> Iterator[None]:
         ConfigError: If another process trains it.
     """
     run.mkdir(parents=True, exist_ok=True)
+    if os.path.lexists(run / _LOCK) and not (run / _LOCK).is_file():
+        raise ConfigError(f"{run / _LOCK} must be a file, by which a run is marked as alive: remove it")
     with open(run / _LOCK, "a") as lock:
         try:
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock: that would live on in loader workers
@@ -248,6 +284,8 @@ def _is_alive(run: Path, config: Mapping[str, Any]) -> bool:
     """
     if run.resolve() == Path(config["paths"]["run_dir"]).resolve():
         return False
+    if not (run / _LOCK).is_file():
+        return False
     with contextlib.suppress(FileNotFoundError), open(run / _LOCK, "r+") as lock:
         try:
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -257,35 +295,45 @@ def _is_alive(run: Path, config: Mapping[str, Any]) -> bool:
 
 
 def _newest(config: Mapping[str, Any], roots: Sequence[Path]) -> Origin | None:
-    """The newest whole checkpoint of the newest run with this configuration, unless that run is finished."""
-    newest: dict[Path, float] = {}
+    """The run with this configuration that is furthest, of those that are not finished.
+
+    Runs older than a finished one are left out: it may have gone on from them.
+    """
+    times: dict[Path, float] = {}  # of the newest checkpoint
     for root in roots:
-        for path in root.rglob(f"{FOLDER}/step=*.ckpt"):
-            run = path.parent.parent
-            with contextlib.suppress(FileNotFoundError):  # a run that is alive removes its old ones
-                newest[run] = max(newest.get(run, 0.0), path.stat().st_mtime)
-    for run in sorted(newest, key=newest.__getitem__, reverse=True):
+        for folder in root.rglob(FOLDER):
+            remove_leftovers(folder.parent)
+            for path in folder.glob("step=*.ckpt"):
+                with contextlib.suppress(OSError):  # a run that is alive removes its old ones
+                    times[folder.parent] = max(times.get(folder.parent, 0.0), path.stat().st_mtime)
+    unfinished: list[Origin] = []
+    finished: Path | None = None
+    for run in sorted(times, key=times.__getitem__, reverse=True):
         if _is_alive(run, config):
             print(f"resume=auto: {run} is still being trained; left alone")
-            continue
-        origin = _newest_of(run, lambda there: _same_run(config, there))
-        if origin is None:
-            continue
-        if origin.step >= config["trainer"]["max_steps"] and _finished(run) is not None:
-            print(f"resume=auto: {run} is finished; beginning anew")
-            return None
-        remove_leftovers(run)
-        return origin
-    print(f"resume=auto: no unfinished run with these settings in {' or '.join(map(str, roots))}; beginning anew")
+        elif (content := _finished(run)) is not None:
+            if _same_run(config, content["config"]):
+                finished = run
+                break
+        elif (origin := _newest_of(run, config, lambda there: _same_run(config, there))) is not None:
+            unfinished.append(origin)
+    if unfinished:
+        return max(unfinished, key=lambda origin: origin.step)
+    if finished is not None:
+        print(f"resume=auto: {finished} is finished; beginning anew")
+    else:
+        print(f"resume=auto: no unfinished run with these settings in {' or '.join(map(str, roots))}; beginning anew")
     return None
 
 
-def _newest_of(run: Path, wanted: Callable[[Mapping[str, Any]], bool]) -> Origin | None:
+def _newest_of(run: Path, config: Mapping[str, Any], wanted: Callable[[Mapping[str, Any]], bool]) -> Origin | None:
     """The newest whole checkpoint of a run, if its configuration is ``wanted``."""
     for path in reversed(checkpoints(run)):
         try:
-            return _origin(path) if wanted(_origin(path, peek=True).entry["config"]) else None
-        except (ConfigError, OSError) as error:
+            if not wanted(_content(path, peek=True)["memlm"]["config"]):
+                return None
+            return _origin(path, _content(path), config)
+        except (ConfigError, OSError, RecursionError) as error:
             print(f"left out: {error}", file=sys.stderr)
     return None
 

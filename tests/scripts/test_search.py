@@ -115,7 +115,7 @@ def test_a_trial_in_which_the_search_was_stopped_is_made_again(
     calls: list[dict[str, str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def stop(*arguments: Any) -> float:
-        raise Stopped(15)
+        raise Stopped(128 + 15)
 
     with monkeypatch.context() as patch:
         patch.setattr("memlm.training.apart.run_apart", stop)
