@@ -37,7 +37,6 @@ def build(*overrides: str) -> LanguageModel:
     from memlm.cli import compose, to_dict  # here, as a trained model is built without Hydra
 
     config = to_dict(compose(overrides))
-    validate({name: config[name] for name in ("seed", "n_parameter")})
     for part in ("model", "memory", "data", "curriculum"):
         validate(config[part], key=part)
     return build_model(config, build_tokenizer(config))
