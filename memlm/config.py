@@ -182,6 +182,27 @@ def _check_node(key: str, node: dict[str, Any], injected: frozenset[str]) -> Non
             _check_value(_dot(key, name), value, hints[name])
 
 
+def check_kind(node: Any, key: str, kind: type) -> None:
+    """Check that a node names a class of the kind that is wanted there; of a function only its call can tell.
+
+    Args:
+        node: the settings.
+        key: their full name, for the errors.
+        kind: what they have to make.
+
+    Raises:
+        ConfigError: if they name no class, or another kind of class.
+    """
+    if not isinstance(node, Mapping) or not isinstance(node.get("_target_"), str):
+        raise ConfigError(f"{key} must be settings with a _target_, got {_show(node)}.")
+    thing = _locate(node["_target_"], _dot(key, "_target_"))
+    if not (issubclass(thing, kind) if isinstance(thing, type) else callable(thing)):
+        raise ConfigError(
+            f"{key}._target_ must name a {kind.__name__} ({kind.__module__}.{kind.__name__} or a class made of it), got "
+            f"{node['_target_']}."
+        )
+
+
 def check_arguments(target: str, given: Mapping[str, Any], key: str, supplied: Collection[str]) -> None:
     """Check names and simple types of arguments for a function; what is left out is not missed.
 
@@ -349,7 +370,7 @@ def _fits(value: Any, hint: Any) -> bool:
     if hint is bool:
         return isinstance(value, bool)
     if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool)
+        return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63  # which torch can count
     if hint is float:
         return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     if hint is str:
@@ -372,9 +393,14 @@ def _fits(value: Any, hint: Any) -> bool:
         if not isinstance(value, dict):
             return False
         return len(args) != 2 or all(_fits(k, args[0]) and _fits(v, args[1]) for k, v in value.items())
-    # Any, a type variable, a protocol, a class: what is right there only the constructor can tell, except that
-    # nothing but None stands for None.
-    return hint is Any or hint is object or isinstance(hint, TypeVar) or value is not None
+    if isinstance(hint, type) and hint is not Any:  # no plain value is an object of a class
+        try:
+            return isinstance(value, hint)
+        except TypeError:  # a protocol that says nothing of its objects
+            return True
+    # Any, a type variable, a function: what is right there only the constructor can tell, except that nothing but None
+    # stands for None.
+    return hint is Any or isinstance(hint, TypeVar) or value is not None
 
 
 def _describe(hint: Any) -> str:
@@ -405,7 +431,9 @@ def _show(value: Any) -> str:
     names = {bool: "", int: " (an int)", float: " (a float)", str: " (a string)"}
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
-    text = repr(value)
+    text = reprlib.repr(value) if isinstance(value, int) else repr(value)
     if isinstance(value, float) and not math.isfinite(value):
         return f"{text} (not a finite number)"
+    if isinstance(value, int) and abs(value) >= 2**63:
+        return f"{text[:77]} (too large)"
     return (text if len(text) <= 80 else f"{text[:77]}...") + names.get(type(value), "")
