@@ -246,8 +246,8 @@ def check_settings(settings: Any, least: Mapping[str, float]) -> None:
         least: By name of a setting, the least it may be; None is always right.
 
     Raises:
-        ConfigError: If one is less, or so much that it would not end, ``facts_per_segment`` is not positive, or ``split``
-            is text of training.
+        ConfigError: If one is less, or so much that it would not end, ``facts_per_segment`` is not positive, or
+            ``split`` is text of training.
     """
     name = type(settings).__module__.rpartition(".")[2]
     _check_most(name, vars(settings))
@@ -281,8 +281,8 @@ def _check_most(name: str, settings: Mapping[str, Any]) -> None:
         if n_token > _MOST_TOKENS:
             raise ConfigError(
                 f"{name} would read {n_token:,} tokens (n_document * distance) under each condition, about "
-                f"{n_token / _SPEED / 86_400:,.1f} days at {_SPEED:,} tokens a second: lower one of them, so that they are "
-                f"at most {_MOST_TOKENS:,}"
+                f"{n_token / _SPEED / 86_400:,.1f} days at {_SPEED:,} tokens a second: lower one of them, so that they "
+                f"are at most {_MOST_TOKENS:,}"
             )
 
 

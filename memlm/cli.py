@@ -168,6 +168,7 @@ def _compose(
     if config_name not in (names := _options(loader, "", extra, None)):
         raise ConfigError(f"There is no config {config_name!r}.{did_you_mean(config_name, names)} {_listing(names)}")
 
+    groups = functools.cache(lambda: _groups(loader, config_name, extra))  # which takes a while
     settings: list[Override] = []
     base = list(extra)
     for override, line in zip(parsed, overrides, strict=True):
@@ -175,10 +176,9 @@ def _compose(
             base.append(line)
         elif options := _options(loader, override.key_or_group, extra, config_name):
             _check_choice(override, options)
-            groups = _groups(loader, config_name, extra)
-            if override.type.name == "CHANGE" and override.key_or_group not in groups:
+            if override.type.name == "CHANGE" and override.key_or_group not in groups():
                 raise ConfigError(
-                    f"{override.key_or_group} is no choice of {config_name}, which has {', '.join(groups)}. See --help."
+                    f"{override.key_or_group} is no choice of {config_name}, which has {', '.join(groups())}. See --help."
                 )
             base.append(line)
         elif override.type.name != "CHANGE":  # +key, ++key and ~key may name what is not there
@@ -188,7 +188,6 @@ def _compose(
     # First only what decides which settings there are, so that each of the others can be looked up.
     if settings:
         known = _hydra_compose(config_name, base)
-        groups = _groups(loader, config_name, extra)
         for override in settings:
             _check_key(known, override, groups)
     whole = _hydra_compose(config_name, extra + overrides, return_hydra_config=True)
@@ -222,6 +221,10 @@ def _told_in_a_sentence() -> Iterator[None]:
         raise ConfigError(_sentence(error)) from error
     except yaml.YAMLError as error:
         raise ConfigError(f"A config file is not valid YAML: {_sentence(error)}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"A config file is not text in UTF-8: {error}") from error
+    except RecursionError as error:
+        raise ConfigError("The settings are nested too deeply, or hold or include themselves.") from error
 
 
 def _parse(overrides: Sequence[str], loader: ConfigLoader | None = None) -> list[Override]:
@@ -237,7 +240,9 @@ def _parse(overrides: Sequence[str], loader: ConfigLoader | None = None) -> list
                 reason = "A setting is changed with key=value."
             else:
                 reason = "Values with spaces or special characters need quotes, such as 'key=\"a, b\"'."
-            raise ConfigError(f"Cannot read {line!r}. {reason}") from error
+            raise ConfigError(f"Cannot read {_brief(line)}. {reason}") from error
+        except (RecursionError, ValueError) as error:  # of brackets in brackets, and numbers of very many digits
+            raise ConfigError(f"Cannot read {_brief(line)}: it is nested too deeply, or too long.") from error
     return parsed
 
 
@@ -270,7 +275,7 @@ def _check_choice(override: Override, options: list[str]) -> None:
             )
 
 
-def _check_key(config: DictConfig, override: Override, groups: list[str]) -> None:
+def _check_key(config: DictConfig, override: Override, groups: Callable[[], list[str]]) -> None:
     """Raise unless the setting of an override exists."""
     key = override.key_or_group
     node: Any = config
@@ -282,7 +287,7 @@ def _check_key(config: DictConfig, override: Override, groups: list[str]) -> Non
             raise ConfigError(f"There is no setting {key!r}: {done} is a single value.")
         names = [str(k) for k in node]
         if part not in names:
-            raise ConfigError(_unknown(config, done, part, names if done else [*names, *groups]))
+            raise ConfigError(_unknown(config, done, part, names if done else [*names, *groups()]))
         done = f"{done}.{part}" if done else part
         try:
             node = node[part]
@@ -544,7 +549,7 @@ def _jobs(parsed: Sequence[Override]) -> Iterator[list[str]]:
         n_job *= n
         if n_job > _MOST_JOBS:
             raise ConfigError(
-                f"The sweep would be more than {_MOST_JOBS:,} jobs (with {_short(override)}): give fewer values, or "
+                f"The sweep would be more than {_MOST_JOBS:,} jobs (with {_brief(override.input_line)}): give fewer values, or "
                 "draw from them with scripts/search.py."
             )
         choices.append(lines)
@@ -579,9 +584,8 @@ def _some(values: list[str]) -> list[str]:
     return list(dict.fromkeys(some))
 
 
-def _short(override: Override) -> str:
-    text = str(override.input_line)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+def _brief(text: str | None) -> str:
+    return repr(text) if len(str(text)) <= 80 else f"{str(text)[:77]!r}..."
 
 
 class JobFailed(Exception):

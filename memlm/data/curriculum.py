@@ -75,7 +75,7 @@ class Curriculum:
                     )
             if phase.n_row * phase.n_segment > _MOST_SEGMENTS:
                 raise ConfigError(
-                    f"curriculum.phases[{i}] asks for {phase.n_row:,} rows of {phase.n_segment:,} segments in each batch: "
+                    f"curriculum.phases[{i}] asks for {phase.n_row:,} rows of {phase.n_segment:,} segments in a batch: "
                     f"give n_row and n_segment of which the product is at most {_MOST_SEGMENTS:,}"
                 )
             if phase.task is not None:

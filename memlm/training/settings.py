@@ -11,7 +11,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 
 from memlm.config import ConfigError, check_kind, instantiate, whole
-from memlm.data.curriculum import Curriculum, build_curriculum
+from memlm.data.curriculum import build_curriculum
 
 # What numbers of the trainer may be, null apart: Lightning takes others too, and fails or goes on for ever.
 _RANGES = {
@@ -90,7 +90,7 @@ def plan_steps(config: dict[str, Any]) -> dict[str, Any]:
     trainer = dict(config["trainer"])
     for name in ("max_steps", "precision", "accelerator", "devices", "strategy", "enable_progress_bar", *_RANGES):
         if name not in trainer:
-            raise ConfigError(f"trainer.{name} is missing: give it a value, such as that of configs/trainer/default.yaml")
+            raise ConfigError(f"trainer.{name} is missing: give it a value, as configs/trainer/default.yaml does")
     for name, (least, most) in _RANGES.items():
         value = trainer[name]
         if value is not None and not (isinstance(value, int | float) and least <= value <= most):
