@@ -177,8 +177,9 @@ def _compose(
         elif options := _options(loader, override.key_or_group, extra, config_name):
             _check_choice(override, options)
             if override.type.name == "CHANGE" and override.key_or_group not in groups():
+                known = ", ".join(groups())
                 raise ConfigError(
-                    f"{override.key_or_group} is no choice of {config_name}, which has {', '.join(groups())}. See --help."
+                    f"{override.key_or_group} is no choice of {config_name}, which has {known}. See --help."
                 )
             base.append(line)
         elif override.type.name != "CHANGE":  # +key, ++key and ~key may name what is not there
@@ -187,9 +188,9 @@ def _compose(
             settings.append(override)
     # First only what decides which settings there are, so that each of the others can be looked up.
     if settings:
-        known = _hydra_compose(config_name, base)
+        chosen = _hydra_compose(config_name, base)
         for override in settings:
-            _check_key(known, override, groups)
+            _check_key(chosen, override, groups)
     whole = _hydra_compose(config_name, extra + overrides, return_hydra_config=True)
     config = whole.copy()
     with open_dict(config):
@@ -549,8 +550,8 @@ def _jobs(parsed: Sequence[Override]) -> Iterator[list[str]]:
         n_job *= n
         if n_job > _MOST_JOBS:
             raise ConfigError(
-                f"The sweep would be more than {_MOST_JOBS:,} jobs (with {_brief(override.input_line)}): give fewer values, or "
-                "draw from them with scripts/search.py."
+                f"The sweep would be more than {_MOST_JOBS:,} jobs (with {_brief(override.input_line)}): give fewer "
+                "values, or draw from them with scripts/search.py."
             )
         choices.append(lines)
     yield [c[0] for c in choices]

@@ -198,8 +198,7 @@ def check_kind(node: Any, key: str, kind: type) -> None:
     thing = _locate(node["_target_"], _dot(key, "_target_"))
     if not (issubclass(thing, kind) if isinstance(thing, type) else callable(thing)):
         raise ConfigError(
-            f"{key}._target_ must name a {kind.__name__} ({kind.__module__}.{kind.__name__} or a class made of it), got "
-            f"{node['_target_']}."
+            f"{key}._target_ must name {kind.__module__}.{kind.__name__} or a class made of it, got {node['_target_']}."
         )
 
 

@@ -88,6 +88,10 @@ def plan_steps(config: dict[str, Any]) -> dict[str, Any]:
         ConfigError: If a signal is asked for that is not there, or a number is out of range.
     """
     trainer = dict(config["trainer"])
+    if trainer["_target_"] not in ("lightning.Trainer", "lightning.pytorch.Trainer"):
+        raise ConfigError(
+            f"trainer._target_ must be lightning.Trainer, which makes the run, got {trainer['_target_']!r}"
+        )
     for name in ("max_steps", "precision", "accelerator", "devices", "strategy", "enable_progress_bar", *_RANGES):
         if name not in trainer:
             raise ConfigError(f"trainer.{name} is missing: give it a value, as configs/trainer/default.yaml does")
