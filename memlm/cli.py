@@ -204,7 +204,7 @@ def _compose(
                 raise ConfigError(
                     f"{override.key_or_group} has no effect, as {name} is not measured: choose experiment={name}."
                 )
-        _refuse_unknown(config, schema, _referred(whole), experiments)
+        _refuse_unknown(config, schema, _referred(whole, schema), experiments)
     return config
 
 
@@ -224,6 +224,8 @@ def _told_in_a_sentence() -> Iterator[None]:
         raise ConfigError(f"A config file is not valid YAML: {_sentence(error)}") from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"A config file is not text in UTF-8: {error}") from error
+    except OSError as error:
+        raise ConfigError(f"A config file cannot be read, or holds no mapping of settings: {error}") from error
     except RecursionError as error:
         raise ConfigError("The settings are nested too deeply, or hold or include themselves.") from error
 
@@ -328,14 +330,19 @@ def _refuse_unknown(
             child = section._get_node(name)
             if is_section(hints[name]) and isinstance(child, DictConfig) and not child._is_none():
                 _refuse_unknown(config, hints[name], referred, parent=key)
-        elif not (
-            any(f"{one}.".startswith(f"{key}.") for one in referred)
-            or name in experiments
-            or (not parent and _is_experiment(config, name))
-        ):
+        elif any(f"{key}.".startswith(f"{one}.") for one in referred) or name in experiments:
+            continue
+        elif any(f"{one}.".startswith(f"{key}.") for one in referred):
+            _refuse_unknown(config, _Own, referred, parent=key)
+        elif parent or not _is_experiment(config, name):
+            names = list(hints) or [str(other) for other in section if other != name]
             raise ConfigError(
-                f"{_unknown(config, parent, name, list(hints))} A key of your own is fine where a setting refers to it."
+                f"{_unknown(config, parent, name, names)} A key of your own is fine where a setting refers to it."
             )
+
+
+class _Own:
+    """The schema of a section of which code reads nothing."""
 
 
 def _is_experiment(config: DictConfig, name: str) -> bool:
@@ -343,15 +350,32 @@ def _is_experiment(config: DictConfig, name: str) -> bool:
     return isinstance(node, DictConfig) and not node._is_none() and str(node.get("_target_")).startswith("experiments.")
 
 
-def _referred(config: DictConfig) -> set[str]:
-    """Full names to which the values of a config refer, as `${data.path}` or `${.path}`."""
-    found = set()
+def _referred(config: DictConfig, schema: type) -> set[str]:
+    """Full names to which settings that are read refer, as `${data.path}` or `${.path}`; with those of Hydra."""
+    pairs = []
     for key, text in _texts(OmegaConf.to_container(config, resolve=False)):
+        if key[:2] == ["hydra", "overrides"]:  # the command line, told once more
+            continue
         for name in re.findall(r"\$\{([^${}:]+)\}", text):
             levels = len(name) - len(name.lstrip("."))
             place = key[: len(key) - levels] if levels else []
-            found.add(".".join([*place, name.lstrip(".")]))
+            pairs.append((key, ".".join([*place, name.lstrip(".")])))
+    found: set[str] = set()
+    while more := {name for key, name in pairs if _is_read(config, schema, key, found)} - found:
+        found |= more
     return found
+
+
+def _is_read(config: DictConfig, schema: type, key: Sequence[str], referred: Collection[str]) -> bool:
+    """Whether something reads a setting: Hydra, code by the schema, or another setting that is read."""
+    if key[0] == "hydra" or _is_experiment(config, key[0]):
+        return True
+    hint: Any = schema
+    for part in key:
+        if is_section(hint) and part not in (hints := schema_hints(hint)):
+            return any(f"{'.'.join(key)}.".startswith(f"{name}.") for name in referred)
+        hint = hints[part] if is_section(hint) else hint
+    return True
 
 
 def _texts(value: Any, key: Sequence[str] = ()) -> Iterator[tuple[Sequence[str], str]]:

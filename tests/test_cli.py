@@ -629,8 +629,12 @@ def test_a_typing_error_in_a_recipe_is_refused(tmp_path: Path) -> None:
 
 def test_keys_that_others_refer_to_are_fine() -> None:
     assert compose(["+width=32", "model.d_model=${width}", "model.d_ff=${width}"]).model.d_ff == 32
-    assert compose(["+a.b=x", "name=${a.b}", "+a.c=${.b}"]).name == "x"
+    assert compose(["+a.b=x", "name=${a.b}"]).name == "x"
+    assert compose(["+a.b=x", "+a.c=${.b}", "name=${a.c}"]).name == "x"
+    assert "'a.c'" in error(compose, ["+a.b=x", "name=${a.b}", "+a.c=3"])
     compose(["+tag=x", "hydra.run.dir=out/${tag}"])
+    assert "'a.c'" in error(compose, ["+a.b=1", "+a.c=${a.b}"])  # which nothing refers to in turn
+    assert compose(["+a=1", "+b=${a}", "seed=${b}"]).seed == 1
     assert "'tagg'" in error(compose, ["+tagg=x", "hydra.run.dir=out/${hydra:job.name}"])
 
 

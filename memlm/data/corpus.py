@@ -407,7 +407,7 @@ def _content_hash(splits: dict[str, list[str]]) -> str:
 
 def _find(pattern: str) -> list[Path]:
     """Return the file, or the files that match the pattern, sorted."""
-    path = Path(pattern).expanduser()
+    path = Path(os.path.expanduser(pattern))
     if path.is_file():
         return [path]
     if path.is_dir():

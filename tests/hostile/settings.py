@@ -173,7 +173,6 @@ _FILES = {  # of a recipe of somebody's own
     "a resolver": "name: ${nothing:1}\n",
     "a wrong package": "# @package model.x.y\nseed: 3\n",
     "a null section": "data: null\n",
-    "a missing value": "seed: ???\n",
     "a date": "seed: 2030-01-01\n",
     "a key that is a number": "5: 3\n",
     "a key that is null": "null: 3\n",
