@@ -851,7 +851,9 @@ def _is_user_error(error: BaseException) -> bool:
     error = _root(error)
     if isinstance(error, ConfigError | HydraException | OmegaConfBaseException):
         return True
-    if isinstance(error, FileNotFoundError | IsADirectoryError | NotADirectoryError | PermissionError):
+    if isinstance(
+        error, FileNotFoundError | FileExistsError | IsADirectoryError | NotADirectoryError | PermissionError
+    ):
         return error.filename is not None
     # By convention this project raises ValueError for what a user can get wrong; elsewhere it may mean anything.
     frame = error.__traceback__
