@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from memlm.config import ConfigError, instantiate, validate
+from memlm.config import ConfigError, check_kind, instantiate, validate
+from memlm.data.curriculum import build_curriculum
 from memlm.data.tokenizer import Tokenizer, get_tokenizer
 from memlm.data.tokens import cache_dir
 
@@ -37,7 +38,6 @@ def build(*overrides: str) -> LanguageModel:
     from memlm.cli import compose, to_dict  # here, as a trained model is built without Hydra
 
     config = to_dict(compose(overrides))
-    validate({name: config[name] for name in ("seed", "n_parameter")})
     for part in ("model", "memory", "data", "curriculum"):
         validate(config[part], key=part)
     return build_model(config, build_tokenizer(config))
@@ -64,7 +64,7 @@ def build_data(config: dict[str, Any], tokenizer: Tokenizer, corpus: Corpus | No
         corpus=corpus or build_corpus(config),
         tokenizer=tokenizer,
         segment_len=config["model"]["segment_len"],
-        curriculum=instantiate(config["curriculum"], "curriculum"),
+        curriculum=build_curriculum(config),
         cache_dir=_cache(config),
         seed=config["seed"],
         n_worker=config["data"]["n_worker"],
@@ -104,9 +104,22 @@ def check_model(config: dict[str, Any]) -> None:
     Raises:
         ConfigError: If a value is refused; the message names it.
     """
+    from memlm.data.corpus import Corpus
+    from memlm.memory.base import Memory
+    from memlm.models.base import LanguageModel
+
+    check_kind(config["model"], "model", LanguageModel)
+    if "segment_len" not in config["model"]:
+        raise ConfigError("model.segment_len is missing: give it a value, as the data is cut by it too")
+    for name, node in config["memory"].items():
+        check_kind(node, f"memory.{name}", Memory)
+    check_kind(config["data"]["corpus"], "data.corpus", Corpus)
     tokenizer: Any = SimpleNamespace(vocab_size=2)
-    with torch.device("meta"):
-        build_model(config, tokenizer)
+    try:
+        with torch.device("meta"):
+            build_model(config, tokenizer)
+    except (RuntimeError, OverflowError) as error:  # torch cannot count so many numbers
+        raise ConfigError(f"a size of the model or a memory is too large: {str(error).splitlines()[0]}") from error
 
 
 def _width(settings: dict[str, Any], n_parameter: int, make: Callable[..., LanguageModel]) -> int:

@@ -21,7 +21,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
 
 import train
-from memlm.cli import check_command_line, cli, run_dir, to_dict
+from memlm.cli import check_command_line, cli, quoted, run_dir, to_dict
 from memlm.config import ConfigError, did_you_mean, whole
 
 if TYPE_CHECKING:
@@ -198,7 +198,7 @@ def main(cfg: DictConfig) -> None:
             print(f"trial {trial.number}: {' '.join(map(shlex.quote, lines))}", flush=True)
             run = directory / f"trial-{trial.number}"
             # If the search was stopped in a trial, the run to go on with is below this directory too.
-            lines += [f"paths.root='{directory}'", "resume=auto"]
+            lines += [f"paths.root={quoted(str(directory))}", "resume=auto"]
             try:
                 returned = run_apart(train.__file__, [*places, *fixed, *lines], run)
                 study.tell(trial, measured(run, settings["metric"], returned))

@@ -325,8 +325,8 @@ class Symbols(Corpus):
     LEAST = 4096  # symbols of a split, so that it is longer than a segment of any usual model
 
     def __init__(self, n_symbol: int):
-        if n_symbol < 2:
-            raise ConfigError(f"n_symbol must be at least 2, not {n_symbol}.")
+        if not 2 <= n_symbol <= 10**6:
+            raise ConfigError(f"data.corpus.n_symbol must be in 2..1000000, not {n_symbol}.")
         self.name = f"{n_symbol} symbols"
         self._n_symbol = n_symbol
 
@@ -407,7 +407,7 @@ def _content_hash(splits: dict[str, list[str]]) -> str:
 
 def _find(pattern: str) -> list[Path]:
     """Return the file, or the files that match the pattern, sorted."""
-    path = Path(pattern).expanduser()
+    path = Path(os.path.expanduser(pattern))
     if path.is_file():
         return [path]
     if path.is_dir():

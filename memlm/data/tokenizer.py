@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -80,7 +81,7 @@ class Tokenizer:
         Raises:
             ConfigError: The file is missing or is not a tokenizer.json.
         """
-        path = Path(path).expanduser()
+        path = Path(os.path.expanduser(path))
         if not path.is_file():
             raise ConfigError(f"tokenizer file {str(path)!r} does not exist; give the path of a tokenizer.json.")
         try:

@@ -122,7 +122,7 @@ def read(path: str | os.PathLike[str], most: int = 2**40) -> MemoryFile:
 
 def _path(path: str | os.PathLike[str]) -> Path:
     try:
-        found = Path(path).expanduser()
+        found = Path(os.path.expanduser(path))
         if "\0" in str(found):
             raise ValueError("there is a null byte in it")
         return found

@@ -25,6 +25,8 @@ from memlm.memory.state import State, map_tensors, select_rows, tensors, where_r
 from memlm.models import arguments
 from memlm.models.experience import ExperienceModel
 
+_WIDEST = 2**20  # of a model, and of its segments
+
 
 class LocalState(NamedTuple):
     """What the model itself carries between calls; dropped by `SegmentModel.new_context`.
@@ -202,9 +204,13 @@ class SegmentModel(ExperienceModel):
         gradient_checkpointing: bool = False,
     ) -> None:
         super().__init__()
-        for name, number in {"n_layer": n_layer, "d_model": d_model, "segment_len": segment_len}.items():
-            if number < 1:
-                raise ValueError(f"model.{name} must be at least 1, got {number}")
+        for name, number, most in (
+            ("n_layer", n_layer, 1000),
+            ("d_model", d_model, _WIDEST),
+            ("segment_len", segment_len, _WIDEST),
+        ):
+            if not 1 <= number <= most:
+                raise ValueError(f"model.{name} must be in 1..{most}, got {number}")
         if not 0 <= overlap <= segment_len:
             raise ValueError(f"model.overlap must be in 0..segment_len ({segment_len}), got {overlap}")
         self.n_vocab, self.d_model, self.n_layer = n_vocab, d_model, n_layer
