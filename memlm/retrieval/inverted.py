@@ -228,6 +228,13 @@ class InvertedFile:
         """Deal out, in place, all ``used`` (M,) slots of the one row of ``lists`` by their ``key`` (M, d_key)."""
         slot = used.nonzero()[:, 0]
         n_used = len(slot)
+        if n_used < self.n_first:  # few again, as after forgetting: every slot is searched, as before the first time
+            fresh = self.empty(1, key.device)
+            for part, empty in zip(lists, fresh, strict=True):
+                part.copy_(empty)
+            for part in (lists.left, lists.host_left):
+                part.fill_(self.n_first - n_used)
+            return
         n_list = min(self.n_list, max(1, math.ceil(self.n_list * math.sqrt(n_used / self.n_slot))))
         lists.centroid.zero_()
         if n_used:
@@ -282,10 +289,9 @@ class InvertedFile:
         there = lists.n_list > 0  # rows that are dealt out
         held = lists.slot >= 0  # (B, L * C + 1)
         cell, slot = torch.arange(held.shape[1], device=held.device), lists.slot.clamp(min=0).long()
-        place = torch.full(
-            (*used.shape[:1], used.shape[1] + 1), -1, device=used.device
-        )  # one more, for cells of nothing
-        place.scatter_(1, torch.where(held, slot, used.shape[1]), torch.where(held, cell, -1))
+        n_row, n_slot = used.shape
+        place = torch.full((n_row, n_slot + 1), -1, device=used.device)  # one more, for cells that hold nothing
+        place.scatter_(1, torch.where(held, slot, n_slot), torch.where(held, cell, -1))
         by_list = held[:, :-1].unflatten(1, (self.n_list, self.n_cell))
         last = (by_list * (cell[: self.n_cell] + 1)).amax(dim=2)  # cells of a list up to the last that holds a slot
         beyond = torch.arange(self.n_list, device=held.device) >= lists.n_list[:, None]

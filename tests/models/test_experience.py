@@ -963,10 +963,10 @@ def test_any_order_of_operations_is_that_of_a_list(
             assert (record.document, record.age) == (document[number], n_record - 1 - number)
         if listed and turn % 5 == 0:
             number = draw.choice(sorted(listed))
-            found = model.query_memory(told[number], top_k=3)
+            found = model.query_memory(told[number], top_k=1000)
             assert {record.id for record in found} <= set(listed)
-            if n_slot == 4000:
-                assert told[found[0].id] == told[number]  # a merged memory has it twice
+            assert len({record.id for record in found}) == len(found)
+            assert n_slot < 4000 or number in {record.id for record in found}, (turn, what)
         lost = [number for number in range(n_record) if number not in listed]
         if lost:
             with pytest.raises(ConfigError, match="no longer stored"):

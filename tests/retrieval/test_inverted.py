@@ -317,3 +317,19 @@ def test_lists_that_are_not_those_of_the_slots_are_refused(field: str, place: An
     part[place] = value
     with pytest.raises(ValueError, match="lists_"):
         memory.check(state._replace(lists=state.lists._replace(**{field: part})))
+
+
+@pytest.mark.parametrize("n_left", [0, 5])
+def test_a_memory_of_which_nearly_all_was_forgotten_has_room_for_what_is_written_then(n_left: int) -> None:
+    file, key = InvertedFile(150, 8), unit(1, 150, 8)
+    lists = dealt_out(file, key)
+    used = torch.arange(150)[None] < n_left
+    lists = file.own(file.rebuild(lists, key, used, torch.ones(1, dtype=torch.bool)))
+    slot = torch.arange(n_left, 70)[None]  # fewer than after which all are dealt out
+    file.replace(lists, slot, key[:, n_left:70], torch.ones_like(slot, dtype=torch.bool))
+    used[:, :70] = True
+    lists = file.settle(lists, 70 - n_left, key, used)
+    file.check(lists, key, used)
+    pool = Pool(key, key, torch.zeros(1, 150), used[:, None])
+    _, found = file.search(lists, key[:, :70], torch.tensor(1.0), -1.0, 1, pool)
+    assert found[0, :, 0].tolist() == list(range(70))
