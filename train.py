@@ -93,6 +93,7 @@ def _train(cfg: DictConfig, answer: Answer) -> float | None:
             n_process = f" on {trainer.world_size} processes" if trainer.world_size > 1 else ""
             print(f"{run}: {n_parameter:,} parameters, {trainer.max_steps} steps{n_process}"
                   + (f", going on after step {origin.step} of {origin.path}" if origin else ""))  # fmt: skip
+        answer.text = f"stopped: resume=auto goes on, if there is a checkpoint in {run}"
         trainer.fit(module, data, ckpt_path=origin.path if origin else None)
         answer.text = f"stopped while it was measured, all steps are made: resume={run} measures it"
         written = [save_last(trainer, run)]

@@ -213,10 +213,10 @@ def write(content: dict[str, Any], path: str | os.PathLike[str]) -> None:
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:
         if no_space(error):
-            raise ConfigError(
-                f"no space is left to write the checkpoint {path}; earlier checkpoints are whole: "
-                "free some space and go on with resume=auto"
-            ) from error
+            then = "earlier checkpoints are whole: free some space and go on with resume=auto"
+            if not any(path.parent.glob("*.ckpt")):
+                then = "none was written before: free some space and give the command again"
+            raise ConfigError(f"no space is left to write the checkpoint {path}; {then}") from error
         raise
     finally:
         temporary.unlink(missing_ok=True)

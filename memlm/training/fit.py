@@ -138,11 +138,12 @@ def make_trainer(
         raise
     except Exception as error:
         if isinstance(error, ProcessExitedException) and (asked := Stopped.by_exit(error.exit_code)) is not None:
+            asked.told = True  # by that process
             raise asked from error
         if isinstance(error, OSError) and output_lost():
             raise Stopped(UNREAD) from error
         if no_space(error):
-            raise ConfigError(f"no space is left in {run}: free some{_then(run)}") from error
+            raise ConfigError(f"no space is left in {run}: free some space{_then(run)}") from error
         if (told := _fault(error)) is not None:
             raise ConfigError(told + _then(run) * bool(_lost(str(error)))) from error
         raise

@@ -376,7 +376,7 @@ def _honoured(*more: str, look: Callable[[Path], object] | None = None, **enviro
 def _time_is_over() -> None:
     """A run stopped by its time is unfinished, and goes on."""
     with contextlib.suppress(SystemExit):
-        command("train", *_tiny("+trainer.max_time={seconds: 0.0001}"))
+        command("train", *_tiny("trainer.max_time={seconds: 0.0001}"))
     (first,) = _runs()
     made = [path.name for path in checkpoints(first)]
     if (first / "finished.json").exists() or made != ["step=1.ckpt"]:
@@ -419,11 +419,11 @@ def settings() -> list[Case]:
         "use_distributed_sampler": ("true", "false"), "default_root_dir": ("x", "null"), "logger": ("true", "false"),
         "callbacks": ("[]", "null"), "plugins": ("[]", "null"), "enable_autolog_hparams": ("false",),
         "model_registry": ("x",), "check_val_every_n_epoc": ("1",), "gpus": ("1",), "resume_from_checkpoint": ("x",),
-        "max_time": ("abc", "0", "00:00:00:00", "-1", "{weeks: 1}", "{hours: -1}", "{hours: x}", "{}", "1.5", "01:00"),
         "gradient_clip_algorithm": ("x", "5", "true"), "benchmark": ("5", "x"), "detect_anomaly": ("x", "5"),
         "inference_mode": ("x", "null"),
     }  # fmt: skip
     bad = {
+        "max_time": ("abc", "0", "00:00:00:00", "-1", "{weeks: 1}", "{hours: -1}", "{hours: x}", "{}", "1.5", "01:00"),
         "max_steps": ("0", "-2", "1.5", "abc", "true", "null"), "accumulate_grad_batches": ("0", "-1", "1.5", "null"),
         "val_check_interval": ("0", "-1", "0.5", "abc", "null"), "limit_val_batches": ("-1", "1.5", "abc"),
         "num_sanity_val_steps": ("-2", "1.5", "abc"), "log_every_n_steps": ("0", "-1", "1.5", "null"),
@@ -440,7 +440,7 @@ def settings() -> list[Case]:
     tensorboard = "+logger.csv2={_target_: lightning.pytorch.loggers.TensorBoardLogger, save_dir: .}"
     phases = "curriculum.phases=[{steps: 5, n_row: 2, n_segment: 2, memory: {%s}}]"
     honoured = (
-        "+trainer.max_time={hours: 1}", "+trainer.max_time=01:00:00:00", "trainer.gradient_clip_val=0",
+        "trainer.max_time={hours: 1}", "trainer.max_time=01:00:00:00", "trainer.gradient_clip_val=0",
         "trainer.gradient_clip_val=null", "+trainer.gradient_clip_algorithm=value", "+trainer.detect_anomaly=true",
         "+trainer.benchmark=true", "+trainer.inference_mode=false", "trainer.deterministic=warn",
         "trainer.num_sanity_val_steps=1", "trainer.limit_val_batches=0", "trainer.limit_val_batches=0.5",
@@ -475,7 +475,7 @@ def settings() -> list[Case]:
         _honoured("logger=wandb", "logger.wandb.project=own", WANDB_PROJECT="x", look=_wandb(project="own")),
         _honoured("logger=wandb", "name=own", WANDB_NAME="x", look=_wandb(display_name="own")),
         _honoured("logger=wandb", "logger.wandb.tags=[c]", WANDB_TAGS="x", look=_wandb(tags="c")),
-        _honoured("logger=wandb", "+logger.wandb.id=own", WANDB_RUN_ID="x", look=_wandb(run_id="own")),
+        _honoured("logger=wandb", "logger.wandb.id=own", WANDB_RUN_ID="x", look=_wandb(run_id="own")),
         _honoured("logger=wandb", "logger.wandb.offline=true", WANDB_MODE="online", look=_wandb(project="memlm")),
     ]  # fmt: skip
 
