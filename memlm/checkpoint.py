@@ -76,7 +76,7 @@ def place(model: LanguageModel, device: str) -> LanguageModel:
         raise ConfigError("device=meta cannot be used here: it computes nothing; use auto, cpu or cuda")
     try:
         return model.to(device)
-    except (RuntimeError, AssertionError) as error:
+    except (RuntimeError, AssertionError, ImportError) as error:
         raise ConfigError(f"device={device} cannot be used here: {str(error).splitlines()[0]}") from error
 
 
