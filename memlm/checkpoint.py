@@ -72,9 +72,11 @@ def place(model: LanguageModel, device: str) -> LanguageModel:
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device.partition(":")[0] == "meta":  # of tensors without numbers
+        raise ConfigError("device=meta cannot be used here: it computes nothing; use auto, cpu or cuda")
     try:
         return model.to(device)
-    except (RuntimeError, AssertionError) as error:
+    except (RuntimeError, AssertionError, ImportError) as error:
         raise ConfigError(f"device={device} cannot be used here: {str(error).splitlines()[0]}") from error
 
 

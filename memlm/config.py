@@ -368,10 +368,12 @@ def _fits(value: Any, hint: Any) -> bool:
         return value is None
     if hint is bool:
         return isinstance(value, bool)
+    if hint in (int, float) and isinstance(value, int):
+        return not isinstance(value, bool) and abs(value) < 2**63  # which torch can count
     if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63  # which torch can count
+        return False
     if hint is float:
-        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        return isinstance(value, float) and math.isfinite(value)
     if hint is str:
         return isinstance(value, str)
     if hint in (Path, os.PathLike) or origin is os.PathLike:

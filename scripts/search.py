@@ -22,7 +22,7 @@ from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
 
 import train
 from memlm.cli import check_command_line, cli, quoted, run_dir, to_dict
-from memlm.config import ConfigError, did_you_mean, whole
+from memlm.config import ConfigError, did_you_mean
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -144,11 +144,6 @@ def check(cfg: DictConfig) -> None:
             "a search needs Optuna: pip install 'memlm[search]', in a checkout pip install -e '.[search]'"
         )
     search = to_dict(cfg)["search"]
-    for name, known in {"direction": ("maximize", "minimize"), "sampler": ("tpe", "random")}.items():
-        if search[name] not in known:
-            raise ConfigError(f"search.{name} must be {' or '.join(known)}, got {search[name]!r}")
-    whole("search.n_trial", search["n_trial"], 1)
-    whole("search.seed", search["seed"])
     if not search["space"]:
         raise ConfigError("there is nothing to search over: give a setting several values, or hparams_search=NAME")
     distributions(search["space"])

@@ -69,10 +69,10 @@ class Curriculum:
             check_arguments(f"{Phase.__module__}.Phase", settings, f"curriculum.phases[{i}]", ())
             phase = Phase(**settings)
             for name in ("steps", "n_row", "n_segment", "n_window"):
-                if not 1 <= getattr(phase, name) <= _MOST:
-                    raise ConfigError(
-                        f"curriculum.phases[{i}].{name} must be in 1..{_MOST}, got {getattr(phase, name)}"
-                    )
+                if getattr(phase, name) < 1:
+                    raise ConfigError(f"curriculum.phases[{i}].{name} must be at least 1, got {getattr(phase, name)}")
+                if getattr(phase, name) > _MOST:
+                    raise ConfigError(f"curriculum.phases[{i}].{name} must be at most {_MOST}")
             if phase.n_row * phase.n_segment > _MOST_SEGMENTS:
                 raise ConfigError(
                     f"curriculum.phases[{i}] asks for {phase.n_row:,} rows of {phase.n_segment:,} segments in a batch: "

@@ -157,10 +157,10 @@ class LSTM(SegmentModel):
         gradient_checkpointing: bool = False,
     ) -> None:
         super().__init__(n_vocab, n_layer, d_model, segment_len, overlap, memory_layers, gradient_checkpointing)
-        if d_hidden is not None and not 1 <= d_hidden <= 2**30:
-            raise ValueError(f"model.d_hidden must be in 1..{2**30} or null, got {d_hidden}")
-        if d_ff is not None and not 1 <= d_ff <= 2**30:
-            raise ValueError(f"model.d_ff must be in 1..{2**30} or null, got {d_ff}")
+        if d_hidden is not None and d_hidden < 1:
+            raise ValueError(f"model.d_hidden must be at least 1 or null, got {d_hidden}")
+        if d_ff is not None and d_ff < 1:
+            raise ValueError(f"model.d_ff must be at least 1 or null, got {d_ff}")
         if not 0 <= dropout < 1:
             raise ValueError(f"model.dropout must be in [0, 1), got {dropout}")
         self.embedding = nn.Embedding(n_vocab, d_model)

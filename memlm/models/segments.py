@@ -209,8 +209,10 @@ class SegmentModel(ExperienceModel):
             ("d_model", d_model, _WIDEST),
             ("segment_len", segment_len, _WIDEST),
         ):
-            if not 1 <= number <= most:
-                raise ValueError(f"model.{name} must be in 1..{most}, got {number}")
+            if number < 1:
+                raise ValueError(f"model.{name} must be at least 1, got {number}")
+            if number > most:
+                raise ValueError(f"model.{name} must be at most {most}, got {number}")
         if not 0 <= overlap <= segment_len:
             raise ValueError(f"model.overlap must be in 0..segment_len ({segment_len}), got {overlap}")
         self.n_vocab, self.d_model, self.n_layer = n_vocab, d_model, n_layer

@@ -12,8 +12,9 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 
-from memlm.config import ConfigError, check_kind, did_you_mean, instantiate, whole
+from memlm.config import ConfigError, check_kind, check_settings, did_you_mean, instantiate, whole
 from memlm.data.curriculum import build_curriculum
+from memlm.schema import Checkpoint
 
 # What numbers of the trainer may be, null apart: Lightning takes others too, and fails or goes on for ever.
 _RANGES = {
@@ -63,8 +64,10 @@ class Training:
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise ConfigError(f"training.betas must be two numbers in [0, 1), got {list(self.betas)}")
         for name in ("weight_decay", "warmup_steps", "answer_weight"):
-            if not 0 <= getattr(self, name) <= 10**9:
-                raise ConfigError(f"training.{name} must be in 0..{10**9}, got {getattr(self, name)}")
+            if not getattr(self, name) >= 0:
+                raise ConfigError(f"training.{name} must not be negative, got {getattr(self, name)}")
+            if getattr(self, name) > 10**9:
+                raise ConfigError(f"training.{name} must be at most {10**9}, got {getattr(self, name)}")
         if self.consolidate_every is not None and self.consolidate_every < 1:
             raise ConfigError(
                 f"training.consolidate_every must be at least 1, or null for never, got {self.consolidate_every}"
@@ -197,6 +200,7 @@ def plan_steps(config: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(config.get("trainer"), Mapping):
         raise ConfigError("trainer is missing: choose trainer=default, cpu, gpu, ddp or fsdp")
     trainer = dict(config["trainer"])
+    check_settings(config["checkpoint"], Checkpoint, "checkpoint")
     check_trainer(trainer)
     for name, (least, most) in _RANGES.items():
         value = trainer.get(name)
@@ -204,9 +208,6 @@ def plan_steps(config: dict[str, Any]) -> dict[str, Any]:
             raise ConfigError(f"trainer.{name} must be in {least}..{most}, got {value!r}")
     for name in ("accumulate_grad_batches", "log_every_n_steps", "val_check_interval"):
         whole(f"trainer.{name}", trainer[name], 1)
-    whole("checkpoint.every", config["checkpoint"]["every"], 1)
-    if config["checkpoint"]["keep"] is not None:
-        whole("checkpoint.keep", config["checkpoint"]["keep"], 1)
     for kind, node in (config["logger"] or {}).items():
         if "flush_logs_every_n_steps" in node:
             whole(f"logger.{kind}.flush_logs_every_n_steps", node["flush_logs_every_n_steps"], 1)
@@ -223,10 +224,10 @@ def plan_steps(config: dict[str, Any]) -> dict[str, Any]:
     if trainer["max_steps"] in (None, -1):
         batches = build_curriculum(config).steps
         trainer["max_steps"] = -(-batches // trainer["accumulate_grad_batches"])
-    if not 1 <= trainer["max_steps"] <= 10**9:
-        raise ConfigError(
-            f"trainer.max_steps must be in 1..{10**9}, or -1 for the curriculum, got {trainer['max_steps']}"
-        )
+    if trainer["max_steps"] < 1:
+        raise ConfigError(f"trainer.max_steps must be at least 1, or -1 for the curriculum, got {trainer['max_steps']}")
+    if trainer["max_steps"] > 10**9:
+        raise ConfigError(f"trainer.max_steps must be at most {10**9}, got {trainer['max_steps']}")
     if trainer["precision"] not in ("32-true", "32", 32, "bf16-mixed"):
         raise ConfigError(
             f"trainer.precision must be 32-true or bf16-mixed, got {trainer['precision']!r}: memories keep their "

@@ -261,6 +261,10 @@ def _others() -> Iterator[tuple[str, Callable[[], object], tuple[Answer, ...]]]:
     )
     many = ",".join(map(str, range(300)))
     yield "the last of 300 values", functools.partial(command, "train", "-m", f"seed={many},abc", *TINY), ("sentence",)
+    for device in ("meta", "foo", "cuda:99", "cpu:x", "", "privateuseone"):
+        yield f"device={device}", functools.partial(_on, device), ("sentence",)
+    for line in ("devices=abc", "devices=0", "devices=[]", "devices=-1", "accelerator=abc", "strategy=abc"):
+        yield f"run with trainer.{line}", functools.partial(_trained_with, f"trainer.{line}"), ("sentence",)
     yield "a file as run directory", _run_in_a_file, ("sentence",)
     yield "a file as root", functools.partial(_run_below_a_file, "paths.root"), ("sentence",)
     yield "a file as cache", functools.partial(_run_below_a_file, "paths.cache_dir"), ("sentence",)
@@ -286,6 +290,15 @@ def _others() -> Iterator[tuple[str, Callable[[], object], tuple[Answer, ...]]]:
         functools.partial(_accepted, "recipe=needle experiment=[]"),
         ("right",),
     )
+
+
+def _on(device: str) -> None:
+    command("generate", f"checkpoint={_model()}", "prompt=a", "max_new_tokens=1", f"device={device}")
+
+
+def _trained_with(line: str) -> None:
+    trainer = [word for word in TINY if not word.startswith("trainer=") or "accelerator" not in line]
+    command("train", *trainer, "memory=none", line)
 
 
 def _run_in_a_file() -> None:
