@@ -305,7 +305,7 @@ def test_wrong_settings_are_told(tmp_path):
         train_tokenizer("bep", [TEXT], 300)
     with pytest.raises(ConfigError, match=r"unknown tokenizer kind 'words'.*Did you mean 'word'"):
         get_tokenizer("words", 300, None, OneText(), tmp_path)
-    with pytest.raises(ConfigError, match="at least 257 for tokenizer kind 'bpe', not 256"):
+    with pytest.raises(ConfigError, match="must be 257 to 16777216 for tokenizer kind 'bpe', not 256"):
         train_tokenizer("bpe", [TEXT], 256)
     with pytest.raises(ConfigError, match="at least 3 for tokenizer kind 'word'"):
         train_tokenizer("word", [TEXT], 2)
