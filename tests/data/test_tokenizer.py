@@ -307,7 +307,7 @@ def test_wrong_settings_are_told(tmp_path):
         get_tokenizer("words", 300, None, OneText(), tmp_path)
     with pytest.raises(ConfigError, match="must be 257 to 16777216 for tokenizer kind 'bpe', not 256"):
         train_tokenizer("bpe", [TEXT], 256)
-    with pytest.raises(ConfigError, match="at least 3 for tokenizer kind 'word'"):
+    with pytest.raises(ConfigError, match="must be 3 to 16777216 for tokenizer kind 'word'"):
         train_tokenizer("word", [TEXT], 2)
     for kind in ("char", "word"):
         with pytest.raises(ConfigError, match="needs some text"):
