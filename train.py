@@ -59,20 +59,20 @@ def _train(cfg: DictConfig, answer: Answer) -> float | None:
     check_device(config)
     run = Path(config["paths"]["run_dir"])
     experiments, watched = runner.chosen(config), runner.watched(config["watch"])
+    corpus = build_corpus(config)
     sweep = sweep_dir()
     answer.text = f"stopped before {run} began: give the command again"
     earlier = find_in_sweep(config, sweep) if sweep is not None and config["resume"] is None else None
     if isinstance(earlier, Finished):
         print(f"{earlier.run}: finished with these settings, skipped")
         return earlier.value
-    origin = earlier or find_origin(config["resume"], config, places_of_runs(config))
+    origin = earlier or find_origin(config["resume"], config, places_of_runs(config), corpus.fingerprint)
     if sweep is not None and starts_processes(config):
         lines = [line for line in job_overrides() if not line.startswith("resume=")]
         return run_apart(__file__, [*lines, *([f"resume={origin.path}"] if origin else [])], run)
 
     if origin is not None:
         answer.text = f"stopped before {run} began: resume={origin.run} goes on after step {origin.step}"
-    corpus = build_corpus(config)
     tokenizer = build_tokenizer(config, corpus)
     # From here on with lightning, which takes seconds to import: what can be wrong without it was told by now.
     from memlm.training.fit import make_trainer, save_last, sync_hint, wandb_logger

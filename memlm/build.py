@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from memlm.config import ConfigError, check_kind, instantiate, validate
+from memlm.config import ConfigError, check_arguments, check_kind, instantiate, validate, whole
 from memlm.data.curriculum import build_curriculum
 from memlm.data.tokenizer import Tokenizer, get_tokenizer
 from memlm.data.tokens import cache_dir
@@ -45,19 +45,36 @@ def build(*overrides: str) -> LanguageModel:
 
 def build_corpus(config: dict[str, Any]) -> Corpus:
     """The text of ``config["data"]``."""
-    return instantiate(config["data"]["corpus"], "data.corpus")
+    node = config["data"]["corpus"]
+    if not isinstance(node, dict) or "_target_" not in node:
+        raise ConfigError(
+            f"data.corpus must be the settings of a corpus, with a _target_, got {node!r}: give data=NAME"
+        )
+    return instantiate(node, "data.corpus")
 
 
 def build_tokenizer(config: dict[str, Any], corpus: Corpus | None = None) -> Tokenizer:
     """The tokenizer of ``config["data"]``, loaded from the cache or trained on ``corpus`` (by default its text)."""
     settings = config["data"]["tokenizer"]
+    if not isinstance(settings, dict):
+        raise ConfigError(f"data.tokenizer must be settings such as {{kind: bpe, vocab_size: 4096}}, got {settings!r}")
+    if settings.get("n_vocab") is not None:
+        whole("data.tokenizer.n_vocab", settings["n_vocab"], 1)
+    check_arguments(
+        "memlm.data.tokenizer.get_tokenizer",
+        {name: settings.get(name) for name in ("kind", "vocab_size", "path")},
+        "data.tokenizer",
+        ("corpus", "cache_dir"),
+    )
     return get_tokenizer(
         settings["kind"], settings["vocab_size"], settings["path"], corpus or build_corpus(config), _cache(config)
     )
 
 
-def build_data(config: dict[str, Any], tokenizer: Tokenizer, corpus: Corpus | None = None) -> TextData:
-    """Batches of ``corpus`` (by default the chosen text), encoded with ``tokenizer``."""
+def build_data(
+    config: dict[str, Any], tokenizer: Tokenizer, corpus: Corpus | None = None, trained_on: str | None = None
+) -> TextData:
+    """Batches of ``corpus`` (by default the chosen text), encoded with ``tokenizer``; see `TextData`."""
     from memlm.data.datamodule import TextData
 
     return TextData(
@@ -67,7 +84,8 @@ def build_data(config: dict[str, Any], tokenizer: Tokenizer, corpus: Corpus | No
         curriculum=build_curriculum(config),
         cache_dir=_cache(config),
         seed=config["seed"],
-        n_worker=config["data"]["n_worker"],
+        n_worker=whole("data.n_worker", config["data"]["n_worker"]),
+        trained_on=trained_on,
     )
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import functools
+import glob
 import hashlib
 import math
 import os
@@ -105,7 +106,23 @@ def digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:6]
 
 
+def absolute(path: Any, if_there: bool = False) -> Any:
+    """Return a path, or pattern of paths, that means the same in any directory; nothing else is changed.
+
+    Args:
+        path: the path.
+        if_there: whether what is no path of this machine stays as it is.
+    """
+    if not isinstance(path, str) or (if_there and not os.path.exists(path)):
+        return path
+    if os.path.isabs(path := os.path.expanduser(path)):
+        return path
+    here = os.getcwd()
+    return os.path.join(glob.escape(here) if glob.has_magic(path) and not os.path.exists(path) else here, path)
+
+
 OmegaConf.register_new_resolver("wandb_offline", wandb_offline, replace=True)
+OmegaConf.register_new_resolver("absolute", absolute, replace=True)
 OmegaConf.register_new_resolver("digest", digest, replace=True)
 OmegaConf.register_new_resolver("run_dir", run_dir, replace=True)
 OmegaConf.register_new_resolver("device_of_job", device_of_job, replace=True)

@@ -521,3 +521,29 @@ def test_a_directory_holds_one_run(tmp_path: Path) -> None:
     assert checkpoints(tmp_path / "a") == before
     fit(config(tmp_path, "a", f"resume={tmp_path / 'a'}"))  # in its own directory
     assert checkpoints(tmp_path / "a")[-1].name == "step=9.ckpt"
+
+
+def test_the_same_text_in_another_place_is_gone_on_with(tmp_path: Path) -> None:
+    whole, *_ = fit(config(tmp_path, "whole", phases=[PLAIN]))
+    fit(config(tmp_path, "a", "trainer.max_steps=3", phases=[PLAIN]))
+    moved, other = tmp_path / "moved.txt", tmp_path / "other.txt"
+    (tmp_path / "text.txt").rename(moved)
+    other.write_text(moved.read_text().replace("a", "e"))
+    for resume in (str(tmp_path / "a"), "auto"):
+        again = config(tmp_path, f"b-{resume == 'auto'}", f"resume={resume}", "trainer.max_steps=9", phases=[PLAIN])
+        for node in (again["data"], again["data"]["corpus"]):
+            node["path"] = str(moved)
+        if resume == "auto":
+            again["trainer"]["max_steps"] = 3
+            origin = find_origin(
+                resume, again, [tmp_path], lambda: read(checkpoints(tmp_path / "a")[-1])["memlm"]["text"]
+            )
+            assert origin is not None
+            assert origin.run == tmp_path / "a"
+            assert find_origin(resume, again, [tmp_path], lambda: "another") is None
+            continue
+        trainer, _, _ = fit(again)
+        assert trainer.global_step == whole.global_step
+        again["data"]["corpus"]["path"] = str(other)
+        with pytest.raises(ConfigError, match=r"another (vocabulary|text)"):
+            fit(again | {"resume": str(tmp_path / "a"), "paths": again["paths"] | {"run_dir": str(tmp_path / "c")}})
