@@ -20,9 +20,11 @@ def check(cfg: DictConfig) -> None:
     """Refuse what can be told to be wrong without a look at text, files or devices."""
     from experiments import runner
     from memlm.build import check_model
+    from memlm.training.replay import build_replay
     from memlm.training.settings import plan_steps
 
     config = plan_steps(to_dict(cfg))
+    build_replay(config)
     runner.chosen(config)
     runner.watched(config["watch"])
     check_model(config)
@@ -51,26 +53,26 @@ def _train(cfg: DictConfig, answer: Answer) -> float | None:
     from memlm.build import build_corpus, build_data, build_model, build_tokenizer
     from memlm.training.apart import job_overrides, run_apart, starts_processes
     from memlm.training.resume import Finished, check_text, find_in_sweep, find_origin, mark_finished
-    from memlm.training.settings import Training, check_device, places_of_runs, plan_steps, sweep_dir
+    from memlm.training.settings import build_training, check_device, places_of_runs, plan_steps, sweep_dir
 
     config = plan_steps(to_dict(cfg))
     check_device(config)
     run = Path(config["paths"]["run_dir"])
     experiments, watched = runner.chosen(config), runner.watched(config["watch"])
+    corpus = build_corpus(config)
     sweep = sweep_dir()
     answer.text = f"stopped before {run} began: give the command again"
     earlier = find_in_sweep(config, sweep) if sweep is not None and config["resume"] is None else None
     if isinstance(earlier, Finished):
         print(f"{earlier.run}: finished with these settings, skipped")
         return earlier.value
-    origin = earlier or find_origin(config["resume"], config, places_of_runs(config))
+    origin = earlier or find_origin(config["resume"], config, places_of_runs(config), corpus.fingerprint)
     if sweep is not None and starts_processes(config):
         lines = [line for line in job_overrides() if not line.startswith("resume=")]
         return run_apart(__file__, [*lines, *([f"resume={origin.path}"] if origin else [])], run)
 
     if origin is not None:
         answer.text = f"stopped before {run} began: resume={origin.run} goes on after step {origin.step}"
-    corpus = build_corpus(config)
     tokenizer = build_tokenizer(config, corpus)
     # From here on with lightning, which takes seconds to import: what can be wrong without it was told by now.
     from memlm.training.fit import make_trainer, save_last, sync_hint, wandb_logger
@@ -83,8 +85,7 @@ def _train(cfg: DictConfig, answer: Answer) -> float | None:
         check_text(origin, data)
     data.setup()
     model = build_model(config, data.tokenizer)
-    settings = {name: value for name, value in config["training"].items() if name != "_target_"}
-    module = LanguageModeling(model, Training(**settings), seed=config["seed"], replay=build_replay(config))
+    module = LanguageModeling(model, build_training(config), seed=config["seed"], replay=build_replay(config))
 
     with make_trainer(config, run, origin, runner.watch(watched, data)) as (trainer, history):
         if trainer.is_global_zero:

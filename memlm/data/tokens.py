@@ -38,7 +38,7 @@ _TO_LOCK = 10  # seconds that a writer may take from making its file to locking 
 
 def cache_dir() -> Path:
     """Return the folder for everything that can be built again: `$MEMLM_CACHE`, or else `~/.cache/memlm`."""
-    return Path(os.environ.get("MEMLM_CACHE") or "~/.cache/memlm").expanduser()
+    return Path(os.path.expanduser(os.environ.get("MEMLM_CACHE") or "~/.cache/memlm"))
 
 
 @contextmanager

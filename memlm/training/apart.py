@@ -12,6 +12,7 @@ from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 
+from memlm.cli import quoted
 from memlm.config import ConfigError
 from memlm.training.resume import read_finished
 from memlm.training.stopping import OUT_OF_TIME, Signals
@@ -76,8 +77,7 @@ def run_apart(script: str | Path, overrides: Sequence[str], run: Path) -> float 
         RuntimeError: If it failed otherwise; what it said was shown.
         Stopped: If it was asked to stop.
     """
-    place = str(run.resolve()).replace("\\", "\\\\").replace("'", "\\'")
-    command = [sys.executable, str(script), *overrides, f"hydra.run.dir='{place}'"]
+    command = [sys.executable, str(script), *overrides, f"hydra.run.dir={quoted(str(run.resolve()))}"]
     # In a SLURM job of one task, as in an interactive one, a run starts its processes itself.
     environment = os.environ | ({"SLURM_JOB_NAME": "interactive"} if "SLURM_JOB_NAME" in os.environ else {})
     asked: list[int] = []

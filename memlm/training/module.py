@@ -491,10 +491,23 @@ class LanguageModeling(lightning.LightningModule):
                     f"trainer.devices to a divisor of {n_row}"
                 )
             state = states.from_dict(carried, self._without_banks(self.model.init_state(n_row)))
+            self._check_memories(state)
             own = torch.arange(n_row).chunk(self.trainer.world_size)[self.global_rank]
             self._state = states.select_rows(state, own)
         if self.replay is not None and "replay" in checkpoint:
             self.replay.take_up(checkpoint["replay"], self.global_rank, self.trainer.world_size)
+
+    def _check_memories(self, carried: Any) -> None:
+        """Refuse carried memories that no text can have led to: see `memlm.memory.base.Memory.check`."""
+        for name, parts in carried.memory.items():
+            for module, part in zip(self.model.memory[name], parts, strict=bool(parts)):  # shared banks are not carried
+                try:
+                    module.check(part)
+                except ValueError as error:
+                    raise ConfigError(
+                        f"the checkpoint carries a state of the memory {name!r} that no text can have led to "
+                        f"({error}): go on from an earlier checkpoint"
+                    ) from error
 
     @classmethod
     def load_from_checkpoint(  # type: ignore[override]

@@ -24,6 +24,8 @@ _LOCK = ".lock"  # held by the process that trains a run
 # What makes two runs the same run. The rest (loggers, paths, devices, precision) may change.
 _SAME = ("model", "memory", "data", "curriculum", "training", "replay", "seed")
 _SAME_TRAINER = ("accumulate_grad_batches", "gradient_clip_val", "gradient_clip_algorithm")
+# Where the text is: which text it is its hash tells, see `check_text`.
+_PLACES = ("data.path", "data.name", "data.corpus.path", "data.corpus.name")
 # Settings of these that say how something is computed, not what.
 _FREE = ("data.n_worker", "model.gradient_checkpointing", "training.compile", "memory.ltm.shard")
 # Settings that no two jobs of a sweep differ in if they are the same: where files go, and what is gone on with.
@@ -133,7 +135,9 @@ def _whole(config: Mapping[str, Any]) -> Any:
     return json.loads(json.dumps({n: node for n, node in config.items() if n not in _ASIDE} | {"trainer": trainer}))
 
 
-def find_origin(resume: str | None, config: Mapping[str, Any], roots: Sequence[Path]) -> Origin | None:
+def find_origin(
+    resume: str | None, config: Mapping[str, Any], roots: Sequence[Path], text: Callable[[], str] | None = None
+) -> Origin | None:
     """The checkpoint that ``resume`` means.
 
     Args:
@@ -142,6 +146,7 @@ def find_origin(resume: str | None, config: Mapping[str, Any], roots: Sequence[P
             None for none.
         config: Plain configuration of this run, steps planned.
         roots: Where runs are kept.
+        text: Gives the hash of this run's text; without it a run of ``auto`` must have its text in the same place.
 
     Returns:
         What to go on from, or None to begin anew.
@@ -153,7 +158,7 @@ def find_origin(resume: str | None, config: Mapping[str, Any], roots: Sequence[P
     if resume is None:
         return None
     if resume == "auto":
-        return _newest(config, roots)
+        return _newest(config, roots, text)
     path = find(resume)
     content = _content(path)
     if differences := _differences(config, content["memlm"]["config"]):
@@ -294,7 +299,7 @@ def _is_alive(run: Path, config: Mapping[str, Any]) -> bool:
     return False
 
 
-def _newest(config: Mapping[str, Any], roots: Sequence[Path]) -> Origin | None:
+def _newest(config: Mapping[str, Any], roots: Sequence[Path], text: Callable[[], str] | None) -> Origin | None:
     """The run with this configuration that is furthest, of those that are not finished.
 
     Runs older than a finished one are left out: it may have gone on from them.
@@ -315,8 +320,10 @@ def _newest(config: Mapping[str, Any], roots: Sequence[Path]) -> Origin | None:
             if _same_run(config, content["config"]):
                 finished = run
                 break
-        elif (origin := _newest_of(run, config, lambda there: _same_run(config, there))) is not None:
-            unfinished.append(origin)
+        else:
+            origin = _newest_of(run, config, lambda there: _same_run(config, there))
+            if origin is not None and _same_text(config, origin, text):
+                unfinished.append(origin)
     if unfinished:
         return max(unfinished, key=lambda origin: origin.step)
     if finished is not None:
@@ -336,6 +343,14 @@ def _newest_of(run: Path, config: Mapping[str, Any], wanted: Callable[[Mapping[s
         except (ConfigError, OSError, RecursionError) as error:
             print(f"left out: {error}", file=sys.stderr)
     return None
+
+
+def _same_text(config: Mapping[str, Any], origin: Origin, text: Callable[[], str] | None) -> bool:
+    """Whether the text is where it was, or is the same elsewhere."""
+    here, there = config["data"]["corpus"], origin.entry["config"]["data"]["corpus"]
+    if all(here.get(name) == there.get(name) for name in ("path", "name")):
+        return True
+    return text is not None and origin.entry.get("text") == text()
 
 
 def _same_run(config: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
@@ -361,7 +376,7 @@ def _what(config: Mapping[str, Any]) -> dict[str, Any]:
         | {"replay": config.get("replay") or {}}
         | {"trainer": {key: trainer.get(key) for key in _SAME_TRAINER}}
     )
-    return {key: value for key, value in _flat(parts).items() if key not in _FREE}
+    return {key: value for key, value in _flat(parts).items() if key not in (*_FREE, *_PLACES)}
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:

@@ -12,8 +12,21 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 
-from memlm.config import ConfigError, did_you_mean
-from memlm.data.curriculum import Curriculum
+from memlm.config import ConfigError, check_kind, check_settings, did_you_mean, instantiate, whole
+from memlm.data.curriculum import build_curriculum
+from memlm.schema import Checkpoint
+
+# What numbers of the trainer may be, null apart: Lightning takes others too, and fails or goes on for ever.
+_RANGES = {
+    "num_nodes": (1, 10**6),
+    "gradient_clip_val": (0, 10**9),
+    "accumulate_grad_batches": (1, 10**6),
+    "val_check_interval": (1, 10**9),
+    "check_val_every_n_epoch": (1, 10**9),
+    "limit_val_batches": (0, 10**9),
+    "num_sanity_val_steps": (-1, 10**9),
+    "log_every_n_steps": (1, 10**9),
+}
 
 
 @dataclass(frozen=True)
@@ -46,13 +59,15 @@ class Training:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "betas", tuple(self.betas))
-        if not self.lr > 0:
-            raise ConfigError(f"training.lr must be above 0, got {self.lr}")
+        if not 0 < self.lr <= 1000:
+            raise ConfigError(f"training.lr must be above 0 and at most 1000, got {self.lr}")
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise ConfigError(f"training.betas must be two numbers in [0, 1), got {list(self.betas)}")
         for name in ("weight_decay", "warmup_steps", "answer_weight"):
             if not getattr(self, name) >= 0:
                 raise ConfigError(f"training.{name} must not be negative, got {getattr(self, name)}")
+            if getattr(self, name) > 10**9:
+                raise ConfigError(f"training.{name} must be at most {10**9}, got {getattr(self, name)}")
         if self.consolidate_every is not None and self.consolidate_every < 1:
             raise ConfigError(
                 f"training.consolidate_every must be at least 1, or null for never, got {self.consolidate_every}"
@@ -166,6 +181,16 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
+def build_training(config: Mapping[str, Any]) -> Training:
+    """The settings of ``config["training"]``, of the class that its ``_target_`` names.
+
+    Raises:
+        ConfigError: If that is no `Training`, or a value cannot work.
+    """
+    check_kind(config["training"], "training", Training)
+    return instantiate(config["training"], "training")
+
+
 def plan_steps(config: dict[str, Any]) -> dict[str, Any]:
     """``config`` with ``trainer.max_steps`` filled in from the curriculum, and the rest checked.
 
@@ -175,15 +200,17 @@ def plan_steps(config: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(config.get("trainer"), Mapping):
         raise ConfigError("trainer is missing: choose trainer=default, cpu, gpu, ddp or fsdp")
     trainer = dict(config["trainer"])
+    check_settings(config["checkpoint"], Checkpoint, "checkpoint")
     check_trainer(trainer)
-    for key in ("checkpoint.every", "checkpoint.keep", "trainer.accumulate_grad_batches", "trainer.log_every_n_steps",
-                "trainer.val_check_interval"):  # fmt: skip
-        node, _, name = key.partition(".")
-        value = config[node][name]
-        if key == "checkpoint.keep" and value is None:
-            continue
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ConfigError(f"{key} must be a whole number of at least 1, got {value!r}")
+    for name, (least, most) in _RANGES.items():
+        value = trainer.get(name)
+        if value is not None and not (_is_number(value) and least <= value <= most):
+            raise ConfigError(f"trainer.{name} must be in {least}..{most}, got {value!r}")
+    for name in ("accumulate_grad_batches", "log_every_n_steps", "val_check_interval"):
+        whole(f"trainer.{name}", trainer[name], 1)
+    for kind, node in (config["logger"] or {}).items():
+        if "flush_logs_every_n_steps" in node:
+            whole(f"logger.{kind}.flush_logs_every_n_steps", node["flush_logs_every_n_steps"], 1)
     if not 0 <= config["seed"] < 2**31:
         raise ConfigError(f"seed must be in 0..2147483647, got {config['seed']}")
     for name, node in config["memory"].items():
@@ -193,12 +220,14 @@ def plan_steps(config: dict[str, Any]) -> dict[str, Any]:
                 "none: leave it null (from Python, each call may bring some: model(ids, signals=...))"
             )
     _check_consolidation(config)
-    Training(**{name: value for name, value in config["training"].items() if name != "_target_"})
+    build_training(config)
     if trainer["max_steps"] in (None, -1):
-        batches = Curriculum(config["curriculum"]["phases"], config["curriculum"]["task"]).steps
+        batches = build_curriculum(config).steps
         trainer["max_steps"] = -(-batches // trainer["accumulate_grad_batches"])
     if trainer["max_steps"] < 1:
         raise ConfigError(f"trainer.max_steps must be at least 1, or -1 for the curriculum, got {trainer['max_steps']}")
+    if trainer["max_steps"] > 10**9:
+        raise ConfigError(f"trainer.max_steps must be at most {10**9}, got {trainer['max_steps']}")
     if trainer["precision"] not in ("32-true", "32", 32, "bf16-mixed"):
         raise ConfigError(
             f"trainer.precision must be 32-true or bf16-mixed, got {trainer['precision']!r}: memories keep their "
@@ -209,11 +238,11 @@ def plan_steps(config: dict[str, Any]) -> dict[str, Any]:
 
 def _check_consolidation(config: Mapping[str, Any]) -> None:
     """Refuse to consolidate where no memory outlives a step."""
-    every = config["training"]["consolidate_every"]
+    every = build_training(config).consolidate_every
     if every is None:
         return
     shared = any(node.get("scope") == "shared" for node in config["memory"].values())
-    phases = Curriculum(config["curriculum"]["phases"], config["curriculum"]["task"]).phases
+    phases = build_curriculum(config).phases
     goes_on = any(phase.task is None or phase.n_window > 1 for phase in phases)
     if config["memory"] and not shared and not goes_on:
         raise ConfigError(

@@ -284,6 +284,23 @@ def test_no_memory_is_saved_where_none_is_carried(tmp_path: Path) -> None:
         assert (content["carried"] is not None) == carried, name
 
 
+@pytest.mark.parametrize(
+    ("field", "value", "message"), [("key", torch.nan, "key is not finite"), ("n_record", -1, "number of records")]
+)
+def test_a_carried_memory_that_no_text_led_to_is_refused(
+    field: str, value: float, message: str, tmp_path: Path
+) -> None:
+    constant = "training.min_lr_ratio=1"
+    fit(config(tmp_path, "run", constant, "trainer.max_steps=4"))
+    path = checkpoints(tmp_path / "run")[-1]
+    content = read(path)
+    assert content["carried"] is not None
+    content["carried"]["memory"]["ltm"][0][field][:] = value
+    write(content, path)
+    with pytest.raises(ConfigError, match=f"carries a state of the memory 'ltm' that no text can .*{message}"):
+        fit(config(tmp_path, "longer", constant, f"resume={path}"))
+
+
 def test_history_survives_half_a_line(tmp_path: Path) -> None:
     fit_until_killed(config(tmp_path, "a"), step=5)
     file = tmp_path / "a" / "csv" / "metrics.csv"
@@ -504,3 +521,29 @@ def test_a_directory_holds_one_run(tmp_path: Path) -> None:
     assert checkpoints(tmp_path / "a") == before
     fit(config(tmp_path, "a", f"resume={tmp_path / 'a'}"))  # in its own directory
     assert checkpoints(tmp_path / "a")[-1].name == "step=9.ckpt"
+
+
+def test_the_same_text_in_another_place_is_gone_on_with(tmp_path: Path) -> None:
+    whole, *_ = fit(config(tmp_path, "whole", phases=[PLAIN]))
+    fit(config(tmp_path, "a", "trainer.max_steps=3", phases=[PLAIN]))
+    moved, other = tmp_path / "moved.txt", tmp_path / "other.txt"
+    (tmp_path / "text.txt").rename(moved)
+    other.write_text(moved.read_text().replace("a", "e"))
+    for resume in (str(tmp_path / "a"), "auto"):
+        again = config(tmp_path, f"b-{resume == 'auto'}", f"resume={resume}", "trainer.max_steps=9", phases=[PLAIN])
+        for node in (again["data"], again["data"]["corpus"]):
+            node["path"] = str(moved)
+        if resume == "auto":
+            again["trainer"]["max_steps"] = 3
+            origin = find_origin(
+                resume, again, [tmp_path], lambda: read(checkpoints(tmp_path / "a")[-1])["memlm"]["text"]
+            )
+            assert origin is not None
+            assert origin.run == tmp_path / "a"
+            assert find_origin(resume, again, [tmp_path], lambda: "another") is None
+            continue
+        trainer, _, _ = fit(again)
+        assert trainer.global_step == whole.global_step
+        again["data"]["corpus"]["path"] = str(other)
+        with pytest.raises(ConfigError, match=r"another (vocabulary|text)"):
+            fit(again | {"resume": str(tmp_path / "a"), "paths": again["paths"] | {"run_dir": str(tmp_path / "c")}})
