@@ -31,7 +31,7 @@ def main(kind: str = "all", part: str = "") -> int:
 
     import memlm
     import memlm.training.fit
-    import memlm.training.module  # noqa: F401
+    import memlm.training.module
     from tests.hostile.base import attempt
 
     os.environ["MEMLM_CACHE"] = tempfile.mkdtemp(prefix="memlm-hostile-cache-")

@@ -23,15 +23,27 @@ from typing import Literal
 CHECKOUT = Path(__file__).parents[2]
 CANARY = "EXECUTED"  # a file of this name in the case's directory means that a file of a stranger ran something
 
-TINY = (  # a run of a second; add trainer.max_steps=N and whatever is tried
-    "model=lmcode model.n_layer=2 model.d_model=32 model.n_head=2 model.segment_len=16 model.overlap=4 watch=null "
-    "experiment=[] logger=csv trainer=cpu trainer.max_steps=1 curriculum=plain data.tokenizer.vocab_size=300"
-).split()
+# A run of a second; add trainer.max_steps=N and whatever is tried.
+TINY = (
+    "model=lmcode",
+    "model.n_layer=2",
+    "model.d_model=32",
+    "model.n_head=2",
+    "model.segment_len=16",
+    "model.overlap=4",
+    "watch=null",
+    "experiment=[]",
+    "logger=csv",
+    "trainer=cpu",
+    "trainer.max_steps=1",
+    "curriculum=plain",
+    "data.tokenizer.vocab_size=300",
+)
 
 Answer = Literal["right", "sentence", "traceback", "silent", "hang", "crash", "executed"]
 
 
-class Silent(Exception):  # noqa: N818 - an outcome, no error of the code
+class Silent(Exception):
     """Raised by a case that finds wrong values taken without a word."""
 
 
