@@ -12,7 +12,6 @@ import os
 import re
 import shutil
 import sys
-import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -24,6 +23,7 @@ from matplotlib.figure import Figure
 
 from memlm.analysis.figures import PALETTE, style, wilson
 from memlm.config import ConfigError
+from memlm.data.tokens import atomic_file
 
 if TYPE_CHECKING:
     from lightning.pytorch.loggers import Logger
@@ -419,16 +419,11 @@ def _decode(value: Any) -> Any:
 
 
 def _write(path: Path, data: bytes) -> Path:
-    """Writes all of a file or nothing; the temporary name lies beside it, as a rename works on one disk only."""
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    """Writes all of a file or nothing, to the disk."""
+    with atomic_file(path) as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
     return path
 
 

@@ -14,6 +14,7 @@ import math
 import re
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -508,11 +509,12 @@ def write(comparison: Comparison, directory: Path) -> list[Path]:
     writer.writerows(found)
     plot(comparison).savefig(image, format="png", dpi=150)
     contents = {"csv": text.getvalue().encode(), "md": markdown(comparison).encode(), "png": image.getvalue()}
-    written = []
-    for ending, content in contents.items():
-        written.append(directory / f"compare.{ending}")
-        with atomic_file(written[-1]) as file:
+    written = [directory / f"compare.{ending}" for ending in contents]
+    with ExitStack() as files:  # all of them or none
+        for path, content in zip(written, contents.values(), strict=True):
+            file = files.enter_context(atomic_file(path))
             file.write(content)
+            file.flush()
     return written
 
 

@@ -6,7 +6,7 @@ import functools
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -14,11 +14,16 @@ from memlm.config import ConfigError, check_arguments, check_kind, instantiate, 
 from memlm.data.curriculum import build_curriculum
 from memlm.data.tokenizer import Tokenizer, get_tokenizer
 from memlm.data.tokens import cache_dir
+from memlm.machine import available_memory, gib
+from memlm.memory.state import n_byte
 
 if TYPE_CHECKING:
     from memlm.data.corpus import Corpus
     from memlm.data.datamodule import TextData
     from memlm.models.base import LanguageModel
+
+_DEEP = 1000
+"""Layers from which on the size of a model is estimated before it is built."""
 
 
 def build(*overrides: str) -> LanguageModel:
@@ -115,12 +120,12 @@ def build_model(config: dict[str, Any], tokenizer: Tokenizer) -> LanguageModel:
 
 
 def check_model(config: dict[str, Any]) -> None:
-    """Build the model and its memories without their numbers, for what their constructors refuse.
+    """Build the model and its memories without their numbers, for what their constructors refuse, and for their size.
 
     The vocabulary of the text is not known yet, so the smallest stands for it.
 
     Raises:
-        ConfigError: If a value is refused; the message names it.
+        ConfigError: If a value is refused, which the message names, or training needs more memory than there is.
     """
     from memlm.data.corpus import Corpus
     from memlm.memory.base import Memory
@@ -133,11 +138,71 @@ def check_model(config: dict[str, Any]) -> None:
         check_kind(node, f"memory.{name}", Memory)
     check_kind(config["data"]["corpus"], "data.corpus", Corpus)
     tokenizer: Any = SimpleNamespace(vocab_size=2)
-    try:
-        with torch.device("meta"):
-            build_model(config, tokenizer)
-    except (RuntimeError, OverflowError) as error:  # torch cannot count so many numbers
-        raise ConfigError(f"a size of the model or a memory is too large: {str(error).splitlines()[0]}") from error
+
+    def needs(**more: Any) -> _Needs:
+        try:
+            with torch.device("meta"):
+                return _Needs.of(build_model(config | {"model": config["model"] | more}, tokenizer), config)
+        except (RuntimeError, OverflowError) as error:  # torch, of sizes beyond 64 bits
+            raise ConfigError(f"the sizes of the model are beyond what can be counted: {_sizes(config)}") from error
+
+    n_layer = config["model"].get("n_layer")
+    if isinstance(n_layer, int) and n_layer > _DEEP:  # which takes long to build
+        one, two = (needs(n_layer=n, memory_layers="middle") for n in (1, 2))
+        _check_room(_Needs(*(a + (n_layer - 1) * (b - a) for a, b in zip(one, two, strict=True))), config)
+    _check_room(needs(), config)
+
+
+class _Needs(NamedTuple):
+    """Bytes that training needs at least.
+
+    Attributes:
+        weights: Weights; where the memory of this machine is trained in, also gradients and two moments for each.
+        banks: What the memories hold, of all rows.
+        activations: One hidden state of each token of a batch for each layer.
+    """
+
+    weights: int
+    banks: int
+    activations: int
+
+    @classmethod
+    def of(cls, model: LanguageModel, config: dict[str, Any]) -> _Needs:
+        """Those of a model on the meta device, which is the default device here."""
+        trainer = config.get("trainer", {})
+        here = trainer.get("accelerator") == "cpu" or not torch.cuda.is_available()
+        phases = config["curriculum"]["phases"] if here and "trainer" in config else []
+        n_row = max((phase["n_row"] for phase in phases), default=0)
+        n_token = max((phase["n_row"] * phase["n_segment"] for phase in phases), default=0) * model.segment_len
+        weights = sum(part.numel() * part.element_size() for part in model.parameters())
+        fixed = sum(part.numel() * part.element_size() for part in model.buffers())
+        banks = 0
+        for module in (module for modules in model.memory.values() for module in modules):
+            banks += n_byte(module.init_state(1)) * (1 if module.scope == "shared" else n_row)
+        width = config["model"].get("d_model", 0) * config["model"].get("n_layer", 1)
+        return cls(weights * (4 if phases else 1) + fixed, banks, n_token * width * 4)
+
+
+def _check_room(needs: _Needs, config: dict[str, Any]) -> None:
+    """Refuse what cannot fit."""
+    there = available_memory()
+    if there is not None and sum(needs) > there:
+        raise ConfigError(
+            f"training needs at least {gib(sum(needs))} of memory ({gib(needs.weights)} for weights, gradients and the "
+            f"optimizer, {gib(needs.banks)} for memory banks, {gib(needs.activations)} for the tokens of a batch), and "
+            f"{gib(there)} can be had: make smaller what is largest of {_sizes(config)}"
+        )
+
+
+def _sizes(config: dict[str, Any]) -> str:
+    """The settings that the size of a run depends on, with their values."""
+    found = {f"model.{name}": config["model"].get(name) for name in ("d_model", "n_layer", "d_ff", "segment_len")}
+    found |= {"n_parameter": config.get("n_parameter")}
+    for name, node in config["memory"].items():
+        found |= {f"memory.{name}.{key}": node.get(key) for key in ("n_slot", "d_key", "d_value")}
+    for i, phase in enumerate(config.get("curriculum", {}).get("phases", [])):
+        found |= {f"curriculum.phases.{i}.n_row": phase["n_row"]}
+    return ", ".join(f"{name}={value}" for name, value in found.items() if value is not None)
 
 
 def _width(settings: dict[str, Any], n_parameter: int, make: Callable[..., LanguageModel]) -> int:

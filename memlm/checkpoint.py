@@ -6,7 +6,6 @@ loads with ``weights_only=True``: no code in it is ever run.
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import pickle
@@ -23,6 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
 from memlm.config import ConfigError
+from memlm.machine import no_space, written_to
 
 if TYPE_CHECKING:
     from memlm.data.datamodule import TextData
@@ -168,7 +168,10 @@ def export(model: LanguageModel, directory: str | os.PathLike[str]) -> list[Path
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise ConfigError(f"{directory} exists already: give the name of a new directory")
     directory.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=directory.parent, prefix=f".{directory.name}.") as folder:
+    with (
+        written_to(directory),
+        tempfile.TemporaryDirectory(dir=directory.parent, prefix=f".{directory.name}.") as folder,
+    ):
         whole = Path(folder) / "whole"  # renamed, so that what removes the folder does not find it
         whole.mkdir()
         entry = describe(model)
@@ -234,11 +237,12 @@ def write(content: dict[str, Any], path: str | os.PathLike[str]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = unfinished(path)
     try:
-        with open(temporary, "wb") as file:
-            torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        with written_to(path):
+            with open(temporary, "wb") as file:
+                torch.save(content, file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
     except (OSError, RuntimeError) as error:
         if no_space(error):
             then = "earlier checkpoints are whole: free some space and go on with resume=auto"
@@ -253,17 +257,6 @@ def write(content: dict[str, Any], path: str | os.PathLike[str]) -> None:
 def unfinished(path: Path) -> Path:
     """The name of a file of this process that is not to be taken for ``path`` yet; see `remove_leftovers`."""
     return path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}.tmp")
-
-
-def no_space(error: BaseException | None) -> bool:
-    """Whether a full disk or an exhausted quota is what lies behind an error."""
-    while error is not None:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            return True
-        if isinstance(error, RuntimeError) and "file write failed" in str(error):  # how torch tells a short write
-            return True
-        error = error.__cause__ or error.__context__
-    return False
 
 
 def remove_leftovers(run: Path) -> None:

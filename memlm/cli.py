@@ -23,7 +23,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,7 @@ from memlm.config import (
     slow_parts,
     validate,
 )
+from memlm.machine import refusal
 from memlm.schema import SCHEMAS, Evaluate, Train
 
 # Packages whose ValueErrors are mistakes of a user.
@@ -692,7 +693,7 @@ def cli(
                     raise SystemExit(_UNREAD) from error
                 if _is_sweep():
                     raise _job_failed(error) from error
-                if _is_user_error(error):
+                if is_user_error(error):
                     ended = True
                     _report(error)
                     # Not an Exception, so Hydra adds no report of its own.
@@ -742,19 +743,22 @@ def cli(
 
 @contextmanager
 def mistakes_told() -> Iterator[None]:
-    """Let a ConfigError inside the block end the program with ``error: <sentence>`` and exit code 2."""
+    """Let a mistake of the user inside the block end the program with ``error: <sentence>`` and exit code 2."""
     try:
         yield
-    except ConfigError as error:
+    except Exception as error:
+        if _wants_traceback() or not is_user_error(error):
+            raise
         _report(error)
         raise SystemExit(2) from None
 
 
 def _job_failed(error: Exception) -> JobFailed:
     """Report why a job of a sweep has failed, and write it into its directory."""
-    sentence, user = _message(error), _is_user_error(error)
+    sentence, user = _message(error), is_user_error(error)
     lines = sentence if user else f"{sentence}\n\n{''.join(traceback.format_exception(error))}"
-    (Path(run_dir()) / ERROR).write_text(lines + "\n", encoding="utf-8")
+    with suppress(OSError):  # such as of a full disk, which is what is told
+        (Path(run_dir()) / ERROR).write_text(lines + "\n", encoding="utf-8")
     if user:
         _report(error, f"job {HydraConfig.get().job.num}: ")
     else:
@@ -776,7 +780,7 @@ def _end_of_failed(error: Exception) -> int:
     if type(error).__module__.partition(".")[0] in _LAUNCHERS:
         print(f"error: the process of a job has died: {_sentence(error)}", file=sys.stderr)
         return 1
-    if _is_user_error(error):
+    if is_user_error(error):
         _report(error)
         return 2
     raise error
@@ -806,8 +810,9 @@ def _remove_if_bare(run: Path, ended: bool) -> None:
     started = {".hydra", ".lock", f"{HydraConfig.get().job.name}.log"}
     if ended:
         started |= {"csv", "wandb", "evaluation.json"}
-    if {path.name for path in run.iterdir()} <= started:
-        shutil.rmtree(run, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        if {path.name for path in run.iterdir()} <= started:
+            shutil.rmtree(run, ignore_errors=True)
 
 
 class _Output:
@@ -972,15 +977,11 @@ def _is_sweep() -> bool:
     return HydraConfig.initialized() and HydraConfig.get().mode is RunMode.MULTIRUN
 
 
-def _is_user_error(error: BaseException) -> bool:
-    """Tell a mistake of the user from one of the program, which needs its traceback."""
+def is_user_error(error: BaseException) -> bool:
+    """Tell a mistake of the user, or what the machine refuses, from one of the program, which needs its traceback."""
     error = _root(error)
-    if isinstance(error, ConfigError | HydraException | OmegaConfBaseException):
+    if isinstance(error, ConfigError | HydraException | OmegaConfBaseException) or refusal(error) is not None:
         return True
-    if isinstance(
-        error, FileNotFoundError | FileExistsError | IsADirectoryError | NotADirectoryError | PermissionError
-    ):
-        return error.filename is not None
     # By convention this project raises ValueError for what a user can get wrong; elsewhere it may mean anything.
     frame = error.__traceback__
     while frame is not None and frame.tb_next is not None:
@@ -999,9 +1000,9 @@ def _root(error: BaseException) -> BaseException:
 def _message(error: BaseException) -> str:
     """What an error says, on one line."""
     error = _root(error)
-    if isinstance(error, OSError) and error.filename is not None:
-        return f"{error.strerror}: {error.filename}"
-    return str(error) if isinstance(error, ConfigError) else _sentence(error)
+    if isinstance(error, ConfigError):
+        return str(error)
+    return refusal(error) or _sentence(error)
 
 
 def _report(error: BaseException, prefix: str = "") -> None:

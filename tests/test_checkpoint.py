@@ -18,8 +18,9 @@ import torch
 import memlm
 from memlm import checkpoint
 from memlm.build import build_data, build_model, build_tokenizer
-from memlm.checkpoint import checkpoints, export, find, load_run, no_space, read, write
+from memlm.checkpoint import checkpoints, export, find, load_run, read, write
 from memlm.config import ConfigError
+from memlm.machine import no_space
 from memlm.training.module import LanguageModeling
 from tests.training.small import FACTS, config, fit
 

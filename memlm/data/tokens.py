@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 import numpy as np
 
 from memlm.config import ConfigError
+from memlm.machine import written_to
 
 if TYPE_CHECKING:
     from memlm.data.corpus import Corpus
@@ -58,10 +59,11 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
     _remove_leftovers(path)
     temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
     try:
-        with temporary.open("wb") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)  # says that this writer is alive
-            yield file
-        os.replace(temporary, path)
+        with written_to(path):
+            with temporary.open("wb") as file:
+                fcntl.flock(file, fcntl.LOCK_EX)  # says that this writer is alive
+                yield file
+            os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 

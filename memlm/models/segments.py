@@ -26,6 +26,8 @@ from memlm.models import arguments
 from memlm.models.experience import ExperienceModel
 
 _WIDEST = 2**20  # of a model, and of its segments
+WINDOW = 2**12
+"""Tokens of a row that go through the layers together where no gradients are asked for, if a segment has fewer."""
 
 
 class LocalState(NamedTuple):
@@ -132,6 +134,22 @@ class Grid(NamedTuple):
         if self.fresh:
             return computed
         return torch.cat([torch.where(new[:, :1], computed[:, :1], cells), computed[:, 1:]], dim=1)
+
+
+class _Window(NamedTuple):
+    """What comes of segments that go through the layers together; as in `Output`, but ``x``.
+
+    Attributes:
+        x: Output of the last layer over the cells, (B, N, D).
+        state: State after them.
+        reads: See `Output`.
+        trace: See `Output`.
+    """
+
+    x: Tensor
+    state: ModelState
+    reads: dict[str, Residual]
+    trace: dict[str, Trace]
 
 
 class SegmentLayer(nn.Module):
@@ -427,12 +445,7 @@ class SegmentModel(ExperienceModel):
             return Output(self.head(hidden) if logits else None, state, hidden, {}, {})
         grid = self._lay_out(ids, state.local, reset, mask, breaks)
         write = write and (together or any(grid.n_complete))
-        n_segment = grid.complete.shape[1]
-        if n_segment == 1 or all(modules[0].layerwise for modules in self.memory.values()):
-            x, state, reads, trace = self._run(grid, state, read, write, signals, carry)
-        else:
-            full = mask is None and grid.cell is None
-            x, state, reads, trace = self._run_segments(grid, state, read, write, signals, full)
+        x, state, reads, trace = self._run_windows(grid, state, read, write, signals, carry)
         x = self.norm(x)
         if grid.cell is not None:
             index = (grid.cell - grid.columns.start).clamp(0, x.shape[1] - 1)
@@ -478,7 +491,7 @@ class SegmentModel(ExperienceModel):
         if breaks is not None and bool(breaks[:, 0].any()):
             state = self._close(state, breaks[:, 0].cpu(), True)
         grid = self._lay_out(ids, state.local, None, mask, breaks)
-        return self._run(grid, state, read, any(grid.n_complete), None, storing=True)[1]
+        return self._run_windows(grid, state, read, any(grid.n_complete), None, storing=True).state
 
     @property
     def head_weight(self) -> Tensor:
@@ -617,7 +630,7 @@ class SegmentModel(ExperienceModel):
         signals: dict[str, Tensor] | None,
         carry: bool = True,
         storing: bool = False,
-    ) -> tuple[Tensor, ModelState, dict[str, Residual], dict[str, Trace]]:
+    ) -> _Window:
         """All layers over the grid, one layer after the other for all segments.
 
         With ``S`` = 1 this is the definition; with more it needs layerwise memories. If ``storing``, all that follows
@@ -678,46 +691,60 @@ class SegmentModel(ExperienceModel):
                     traces[name].append(trace)
         new_local = self._carry(grid, local, kept, hiddens) if carry else local
         state = ModelState({name: tuple(parts) for name, parts in memory.items()}, new_local)
-        return x.flatten(1, 2), state, reads, {name: mean_trace(parts) for name, parts in traces.items()}
+        return _Window(x.flatten(1, 2), state, reads, {name: mean_trace(parts) for name, parts in traces.items()})
 
-    def _run_segments(
+    def _run_windows(
         self,
         grid: Grid,
         state: ModelState,
         read: bool,
         write: bool,
         signals: dict[str, Tensor] | None,
-        full: bool = False,
-    ) -> tuple[Tensor, ModelState, dict[str, Residual], dict[str, Trace]]:
-        """All layers over one segment after the other: the definition, and the only way for some memories.
+        carry: bool = True,
+        storing: bool = False,
+    ) -> _Window:
+        """All layers over one window of segments after the other, joined; see `_run`.
 
-        ``full``: the call is known to bring tokens for all segments of all rows, without asking the device.
+        What is found does not depend on where windows begin. The definition, and the only way for some memories, is one
+        segment after the other. With gradients the whole call is one window.
         """
-        parts, all_reads, traces = [], [], []
-        for s in range(grid.complete.shape[1]):
-            cells = slice(s * self.segment_len, (s + 1) * self.segment_len)
-            active = grid.new[:, s].any(dim=1)  # (B,)
+        n_segment, step = grid.complete.shape[1], self._segments_at_once()
+        if step is None or step >= n_segment:
+            return self._run(grid, state, read, write, signals, carry, storing)
+        windows: list[_Window] = []
+        for begin in range(0, n_segment, step):
+            end = min(begin + step, n_segment)
             one = Grid(
-                grid.ids[:, cells],
-                *(None if part is None else part[:, s : s + 1] for part in grid[1:9]),  # type: ignore[misc, arg-type]
-                n_complete=[int(n > s) for n in grid.n_complete],
-                open_len=[0 if n > s else o for n, o in zip(grid.n_complete, grid.open_len, strict=True)],
-                opened=grid.opened if s == 0 else [0] * len(grid.opened),
+                grid.ids[:, begin * self.segment_len : end * self.segment_len],
+                *(None if part is None else part[:, begin:end] for part in grid[1:9]),  # type: ignore[misc, arg-type]
+                n_complete=[min(max(n - begin, 0), end - begin) for n in grid.n_complete],
+                open_len=[0 if n >= end else o for n, o in zip(grid.n_complete, grid.open_len, strict=True)],
+                opened=grid.opened if begin == 0 else [0] * len(grid.opened),
                 columns=grid.columns,
                 cell=None,
             )
-            x, after, reads, trace = self._run(one, state, read, write, signals)
-            local = after.local if full else where_rows(active, after.local, state.local)
-            if s > 0 and not full:  # a context may begin with a segment that holds no token yet
-                fresh = self._no_context(len(active))
-                fresh = fresh._replace(position=grid.position[:, s], document=grid.document[:, s])
-                local = where_rows(~active & ~grid.continues[:, s], fresh, local)
-            state = after._replace(local=local)
-            parts.append(x)
-            all_reads.append(reads)
-            traces.append(trace)
-        joined = {key: join_reads([reads[key] for reads in all_reads]) for key in all_reads[0]}
-        return torch.cat(parts, dim=1), state, joined, {k: mean_trace([t[k] for t in traces]) for k in traces[0]}
+            window = self._run(one, state, read, write, signals, carry or end < n_segment, storing)
+            ended = [n < begin for n in grid.n_complete]  # rows whose last token was in an earlier window
+            if any(ended):
+                local = where_rows(torch.tensor(ended), state.local, window.state.local)
+                window = window._replace(state=window.state._replace(local=local))
+            state = window.state
+            if storing:  # of what is only stored nothing else is kept
+                windows.clear()
+            windows.append(window)
+        by_segment = [window for window in windows for _ in range(window.x.shape[1] // self.segment_len)]
+        return _Window(
+            x=torch.cat([window.x for window in windows], dim=1),
+            state=state,
+            reads={key: join_reads([window.reads[key] for window in windows]) for key in windows[0].reads},
+            trace={name: mean_trace([window.trace[name] for window in by_segment]) for name in self.memory},
+        )
+
+    def _segments_at_once(self) -> int | None:
+        """Segments that layers may run over together; None for any number."""
+        if not all(modules[0].layerwise for modules in self.memory.values()):
+            return 1
+        return None if torch.is_grad_enabled() else max(1, WINDOW // self.segment_len)
 
     def _maybe_checkpoint(self, function: Callable[..., Any], *arguments: Any) -> Any:
         if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
@@ -803,12 +830,16 @@ class SegmentModel(ExperienceModel):
             raise ConfigError(f"the prompt must be (rows, tokens) with at least one token, got {tuple(ids.shape)}")
         arguments.sampling(max_new_tokens, temperature, top_k, top_p)
         training, tokens = self.training, [ids]
+        *before, last = ids.split(WINDOW, dim=1)  # of a long prompt no more is held than of a window
         self.eval()
         try:
+            for part in before if max_new_tokens else ():
+                state = self(part, state=state, read=read, write=write, logits=False).state
             for _ in range(max_new_tokens):
-                out = self(tokens[-1], state=state, read=read, write=write, logits=False)
+                out = self(last, state=state, read=read, write=write, logits=False)
                 state = out.state
-                tokens.append(_sample(self.head(out.hidden[:, -1]), temperature, top_k, top_p))
+                last = _sample(self.head(out.hidden[:, -1]), temperature, top_k, top_p)
+                tokens.append(last)
         finally:
             self.train(training)
         return torch.cat(tokens, dim=1)

@@ -30,10 +30,11 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
 from memlm.analysis.figures import read_history
-from memlm.checkpoint import FOLDER, checkpoints, no_space
+from memlm.checkpoint import FOLDER, checkpoints
 from memlm.cli import output_lost
 from memlm.config import ConfigError, did_you_mean, instantiate
 from memlm.data.tokens import atomic_file
+from memlm.machine import no_space
 from memlm.training.callbacks import AtomicCheckpointIO, Checkpoints, DuringTraining, Progress, Throughput
 from memlm.training.resume import (
     Origin,

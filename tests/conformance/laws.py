@@ -339,19 +339,14 @@ def generates_as_parallel(make: Make) -> None:
 
 
 @contextmanager
-def segments_outside(model: SegmentModel) -> Iterator[None]:
-    """Run one segment after the other through all layers, which is the definition."""
-    run = model._run
-
-    def by_segment(grid: Any, *rest: Any) -> Any:
-        # the former may be told that no state is needed, which the definition does not know
-        return run(grid, *rest) if grid.complete.shape[1] == 1 else model._run_segments(grid, *rest[:4])
-
-    model._run = by_segment  # type: ignore[method-assign]
+def windows_of(n_segment: int, model: SegmentModel) -> Iterator[None]:
+    """Run so many segments after the other through all layers; one by one is the definition."""
+    layerwise = all(modules[0].layerwise for modules in model.memory.values())
+    model._segments_at_once = lambda: n_segment if layerwise else 1  # type: ignore[method-assign]
     try:
         yield
     finally:
-        del model._run
+        del model._segments_at_once
 
 
 @contextmanager
@@ -401,8 +396,14 @@ def schedules_agree(make: Make) -> None:
     """
     model = make(memory_layers="all")
     results = {}
-    for kind in ("fast", "segments outside", "slow process"):
-        change = {"segments outside": segments_outside, "slow process": slow_process}.get(kind)
+    changes = {
+        "segments outside": partial(windows_of, 1),
+        "windows of two": partial(windows_of, 2),
+        "windows of four": partial(windows_of, 4),
+        "slow process": slow_process,
+    }
+    for kind in ("fast", *changes):
+        change = changes.get(kind)
         found = []
         for case in ("documents", "open"):
             ids, reset, mask = windows_of_documents()
@@ -428,7 +429,7 @@ def schedules_agree(make: Make) -> None:
             grads = {n: torch.zeros_like(p) if p.grad is None else p.grad.clone() for n, p in model.named_parameters()}
             found.append((case, first, second, mask, grads, loss.detach()))
         results[kind] = found
-    for kind in ("segments outside", "slow process"):
+    for kind in changes:
         for (case, *fast), (_, *slow) in zip(results["fast"], results[kind], strict=True):
             what = f"{case}, {kind}"
             close(fast[0].logits[fast[2]], slow[0].logits[fast[2]], f"{what}: outputs")
