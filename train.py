@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from memlm.cli import cli, to_dict
 from memlm.config import validate
+from memlm.printed import printable
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -51,7 +52,7 @@ def main(cfg: DictConfig) -> float | None:
     sweep = sweep_dir()
     earlier = find_in_sweep(config, sweep) if sweep is not None and config["resume"] is None else None
     if isinstance(earlier, Finished):
-        print(f"{earlier.run}: finished with these settings, skipped")
+        print(printable(f"{earlier.run}: finished with these settings, skipped"))
         return earlier.value
     origin = earlier or find_origin(config["resume"], config, places_of_runs(config))
     if sweep is not None and starts_processes(config):
@@ -78,8 +79,8 @@ def main(cfg: DictConfig) -> float | None:
         if trainer.is_global_zero:
             n_parameter = sum(parameter.numel() for parameter in model.parameters())
             n_process = f" on {trainer.world_size} processes" if trainer.world_size > 1 else ""
-            print(f"{run}: {n_parameter:,} parameters, {trainer.max_steps} steps{n_process}"
-                  + (f", going on after step {origin.step} of {origin.path}" if origin else ""))  # fmt: skip
+            going_on = f", going on after step {origin.step} of {origin.path}" if origin else ""
+            print(printable(f"{run}: {n_parameter:,} parameters, {trainer.max_steps} steps{n_process}{going_on}"))
         trainer.fit(module, data, ckpt_path=origin.path if origin else None)
         written = [save_last(trainer, run)]
         logger = wandb_logger(trainer.loggers) if trainer.is_global_zero else None

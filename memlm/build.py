@@ -12,7 +12,7 @@ import torch
 
 from memlm.config import ConfigError, instantiate, validate
 from memlm.data.tokenizer import Tokenizer, get_tokenizer
-from memlm.data.tokens import cache_dir
+from memlm.files import cache_dir
 
 if TYPE_CHECKING:
     from memlm.data.corpus import Corpus

@@ -40,6 +40,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from memlm.config import INJECTED, ConfigError, did_you_mean, slow_parts, validate
+from memlm.printed import printable
 
 # Packages whose ValueErrors are mistakes of a user.
 _OURS = ("memlm", "experiments", "benchmarks", "scripts", "__main__")
@@ -535,10 +536,12 @@ def cli(
 
 @contextmanager
 def mistakes_told() -> Iterator[None]:
-    """Let a ConfigError inside the block end the program with ``error: <sentence>`` and exit code 2."""
+    """Let a mistake of the user inside the block end the program as `cli` does: ``error: <sentence>``, exit code 2."""
     try:
         yield
-    except ConfigError as error:
+    except Exception as error:
+        if _wants_traceback() or not _is_user_error(error):
+            raise
         _report(error)
         raise SystemExit(2) from None
 
@@ -561,9 +564,10 @@ def _end_of_failed(error: Exception) -> int:
     if isinstance(error, JobFailed):
         sweep = error.args[1]
         texts = {
-            path.parent: path.read_text(encoding="utf-8").splitlines() for path in sorted(Path(sweep).rglob(ERROR))
+            path.parent: path.read_text(encoding="utf-8", errors="replace").splitlines()
+            for path in sorted(Path(sweep).rglob(ERROR))
         }
-        lines = [f"  {place}: {text[0]}" for place, text in texts.items()]
+        lines = [f"  {place}: {printable(text[0] if text else 'failed')}" for place, text in texts.items()]
         print(f"\nerror: {len(lines)} of the jobs in {sweep} failed:", *lines, _again(sweep), sep="\n", file=sys.stderr)
         return 1 if any(len(text) > 1 for text in texts.values()) else 2
     if type(error).__module__.partition(".")[0] in _LAUNCHERS:
@@ -667,8 +671,8 @@ def _message(error: BaseException) -> str:
     """What an error says, on one line."""
     error = _root(error)
     if isinstance(error, OSError) and error.filename is not None:
-        return f"{error.strerror}: {error.filename}"
-    return str(error) if isinstance(error, ConfigError) else _sentence(error)
+        return printable(f"{error.strerror}: {error.filename}")
+    return printable(error if isinstance(error, ConfigError) else _sentence(error))
 
 
 def _report(error: BaseException, prefix: str = "") -> None:

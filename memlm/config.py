@@ -18,6 +18,7 @@ import inspect
 import math
 import os
 import reprlib
+import sys
 import types
 import typing
 from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -289,7 +290,8 @@ def _fits(value: Any, hint: Any) -> bool:
     if hint is int:
         return isinstance(value, int) and not isinstance(value, bool)
     if hint is float:
-        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        # Not math.isfinite, which fails for whole numbers of hundreds of digits.
+        return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
     if hint is str:
         return isinstance(value, str)
     if hint in (Path, os.PathLike) or origin is os.PathLike:

@@ -1,11 +1,13 @@
 """Continue a text with a trained model: `python scripts/generate.py checkpoint=RUN prompt="Once upon a time"`."""
 
+import sys
 from typing import Any
 
 from omegaconf import DictConfig
 
 from memlm.cli import cli
 from memlm.config import ConfigError
+from memlm.printed import printable
 
 
 @cli("generate")
@@ -32,7 +34,7 @@ def main(cfg: DictConfig) -> str:
         top_p=cfg.top_p,
     )
     text = model.tokenizer.decode(tokens[0].tolist())
-    print(text)
+    print(printable(text) if sys.stdout.isatty() else text)
     return text
 
 

@@ -23,6 +23,8 @@ from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
 import train
 from memlm.cli import check_command_line, cli, run_dir, to_dict
 from memlm.config import ConfigError, did_you_mean, whole
+from memlm.files import read_json
+from memlm.printed import printable
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -94,9 +96,11 @@ def measured(run: Path, metric: str | None, returned: float | None) -> float:
         if returned is None:
             raise ConfigError("no facts were asked for: measure experiment=needle, or name a number as search.metric")
         return returned
+    from experiments.base import Result
+
     experiment, _, name = metric.partition("/")
     path = run / experiment / "result.json"
-    metrics = json.loads(path.read_text(encoding="utf-8"))["metrics"] if path.is_file() else {}
+    metrics = Result.from_dict(read_json(path)).metrics if path.is_file() else {}
     if name not in metrics:
         known = ", ".join(f"{experiment}/{key}" for key in metrics) or f"nothing of {experiment!r}"
         raise ConfigError(f"search.metric={metric} was not measured; there is {known}")
@@ -206,7 +210,7 @@ def main(cfg: DictConfig) -> None:
                 failed[trial.number] = str(error)
                 trial.set_user_attr("error", str(error))
                 study.tell(trial, state=TrialState.FAIL)
-                print(f"error: trial {trial.number}: {error}", file=sys.stderr)
+                print(printable(f"error: trial {trial.number}: {error}"), file=sys.stderr)
     ranked = sorted((trial for trial in study.trials if trial.value is not None), key=lambda trial: trial.value,
                     reverse=settings["direction"] == "maximize")  # fmt: skip
     metric = settings["metric"] or "recalled"

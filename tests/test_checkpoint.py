@@ -16,7 +16,7 @@ import tokenizers
 import torch
 
 import memlm
-from memlm import checkpoint
+from memlm import files as files_module
 from memlm.build import build_data, build_model, build_tokenizer
 from memlm.checkpoint import checkpoints, export, find, load_run, no_space, read, write
 from memlm.config import ConfigError
@@ -87,7 +87,7 @@ def test_no_space_as_the_system_tells_it(tmp_path: Path, monkeypatch: pytest.Mon
         Path(path).touch()
         return builtins.open("/dev/full", *args, **settings)
 
-    monkeypatch.setattr(checkpoint, "open", full, raising=False)
+    monkeypatch.setattr(files_module, "open", full, raising=False)
     with pytest.raises(ConfigError, match="no space is left"):
         write(CONTENT, tmp_path / "step=2.ckpt")
     assert files(tmp_path) == []

@@ -222,7 +222,7 @@ def test_rows_and_markdown_hold_every_number() -> None:
     text = markdown(found)
     assert "| experiment | number | ltm (2 seeds) | a\\|b (1 seed) |" in text
     assert "| needle | memory on, n = 100 | 85.0 % ± 63.5 \\* | 10.0 % (5.5 to 17.4) |" in text
-    assert "- ltm, seed 1, step 500: `run1`" in text
+    assert "- ltm, seed 1, step 500: run1 " in text
 
 
 def test_the_figure_has_a_panel_for_each_main_number_and_its_controls() -> None:

@@ -98,7 +98,7 @@ def test_what_is_no_run_is_told(trained: Path, tmp_path: Path) -> None:
     emit(Result("loss", {"nll": 1.0}, (), {"headline": [bare]}), {}, tmp_path / "bare/loss")
     assert "bare/loss/result.json: 'loss' claims a rate (hit) without any control" in told(tmp_path / "bare")
     (tmp_path / "bare/loss/result.json").write_text("{")
-    assert "bare/loss/result.json: " in told(tmp_path / "bare")
+    assert "bare/loss/result.json cannot be read: it is damaged" in told(tmp_path / "bare")
     emit(result(), {}, tmp_path / "bare/loss")
     (tmp_path / "bare/evaluation.json").write_text(json.dumps({"checkpoint": "x"}))
     assert "evaluation.json is not what scripts/evaluate.py writes" in told(tmp_path / "bare")

@@ -13,13 +13,14 @@ import torch
 from memlm.analysis.figures import read_history
 from memlm.checkpoint import checkpoints, read, write
 from memlm.config import ConfigError
+from memlm.files import unfinished
 from memlm.training.resume import (
     Origin,
     find_in_sweep,
     find_origin,
     history_files,
     mark_finished,
-    remove_leftovers,
+    remove_leftovers_of_runs,
     running,
 )
 from tests.training.small import CURRICULA, FACTS, PLAIN, SHORT, config, curve, fit, fit_until_killed, write_text
@@ -179,23 +180,19 @@ def test_damaged_checkpoints_are_refused(kind: str, tmp_path: Path) -> None:
     assert not marker.exists()
 
 
-def test_leftovers_of_a_killed_writer_are_removed(tmp_path: Path) -> None:
-    import platform
-
-    folder = tmp_path / "checkpoints"
-    folder.mkdir()
+def test_leftovers_of_killed_runs_are_removed_by_the_next_one_beside_them(tmp_path: Path) -> None:
     child = os.fork()
     if child == 0:
         os._exit(0)
     os.waitpid(child, 0)
-    dead, alive, far = (
-        folder / f".step=1.ckpt.{host}.{pid}.tmp"
-        for host, pid in ((platform.node(), child), (platform.node(), os.getpid()), ("elsewhere", child))
-    )
-    for path in (dead, alive, far):
+    left = []
+    for place in ("runs/a", "root/kind/b"):  # beside the run, and below the root
+        path = tmp_path / place / "checkpoints" / unfinished(Path("step=3.ckpt")).name
+        path.parent.mkdir(parents=True)
         path.touch()
-    remove_leftovers(tmp_path)
-    assert [path.exists() for path in (dead, alive, far)] == [False, True, True]
+        left.append(path.rename(path.with_name(path.name.replace(f".{os.getpid()}.", f".{child}."))))
+    remove_leftovers_of_runs(tmp_path / "runs/new", [tmp_path / "root"])
+    assert not any(path.exists() for path in left)
 
 
 def test_no_memory_is_saved_where_none_is_carried(tmp_path: Path) -> None:
