@@ -114,7 +114,11 @@ def in_percent(rate: float) -> float:
 def _number(result: Result, entry: Any) -> Number:
     if not isinstance(entry, Mapping) or set(entry) != set(_KEYS):
         raise ValueError(f"the headline of {result.name!r} has the entry {entry!r}; expected keys {', '.join(_KEYS)}")
-    texts = [entry["label"], entry["metric"], *(entry[key] or "" for key in ("low", "high", "n"))]
+    texts = [
+        entry["label"],
+        entry["metric"],
+        *("" if entry[key] is None else entry[key] for key in ("low", "high", "n")),
+    ]
     flags = entry["percent"], entry["control"]
     if not (all(isinstance(text, str) for text in texts) and all(isinstance(flag, bool) for flag in flags)):
         raise ValueError(f"the headline of {result.name!r} has the entry {entry!r}; expected names, and true or false")

@@ -131,7 +131,7 @@ def _picture(file: Path, run: Path) -> bytes:
         ConfigError: If it lies elsewhere, so that a page which is handed on would hand on the file of somebody, or is
             none.
     """
-    if not file.resolve().is_relative_to(run.resolve()):
+    if not Path(os.path.realpath(file)).is_relative_to(os.path.realpath(run)):
         raise ConfigError(f"{file} is a link that leads out of the run")
     with open_regular(file) as opened:
         content = opened.read()

@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
 from memlm.config import ConfigError
-from memlm.files import atomic_file, refuse_special
+from memlm.files import atomic_file, open_regular, refuse_special
 
 if TYPE_CHECKING:
     from memlm.data.datamodule import TextData
@@ -174,9 +174,8 @@ def read_plain(path: Path, peek: bool = False) -> Any:
 
     The checksums of all that is read are verified, which torch does not do itself.
     """
-    refuse_special(path)
     try:
-        with zipfile.ZipFile(path) as parts:
+        with open_regular(path) as file, zipfile.ZipFile(file) as parts:
             names = parts.namelist()
             for name in names:
                 if not (peek and "/data/" in name):  # where torch keeps the values of tensors

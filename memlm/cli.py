@@ -40,7 +40,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from memlm.config import INJECTED, ConfigError, did_you_mean, slow_parts, validate
-from memlm.printed import printable
+from memlm.printed import one_line
 
 # Packages whose ValueErrors are mistakes of a user.
 _OURS = ("memlm", "experiments", "benchmarks", "scripts", "__main__")
@@ -567,7 +567,7 @@ def _end_of_failed(error: Exception) -> int:
             path.parent: path.read_text(encoding="utf-8", errors="replace").splitlines()
             for path in sorted(Path(sweep).rglob(ERROR))
         }
-        lines = [f"  {place}: {printable(text[0] if text else 'failed')}" for place, text in texts.items()]
+        lines = [f"  {place}: {one_line(text[0] if text else 'failed')}" for place, text in texts.items()]
         print(f"\nerror: {len(lines)} of the jobs in {sweep} failed:", *lines, _again(sweep), sep="\n", file=sys.stderr)
         return 1 if any(len(text) > 1 for text in texts.values()) else 2
     if type(error).__module__.partition(".")[0] in _LAUNCHERS:
@@ -650,7 +650,9 @@ def _is_user_error(error: BaseException) -> bool:
     error = _root(error)
     if isinstance(error, ConfigError | HydraException | OmegaConfBaseException):
         return True
-    if isinstance(error, FileNotFoundError | IsADirectoryError | NotADirectoryError | PermissionError):
+    if isinstance(
+        error, FileNotFoundError | FileExistsError | IsADirectoryError | NotADirectoryError | PermissionError
+    ):
         return error.filename is not None
     # By convention this project raises ValueError for what a user can get wrong; elsewhere it may mean anything.
     frame = error.__traceback__
@@ -671,8 +673,8 @@ def _message(error: BaseException) -> str:
     """What an error says, on one line."""
     error = _root(error)
     if isinstance(error, OSError) and error.filename is not None:
-        return printable(f"{error.strerror}: {error.filename}")
-    return printable(error if isinstance(error, ConfigError) else _sentence(error))
+        return one_line(f"{error.strerror}: {error.filename}")
+    return one_line(error if isinstance(error, ConfigError) else _sentence(error))
 
 
 def _report(error: BaseException, prefix: str = "") -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import faulthandler
 import json
 import logging
@@ -51,7 +52,12 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
 
     Yields:
         The open file, under a temporary name beside `path`.
+
+    Raises:
+        ConfigError: If a directory is in its place.
     """
+    if path.is_dir():
+        raise _special(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     remove_leftovers(path.parent)
     temporary = unfinished(path)
@@ -131,7 +137,12 @@ def open_regular(path: Path) -> BinaryIO:
         ConfigError: If it is a pipe, a device or a directory.
         OSError: If it is missing or cannot be read.
     """
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.ENXIO):  # a link to itself, a socket
+            raise _special(path) from error
+        raise
     if stat.S_ISREG(os.fstat(descriptor).st_mode):
         return open(descriptor, "rb")
     os.close(descriptor)
