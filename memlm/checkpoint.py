@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save
 
 from memlm.config import ConfigError
 from memlm.files import atomic_file, open_regular, refuse_special
+from memlm.printed import one_line
 
 if TYPE_CHECKING:
     from memlm.data.datamodule import TextData
@@ -157,6 +158,8 @@ def export(model: LanguageModel, directory: str | os.PathLike[str]) -> list[Path
 
 def _read_export(directory: Path) -> dict[str, Any]:
     """What `export` has written, as the contents of a checkpoint."""
+    for name in ("config.json", "tokenizer.json"):
+        refuse_special(directory / name)
     try:
         entry = json.loads((directory / "config.json").read_text(encoding="utf-8"))
         tokenizer = (directory / "tokenizer.json").read_text(encoding="utf-8")
@@ -179,7 +182,7 @@ def read_plain(path: Path, peek: bool = False) -> Any:
             names = parts.namelist()
             for name in names:
                 if not (peek and "/data/" in name):  # where torch keeps the values of tensors
-                    _verify(parts, name)
+                    _verify(path, parts, name)
             if len(set(names)) < len(names):
                 raise ConfigError(
                     f"{path} was refused: a part of it is there twice; use an earlier checkpoint of the run"
@@ -201,11 +204,16 @@ def read_plain(path: Path, peek: bool = False) -> Any:
         ) from error
 
 
-def _verify(parts: zipfile.ZipFile, name: str) -> None:
+def _verify(path: Path, parts: zipfile.ZipFile, name: str) -> None:
     """Read a part to its end, where its checksum is compared."""
-    with parts.open(name) as part:
-        while part.read(1 << 20):
-            pass
+    try:
+        with parts.open(name) as part:
+            while part.read(1 << 20):
+                pass
+    except zipfile.BadZipFile as error:
+        raise ConfigError(
+            f"{path} is damaged ({one_line(name)} is not as written); use an earlier checkpoint of the run"
+        ) from error
 
 
 def write(content: dict[str, Any], path: str | os.PathLike[str]) -> None:

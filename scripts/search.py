@@ -24,7 +24,7 @@ import train
 from memlm.cli import check_command_line, cli, run_dir, to_dict
 from memlm.config import ConfigError, did_you_mean, whole
 from memlm.files import read_json
-from memlm.printed import printable
+from memlm.printed import one_line, printable
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -113,28 +113,36 @@ def open_study(directory: Path, settings: Mapping[str, Any], about: Mapping[str,
     """The study of a directory, new or gone on with.
 
     Raises:
-        ConfigError: If it is another search.
+        ConfigError: If it is another search, or damaged.
     """
     import optuna
+    from sqlalchemy.exc import SQLAlchemyError
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    study = optuna.create_study(
-        study_name="search",
-        storage=f"sqlite:///{directory / 'study.db'}",
-        direction=settings["direction"],
-        load_if_exists=True,
-    )
-    before = study.user_attrs.get("about", about)
+    try:
+        study = optuna.create_study(
+            study_name="search",
+            storage=f"sqlite:///{directory / 'study.db'}",
+            direction=settings["direction"],
+            load_if_exists=True,
+        )
+        before = study.user_attrs.get("about", about)
+        trials = study.trials
+    except (SQLAlchemyError, optuna.exceptions.OptunaError) as error:
+        raise ConfigError(
+            f"{directory / 'study.db'} cannot be read: it is damaged ({one_line(str(error).splitlines()[0])}); give "
+            "another hydra.run.dir, or remove it to begin anew"
+        ) from error
     if before != about:
         differences = "; ".join(f"{key} is {about[key]!r} here, {before[key]!r} there"
                                 for key in about if before[key] != about[key])  # fmt: skip
         raise ConfigError(f"{directory} holds another search ({differences}): give another hydra.run.dir")
     study.set_user_attr("about", about)
     # A sampler that began anew would draw again what it drew.
-    seed = settings["seed"] + len(study.trials)
+    seed = settings["seed"] + len(trials)
     samplers = {"tpe": optuna.samplers.TPESampler, "random": optuna.samplers.RandomSampler}
     study.sampler = samplers[settings["sampler"]](seed=seed)
-    for trial in study.trials:
+    for trial in trials:
         if not trial.state.is_finished():  # the search was stopped in it
             study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
             study.enqueue_trial(trial.params)

@@ -6,6 +6,8 @@ import os
 import platform
 import random
 import signal
+import subprocess
+import sys
 import zlib
 from pathlib import Path
 
@@ -136,3 +138,24 @@ def test_json_that_is_none_or_no_object_is_told_with_its_file(tmp_path: Path) ->
         assert "\n" not in str(caught.value)
     path.write_text(json.dumps({"a": "é"}))
     assert read_json(path) == {"a": "é"}
+
+
+def test_a_mapped_file_that_is_cut_short_ends_with_a_line(tmp_path: Path) -> None:
+    code = """
+import os, sys
+from pathlib import Path
+from memlm import files
+path = Path(sys.argv[1])
+with files.checked_file(path) as file:
+    file.write(bytes(100_000))
+files.MOST_IN_MEMORY = 0
+found = files.read_checked(path)
+os.truncate(path, 0)
+bytes(found)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "f")], capture_output=True, text=True,
+        env=os.environ | {"PYTHONPATH": str(Path(files.__file__).parents[1])},
+    )  # fmt: skip
+    assert done.returncode == -signal.SIGBUS
+    assert "Bus error" in done.stderr

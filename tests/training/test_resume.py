@@ -19,6 +19,7 @@ from memlm.training.resume import (
     find_in_sweep,
     find_origin,
     history_files,
+    keep_earlier_history,
     mark_finished,
     remove_leftovers_of_runs,
     running,
@@ -375,3 +376,61 @@ def test_a_directory_holds_one_run(tmp_path: Path) -> None:
     assert checkpoints(tmp_path / "a") == before
     fit(config(tmp_path, "a", f"resume={tmp_path / 'a'}"))  # in its own directory
     assert checkpoints(tmp_path / "a")[-1].name == "step=9.ckpt"
+
+
+def test_what_is_damaged_beside_a_run_is_left_out_with_a_word(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = config(tmp_path, "mine", "trainer.max_steps=3")
+    fit(settings)
+    newest = checkpoints(tmp_path / "mine")[-1]
+    os.utime(newest, (1, 1))  # the others are looked at first
+    cyclic: dict[str, Any] = {}
+    cyclic["model"] = cyclic
+    for name, odd in {"list": [], "null": None, "cyclic": cyclic, "part": {**settings, "trainer": 5}}.items():
+        content = read(newest)
+        content["memlm"]["config"] = odd
+        write(content, tmp_path / name / "checkpoints" / newest.name)
+    for name, put in {"pipe": os.mkfifo, "loop": lambda path: os.symlink(path, path), "folder": os.mkdir}.items():
+        path = tmp_path / name / "checkpoints" / newest.name
+        path.parent.mkdir(parents=True)
+        put(path)
+    os.mkfifo(tmp_path / "null" / ".lock")
+    origin = find_origin("auto", config(tmp_path, "new", "trainer.max_steps=3"), [tmp_path])
+    assert origin is not None
+    assert origin.run.name == "mine"
+    told = capsys.readouterr().err
+    assert all(f"left out: {tmp_path / name}" in told for name in ("list", "null", "cyclic", "part", "pipe"))
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"[]", b'{"config": [], "value": 1}', b'{"config": {}, "value": "x"}', b"\xff"]
+)
+def test_a_damaged_mark_of_the_end_makes_no_job_of_a_sweep_fail(
+    content: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "0"
+    (run / "checkpoints").mkdir(parents=True)
+    mark_finished(run, {"seed": 1, "paths": {"run_dir": "x"}}, 0.5)
+    settings = {"seed": 1, "paths": {"run_dir": "y"}}
+    assert find_in_sweep(settings, tmp_path) == (run, 0.5)
+    (run / "finished.json").write_bytes(content)
+    assert find_in_sweep(settings, tmp_path) is None
+    assert f"left out: {run / 'finished.json'}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", [b"step\n\xff\n", b"step,a\n1," + b"x" * 200_000 + b"\n"])
+def test_a_damaged_log_of_a_run_is_told_with_its_file(content: bytes, tmp_path: Path) -> None:
+    file = tmp_path / "csv" / "metrics.csv"
+    file.parent.mkdir()
+    file.write_bytes(content)
+    with pytest.raises(ConfigError, match=r"csv/(metrics|earlier-0)\.csv cannot be read: it is damaged"):
+        keep_earlier_history(tmp_path / "new", Origin(tmp_path / "checkpoints" / "step=1.ckpt", 1, {}))
+    assert file.read_bytes() == content
+
+
+@pytest.mark.parametrize("put", [os.mkfifo, os.mkdir, lambda path: os.symlink("/dev/zero", path)])
+def test_a_lock_that_is_no_file_is_refused(put: Any, tmp_path: Path) -> None:
+    put(tmp_path / ".lock")
+    with pytest.raises(ConfigError, match=r"\.lock is no regular file"), running(tmp_path):
+        pass
