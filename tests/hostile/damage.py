@@ -480,6 +480,16 @@ def _special_file(name: str, put: Callable[[Path], object]) -> None:
         _compared(run)
 
 
+def _special_export(name: str) -> None:
+    import memlm
+    from memlm.checkpoint import export
+
+    export(memlm.load(_trained()[0] / "run"), "out")
+    Path("out", name).unlink()
+    os.mkfifo(Path("out", name))
+    memlm.load("out")
+
+
 def _lock(put: Callable[[Path], object]) -> None:
     from memlm.training.resume import running
 
@@ -555,6 +565,9 @@ def _specials() -> list[Case]:
             wanted = EITHER if name == "csv/metrics.csv" else ("sentence",)
             do = functools.partial(_special_file, name, put)
             cases.append(Case(f"{what} for {name}", do, (*wanted, "right"), 20))
+    names = ("config.json", "tokenizer.json", "model.safetensors")
+    cases += [Case(f"a pipe for {name} of an export", functools.partial(_special_export, name), seconds=20)
+              for name in names]  # fmt: skip
     cases += [Case(f"{what} for .lock", functools.partial(_lock, put), ("sentence",), 20)
               for what, put in _SPECIAL.items()]  # fmt: skip
     cases += [Case(f"{what} for a cached file", functools.partial(_special_cache, put), EITHER, 20)
