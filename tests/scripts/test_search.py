@@ -1,6 +1,5 @@
 """Searches whose trials are no training runs: what a run returns is a known function of its settings."""
 
-import json
 import sys
 from collections.abc import Sequence
 from math import nan
@@ -128,8 +127,7 @@ def test_a_trial_in_which_the_search_was_stopped_is_made_again(
 
 
 def test_any_number_that_was_measured_may_be_searched_for(tmp_path: Path) -> None:
-    (tmp_path / "perplexity").mkdir()
-    (tmp_path / "perplexity" / "result.json").write_text(json.dumps({"metrics": {"nll/on": 1.5, "nll/off": nan}}))
+    emit(Result("perplexity", {"nll/on": 1.5, "nll/off": nan}), {}, tmp_path / "perplexity")
     assert search.measured(tmp_path, "perplexity/nll/on", None) == 1.5
     with pytest.raises(ConfigError, match=r"search\.metric=perplexity/nll/off is no number"):
         search.measured(tmp_path, "perplexity/nll/off", None)
