@@ -256,9 +256,11 @@ def check_settings(settings: Any, least: Mapping[str, float]) -> None:
         least: By name of a setting, the least it may be; None is always right.
 
     Raises:
-        ConfigError: If one is less, ``facts_per_segment`` is not positive, or ``split`` is text of training.
+        ConfigError: If one is less, or so much that it would not end, ``facts_per_segment`` is not positive, or
+            ``split`` is text of training.
     """
     name = type(settings).__module__.rpartition(".")[2]
+    _check_most(name, vars(settings))
     for key, number in least.items():
         given = getattr(settings, key)
         if given is not None and given < number:
@@ -267,6 +269,31 @@ def check_settings(settings: Any, least: Mapping[str, float]) -> None:
         raise ConfigError(f"{name}.facts_per_segment must be positive, got {settings.facts_per_segment}")
     if getattr(settings, "split", "val") not in ("val", "test"):
         raise ConfigError(f"{name}.split must be 'val' or 'test', text the model never saw, got {settings.split!r}")
+
+
+_MOST = 10**8  # of any number but a seed
+_MOST_ITEMS = 10**4  # of what is told, asked or read one by one
+_ITEMS = frozenset({"n_ask", "n_document", "n_fact", "n_probe", "n_question", "n_statement", "n_stored", "n_story"})
+_MOST_TOKENS = 10**9  # in all documents
+_SPEED = 10_000  # tokens that a small model reads in a second on a CPU, about
+
+
+def _check_most(name: str, settings: Mapping[str, Any]) -> None:
+    """Refuse what could only run for ever."""
+    for key, given in settings.items():
+        most = 2**31 - 1 if key in ("seed", "seeds") else _MOST_ITEMS if key in _ITEMS else _MOST
+        for number in given if isinstance(given, list | tuple) else [given]:
+            if isinstance(number, int | float) and not abs(number) <= most:
+                raise ConfigError(f"{name}.{key} must be at most {most:,}, got {number:,}")
+    if "distance" in settings and "n_document" in settings:
+        distance = settings["distance"]
+        n_token = settings["n_document"] * (sum(distance) if isinstance(distance, list | tuple) else distance)
+        if n_token > _MOST_TOKENS:
+            raise ConfigError(
+                f"{name} would read {n_token:,} tokens (n_document * distance) under each condition, about "
+                f"{n_token / _SPEED / 86_400:,.1f} days at {_SPEED:,} tokens a second: lower one of them, so that they "
+                f"are at most {_MOST_TOKENS:,}"
+            )
 
 
 @contextmanager

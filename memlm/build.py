@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from memlm.config import ConfigError, instantiate, validate
+from memlm.config import ConfigError, check_arguments, check_kind, instantiate, validate, whole
+from memlm.data.curriculum import build_curriculum
 from memlm.data.tokenizer import Tokenizer, get_tokenizer
 from memlm.files import cache_dir
 
@@ -37,7 +38,6 @@ def build(*overrides: str) -> LanguageModel:
     from memlm.cli import compose, to_dict  # here, as a trained model is built without Hydra
 
     config = to_dict(compose(overrides))
-    validate({name: config[name] for name in ("seed", "n_parameter")})
     for part in ("model", "memory", "data", "curriculum"):
         validate(config[part], key=part)
     return build_model(config, build_tokenizer(config))
@@ -45,29 +45,47 @@ def build(*overrides: str) -> LanguageModel:
 
 def build_corpus(config: dict[str, Any]) -> Corpus:
     """The text of ``config["data"]``."""
-    return instantiate(config["data"]["corpus"], "data.corpus")
+    node = config["data"]["corpus"]
+    if not isinstance(node, dict) or "_target_" not in node:
+        raise ConfigError(
+            f"data.corpus must be the settings of a corpus, with a _target_, got {node!r}: give data=NAME"
+        )
+    return instantiate(node, "data.corpus")
 
 
 def build_tokenizer(config: dict[str, Any], corpus: Corpus | None = None) -> Tokenizer:
     """The tokenizer of ``config["data"]``, loaded from the cache or trained on ``corpus`` (by default its text)."""
     settings = config["data"]["tokenizer"]
+    if not isinstance(settings, dict):
+        raise ConfigError(f"data.tokenizer must be settings such as {{kind: bpe, vocab_size: 4096}}, got {settings!r}")
+    if settings.get("n_vocab") is not None:
+        whole("data.tokenizer.n_vocab", settings["n_vocab"], 1)
+    check_arguments(
+        "memlm.data.tokenizer.get_tokenizer",
+        {name: settings.get(name) for name in ("kind", "vocab_size", "path")},
+        "data.tokenizer",
+        ("corpus", "cache_dir"),
+    )
     return get_tokenizer(
         settings["kind"], settings["vocab_size"], settings["path"], corpus or build_corpus(config), _cache(config)
     )
 
 
-def build_data(config: dict[str, Any], tokenizer: Tokenizer, corpus: Corpus | None = None) -> TextData:
-    """Batches of ``corpus`` (by default the chosen text), encoded with ``tokenizer``."""
+def build_data(
+    config: dict[str, Any], tokenizer: Tokenizer, corpus: Corpus | None = None, trained_on: str | None = None
+) -> TextData:
+    """Batches of ``corpus`` (by default the chosen text), encoded with ``tokenizer``; see `TextData`."""
     from memlm.data.datamodule import TextData
 
     return TextData(
         corpus=corpus or build_corpus(config),
         tokenizer=tokenizer,
         segment_len=config["model"]["segment_len"],
-        curriculum=instantiate(config["curriculum"], "curriculum"),
+        curriculum=build_curriculum(config),
         cache_dir=_cache(config),
         seed=config["seed"],
-        n_worker=config["data"]["n_worker"],
+        n_worker=whole("data.n_worker", config["data"]["n_worker"]),
+        trained_on=trained_on,
     )
 
 
@@ -104,9 +122,22 @@ def check_model(config: dict[str, Any]) -> None:
     Raises:
         ConfigError: If a value is refused; the message names it.
     """
+    from memlm.data.corpus import Corpus
+    from memlm.memory.base import Memory
+    from memlm.models.base import LanguageModel
+
+    check_kind(config["model"], "model", LanguageModel)
+    if "segment_len" not in config["model"]:
+        raise ConfigError("model.segment_len is missing: give it a value, as the data is cut by it too")
+    for name, node in config["memory"].items():
+        check_kind(node, f"memory.{name}", Memory)
+    check_kind(config["data"]["corpus"], "data.corpus", Corpus)
     tokenizer: Any = SimpleNamespace(vocab_size=2)
-    with torch.device("meta"):
-        build_model(config, tokenizer)
+    try:
+        with torch.device("meta"):
+            build_model(config, tokenizer)
+    except (RuntimeError, OverflowError) as error:  # torch cannot count so many numbers
+        raise ConfigError(f"a size of the model or a memory is too large: {str(error).splitlines()[0]}") from error
 
 
 def _width(settings: dict[str, Any], n_parameter: int, make: Callable[..., LanguageModel]) -> int:

@@ -49,20 +49,46 @@ def load(path: str | os.PathLike[str]) -> LanguageModel:
     return _restore(read(find(path)))[0]
 
 
-def load_run(path: str | os.PathLike[str], *, paths: dict[str, Any] | None = None) -> tuple[LanguageModel, TextData]:
+def load_run(
+    path: str | os.PathLike[str], *, paths: dict[str, Any] | None = None, text: str | None = None
+) -> tuple[LanguageModel, TextData]:
     """Load a trained model and the data it was trained on; see `load`.
 
     Args:
         path: A run directory or a checkpoint file.
         paths: Settings of ``paths`` that differ here, such as ``cache_dir``.
+        text: Where the text it was trained on is now (``data.path``); None for where it was.
 
     Raises:
-        ConfigError: Also if the text it was trained on cannot be read here.
+        ConfigError: Also if the text it was trained on cannot be read here, or ``text`` is another one.
     """
     from memlm.build import build_data
 
-    model, config = _restore(read(find(path)))
-    return model, build_data(config | {"paths": config.get("paths", {}) | (paths or {})}, model.tokenizer)
+    content = read(find(path))
+    model, config = _restore(content)
+    config = config | {"paths": config.get("paths", {}) | (paths or {})}
+    known = content["memlm"].get("text")
+    if text is None:
+        return model, build_data(config, model.tokenizer, trained_on=known)
+    data = build_data(_moved(config, text), model.tokenizer)
+    if known is None:
+        raise ConfigError(
+            f"data.path: {path} does not say which text it was trained on (exports do not): leave it null"
+        )
+    if data.corpus.fingerprint() != known:
+        raise ConfigError(
+            f"data.path: {text} is another text than {path} was trained on: give that one, or leave it null"
+        )
+    return model, data
+
+
+def _moved(config: dict[str, Any], text: str) -> dict[str, Any]:
+    """A configuration whose text is elsewhere."""
+    corpus = config["data"]["corpus"]
+    name = next((name for name in ("path", "name") if name in corpus), None)
+    if name is None:
+        raise ConfigError(f"data.path: the text of this model is made by {corpus['_target_']}, no file: leave it null")
+    return config | {"data": config["data"] | {"corpus": corpus | {name: text}}}
 
 
 def place(model: LanguageModel, device: str) -> LanguageModel:
@@ -73,9 +99,11 @@ def place(model: LanguageModel, device: str) -> LanguageModel:
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device.partition(":")[0] == "meta":  # of tensors without numbers
+        raise ConfigError("device=meta cannot be used here: it computes nothing; use auto, cpu or cuda")
     try:
         return model.to(device)
-    except (RuntimeError, AssertionError) as error:
+    except (RuntimeError, AssertionError, ImportError) as error:
         raise ConfigError(f"device={device} cannot be used here: {str(error).splitlines()[0]}") from error
 
 
@@ -228,10 +256,10 @@ def write(content: dict[str, Any], path: str | os.PathLike[str]) -> None:
             torch.save(content, file)
     except (OSError, RuntimeError) as error:
         if no_space(error):
-            raise ConfigError(
-                f"no space is left to write the checkpoint {path}; earlier checkpoints are whole: "
-                "free some space and go on with resume=auto"
-            ) from error
+            then = "earlier checkpoints are whole: free some space and go on with resume=auto"
+            if not any(path.parent.glob("*.ckpt")):
+                then = "none was written before: free some space and give the command again"
+            raise ConfigError(f"no space is left to write the checkpoint {path}; {then}") from error
         raise
 
 

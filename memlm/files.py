@@ -34,7 +34,7 @@ _SEAL = b"\ncrc32 %08x\n"  # the end of a checked file
 
 def cache_dir() -> Path:
     """Return the folder for everything that can be built again: `$MEMLM_CACHE`, or else `~/.cache/memlm`."""
-    return Path(os.environ.get("MEMLM_CACHE") or "~/.cache/memlm").expanduser()
+    return Path(os.path.expanduser(os.environ.get("MEMLM_CACHE") or "~/.cache/memlm"))
 
 
 # ------------------------------------------------------------------------------------------------------------ writing

@@ -21,8 +21,8 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
 
 import train
-from memlm.cli import check_command_line, cli, run_dir, to_dict
-from memlm.config import ConfigError, did_you_mean, whole
+from memlm.cli import check_command_line, cli, quoted, run_dir, to_dict
+from memlm.config import ConfigError, did_you_mean
 from memlm.files import read_json
 from memlm.printed import one_line, printable
 
@@ -156,11 +156,6 @@ def check(cfg: DictConfig) -> None:
             "a search needs Optuna: pip install 'memlm[search]', in a checkout pip install -e '.[search]'"
         )
     search = to_dict(cfg)["search"]
-    for name, known in {"direction": ("maximize", "minimize"), "sampler": ("tpe", "random")}.items():
-        if search[name] not in known:
-            raise ConfigError(f"search.{name} must be {' or '.join(known)}, got {search[name]!r}")
-    whole("search.n_trial", search["n_trial"], 1)
-    whole("search.seed", search["seed"])
     if not search["space"]:
         raise ConfigError("there is nothing to search over: give a setting several values, or hparams_search=NAME")
     distributions(search["space"])
@@ -210,7 +205,7 @@ def main(cfg: DictConfig) -> None:
             print(f"trial {trial.number}: {' '.join(map(shlex.quote, lines))}", flush=True)
             run = directory / f"trial-{trial.number}"
             # If the search was stopped in a trial, the run to go on with is below this directory too.
-            lines += [f"paths.root='{directory}'", "resume=auto"]
+            lines += [f"paths.root={quoted(str(directory))}", "resume=auto"]
             try:
                 returned = run_apart(train.__file__, [*places, *fixed, *lines], run)
                 study.tell(trial, measured(run, settings["metric"], returned))

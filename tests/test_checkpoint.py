@@ -154,6 +154,23 @@ def test_loading_needs_nothing_but_the_path(trained: Any, tmp_path: Path, monkey
         load_run(moved)[1].setup()
 
 
+def test_a_text_that_was_moved_is_taken_from_where_it_is_now(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    fit(config(tmp_path, "a", "trainer.max_steps=1"))
+    text, now, other = (tmp_path / f"{name}.txt" for name in ("text", "now", "other"))
+    text.rename(now)
+    other.write_text(now.read_text() + "one more line\n")
+    _, data = load_run(tmp_path / "a", text=str(now))
+    assert data.tokens("val").n_token > 0
+    with pytest.raises(ConfigError, match=r"data.path: .*other\.txt is another text than"):
+        load_run(tmp_path / "a", text=str(other))
+    with pytest.raises(ConfigError, match=r"text\.txt' does not exist"):
+        load_run(tmp_path / "a")[1].tokens("val")
+    assert "is another text now" not in caplog.text
+    other.rename(text)
+    load_run(tmp_path / "a")[1].tokens("val")
+    assert "is another text now" in caplog.text
+
+
 def test_a_checkpoint_of_a_plain_trainer_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = config(tmp_path, "a")
     overrides = [f"data.path={tmp_path / 'text.txt'}", "data.tokenizer.kind=word", "data.tokenizer.vocab_size=400"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import reprlib
 from collections.abc import Mapping, Sequence
 from os import PathLike
@@ -55,7 +56,7 @@ def generate_memory_report(
         )
     text = render("Memory report", [Chapter("Memory", *memory_parts(model, data, contexts))])
     if path is not None:
-        with atomic_file(Path(path).expanduser()) as file:
+        with atomic_file(Path(os.path.expanduser(path))) as file:
             file.write(text.encode("utf-8", errors="replace"))
     return text
 

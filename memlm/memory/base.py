@@ -7,7 +7,7 @@ Shapes: B rows, S consecutive segments, T tokens per segment, D model width.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
@@ -123,6 +123,11 @@ class Records(NamedTuple):
 MANY = -2
 """In place of an origin: more records were merged than are listed."""
 
+MOST_RECORDS = 2**30
+"""Records that were written to a memory which is read from a file, at most: a sum of two ids fits 32 bits."""
+
+_FURTHEST = 2**32 - 1  # place in a document, or number of one, in what is read from a file
+
 Trace = dict[str, Tensor]
 """Numbers of one step by name, each a scalar or one per row, (B,): for the log, and for the memory's own losses."""
 
@@ -160,6 +165,18 @@ class Memory(nn.Module):
     wants_surprise: bool = False
     signals: Mapping[str, int] = MappingProxyType({})
     keeps_records: bool = False
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Memory:
+        """Move to another device. Types stay: slots are compared and ranked by their numbers, which takes 32 bits.
+
+        So of a model in half or double precision (``model.half()``) the memories, and what they hold, stay as they are.
+        """
+
+        def moved(tensor: Tensor) -> Tensor:
+            new = fn(tensor)
+            return new if new.dtype == tensor.dtype else tensor.to(new.device)
+
+        return super()._apply(moved, recurse)
 
     def init_linears(self) -> None:
         """Initial values of all linear maps of the module: weights of variance 1 / fan-in, biases of zero."""
@@ -257,7 +274,9 @@ class Memory(nn.Module):
         if not self.has_bank:
             return fresh
         bank = {name: getattr(self, f"{_BANK}{name}") for name in named_tensors(fresh)}
-        return with_tensors(fresh, {name: t.cpu() if "host_" in name else t for name, t in bank.items()})
+        # (A model that was built without its numbers has none to bring there.)
+        host = {name: t.cpu() for name, t in bank.items() if "host_" in name and not t.is_meta}
+        return with_tensors(fresh, bank | host)
 
     def first_state(self, n_row: int) -> State:
         """State before any text: copies of the persistent bank if there is one, else a fresh state."""
@@ -297,6 +316,12 @@ class Memory(nn.Module):
             for name in fresh:
                 state_dict.setdefault(f"{prefix}{_BANK}{name}", fresh[name])
         super()._load_from_state_dict(state_dict, prefix, *rest)
+        if saved:
+            try:
+                self.check(self.bank())
+            except ValueError as error:
+                errors: list[str] = rest[-1]
+                errors.append(f"the bank {prefix.removesuffix('.')} holds what no text can have written: {error}")
 
     @property
     def dealt(self) -> bool:
@@ -426,6 +451,51 @@ class Memory(nn.Module):
             return torch.where(slots.view(*slots.shape, *[1] * (tensor.dim() - 2)), fresh, tensor)
 
         return map_tensors(empty, state, self.init_state(len(slots)))
+
+    def check(self, state: State) -> None:
+        """Refuse a state that no text can have led to, such as one of a damaged or forged file.
+
+        Default: a real number that is not finite; if the memory keeps records, also ids, numbers of documents, places,
+        tokens and importances out of range, and anything in a slot that is empty.
+
+        Raises:
+            ValueError: If there is anything; the message names the field.
+        """
+        named = named_tensors(state)
+        for name, part in named.items():
+            if part.is_floating_point() and not bool(part.isfinite().all()):
+                raise ValueError(f"{name} is not finite everywhere")
+        if not self.keeps_records:
+            return
+        records, filled, places, tokens = (
+            self.records(state),
+            self.filled(state),
+            self.places(state),
+            self.tokens(state),
+        )
+        n_record = records.n_record[:, None]
+        assert places is not None
+        assert tokens is not None
+        origins, listed = records.origins, records.origins.clone()
+        listed[..., -1] = listed[..., -1].where(listed[..., -1] != MANY, -1)
+        wrong = {
+            f"the number of records written is not in 0..{MOST_RECORDS}": (n_record < 0) | (n_record > MOST_RECORDS),
+            "the id of a record is not below their number": (records.record < 0) | (records.record >= n_record),
+            "an origin is no id of a record": ((listed < -1) | (origins >= n_record[..., None])).any(dim=2),
+            "the number of a document is out of range": (records.document < 0) | (records.document > _FURTHEST),
+            "the place of a token is out of range": (places < 0) | (places > _FURTHEST),
+            "the id of a token is negative": (tokens < -1).any(dim=2) | (tokens[..., -1] < 0),
+            "the importance of a slot is not in 0..1": (records.importance < 0) | (records.importance > 1),
+        }
+        for what, where in wrong.items():
+            if bool((where if where.shape[1] == 1 else where & filled).any()):
+                raise ValueError(what)
+        fresh = named_tensors(self.init_state(len(filled)))
+        for name, part in named.items():
+            if part.shape[:2] == filled.shape:
+                other = part != fresh[name]
+                if bool((other.flatten(2).any(dim=2) if part.dim() > 2 else other)[~filled].any()):
+                    raise ValueError(f"{name} holds something where no record is")
 
     def flops_per_token(self) -> int:
         """Multiply-adds times two of one token's read and write."""

@@ -33,6 +33,7 @@ _EMPTY = -(2.0**23)  # priority of the first empty slot; slot i has _EMPTY + i, 
 _USED = -(2.0**22)  # every used slot has a priority above this
 _TIE = 1e-3  # weight of a token's own log gate in its worth, to tell the tokens of a span apart
 _ORIGINS = 8  # records that a merged slot lists
+_MOST = 2.0**15  # values and priorities of what is read from a file; what a model writes is far below
 
 
 class LongTermState(NamedTuple):
@@ -797,6 +798,27 @@ class LongTermMemory(Memory):
         new = new._replace(lists=state.lists)
         changed = slots.any(dim=1).cpu() & (state.lists.host_n_list > 0)
         return new._replace(lists=self._deal_out(new, changed))
+
+    def check(self, state: LongTermState) -> None:
+        """See `Memory.check`; also lengths and priorities that no write gives, and lists of other slots."""
+        super().check(state._replace(lists=None))
+        filled = self.filled(state)
+        most = {"surprise": _MOST, "fifo": 1.0, "random": 1.0}.get(self.importance, 0.0)
+        number = torch.arange(*self._slots, device=filled.device) + 1  # of all slots, from 1
+        n_used = (filled * number).amax(dim=1).to(state.host_used.device)
+        wrong = {
+            "a key is longer than 1": state.key.norm(dim=2) > 1.01,
+            f"a value is beyond {_MOST:.0f}": state.value.abs().amax(dim=2) > _MOST,
+            f"the priority of a slot is above {most:.0f}, the most under importance={self.importance}": filled
+            & (state.priority > most),
+            "host_used is not a bound on the slots that are used": (state.host_used < n_used)
+            | (state.host_used > self.n_slot),
+        }
+        for what, where in wrong.items():
+            if bool(where.any()):
+                raise ValueError(what)
+        if state.lists is not None:
+            self._file().check(state.lists, state.key, filled)
 
 
 def _origins(state: LongTermState, slots: Tensor, member: Tensor, n_group: int) -> Tensor:

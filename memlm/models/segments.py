@@ -10,6 +10,7 @@ C lookback, N = S * T cells, D model width, V vocabulary.
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -18,9 +19,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from memlm.config import ConfigError
 from memlm.memory.base import Memory, Residual, Segment, Trace, join_reads, mean_trace
 from memlm.memory.state import State, map_tensors, select_rows, tensors, where_rows
+from memlm.models import arguments
 from memlm.models.experience import ExperienceModel
+
+_WIDEST = 2**20  # of a model, and of its segments
 
 
 class LocalState(NamedTuple):
@@ -199,9 +204,15 @@ class SegmentModel(ExperienceModel):
         gradient_checkpointing: bool = False,
     ) -> None:
         super().__init__()
-        for name, number in {"n_layer": n_layer, "d_model": d_model, "segment_len": segment_len}.items():
+        for name, number, most in (
+            ("n_layer", n_layer, 1000),
+            ("d_model", d_model, _WIDEST),
+            ("segment_len", segment_len, _WIDEST),
+        ):
             if number < 1:
                 raise ValueError(f"model.{name} must be at least 1, got {number}")
+            if number > most:
+                raise ValueError(f"model.{name} must be at most {most}, got {number}")
         if not 0 <= overlap <= segment_len:
             raise ValueError(f"model.overlap must be in 0..segment_len ({segment_len}), got {overlap}")
         self.n_vocab, self.d_model, self.n_layer = n_vocab, d_model, n_layer
@@ -380,23 +391,25 @@ class SegmentModel(ExperienceModel):
             An `Output`.
 
         Raises:
-            ValueError: If shapes do not fit, or a signal is used by no memory.
+            ConfigError: If types, shapes or ids do not fit, or a signal is used by no memory.
         """
-        if ids.dim() != 2 or not len(ids):
-            raise ValueError(f"ids must be (rows, tokens) with at least one row, got shape {tuple(ids.shape)}")
+        ids = arguments.token_ids(ids, self.n_vocab)
         n_row = ids.shape[0]
         for name, flags in (("mask", mask), ("reset", reset), ("breaks", breaks)):
-            if flags is not None and flags.dtype != torch.bool:
-                raise ValueError(f"{name} must be bool, got {flags.dtype}")
+            arguments.flags(name, flags)
         self._check_signals(signals or {}, n_row)
         if state is None:
             state = self.init_state(n_row)
+        elif not isinstance(state, ModelState):
+            raise ConfigError(f"state must be what a call of this model gave, or None, got {type(state).__name__}")
         elif len(state.local.host_open) != n_row:
-            raise ValueError(f"ids have {n_row} rows, but the state has {len(state.local.host_open)}")
+            raise ConfigError(f"ids have {n_row} rows, but the state has {len(state.local.host_open)}")
         elif _shapes(state.local) != self._shapes or set(state.memory) != set(self.memory):
-            raise ValueError("the state is of another model: its layers, widths, segments or memories differ")
+            raise ConfigError("the state is of another model: its layers, widths, segments or memories differ")
+        if breaks is not None and (breaks.dim() != 2 or len(breaks) != n_row):
+            raise ConfigError(f"breaks must be ({n_row}, segments), got {tuple(breaks.shape)}")
         if mask is not None and mask.shape != ids.shape:
-            raise ValueError(f"mask must have the shape of ids {tuple(ids.shape)}, got {tuple(mask.shape)}")
+            raise ConfigError(f"mask must have the shape of ids {tuple(ids.shape)}, got {tuple(mask.shape)}")
         together = any(modules[0].over_ranks for modules in self.memory.values())
         if together and reset is None and breaks is None:  # other processes may have some, and all have to write
             reset = torch.zeros(n_row, -(-ids.shape[1] // self.segment_len), dtype=torch.bool, device=ids.device)
@@ -429,19 +442,21 @@ class SegmentModel(ExperienceModel):
     def _check_signals(self, signals: Mapping[str, Tensor], n_row: int) -> None:
         """Refuse what no memory uses, other shapes than (B, n), and NaN, which is looked for on a CPU alone."""
         known = {name: width for modules in self.memory.values() for name, width in modules[0].signals.items()}
+        if not isinstance(signals, Mapping) or not all(isinstance(given, Tensor) for given in signals.values()):
+            raise ConfigError(f"signals must be tensors by name, got {reprlib.repr(signals)}")
         for name, given in signals.items():
             if name not in known:
                 width = given.shape[-1] if given.dim() else 1
-                raise ValueError(
+                raise ConfigError(
                     f"signals: {name!r} is used by no memory of this model, which know {', '.join(known) or 'none'}: "
                     f"leave it out, or set memory=adaptive 'memory.adaptive.signals={{{name}: {width}}}'"
                 )
             if given.shape != (n_row, known[name]):
-                raise ValueError(
+                raise ConfigError(
                     f"signals.{name} must be (rows, numbers) = {(n_row, known[name])}, got shape {tuple(given.shape)}"
                 )
             if given.device.type == "cpu" and not torch.compiler.is_compiling() and bool(given.isnan().any()):
-                raise ValueError(f"signals.{name} holds NaN: give 0 where it is unknown")
+                raise ConfigError(f"signals.{name} holds NaN: give 0 where it is unknown")
 
     def absorb(
         self,
@@ -456,7 +471,8 @@ class SegmentModel(ExperienceModel):
         Layers above the last one with memory are not run, and that layer reads nothing, as no write depends on it.
         """
         modules = [modules[0] for modules in self.memory.values()]
-        if ids.dim() != 2 or ids.shape[1] == 0 or not all(module.layerwise for module in modules):
+        ids = arguments.token_ids(ids, self.n_vocab)
+        if ids.shape[1] == 0 or not all(module.layerwise for module in modules):
             return super().absorb(ids, state, read, mask, breaks)
         state = self.init_state(len(ids)) if state is None else state
         if breaks is not None and bool(breaks[:, 0].any()):
@@ -473,7 +489,7 @@ class SegmentModel(ExperienceModel):
         """``state`` with the rows that begin a document at once out of their old context."""
         n_row = len(state.local.host_open)
         if reset.shape[0] != n_row or reset.dim() > 2:
-            raise ValueError(f"reset must be ({n_row},) or ({n_row}, segments), got {tuple(reset.shape)}")
+            raise ConfigError(f"reset must be ({n_row},) or ({n_row}, segments), got {tuple(reset.shape)}")
         rows = (reset if reset.dim() == 1 else reset[:, :1].any(dim=1)).cpu()
         if any(modules[0].scope == "shared" for modules in self.memory.values()):
             state = self._close(state, rows, write)
@@ -491,7 +507,7 @@ class SegmentModel(ExperienceModel):
         by_segment = breaks is not None or (reset is not None and reset.dim() == 2)
         in_place = not any(opened) and n_token % segment_len == 0 and (mask is None or by_segment)
         if by_segment and not in_place:
-            raise ValueError("breaks and reset by segment need rows with no open segment, and whole segments")
+            raise ConfigError("breaks and reset by segment need rows with no open segment, and whole segments")
         if in_place:
             n_segment = n_token // segment_len
             for name, starts in (
@@ -499,7 +515,7 @@ class SegmentModel(ExperienceModel):
                 ("breaks", breaks),
             ):
                 if starts is not None and starts.shape != (n_row, n_segment):
-                    raise ValueError(f"{name} must be ({n_row}, {n_segment}) here, got {tuple(starts.shape)}")
+                    raise ConfigError(f"{name} must be ({n_row}, {n_segment}) here, got {tuple(starts.shape)}")
             cell, grid_ids = None, ids
             valid = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask
             new = valid = valid.view(n_row, n_segment, segment_len)
@@ -511,7 +527,7 @@ class SegmentModel(ExperienceModel):
             n_complete, open_len = [n_segment] * n_row, [0] * n_row
             if mask is not None:
                 if not bool((valid[..., 1:] <= valid[..., :-1]).all() & (complete[:, 1:] <= complete[:, :-1]).all()):
-                    raise ValueError("padding may only end a document: it needs reset or breaks in the next segment")
+                    raise ConfigError("padding may only end a document: it needs reset or breaks in the next segment")
                 n_complete = complete.sum(dim=1).tolist()
                 counts = F.pad(valid.sum(dim=2), (0, 1)).tolist()
                 open_len = [count[n] for count, n in zip(counts, n_complete, strict=True)]
@@ -561,14 +577,17 @@ class SegmentModel(ExperienceModel):
         self, grid: Grid, local: LocalState, embeddings: Tensor, hidden: Tensor, module: Memory,
         signals: dict[str, Tensor] | None = None,
     ) -> Segment:  # fmt: skip
-        """What ``module`` may use of the grid. ``embeddings`` and ``hidden`` include the model's lookback."""
+        """What ``module`` may use of the grid. ``embeddings`` and ``hidden`` include the model's lookback.
+
+        Memories work in 32 bits, whatever the model does.
+        """
         skip = self.lookback - module.lookback
         ids = torch.cat([local.ids[:, : self.lookback], grid.ids], dim=1)  # (B, C + N)
         before = grid.continues[:, :1].expand(-1, module.lookback)
         return Segment(
             ids=ids[:, skip:],
-            embeddings=embeddings[:, skip:],
-            hidden=hidden[:, skip:],
+            embeddings=embeddings[:, skip:].float(),
+            hidden=hidden[:, skip:].float(),
             valid=torch.cat([before, grid.valid.flatten(1)], dim=1),
             complete=grid.complete,
             continues=grid.continues,
@@ -587,7 +606,7 @@ class SegmentModel(ExperienceModel):
         following = ids.roll(-1, dims=1)[..., None]  # the last cell has none, and no slot
         parts = zip(hidden.split(self.segment_len, dim=1), following.split(self.segment_len, dim=1), strict=True)
         nats = [-self.head(self.norm(part)).log_softmax(dim=-1).gather(2, targets) for part, targets in parts]
-        return torch.cat(nats, dim=1)[..., 0]
+        return torch.cat(nats, dim=1)[..., 0].float()
 
     def _run(
         self,
@@ -631,7 +650,7 @@ class SegmentModel(ExperienceModel):
                 cells = grid.fill(x, buffer[:, self.lookback :]).flatten(1, 2)
                 hidden = torch.cat([buffer[:, : self.lookback], cells], dim=1)  # (B, C + N, D)
                 hiddens.append(hidden)
-                flat = x.flatten(1, 2)  # (B, S * Q, D)
+                flat = x.flatten(1, 2).float()  # (B, S * Q, D)
                 values = []
                 for name, modules in self.memory.items():
                     if modules[0].layerwise:
@@ -644,7 +663,7 @@ class SegmentModel(ExperienceModel):
                         found = modules[0].read(flat, recalled[name], i) if read else None
                     if found is not None:
                         reads[f"{name}/{i}"] = found
-                        values.append(found.values)
+                        values.append(found.values.to(x.dtype))
                 if values:
                     x = x + sum(values).unflatten(1, x.shape[1:3])  # type: ignore[union-attr]
             if not (storing and i == last):
@@ -777,16 +796,12 @@ class SegmentModel(ExperienceModel):
             Prompt and new tokens, (B, L + max_new_tokens).
 
         Raises:
-            ValueError: If a setting is out of range or the prompt is empty.
+            ConfigError: If a setting is out of range or the prompt is empty.
         """
-        if ids.dim() != 2 or ids.shape[1] == 0:
-            raise ValueError(f"the prompt must be (rows, tokens) with at least one token, got {tuple(ids.shape)}")
-        if max_new_tokens < 0 or temperature < 0:
-            raise ValueError(f"max_new_tokens and temperature must not be negative: {max_new_tokens}, {temperature}")
-        if top_k is not None and top_k < 1:
-            raise ValueError(f"top_k must be at least 1 or None, got {top_k}")
-        if top_p is not None and not 0 < top_p <= 1:
-            raise ValueError(f"top_p must be in (0, 1] or None, got {top_p}")
+        ids = arguments.token_ids(ids, self.n_vocab)
+        if ids.shape[1] == 0:
+            raise ConfigError(f"the prompt must be (rows, tokens) with at least one token, got {tuple(ids.shape)}")
+        arguments.sampling(max_new_tokens, temperature, top_k, top_p)
         training, tokens = self.training, [ids]
         self.eval()
         try:

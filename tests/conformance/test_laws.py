@@ -152,6 +152,20 @@ def test_11_inspectable_shared(shareable: laws.Make) -> None:
     laws.inspectable(shareable, scope="shared")
 
 
+def _keep_records(name: str) -> bool:
+    return any(laws.class_of(node).keeps_records for node in laws.nodes_of(name).values())
+
+
+# All lists are searched, as those of a model that was never told are others.
+@pytest.mark.parametrize(
+    "index", [{}, {"index": "inverted", "n_slot": 24, "n_list": 12, "n_probe": 12}], ids=["exact", "inverted"]
+)
+@pytest.mark.parametrize("scope", ["sequence", "shared"])
+@pytest.mark.parametrize("name", [name for name in NAMES if _keep_records(name)])
+def test_12_forgets(name: str, scope: str, index: dict[str, Any]) -> None:
+    laws.forgets(make_of(name), {"LongTermMemory.scope": scope} | index)
+
+
 LAWS = [
     laws.alive, laws.causal, laws.isolated, laws.chunk_invariant, laws.ragged, laws.generates_as_parallel,
     laws.schedules_agree, laws.contexts, laws.empty_segments, laws.resets, laws.pure, laws.reach,

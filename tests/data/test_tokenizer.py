@@ -1,8 +1,10 @@
 import json
 import os
+import random
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -304,9 +306,9 @@ def test_wrong_settings_are_told(tmp_path):
         train_tokenizer("bep", [TEXT], 300)
     with pytest.raises(ConfigError, match=r"unknown tokenizer kind 'words'.*Did you mean 'word'"):
         get_tokenizer("words", 300, None, OneText(), tmp_path)
-    with pytest.raises(ConfigError, match="at least 257 for tokenizer kind 'bpe', not 256"):
+    with pytest.raises(ConfigError, match="must be 257 to 16777216 for tokenizer kind 'bpe', not 256"):
         train_tokenizer("bpe", [TEXT], 256)
-    with pytest.raises(ConfigError, match="at least 3 for tokenizer kind 'word'"):
+    with pytest.raises(ConfigError, match="must be 3 to 16777216 for tokenizer kind 'word'"):
         train_tokenizer("word", [TEXT], 2)
     for kind in ("char", "word"):
         with pytest.raises(ConfigError, match="needs some text"):
@@ -328,3 +330,89 @@ def test_texts_of_tokens_keep_characters_whole():
     assert "".join(tokenizer.decode_each([lone, lone, *ids])).endswith("😀é!")
     assert tokenizer.decode_each(ids[:3]) == ["a", "", "\ufffd"]
     assert tokenizer.decode_each([]) == []
+
+
+# --- what is lost --------------------------------------------------------------------------------------------------
+
+
+def naive(text: str, other: str) -> int:
+    """Longest common subsequence, by the table of a textbook."""
+    row = [0] * (len(other) + 1)
+    for a in text:
+        before = row[:]
+        for j, b in enumerate(other):
+            row[j + 1] = before[j] + 1 if a == b else max(before[j + 1], row[j])
+    return row[-1]
+
+
+def test_common_characters_agree_with_the_textbook():
+    rng = random.Random(0)
+    for _ in range(200):
+        text, other = ("".join(rng.choices("abc \U0001f642", k=rng.randint(0, 12))) for _ in range(2))
+        assert tokenizer_module._n_common(text, other) == naive(text, other)
+
+
+@pytest.mark.parametrize("kind", ["byte", "bpe", "char"])
+def test_tokenizers_trained_here_keep_all_of_their_text(kind):
+    texts = [TEXT, HARD * 50, "x" * 5000, "", "short"]
+    tokenizer = train_tokenizer(kind, texts, 300)
+    assert tokenizer.share_kept(texts) == 1.0
+    assert tokenizer.share_kept([]) == 0.0
+
+
+def test_unknown_words_and_letters_are_lost():
+    tokenizer = train_tokenizer("word", ["fox river " * 50], 10)
+    assert tokenizer.share_kept(["fox river"]) == 1.0
+    assert tokenizer.share_kept(["fox unknown"]) == 3 / 11
+    assert train_tokenizer("char", ["abc"], 0).share_kept(["abcd" * 100]) == 0.75
+    # a byte-pair tokenizer without a token for the unknown drops what it has no letter for
+    vocab = {letter: i for i, letter in enumerate("fox")}
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocab, merges=[]))
+    assert Tokenizer(backend).share_kept(["the fox"] * 4000) == 3 / 7
+
+
+def test_the_sample_is_bounded_and_spread_and_cuts_no_word():
+    documents = [" ".join(f"w{i}x{j}" for j in range(2000)) for i in range(20)]
+    parts = tokenizer_module._sample(documents)
+    assert sum(map(len, parts)) <= tokenizer_module.SAMPLE_CHARS + tokenizer_module._PART_CHARS
+    assert sum(map(len, parts)) > 0.9 * tokenizer_module.SAMPLE_CHARS
+    words = {word for document in documents for word in document.split()}
+    assert {word for part in parts for word in part.split()} <= words
+    assert len({part.split()[0].partition("x")[0] for part in parts}) > 10
+    short = ["one", "two three", ""]
+    assert tokenizer_module._sample(short) == short
+
+
+def test_a_tokenizer_that_cannot_say_unknown_is_told_in_a_sentence():
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel({"fox": 0}, unk_token="<unk>"))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tokenizer = Tokenizer(backend)
+    assert tokenizer.encode("fox fox") == [0, 0]
+    with pytest.raises(
+        ConfigError, match=r"cannot encode the text .*use one that has a token for what it does not know"
+    ):
+        tokenizer.encode("fox river")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"model": {"type": "WordLevel", "vocab": {"a": 2**31, "<unk>": 0}, "unk_token": "<unk>"}},
+        {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"}},
+        {"model": None},
+    ],
+)
+def test_tokenizer_files_that_panic_or_need_gigabytes_are_refused(change):
+    config = json.loads(trained("word").to_json()) | change
+    with pytest.raises(ConfigError, match=r"not a tokenizer\.json") as error:
+        Tokenizer.from_json(json.dumps(config))
+    assert "\n" not in str(error.value)
+
+
+def test_a_word_of_a_million_letters_is_trained_on_in_seconds():
+    genome = "".join(random.Random(0).choices("ACGT", k=1_000_000))
+    begin = time.monotonic()
+    tokenizer = train_tokenizer("bpe", [genome], 270)
+    assert time.monotonic() - begin < 30  # by the square of its length it takes hours
+    assert tokenizer.decode(tokenizer.encode(genome[:50_000])) == genome[:50_000]
+    assert tokenizer.vocab_size == 270

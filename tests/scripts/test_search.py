@@ -115,7 +115,7 @@ def test_a_trial_in_which_the_search_was_stopped_is_made_again(
     calls: list[dict[str, str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def stop(*arguments: Any) -> float:
-        raise Stopped(15)
+        raise Stopped(128 + 15)
 
     with monkeypatch.context() as patch:
         patch.setattr("memlm.training.apart.run_apart", stop)
@@ -142,10 +142,10 @@ def test_any_number_that_was_measured_may_be_searched_for(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("argument", "told"),
     [
-        ("search.direction=up", "search.direction must be maximize or minimize, got 'up'"),
-        ("search.n_trial=0", "search.n_trial must be a whole number of at least 1, got 0"),
+        ("search.direction=up", "search.direction must be 'maximize' or 'minimize', got 'up'"),
+        ("search.n_trial=0", "search.n_trial must be at least 1, got 0"),
         ("training.warmup_steps=1,-1", "training.warmup_steps must not be negative, got -1"),
-        ("search.seed=-1", "search.seed must be a whole number of at least 0, got -1"),
+        ("search.seed=-1", "search.seed must be in 0..2,147,483,647, got -1"),
         ("search.metric=perplexty/nll/on", "but trials measure perplexity, needle. Did you mean 'perplexity'?"),
         ("experiment=perplexity", "search.metric=null is a number of experiment=needle, but trials measure perplexity"),
         ("model.dropout=interval(0.5,0.1)", "search.space: nothing can be drawn from model.dropout=interval(0.5,0.1)"),
