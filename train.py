@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from memlm.cli import cli, to_dict
 from memlm.config import validate
+from memlm.printed import printable
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -64,7 +65,7 @@ def _train(cfg: DictConfig, answer: Answer) -> float | None:
     answer.text = f"stopped before {run} began: give the command again"
     earlier = find_in_sweep(config, sweep) if sweep is not None and config["resume"] is None else None
     if isinstance(earlier, Finished):
-        print(f"{earlier.run}: finished with these settings, skipped")
+        print(printable(f"{earlier.run}: finished with these settings, skipped"))
         return earlier.value
     origin = earlier or find_origin(config["resume"], config, places_of_runs(config), corpus.fingerprint)
     if sweep is not None and starts_processes(config):
@@ -91,8 +92,8 @@ def _train(cfg: DictConfig, answer: Answer) -> float | None:
         if trainer.is_global_zero:
             n_parameter = sum(parameter.numel() for parameter in model.parameters())
             n_process = f" on {trainer.world_size} processes" if trainer.world_size > 1 else ""
-            print(f"{run}: {n_parameter:,} parameters, {trainer.max_steps} steps{n_process}"
-                  + (f", going on after step {origin.step} of {origin.path}" if origin else ""))  # fmt: skip
+            going_on = f", going on after step {origin.step} of {origin.path}" if origin else ""
+            print(printable(f"{run}: {n_parameter:,} parameters, {trainer.max_steps} steps{n_process}{going_on}"))
         answer.text = f"stopped: resume=auto goes on, if there is a checkpoint in {run}"
         trainer.fit(module, data, ckpt_path=origin.path if origin else None)
         answer.text = f"stopped while it was measured, all steps are made: resume={run} measures it"

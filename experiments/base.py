@@ -23,7 +23,8 @@ from matplotlib.figure import Figure
 
 from memlm.analysis.figures import PALETTE, style, wilson
 from memlm.config import ConfigError
-from memlm.data.tokens import atomic_file
+from memlm.files import atomic_file
+from memlm.printed import printable
 
 if TYPE_CHECKING:
     from lightning.pytorch.loggers import Logger
@@ -82,12 +83,19 @@ class Result:
     metadata: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if not isinstance(self.name, str):
+            raise ValueError(f"name is {self.name!r}; expected a text")
+        for part in ("metrics", "metadata"):
+            if not isinstance(getattr(self, part), Mapping):
+                raise ValueError(f"{part} is a {type(getattr(self, part)).__name__}; expected a dict")
         metrics = _plain(self.metrics, "metrics")
         for key, value in metrics.items():
-            if not isinstance(value, int | float):
-                raise ValueError(f"metrics[{key!r}] is {value!r}; expected a number (NaN where there is none)")
+            if not isinstance(value, int | float) or (isinstance(value, int) and abs(value) > sys.float_info.max):
+                raise ValueError(f"metrics[{key!r}] is {value!r:.80}; expected a number (NaN where there is none)")
         rows = tuple(_plain(row, f"rows[{i}]") for i, row in enumerate(self.rows))
         for i, row in enumerate(rows):
+            if not isinstance(row, dict):
+                raise ValueError(f"rows[{i}] is a {type(row).__name__}; expected a dict")
             for key, value in row.items():
                 if isinstance(value, dict | list):
                     raise ValueError(f"rows[{i}][{key!r}] is a {type(value).__name__}; expected one number or text")
@@ -118,6 +126,8 @@ class Result:
         if set(data) != expected:
             missing, unknown = sorted(expected - set(data)), sorted(set(data) - expected)
             raise ValueError(f"not a stored Result: missing keys {missing}, unknown keys {unknown}")
+        if not isinstance(data["rows"], list):
+            raise ValueError(f"rows is a {type(data['rows']).__name__}; expected a list")
         rows = tuple(_decode(row) for row in data["rows"])
         return cls(data["name"], _decode(data["metrics"]), rows, _decode(data["metadata"]))
 
@@ -341,7 +351,7 @@ def table(
     wide = "utf" in (sys.stdout.encoding or "").lower()
     grid = Table(box=box.SIMPLE_HEAD if wide else _ascii_box(), show_edge=False, pad_edge=False)
     texts = []
-    for j, column in enumerate(columns):
+    for j, column in enumerate(map(printable, columns)):
         values = [line[j] for line in cells]
         numeric = any(_is_number(value) or _WRITTEN_OUT.fullmatch(str(value)) for value in values)
         texts.append(_texts(values))
@@ -365,7 +375,7 @@ def table(
     grid.width = min(max(width, need.minimum), need.maximum)
     console.print(grid, soft_wrap=False)
     lines = [line.rstrip() for line in console.file.getvalue().splitlines()]  # type: ignore[attr-defined]
-    return "\n".join(([title] if title else []) + lines).rstrip("\n")
+    return "\n".join(([printable(title)] if title else []) + lines).rstrip("\n")
 
 
 def _plain(value: Any, where: str) -> Any:
@@ -419,11 +429,8 @@ def _decode(value: Any) -> Any:
 
 
 def _write(path: Path, data: bytes) -> Path:
-    """Writes all of a file or nothing, to the disk."""
     with atomic_file(path) as file:
         file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
     return path
 
 
@@ -471,7 +478,7 @@ def _texts(values: Sequence[Any]) -> list[str]:
             if not math.isfinite(value):
                 return str(value)
             return f"{value:.4g}" if small or large else f"{value:,.{decimals}f}"
-        return str(value)
+        return printable(value)
 
     return [text(value) for value in values]
 

@@ -19,8 +19,9 @@ from memlm.build import build_model
 from memlm.checkpoint import FOLDER, checkpoints, find, read
 from memlm.config import ConfigError
 from memlm.data.tokenizer import Tokenizer
-from memlm.data.tokens import atomic_file
+from memlm.files import atomic_file, read_json
 from memlm.memory import state as states
+from memlm.printed import one_line
 from memlm.training.resume import history_files
 
 EVALUATION = "evaluation.json"
@@ -81,7 +82,7 @@ class Run:
             if name not in _ASIDE
             and not (isinstance(node, Mapping) and str(node.get("_target_")).startswith("experiments."))
         }
-        memory = {name: dict(node) for name, node in config.get("memory", {}).items()}
+        memory = {name: dict(node) for name, node in (config.get("memory") or {}).items()}
         for key, value in self.trained.memory.items():
             name, _, setting = key.partition(".")
             memory[name][setting] = value
@@ -112,7 +113,7 @@ def describe(checkpoint: Path, model: Any | None = None) -> Trained:
             model = None
     run = checkpoint.parent.parent if checkpoint.parent.name == FOLDER else checkpoint.parent
     speeds = [row.get("train/tokens_per_second") for file in history_files(run) for row in read_history(file)]
-    found = [speed for speed in speeds if speed is not None]
+    found = [speed for speed in speeds if isinstance(speed, float)]
     return Trained(
         checkpoint=str(checkpoint.resolve()),
         step=content.get("global_step"),
@@ -195,20 +196,71 @@ def _result_files(folder: Path) -> list[Path]:
 def _results(folder: Path) -> dict[str, Result]:
     results = {}
     for path in _result_files(folder):
+        content = read_json(path)
         try:
-            result = Result.from_dict(json.loads(path.read_text(encoding="utf-8")))
+            result = Result.from_dict(content)
             headline(result)  # refuses a rate without controls
-        except ValueError as error:
-            raise ConfigError(f"{path}: {error}") from error
+            if not isinstance(result.metadata.get("settings", {}), dict):
+                raise ValueError("its settings are no dict")
+        except (ValueError, RecursionError) as error:  # RecursionError: nested hundreds of times
+            raise ConfigError(f"{path}: {one_line(error)}") from error
         results[path.parent.name] = result
     return results
 
 
 def _trained(folder: Path) -> Trained:
     path = folder / EVALUATION
-    if not path.exists():
-        return describe(find(folder))
     try:
-        return Trained(**json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
-        raise ConfigError(f"{path} is not what scripts/evaluate.py writes: {error}") from error
+        given = read_json(path)
+    except FileNotFoundError:
+        path = find(folder)
+        return _checked(describe(path), path)
+    told = f"{path} is not what scripts/evaluate.py writes"
+    if not set(given) <= set(Trained._fields) or not {*Trained._fields} - {"memory"} <= set(given):
+        raise ConfigError(f"{told}: expected {', '.join(Trained._fields)}, got {one_line(', '.join(given))}")
+    return _checked(Trained(**given), path)
+
+
+_KINDS: dict[str, Any] = {
+    "checkpoint": str, "config": dict, "tokenizer": str, "memory": Mapping, "text": str | None,
+    "step": int | None, "n_parameter": int | None, "state_bytes": int | None, "tokens_per_second": float | int | None,
+}  # fmt: skip
+# Of a configuration, what is compared.
+_NEEDED: dict[str, Any] = {
+    "model._target_": str, "model.segment_len": int, "memory": dict | None, "seed": int | None, "name": str | None,
+    "trainer.accumulate_grad_batches": int, "curriculum.phases": list, "curriculum.task": dict | None,
+}  # fmt: skip
+_MOST = 2**63
+
+
+def _checked(trained: Trained, path: Path) -> Trained:
+    """Refuse what no run says of itself, before anything is made of it."""
+
+    def check(name: str, value: Any, kind: Any) -> None:
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        if not isinstance(value, kind) or isinstance(value, bool) or (whole and not -_MOST < value < _MOST):
+            raise ConfigError(f"{path}: {name} is {one_line(repr(value)[:60])}, which no run says of itself")
+
+    for name, kind in _KINDS.items():
+        check(name, getattr(trained, name), kind)
+    for key, kind in _NEEDED.items():
+        value: Any = trained.config
+        for part in key.split("."):
+            value = value.get(part) if isinstance(value, Mapping) else None
+        check(f"config.{key}", value, kind)
+    memories = trained.config.get("memory") or {}
+    for name, node in memories.items():
+        check("a name in config.memory", name, str)
+        check(f"config.memory.{name}", node, dict)
+    for i, phase in enumerate(trained.config["curriculum"]["phases"]):
+        check(f"config.curriculum.phases[{i}]", phase, dict)
+        for name in ("steps", "n_row", "n_segment"):
+            check(f"config.curriculum.phases[{i}].{name}", phase.get(name), int)
+    for key in trained.memory:
+        if key.partition(".")[0] not in memories:
+            raise ConfigError(f"{path}: memory.{one_line(key)} is a setting of a memory that the model lacks")
+    try:
+        json.dumps(trained.config)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{path}: its configuration is not made of plain values ({one_line(error)})") from error
+    return trained

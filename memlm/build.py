@@ -13,7 +13,7 @@ import torch
 from memlm.config import ConfigError, check_arguments, check_kind, instantiate, validate, whole
 from memlm.data.curriculum import build_curriculum
 from memlm.data.tokenizer import Tokenizer, get_tokenizer
-from memlm.data.tokens import cache_dir
+from memlm.files import cache_dir
 from memlm.machine import available_memory, gib
 from memlm.memory.state import n_byte
 

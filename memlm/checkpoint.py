@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import pickle
-import platform
 import re
 import tempfile
 import warnings
@@ -22,7 +21,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
 from memlm.config import ConfigError
+from memlm.files import atomic_file, open_regular, refuse_special
 from memlm.machine import no_space, written_to
+from memlm.printed import one_line
 
 if TYPE_CHECKING:
     from memlm.data.datamodule import TextData
@@ -119,6 +120,7 @@ def find(path: str | os.PathLike[str]) -> Path:
         return path / _WEIGHTS
     if not path.exists():
         raise ConfigError(f"there is no run or checkpoint at {path}")
+    refuse_special(path)
     found = checkpoints(path)
     if not found:
         raise ConfigError(f"there is no checkpoint in {path}: expected {FOLDER}/step=N.ckpt in a run directory")
@@ -137,7 +139,8 @@ def read(path: Path, peek: bool = False) -> dict[str, Any]:
 
     Args:
         path: The file.
-        peek: Read tensors from the disk only when they are used, which is quick where only the rest is of interest.
+        peek: Leave out the values of tensors, which is quick where only the rest is of interest: they are of the device
+            ``meta``.
 
     Raises:
         ConfigError: If it is damaged, holds more than plain data, or is not one of memlm.
@@ -186,6 +189,8 @@ def export(model: LanguageModel, directory: str | os.PathLike[str]) -> list[Path
 
 def _read_export(directory: Path) -> dict[str, Any]:
     """What `export` has written, as the contents of a checkpoint."""
+    for name in ("config.json", "tokenizer.json"):
+        refuse_special(directory / name)
     try:
         entry = json.loads((directory / "config.json").read_text(encoding="utf-8"))
         tokenizer = (directory / "tokenizer.json").read_text(encoding="utf-8")
@@ -201,18 +206,21 @@ def _read_export(directory: Path) -> dict[str, Any]:
 def read_plain(path: Path, peek: bool = False) -> Any:
     """Contents of any file of plain data that torch has written; see `read`.
 
-    Unless it is only peeked at, its checksums are verified, which torch does not do itself.
+    The checksums of all that is read are verified, which torch does not do itself.
     """
     try:
-        if not peek and zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as parts:
-                if (bad := parts.testzip()) is not None:
-                    raise ConfigError(
-                        f"{path} is damaged ({bad} is not as written); use an earlier checkpoint of the run"
-                    )
+        with open_regular(path) as file, zipfile.ZipFile(file) as parts:
+            names = parts.namelist()
+            for name in names:
+                if not (peek and "/data/" in name):  # where torch keeps the values of tensors
+                    _verify(path, parts, name)
+            if len(set(names)) < len(names):
+                raise ConfigError(
+                    f"{path} was refused: a part of it is there twice; use an earlier checkpoint of the run"
+                )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about files that are refused in a moment
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=peek)
+            return torch.load(path, map_location="meta" if peek else "cpu", weights_only=True)
     except ConfigError:
         raise
     except pickle.UnpicklingError as error:
@@ -227,22 +235,28 @@ def read_plain(path: Path, peek: bool = False) -> Any:
         ) from error
 
 
+def _verify(path: Path, parts: zipfile.ZipFile, name: str) -> None:
+    """Read a part to its end, where its checksum is compared."""
+    try:
+        with parts.open(name) as part:
+            while part.read(1 << 20):
+                pass
+    except zipfile.BadZipFile as error:
+        raise ConfigError(
+            f"{path} is damaged ({one_line(name)} is not as written); use an earlier checkpoint of the run"
+        ) from error
+
+
 def write(content: dict[str, Any], path: str | os.PathLike[str]) -> None:
-    """Write a checkpoint file: under a temporary name first, then renamed, so that it is whole or absent.
+    """Write a checkpoint file, whole or not at all.
 
     Raises:
         ConfigError: If no space is left.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = unfinished(path)
     try:
-        with written_to(path):
-            with open(temporary, "wb") as file:
-                torch.save(content, file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
+        with atomic_file(path) as file:
+            torch.save(content, file)
     except (OSError, RuntimeError) as error:
         if no_space(error):
             then = "earlier checkpoints are whole: free some space and go on with resume=auto"
@@ -250,24 +264,6 @@ def write(content: dict[str, Any], path: str | os.PathLike[str]) -> None:
                 then = "none was written before: free some space and give the command again"
             raise ConfigError(f"no space is left to write the checkpoint {path}; {then}") from error
         raise
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def unfinished(path: Path) -> Path:
-    """The name of a file of this process that is not to be taken for ``path`` yet; see `remove_leftovers`."""
-    return path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}.tmp")
-
-
-def remove_leftovers(run: Path) -> None:
-    """Remove what processes of this machine that were killed while writing have left in a run directory."""
-    for path in (run / FOLDER).glob(f".*.{platform.node()}.*.tmp"):
-        try:
-            os.kill(int(path.name.split(".")[-2]), 0)
-        except ProcessLookupError:
-            path.unlink(missing_ok=True)
-        except (ValueError, PermissionError):
-            continue
 
 
 def describe(model: LanguageModel) -> dict[str, Any]:

@@ -53,6 +53,7 @@ from memlm.config import (
     validate,
 )
 from memlm.machine import refusal
+from memlm.printed import one_line
 from memlm.schema import SCHEMAS, Evaluate, Train
 
 # Packages whose ValueErrors are mistakes of a user.
@@ -772,9 +773,10 @@ def _end_of_failed(error: Exception) -> int:
     if isinstance(error, JobFailed):
         sweep = error.args[1]
         texts = {
-            path.parent: path.read_text(encoding="utf-8").splitlines() for path in sorted(Path(sweep).rglob(ERROR))
+            path.parent: path.read_text(encoding="utf-8", errors="replace").splitlines()
+            for path in sorted(Path(sweep).rglob(ERROR))
         }
-        lines = [f"  {place}: {text[0]}" for place, text in texts.items()]
+        lines = [f"  {place}: {one_line(text[0] if text else 'failed')}" for place, text in texts.items()]
         print(f"\nerror: {len(lines)} of the jobs in {sweep} failed:", *lines, _again(sweep), sep="\n", file=sys.stderr)
         return 1 if any(len(text) > 1 for text in texts.values()) else 2
     if type(error).__module__.partition(".")[0] in _LAUNCHERS:
@@ -1001,8 +1003,8 @@ def _message(error: BaseException) -> str:
     """What an error says, on one line."""
     error = _root(error)
     if isinstance(error, ConfigError):
-        return str(error)
-    return refusal(error) or _sentence(error)
+        return one_line(error)
+    return one_line(refusal(error) or _sentence(error))
 
 
 def _report(error: BaseException, prefix: str = "") -> None:

@@ -7,6 +7,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from memlm.cli import cli
+from memlm.printed import printable
 
 
 def lines() -> Iterator[str]:
@@ -40,7 +41,7 @@ def main(cfg: DictConfig) -> None:
             reply = conversation.respond(line)
             if reply is None:
                 break
-            print(reply, flush=True)
+            print(printable(reply), flush=True)
     except (EOFError, KeyboardInterrupt):
         print()
 

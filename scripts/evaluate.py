@@ -10,6 +10,7 @@ from omegaconf import DictConfig
 
 from memlm.cli import cli, config_dir, run_dir, to_dict
 from memlm.config import ConfigError, did_you_mean
+from memlm.printed import printable
 
 if TYPE_CHECKING:
     from memlm.models.base import LanguageModel
@@ -74,7 +75,7 @@ def main(cfg: DictConfig) -> None:
             with memory_settings(model, changed):
                 runner.run_all(model, data, experiments, directory)
             return
-        print(f"{checkpoint}: measured by {', '.join(experiments)} into {directory}")
+        print(printable(f"{checkpoint}: measured by {', '.join(experiments)} into {directory}"))
         if is_shared(model):
             print(SHARED)
         with memory_settings(model, changed):

@@ -7,6 +7,7 @@ from omegaconf import DictConfig
 
 from memlm.cli import cli, to_dict
 from memlm.config import ConfigError
+from memlm.printed import printable
 
 _GIVE = "give the beginning of a text, such as prompt='Once upon a time', prompt_file=FILE, or a pipe"
 
@@ -70,7 +71,7 @@ def main(cfg: DictConfig) -> str:
         top_p=settings["top_p"],
     )
     text = model.tokenizer.decode(tokens[0].tolist())
-    print(text)
+    print(printable(text) if sys.stdout.isatty() else text)
     return text
 
 

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import tokenizers
 import torch
 
 import memlm
-from memlm import checkpoint
+from memlm import files as files_module
 from memlm.build import build_data, build_model, build_tokenizer
 from memlm.checkpoint import checkpoints, export, find, load_run, read, write
 from memlm.config import ConfigError
@@ -88,7 +89,7 @@ def test_no_space_as_the_system_tells_it(tmp_path: Path, monkeypatch: pytest.Mon
         Path(path).touch()
         return builtins.open("/dev/full", *args, **settings)
 
-    monkeypatch.setattr(checkpoint, "open", full, raising=False)
+    monkeypatch.setattr(files_module, "open", full, raising=False)
     with pytest.raises(ConfigError, match="no space is left"):
         write(CONTENT, tmp_path / "step=2.ckpt")
     assert files(tmp_path) == []
@@ -300,3 +301,39 @@ def test_a_damaged_export_or_a_taken_name_is_told(tmp_path: Path) -> None:
     (tmp_path / "out" / "config.json").write_text("{")
     with pytest.raises(ConfigError, match="damaged or cut short"):
         memlm.load(tmp_path / "out")
+
+
+def test_a_quick_look_shows_what_was_written_or_refuses(tmp_path: Path) -> None:
+    path = tmp_path / "step=1.ckpt"
+    content = {
+        "memlm": {"config": {"a": [1, "two"]}, "tokenizer": "words " * 50},
+        "state_dict": {"w": torch.arange(9.0)},
+    }
+    write(content, path)
+    whole, n_refused = path.read_bytes(), 0
+    assert read(path, peek=True)["state_dict"]["w"].is_meta  # no value that was not checked is handed out
+    for place in range(0, len(whole), 7):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << place % 8]) + whole[place + 1 :])
+        try:
+            found = read(path, peek=True)
+        except ConfigError:
+            n_refused += 1
+        else:
+            assert found["memlm"] == content["memlm"], place
+    assert n_refused > len("words ") * 50 / 7
+    path.write_bytes(whole)
+    with zipfile.ZipFile(path, "a") as parts, pytest.warns(UserWarning, match="Duplicate"):
+        parts.writestr(next(name for name in parts.namelist() if name.endswith("data.pkl")), b"other")
+    for peek in (False, True):
+        with pytest.raises(ConfigError, match=r"is damaged|is there twice"):
+            read(path, peek)
+
+
+def test_what_has_no_checksums_or_is_no_file_is_refused(tmp_path: Path) -> None:
+    torch.save(CONTENT, tmp_path / "step=1.ckpt", _use_new_zipfile_serialization=False)
+    with pytest.raises(ConfigError, match="damaged or cut short"):
+        read(tmp_path / "step=1.ckpt")
+    os.mkfifo(tmp_path / "step=2.ckpt")
+    for path in (tmp_path, tmp_path / "step=2.ckpt"):
+        with pytest.raises(ConfigError, match=r"step=2\.ckpt is no regular file"):
+            memlm.load(path)

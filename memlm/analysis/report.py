@@ -19,7 +19,7 @@ from memlm.analysis.flow import BankFlow, Flow, Origin, Text, draw_flow, memory_
 from memlm.analysis.page import Chapter, Figures, Part, Source, Table, Token, Tokens, png, render
 from memlm.analysis.usage import banks, slot_fields
 from memlm.config import ConfigError
-from memlm.data.tokens import atomic_file
+from memlm.files import atomic_file
 from memlm.models.base import LanguageModel
 
 MOST_SLOTS = 2000

@@ -27,7 +27,8 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import numpy as np
 
 from memlm.config import ConfigError, did_you_mean
-from memlm.data.tokens import TokenizedCorpus, atomic_file, cache_dir
+from memlm.data.tokens import TokenizedCorpus
+from memlm.files import cache_dir, checked_file, read_checked
 
 if TYPE_CHECKING:
     from memlm.data.tokenizer import Tokenizer
@@ -111,18 +112,11 @@ class Builtin(Corpus):
 
     def _load(self) -> dict[str, list[str]]:
         path = cache_dir() / f"builtin-v{self.VERSION}-python{platform.python_version()}.json"
-        try:
-            cached = json.loads(path.read_text(encoding="utf-8"))
-            if cached["sha256"] == _content_hash(cached["splits"]):
-                return cached["splits"]
-            log.warning("building the builtin corpus again: %s is damaged", path)
-        except FileNotFoundError:
-            pass
-        except (ValueError, KeyError, TypeError, AttributeError) as error:  # not JSON, or not of this form
-            log.warning("building the builtin corpus again: %s is damaged (%s)", path, error)
+        if (content := read_checked(path)) is not None:
+            return json.loads(bytes(content))
         splits = _disjoint_splits({**_docstrings(), **_topics()})
-        with atomic_file(path) as file:
-            file.write(json.dumps({"sha256": _content_hash(splits), "splits": splits}).encode())
+        with checked_file(path) as file:
+            file.write(json.dumps(splits).encode())
         return splits
 
 
@@ -254,11 +248,12 @@ class Shakespeare(Corpus):
         if self._path is not None:
             return TextFiles(self._path)._load()
         cached = cache_dir() / "shakespeare.txt"
-        if not cached.exists():
-            text = self._download()
-            with atomic_file(cached) as file:
+        content = read_checked(cached)
+        text = self._download() if content is None else str(content, "utf-8")
+        if content is None:
+            with checked_file(cached) as file:
                 file.write(text.encode())
-        return TextFiles(str(cached))._load()
+        return split_documents([text])
 
     def _download(self) -> str:
         advice = "connect to the network once, or put the text in a file and give data.path=FILE."

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from memlm.config import ConfigError, did_you_mean
-from memlm.data.tokens import atomic_file
+from memlm.files import checked_file, read_checked
 
 if TYPE_CHECKING:
     import tokenizers
@@ -207,13 +207,13 @@ def get_tokenizer(kind: str, vocab_size: int, path: str | None, corpus: Corpus, 
     _check_kind(kind)
     name = f"{kind}-{vocab_size}-v{VERSION}-{corpus.fingerprint()[:32]}.json"
     cached = Path(cache_dir) / "tokenizers" / name
-    if cached.exists():
+    if (content := read_checked(cached)) is not None:
         try:
-            return Tokenizer.from_file(cached)
-        except ConfigError as error:
-            log.warning("training tokenizer %s again: the cached file is damaged (%s)", name, error)
+            return Tokenizer.from_json(str(content, "utf-8"))
+        except ConfigError as error:  # of another version of the library
+            log.warning("training tokenizer %s again: the cached file cannot be read (%s)", name, error)
     tokenizer = train_tokenizer(kind, corpus.documents("train"), vocab_size)
-    with atomic_file(cached) as file:
+    with checked_file(cached) as file:
         file.write(tokenizer.to_json().encode())
     log.info("trained a %s tokenizer of %d tokens on %s", kind, tokenizer.vocab_size, corpus.name)
     return tokenizer

@@ -19,7 +19,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from memlm.config import ConfigError
-from memlm.data.tokens import atomic_file
+from memlm.files import atomic_file
 
 FORMAT = "memlm.memory.2"
 """Changes when old files can no longer be read."""
@@ -62,8 +62,6 @@ def write(path: str | os.PathLike[str], content: MemoryFile) -> None:
         with atomic_file(path) as file:
             # Not save_file, which puts another file in the place of this one.
             file.write(save(tensors, header | {"checksum": _checksum(tensors, header)}))
-            file.flush()
-            os.fsync(file.fileno())
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
         raise ConfigError(f"{path} cannot be written: {reason}; what was there is as before") from error

@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from memlm import checkpoint
 from memlm.cli import output_lost
+from memlm.files import unfinished
 from memlm.training.stopping import OUT_OF_TIME, UNREAD, Signals, Stopped
 
 _N_LINE = 20  # lines of progress in a log file
@@ -58,7 +59,7 @@ class Checkpoints(Checkpoint):
         self.run, self.every, self.keep, self.max_seconds = run, every, keep, max_seconds
         self._end = float("inf")  # of the time
         self._last = 0  # step of the newest checkpoint
-        self._written: Path | None = None  # the checkpoint that has yet to get its name
+        self._written: tuple[Path, Path] | None = None  # the checkpoint that has yet to get its name, and that
         self._seen = 0
         self._signals = Signals(self._ask)
         self._asked: int | None = None  # the exit code, if this process was asked to stop
@@ -151,18 +152,19 @@ class Checkpoints(Checkpoint):
     def _write(self, trainer: lightning.Trainer) -> None:
         """Write a checkpoint under a name by which it is not taken for one."""
         path = self.run / checkpoint.FOLDER / f"step={trainer.global_step}.ckpt"
-        trainer.save_checkpoint(checkpoint.unfinished(path))
-        self._written = path
+        unnamed = unfinished(path)
+        trainer.save_checkpoint(unnamed)
+        self._written = unnamed, path
 
     def _publish(self, trainer: lightning.Trainer) -> None:
         """Give the checkpoint that was written its name, then remove what is too old."""
-        path, self._written = self._written, None
-        if path is None or not trainer.is_global_zero:
+        written, self._written = self._written, None
+        if written is None or not trainer.is_global_zero:
             return
         try:
-            os.replace(checkpoint.unfinished(path), path)
+            os.replace(*written)
         finally:
-            checkpoint.unfinished(path).unlink(missing_ok=True)
+            written[0].unlink(missing_ok=True)
         if self.keep is not None:
             for old in checkpoint.checkpoints(self.run)[: -self.keep]:
                 old.unlink()

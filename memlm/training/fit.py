@@ -33,7 +33,7 @@ from memlm.analysis.figures import read_history
 from memlm.checkpoint import FOLDER, checkpoints
 from memlm.cli import output_lost
 from memlm.config import ConfigError, did_you_mean, instantiate
-from memlm.data.tokens import atomic_file
+from memlm.files import atomic_file
 from memlm.machine import no_space
 from memlm.training.callbacks import AtomicCheckpointIO, Checkpoints, DuringTraining, Progress, Throughput
 from memlm.training.resume import (
@@ -42,9 +42,10 @@ from memlm.training.resume import (
     history_files,
     keep_earlier_history,
     refuse_other_run,
+    remove_leftovers_of_runs,
     running,
 )
-from memlm.training.settings import seconds_of, sweep_dir
+from memlm.training.settings import places_of_runs, seconds_of, sweep_dir
 from memlm.training.stopping import UNREAD, Stopped
 
 _WANDB_PATIENCE = 20.0  # seconds until a run goes on offline; WANDB_INIT_TIMEOUT sets another
@@ -122,6 +123,7 @@ def make_trainer(
                 if origin is not None:
                     keep_earlier_history(run, origin)
                 forget_finished(run)
+                remove_leftovers_of_runs(run, places_of_runs(config))
             trainer = _trainer(
                 **settings,
                 logger=False,
@@ -287,10 +289,12 @@ class _Rows(ExperimentWriter):
         """Add columns; Lightning empties the file first, and a process killed right then would lose all."""
         with open(self.metrics_file_path, newline="") as file:
             rows = list(csv.DictReader(file))
-        with atomic_file(Path(self.metrics_file_path)) as target, io.TextIOWrapper(target, newline="") as text:
-            writer = csv.DictWriter(text, fieldnames=fieldnames)
-            writer.writeheader()
-            writer.writerows(rows)
+        text = io.StringIO()
+        writer = csv.DictWriter(text, fieldnames=fieldnames)
+        writer.writeheader()
+        writer.writerows(rows)
+        with atomic_file(Path(self.metrics_file_path)) as file:
+            file.write(text.getvalue().encode())
 
 
 class _History(CSVLogger):

@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import errno
 import fcntl
+import io
+import itertools
 import json
 import os
+import re
+import stat
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from memlm.checkpoint import FOLDER, checkpoints, find, read, remove_leftovers
+from memlm.checkpoint import FOLDER, checkpoints, find, read
 from memlm.cli import ERROR
 from memlm.config import ConfigError
-from memlm.data.tokens import atomic_file
+from memlm.files import atomic_file, open_regular, read_json, remove_leftovers
+from memlm.printed import printable
 
 if TYPE_CHECKING:
     from memlm.data.datamodule import TextData
@@ -33,6 +39,8 @@ _ASIDE = ("paths", "logger", "resume")
 _ASIDE_TRAINER = ("max_time",)
 _FINISHED = "finished.json"  # of a run that is trained and measured: its settings, and what it returned
 _EARLIER = "earlier-{}.csv"  # what was logged before a run was resumed, oldest first
+_STEP = re.compile(r"[0-9]{1,18}")
+_IS_EARLIER = re.compile(r"earlier-(\d{1,9})")
 
 
 class Origin(NamedTuple):
@@ -108,25 +116,29 @@ def find_in_sweep(config: Mapping[str, Any], sweep: Path) -> Finished | Origin |
     if not unfinished:
         return None
     furthest = max(unfinished, key=lambda origin: origin.step)
-    remove_leftovers(furthest.run)
+    remove_leftovers(furthest.run / FOLDER)
     return furthest
 
 
 def _finished(run: Path) -> dict[str, Any] | None:
-    """What was written when a run was done; None of a run that is not, or of which that cannot be read."""
-    file = run / _FINISHED
-    if not file.is_file():
-        return None
+    """What is written of a run that is finished; one whose file is damaged is taken for unfinished."""
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-        if isinstance(content["config"], dict) and isinstance(content["value"], float | int | None):
-            return content
+        content = read_json(run / _FINISHED)
+        config = content.get("config")
+        known = isinstance(config, dict) and isinstance(config.get("trainer"), dict)
+        if not known or not isinstance(content.get("value", ""), float | int | None):
+            raise ConfigError(f"{run / _FINISHED} is not what a finished run writes")
+        return content
     except FileNotFoundError:
         return None
-    except (ValueError, KeyError, TypeError, RecursionError):
-        pass
-    print(f"{file} is damaged: the run counts as unfinished", file=sys.stderr)
-    return None
+    except (ConfigError, OSError) as error:
+        _leave_out(error)
+        return None
+
+
+def _leave_out(error: Exception) -> None:
+    """Say that a file is left out, and why."""
+    print(printable(f"left out: {' '.join(str(error).split()) or type(error).__name__}"), file=sys.stderr)
 
 
 def _whole(config: Mapping[str, Any]) -> Any:
@@ -175,7 +187,7 @@ def find_origin(
             f"{path} has made {origin.step} of {config['trainer']['max_steps']} steps: nothing is left to train. "
             "Set trainer.max_steps higher, or measure it with scripts/evaluate.py"
         )
-    remove_leftovers(origin.run)
+    remove_leftovers(origin.run / FOLDER)
     return origin
 
 
@@ -207,27 +219,34 @@ def keep_earlier_history(run: Path, origin: Origin) -> None:
     if sources and run.resolve() == origin.run.resolve():  # at once: a run killed in between would have it twice
         sources.append(sources.pop().replace(run / "csv" / _EARLIER.format(len(sources))))
     for i, source in enumerate(sources):
-        try:
-            with open(source, newline="", encoding="utf-8") as file:
-                reader = csv.DictReader(file)
-                columns = list(reader.fieldnames or [])
-                # A process that was killed may have left half a line.
-                rows = [r for r in reader if None not in (*r, *r.values()) and (r.get("step") or "").isdecimal()]
-        except (UnicodeDecodeError, csv.Error) as error:
-            raise ConfigError(
-                f"{source} is damaged ({error}): move it away to go on without what was logged before"
-            ) from error
+        columns, rows = _logged(source)
         with atomic_file(run / "csv" / _EARLIER.format(i)) as target:
             lines = [columns, *([row[c] for c in columns] for row in rows if int(row["step"]) < origin.step)]
             target.write("".join(",".join(_quoted(cell) for cell in line) + "\n" for line in lines).encode())
 
 
+def _logged(path: Path) -> tuple[list[str], list[dict[str, str]]]:
+    """The columns and whole lines of a file of what was logged."""
+    with open_regular(path) as binary, io.TextIOWrapper(binary, newline="", encoding="utf-8") as file:
+        reader = csv.DictReader(file)
+        try:
+            columns = list(reader.fieldnames or [])
+            # A process that was killed may have left half a line.
+            rows = [
+                row for row in reader if None not in (*row, *row.values()) and _STEP.fullmatch(row.get("step") or "")
+            ]
+        except (UnicodeDecodeError, csv.Error) as error:
+            raise ConfigError(
+                f"{path} cannot be read: it is damaged ({error}); remove it to go on without it"
+            ) from error
+    return columns, rows
+
+
 def history_files(run: Path) -> list[Path]:
     """What a run and those it went on from have logged, oldest first."""
     folder = run / "csv"
-    numbers = {file: file.stem.partition("-")[2] for file in folder.glob(_EARLIER.format("*"))}
-    files = sorted((file for file in numbers if numbers[file].isdecimal()), key=lambda file: int(numbers[file]))
-    return [file for file in (*files, folder / "metrics.csv") if file.is_file()]
+    earlier = {int(found[1]): file for file in folder.glob("*.csv") if (found := _IS_EARLIER.fullmatch(file.stem))}
+    return [*(earlier[i] for i in sorted(earlier)), *folder.glob("metrics.csv")]
 
 
 def _quoted(cell: str | None) -> str:
@@ -261,14 +280,34 @@ def running(run: Path) -> Iterator[None]:
         ConfigError: If another process trains it.
     """
     run.mkdir(parents=True, exist_ok=True)
-    if os.path.lexists(run / _LOCK) and not (run / _LOCK).is_file():
-        raise ConfigError(f"{run / _LOCK} must be a file, by which a run is marked as alive: remove it")
-    with open(run / _LOCK, "a") as lock:
+    with _open_lock(run, os.O_CREAT) as lock:
         try:
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock: that would live on in loader workers
         except (BlockingIOError, PermissionError):
             raise ConfigError(f"{run} is being trained by another process: give another hydra.run.dir") from None
         yield
+
+
+def _open_lock(run: Path, flags: int = 0) -> io.FileIO:
+    """The file that is held by the process that trains a run; a pipe in its place would hang it for ever."""
+    path = run / _LOCK
+    try:
+        lock = io.FileIO(os.open(path, os.O_RDWR | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC | flags, 0o666), "r+")
+    except OSError as error:
+        if error.errno not in (errno.ELOOP, errno.ENXIO, errno.EISDIR):
+            raise
+    else:
+        if stat.S_ISREG(os.fstat(lock.fileno()).st_mode):
+            return lock
+        lock.close()
+    raise ConfigError(f"{path} is no regular file: remove what is in its place")
+
+
+def remove_leftovers_of_runs(run: Path, roots: Sequence[Path]) -> None:
+    """Remove what runs beside this one have left that were killed while they wrote, which nobody may go on with."""
+    places = [run.parent.glob(f"*/{FOLDER}"), *(root.glob(f"*/*/{FOLDER}") for root in roots)]
+    for folder in itertools.chain(*places):
+        remove_leftovers(folder)
 
 
 def refuse_other_run(run: Path, origin: Origin | None) -> None:
@@ -289,9 +328,7 @@ def _is_alive(run: Path, config: Mapping[str, Any]) -> bool:
     """
     if run.resolve() == Path(config["paths"]["run_dir"]).resolve():
         return False
-    if not (run / _LOCK).is_file():
-        return False
-    with contextlib.suppress(FileNotFoundError), open(run / _LOCK, "r+") as lock:
+    with contextlib.suppress(OSError, ConfigError), _open_lock(run) as lock:
         try:
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
@@ -307,7 +344,7 @@ def _newest(config: Mapping[str, Any], roots: Sequence[Path], text: Callable[[],
     times: dict[Path, float] = {}  # of the newest checkpoint
     for root in roots:
         for folder in root.rglob(FOLDER):
-            remove_leftovers(folder.parent)
+            remove_leftovers(folder)
             for path in folder.glob("step=*.ckpt"):
                 with contextlib.suppress(OSError):  # a run that is alive removes its old ones
                     times[folder.parent] = max(times.get(folder.parent, 0.0), path.stat().st_mtime)
@@ -315,11 +352,14 @@ def _newest(config: Mapping[str, Any], roots: Sequence[Path], text: Callable[[],
     finished: Path | None = None
     for run in sorted(times, key=times.__getitem__, reverse=True):
         if _is_alive(run, config):
-            print(f"resume=auto: {run} is still being trained; left alone")
+            print(printable(f"resume=auto: {run} is still being trained; left alone"))
         elif (content := _finished(run)) is not None:
-            if _same_run(config, content["config"]):
-                finished = run
-                break
+            try:
+                if _same_run(config, content["config"]):
+                    finished = run
+                    break
+            except (AttributeError, KeyError, TypeError) as error:  # no settings that a run has written
+                _leave_out(ConfigError(f"{run / _FINISHED}: {error!r}"))
         else:
             origin = _newest_of(run, config, lambda there: _same_run(config, there))
             if origin is not None and _same_text(config, origin, text):
@@ -327,7 +367,7 @@ def _newest(config: Mapping[str, Any], roots: Sequence[Path], text: Callable[[],
     if unfinished:
         return max(unfinished, key=lambda origin: origin.step)
     if finished is not None:
-        print(f"resume=auto: {finished} is finished; beginning anew")
+        print(printable(f"resume=auto: {finished} is finished; beginning anew"))
     else:
         print(f"resume=auto: no unfinished run with these settings in {' or '.join(map(str, roots))}; beginning anew")
     return None
@@ -335,13 +375,18 @@ def _newest(config: Mapping[str, Any], roots: Sequence[Path], text: Callable[[],
 
 def _newest_of(run: Path, config: Mapping[str, Any], wanted: Callable[[Mapping[str, Any]], bool]) -> Origin | None:
     """The newest whole checkpoint of a run, if its configuration is ``wanted``."""
-    for path in reversed(checkpoints(run)):
+    try:
+        found = checkpoints(run)
+    except OSError as error:
+        _leave_out(error)
+        return None
+    for path in reversed(found):
         try:
             if not wanted(_content(path, peek=True)["memlm"]["config"]):
                 return None
             return _origin(path, _content(path), config)
-        except (ConfigError, OSError, RecursionError) as error:
-            print(f"left out: {error}", file=sys.stderr)
+        except Exception as error:  # a run of anybody: what is in its files may be anything
+            _leave_out(error if isinstance(error, ConfigError | OSError) else ConfigError(f"{path}: {error!r}"))
     return None
 
 

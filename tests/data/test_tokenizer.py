@@ -272,7 +272,7 @@ def test_a_damaged_cached_tokenizer_is_trained_again(tmp_path, damage):
     (file,) = (tmp_path / "tokenizers").iterdir()
     file.write_bytes(damage)
     assert get_tokenizer("word", 20, None, OneText(), tmp_path).fingerprint() == first.fingerprint()
-    assert Tokenizer.from_file(file).fingerprint() == first.fingerprint()
+    assert json.loads(file.read_bytes().partition(b"\ncrc32")[0]) == json.loads(first.to_json())
 
 
 def test_two_processes_at_once_get_the_same_tokenizer(tmp_path):
@@ -292,7 +292,8 @@ print(get_tokenizer("bpe", 400, None, TextFiles({str(tmp_path / "a.txt")!r}), Pa
     ]
     answers = {process.communicate()[0].strip() for process in processes}
     (file,) = (tmp_path / "tokenizers").iterdir()  # and no temporary file is left
-    assert answers == {Tokenizer.from_file(file).fingerprint()}
+    text = file.read_text().partition("\ncrc32")[0]
+    assert answers == {Tokenizer.from_json(text).fingerprint()}
 
 
 # --- errors -------------------------------------------------------------------------------------------------------

@@ -14,13 +14,15 @@ import torch
 from memlm.analysis.figures import read_history
 from memlm.checkpoint import checkpoints, read, write
 from memlm.config import ConfigError
+from memlm.files import unfinished
 from memlm.training.resume import (
     Origin,
     find_in_sweep,
     find_origin,
     history_files,
+    keep_earlier_history,
     mark_finished,
-    remove_leftovers,
+    remove_leftovers_of_runs,
     running,
 )
 from memlm.training.stopping import answering
@@ -207,12 +209,6 @@ def test_auto_takes_the_run_that_is_further_whatever_the_clock_says(tmp_path: Pa
     assert find_origin("auto", settings, [tmp_path]) is None
 
 
-def test_a_lock_that_is_no_file_is_refused(tmp_path: Path) -> None:
-    os.mkfifo(tmp_path / ".lock")
-    with pytest.raises(ConfigError, match=r"\.lock must be a file"), running(tmp_path):
-        pass
-
-
 def test_a_damaged_mark_of_a_finished_run_counts_as_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     settings = config(tmp_path, "a", "trainer.max_steps=3")
     fit(settings)
@@ -220,7 +216,7 @@ def test_a_damaged_mark_of_a_finished_run_counts_as_none(tmp_path: Path, capsys:
     origin = find_origin("auto", settings, [tmp_path])
     assert origin is not None
     assert origin.step == 3
-    assert "finished.json is damaged" in capsys.readouterr().err
+    assert "finished.json cannot be read: it is damaged" in capsys.readouterr().err
 
 
 class _Code:
@@ -258,23 +254,19 @@ def test_damaged_checkpoints_are_refused(kind: str, tmp_path: Path) -> None:
     assert not marker.exists()
 
 
-def test_leftovers_of_a_killed_writer_are_removed(tmp_path: Path) -> None:
-    import platform
-
-    folder = tmp_path / "checkpoints"
-    folder.mkdir()
+def test_leftovers_of_killed_runs_are_removed_by_the_next_one_beside_them(tmp_path: Path) -> None:
     child = os.fork()
     if child == 0:
         os._exit(0)
     os.waitpid(child, 0)
-    dead, alive, far = (
-        folder / f".step=1.ckpt.{host}.{pid}.tmp"
-        for host, pid in ((platform.node(), child), (platform.node(), os.getpid()), ("elsewhere", child))
-    )
-    for path in (dead, alive, far):
+    left = []
+    for place in ("runs/a", "root/kind/b"):  # beside the run, and below the root
+        path = tmp_path / place / "checkpoints" / unfinished(Path("step=3.ckpt")).name
+        path.parent.mkdir(parents=True)
         path.touch()
-    remove_leftovers(tmp_path)
-    assert [path.exists() for path in (dead, alive, far)] == [False, True, True]
+        left.append(path.rename(path.with_name(path.name.replace(f".{os.getpid()}.", f".{child}."))))
+    remove_leftovers_of_runs(tmp_path / "runs/new", [tmp_path / "root"])
+    assert not any(path.exists() for path in left)
 
 
 def test_no_memory_is_saved_where_none_is_carried(tmp_path: Path) -> None:
@@ -521,6 +513,64 @@ def test_a_directory_holds_one_run(tmp_path: Path) -> None:
     assert checkpoints(tmp_path / "a") == before
     fit(config(tmp_path, "a", f"resume={tmp_path / 'a'}"))  # in its own directory
     assert checkpoints(tmp_path / "a")[-1].name == "step=9.ckpt"
+
+
+def test_what_is_damaged_beside_a_run_is_left_out_with_a_word(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = config(tmp_path, "mine", "trainer.max_steps=3")
+    fit(settings)
+    newest = checkpoints(tmp_path / "mine")[-1]
+    os.utime(newest, (1, 1))  # the others are looked at first
+    cyclic: dict[str, Any] = {}
+    cyclic["model"] = cyclic
+    for name, odd in {"list": [], "null": None, "cyclic": cyclic, "part": {**settings, "trainer": 5}}.items():
+        content = read(newest)
+        content["memlm"]["config"] = odd
+        write(content, tmp_path / name / "checkpoints" / newest.name)
+    for name, put in {"pipe": os.mkfifo, "loop": lambda path: os.symlink(path, path), "folder": os.mkdir}.items():
+        path = tmp_path / name / "checkpoints" / newest.name
+        path.parent.mkdir(parents=True)
+        put(path)
+    os.mkfifo(tmp_path / "null" / ".lock")
+    origin = find_origin("auto", config(tmp_path, "new", "trainer.max_steps=3"), [tmp_path])
+    assert origin is not None
+    assert origin.run.name == "mine"
+    told = capsys.readouterr().err
+    assert all(f"left out: {tmp_path / name}" in told for name in ("list", "null", "cyclic", "part", "pipe"))
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"[]", b'{"config": [], "value": 1}', b'{"config": {}, "value": "x"}', b"\xff"]
+)
+def test_a_damaged_mark_of_the_end_makes_no_job_of_a_sweep_fail(
+    content: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "0"
+    (run / "checkpoints").mkdir(parents=True)
+    mark_finished(run, {"seed": 1, "trainer": {}, "paths": {"run_dir": "x"}}, 0.5)
+    settings = {"seed": 1, "trainer": {}, "paths": {"run_dir": "y"}}
+    assert find_in_sweep(settings, tmp_path) == (run, 0.5)
+    (run / "finished.json").write_bytes(content)
+    assert find_in_sweep(settings, tmp_path) is None
+    assert f"left out: {run / 'finished.json'}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", [b"step\n\xff\n", b"step,a\n1," + b"x" * 200_000 + b"\n"])
+def test_a_damaged_log_of_a_run_is_told_with_its_file(content: bytes, tmp_path: Path) -> None:
+    file = tmp_path / "csv" / "metrics.csv"
+    file.parent.mkdir()
+    file.write_bytes(content)
+    with pytest.raises(ConfigError, match=r"csv/(metrics|earlier-0)\.csv cannot be read: it is damaged"):
+        keep_earlier_history(tmp_path / "new", Origin(tmp_path / "checkpoints" / "step=1.ckpt", 1, {}))
+    assert file.read_bytes() == content
+
+
+@pytest.mark.parametrize("put", [os.mkfifo, os.mkdir, lambda path: os.symlink("/dev/zero", path)])
+def test_a_lock_that_is_no_file_is_refused(put: Any, tmp_path: Path) -> None:
+    put(tmp_path / ".lock")
+    with pytest.raises(ConfigError, match=r"\.lock is no regular file"), running(tmp_path):
+        pass
 
 
 def test_the_same_text_in_another_place_is_gone_on_with(tmp_path: Path) -> None:
