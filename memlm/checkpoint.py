@@ -1,20 +1,27 @@
 """Checkpoints: one file that holds everything, written whole or not at all.
 
-A checkpoint is Lightning's, with an entry ``memlm`` that holds the configuration and the tokenizer as plain data. It
-loads with ``weights_only=True``: no code in it is ever run.
+A checkpoint is Lightning's, with an entry ``memlm`` that holds the configuration and the tokenizer as plain data.
+
+It may come from a stranger. It is read with ``weights_only=True``, so no code in it is run; of what its configuration
+names only classes of memlm are imported and built, and those of packages that the caller trusts
+(`memlm.build.check_saved`).
 """
 
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import pickle
 import platform
 import re
+import reprlib
 import tempfile
 import warnings
 import zipfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,45 +30,61 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
 from memlm.config import ConfigError
+from memlm.saved import check_size, parse_json, plain, printable, regular
 
 if TYPE_CHECKING:
     from memlm.data.datamodule import TextData
     from memlm.models.base import LanguageModel
 
+Trust = Sequence[str] | str | None
+"""Names of packages: one, several or none."""
+
 FOLDER = "checkpoints"
 _WEIGHTS = "model.safetensors"  # of an export
+_PARTS = ("config.json", _WEIGHTS, "tokenizer.json")
+_SUMS = "SHA256SUMS"  # of the parts, as sha256sum writes and checks it
 _NAME = re.compile(r"(?:.*-)?step=(\d+)(?:-v\d+)?\.ckpt")  # also as Lightning names them: epoch=0-step=100.ckpt
 
 
-def load(path: str | os.PathLike[str]) -> LanguageModel:
+def load(path: str | os.PathLike[str], *, trust: Trust = None) -> LanguageModel:
     """Load a trained model; nothing but the path is needed.
 
     Args:
-        path: A run directory (its newest checkpoint is taken) or a checkpoint file.
+        path: A run directory (its newest checkpoint is taken), a checkpoint file, or the directory of an export.
+        trust: Names of packages, beside memlm, of which the file may name classes of models and memories. Importing
+            them runs their code; nothing else that a file names is imported or called.
 
     Returns:
         The model in eval mode, with its tokenizer.
 
     Raises:
-        ConfigError: If there is no checkpoint, or it is damaged or not one of memlm.
+        ConfigError: If there is no checkpoint, it is damaged or not one of memlm, or names what is not trusted.
     """
-    return _restore(read(find(path)))[0]
+    return _restore(find(path), trust)
 
 
-def load_run(path: str | os.PathLike[str], *, paths: dict[str, Any] | None = None) -> tuple[LanguageModel, TextData]:
+def load_run(
+    path: str | os.PathLike[str], *, paths: dict[str, Any] | None = None, trust: Trust = None
+) -> tuple[LanguageModel, TextData]:
     """Load a trained model and the data it was trained on; see `load`.
+
+    The text is read, once it is asked for, from where the configuration says: files of this machine, or a data set of
+    the Hugging Face hub. Nothing is written but the cache of its tokens.
 
     Args:
         path: A run directory or a checkpoint file.
-        paths: Settings of ``paths`` that differ here, such as ``cache_dir``.
+        paths: Settings of ``paths``: ``cache_dir``, by default that of this user, wherever the file would have it.
+        trust: As for `load`; also of classes of corpora, curricula and tasks.
 
     Raises:
         ConfigError: Also if the text it was trained on cannot be read here.
     """
     from memlm.build import build_data
 
-    model, config = _restore(read(find(path)))
-    return model, build_data(config | {"paths": config.get("paths", {}) | (paths or {})}, model.tokenizer)
+    path = find(path)
+    model = _restore(path, trust, data=True)
+    with _told(path):
+        return model, build_data(model.config | {"paths": paths or {}}, model.tokenizer)
 
 
 def place(model: LanguageModel, device: str) -> LanguageModel:
@@ -85,12 +108,13 @@ def find(path: str | os.PathLike[str]) -> Path:
         ConfigError: If there is none.
     """
     path = Path(path)
-    if path.is_file():
-        return path
-    if (path / _WEIGHTS).is_file():
+    try:
+        if not path.is_dir():
+            return regular(path)
+    except FileNotFoundError:
+        raise ConfigError(f"there is no run or checkpoint at {path}") from None
+    if os.path.lexists(path / _WEIGHTS):
         return path / _WEIGHTS
-    if not path.exists():
-        raise ConfigError(f"there is no run or checkpoint at {path}")
     found = checkpoints(path)
     if not found:
         raise ConfigError(f"there is no checkpoint in {path}: expected {FOLDER}/step=N.ckpt in a run directory")
@@ -118,13 +142,43 @@ def read(path: Path, peek: bool = False) -> dict[str, Any]:
     entry = content.get("memlm") if isinstance(content, dict) else None
     if not isinstance(entry, dict) or not {"config", "tokenizer"} <= set(entry) or "state_dict" not in content:
         raise ConfigError(f"{path} is not a checkpoint of memlm: it has no entry 'memlm' that describes a model")
-    return content
+    texts = ("tokenizer", "version", *(name for name in ("text", "wandb_id") if entry.get(name) is not None))
+    for name in texts:
+        if not isinstance(entry.get(name), str):
+            raise ConfigError(f"{path} is not a checkpoint of memlm: {name} is no text in its entry 'memlm'")
+    for name, value in {"memlm.config": entry["config"], "state_dict": content["state_dict"]}.items():
+        if not isinstance(value, dict):
+            raise ConfigError(
+                f"{path} is not a checkpoint of memlm: {name} is no mapping, but a {type(value).__name__}"
+            )
+    _check_version(entry["version"], path)
+    try:
+        return content | {"memlm": entry | {"config": plain(entry["config"])}}
+    except ConfigError as error:
+        raise ConfigError(f"{path} was refused: of its configuration, {error}") from error
+
+
+def _check_version(version: str, path: Path) -> None:
+    """Refuse what another version has written that comes after this one."""
+    from memlm import __version__
+
+    found, own = (re.match(r"\d{1,4}(?:\.\d{1,4}){1,3}(?!\d)", text) for text in (version, __version__))
+    if found is None or own is None or len(version) > 30:
+        raise ConfigError(f"{path} is not a checkpoint of memlm: its version is {reprlib.repr(version)}")
+    if _numbers(found[0]) > _numbers(own[0]):
+        raise ConfigError(
+            f"{path} was written by memlm {printable(version)}, and this is {__version__}: install that version"
+        )
+
+
+def _numbers(version: str) -> list[int]:
+    return [int(part) for part in version.split(".")]
 
 
 def export(model: LanguageModel, directory: str | os.PathLike[str]) -> list[Path]:
-    """Write a model for others to read: ``model.safetensors``, ``config.json``, ``tokenizer.json``.
+    """Write a model for others to read: ``model.safetensors``, ``config.json``, ``tokenizer.json``, ``SHA256SUMS``.
 
-    The three appear together or not at all; `load` reads the directory.
+    They appear together or not at all; `load` reads the directory, and refuses what is not as ``SHA256SUMS`` says.
 
     Args:
         model: The model; the banks of its shared memories are among the weights.
@@ -149,6 +203,7 @@ def export(model: LanguageModel, directory: str | os.PathLike[str]) -> list[Path
         (whole / _WEIGHTS).write_bytes(save(weights))
         (whole / "tokenizer.json").write_text(entry.pop("tokenizer"), encoding="utf-8")
         (whole / "config.json").write_text(json.dumps(entry, indent=2) + "\n", encoding="utf-8")
+        (whole / _SUMS).write_text("".join(f"{_sha256(whole / name)}  {name}\n" for name in _PARTS), encoding="ascii")
         os.replace(whole, directory)
     return sorted(directory.iterdir())
 
@@ -156,15 +211,34 @@ def export(model: LanguageModel, directory: str | os.PathLike[str]) -> list[Path
 def _read_export(directory: Path) -> dict[str, Any]:
     """What `export` has written, as the contents of a checkpoint."""
     try:
-        entry = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+        for name in (*_PARTS, _SUMS):
+            regular(directory / name)
+        lines = (directory / _SUMS).read_text(encoding="ascii").splitlines()
+        sums = dict(reversed(line.split("  ", 1)) for line in lines)
+        for name in _PARTS:
+            if sums[name] != _sha256(directory / name):
+                raise ConfigError(
+                    f"{directory / name} is not as it was exported: export the model again, or, if you have changed it "
+                    f"yourself, write its new checksum: (cd {directory}; sha256sum {' '.join(_PARTS)} > {_SUMS})"
+                )
+        entry = parse_json((directory / "config.json").read_bytes())
+        if not isinstance(entry, dict):
+            raise ConfigError(f"{directory / 'config.json'} must hold a mapping, got {reprlib.repr(entry)}")
         tokenizer = (directory / "tokenizer.json").read_text(encoding="utf-8")
         weights = load_file(directory / _WEIGHTS)
-    except FileNotFoundError:
+    except ConfigError:
         raise
-    except (ValueError, OSError, SafetensorError) as error:
+    except FileNotFoundError as error:
+        raise ConfigError(f"{error.filename} is missing: an export has {', '.join((*_PARTS, _SUMS))}") from error
+    except (ValueError, KeyError, OSError, SafetensorError) as error:
         raise ConfigError(f"{directory} cannot be read: it is damaged or cut short; export the model again") from error
     weights = {f"model.{name}": value for name, value in weights.items()}
     return {"memlm": {**entry, "tokenizer": tokenizer}, "state_dict": weights}
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_plain(path: Path, peek: bool = False) -> Any:
@@ -172,18 +246,19 @@ def read_plain(path: Path, peek: bool = False) -> Any:
 
     Unless it is only peeked at, its checksums are verified, which torch does not do itself.
     """
+    regular(path)
     try:
-        if not peek and zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as parts:
-                if (bad := parts.testzip()) is not None:
-                    raise ConfigError(
-                        f"{path} is damaged ({bad} is not as written); use an earlier checkpoint of the run"
-                    )
+        with zipfile.ZipFile(path) as parts:
+            _check_parts(parts, path.stat().st_size)
+            if not peek and (bad := parts.testzip()) is not None:
+                raise ConfigError(f"it is damaged ({printable(bad)} is not as written); use an earlier checkpoint")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about files that are refused in a moment
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=peek)
-    except ConfigError:
-        raise
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=peek)
+        check_size(content)
+        return content
+    except ConfigError as error:
+        raise ConfigError(f"{path} was refused: {error}") from error
     except pickle.UnpicklingError as error:
         raise ConfigError(
             f"{path} was refused: it is damaged, or holds more than tensors and plain values (code is never loaded)"
@@ -194,6 +269,15 @@ def read_plain(path: Path, peek: bool = False) -> Any:
         raise ConfigError(
             f"{path} cannot be read: it is damaged or cut short; use an earlier checkpoint of the run"
         ) from error
+
+
+def _check_parts(parts: zipfile.ZipFile, n_byte: int) -> None:
+    """Refuse an archive that torch does not write, and that could grow when it is read."""
+    found = parts.infolist()
+    if any(part.compress_type != zipfile.ZIP_STORED or part.file_size != part.compress_size for part in found):
+        raise ConfigError("its parts are compressed, which those of a checkpoint never are")
+    if sum(part.file_size for part in found) > n_byte or len({part.filename for part in found}) < len(found):
+        raise ConfigError("its parts overlap, which those of a checkpoint never do")
 
 
 def write(content: dict[str, Any], path: str | os.PathLike[str]) -> None:
@@ -256,25 +340,115 @@ def describe(model: LanguageModel) -> dict[str, Any]:
     return {"version": __version__, "config": model.config, "tokenizer": model.tokenizer.to_json()}
 
 
-def _restore(content: dict[str, Any]) -> tuple[LanguageModel, dict[str, Any]]:
-    """The model of a checkpoint and its configuration."""
-    from memlm.build import build_model
+def blank(path: Path, content: Mapping[str, Any], trust: Trust = None, *, data: bool = False) -> LanguageModel:
+    """The model that a checkpoint describes, on the device ``meta``: it has sizes, but no numbers, and takes no memory.
+
+    Args:
+        path: The file, for the errors.
+        content: What `read` gave of it.
+        trust: As for `load`.
+        data: Whether what its data is built of is checked too.
+
+    Raises:
+        ConfigError: If it names what is not trusted, or the weights are not of the model that it describes.
+    """
+    from memlm.build import build_model, check_saved
     from memlm.data.tokenizer import Tokenizer
 
-    entry = content["memlm"]
+    entry, config = content["memlm"], content["memlm"]["config"]
+    with _told(path, entry["version"]):
+        check_saved(config, trust, data=data)
+        weights, n_layer = _weights(content), config["model"].get("n_layer")
+        if isinstance(n_layer, int) and n_layer > len(weights):
+            raise ConfigError(f"model.n_layer is {n_layer:,}, but there are no more than {len(weights)} weights")
+        with torch.device("meta"):
+            model = build_model(config, Tokenizer.from_json(entry["tokenizer"]))
+            _check_fit(model, weights)
+    return model
+
+
+def _restore(path: Path, trust: Trust, data: bool = False) -> LanguageModel:
+    """The model of a checkpoint; with ``data``, what its data is built of is checked too."""
+    from memlm.build import build_model
+
+    content = read(path)
+    sizes = blank(path, content, trust, data=data)
+    wanted = sum({id(part): part.nbytes for part in (*sizes.parameters(), *sizes.buffers())}.values())
+    with _told(path, content["memlm"]["version"]):
+        if wanted > (free := _free_memory()):
+            raise ConfigError(f"the model wants {wanted / 2**30:,.1f} GiB of memory, and {free / 2**30:,.1f} are free")
+        model = build_model(sizes.config, sizes.tokenizer)
+        model.load_state_dict(_weights(content))
+        for name, parameter in model.named_parameters():
+            if not parameter.isfinite().all():
+                raise ConfigError(f"the weights {name} are not all finite; use an earlier checkpoint of the run")
+    return model.eval()
+
+
+@contextmanager
+def _told(path: Path, version: str | None = None) -> Iterator[None]:
+    """Tell in a sentence what is wrong with the contents of a file."""
+    from memlm import __version__
+
     try:
-        model = build_model(entry["config"], Tokenizer.from_json(entry["tokenizer"]))
-    except (KeyError, TypeError) as error:
+        yield
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {printable(error)}") from error
+    except Exception as error:  # there is no end of what constructors may raise on settings that were never theirs
+        written = "" if version in (None, __version__) else f", which memlm {version} has written"
         raise ConfigError(
-            f"this version of memlm cannot build the model of a checkpoint of version {entry.get('version')}: {error}"
+            f"{path}{written}: memlm {__version__} cannot build what it describes: "
+            f"{type(error).__name__}: {printable(error)[:300]}"
         ) from error
-    weights = {
-        name.removeprefix("model."): value for name, value in content["state_dict"].items() if name.startswith("model.")
-    }
+
+
+def _weights(content: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """The weights of the model in a checkpoint, each with numbers of its own."""
+    weights = {}
+    held: dict[int, int] = {}
+    for name, value in content["state_dict"].items():
+        if not isinstance(name, str) or not name.startswith("model."):
+            continue
+        if type(value) is not torch.Tensor or value.layout != torch.strided or value.is_quantized or value.is_complex():
+            raise ConfigError(f"{name} is no array of real numbers; use an earlier checkpoint of the run")
+        storage = value.untyped_storage()
+        held[storage._cdata] = storage.nbytes()
+        weights[name.removeprefix("model.")] = value
+    if sum(value.nbytes for value in weights.values()) > 2 * sum(held.values()):  # the embedding may be the head too
+        raise ConfigError("the weights are fewer numbers than their sizes say; use an earlier checkpoint of the run")
+    return weights
+
+
+def _check_fit(model: LanguageModel, weights: Mapping[str, torch.Tensor]) -> None:
+    """Refuse weights that are not those of a model on the device ``meta``."""
     try:
-        model.load_state_dict(weights)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # nothing is copied into a model without numbers
+            missing, foreign = model.load_state_dict({**weights}, strict=False)
     except RuntimeError as error:
-        raise ConfigError(
-            f"the weights do not fit the model that the checkpoint describes: {' '.join(str(error).split())}"
-        ) from error
-    return model.eval(), entry["config"]
+        sizes = " ".join(line.strip() for line in str(error).splitlines()[1:])
+        raise ConfigError(f"the weights do not fit the model that is described: {sizes[:300]}") from error
+    for name, modules in model.memory.items():
+        lacks = any(found.startswith(f"memory.{name}.") and ".bank_" in found for found in missing)
+        first = modules[0]
+        if lacks or (first.scope == "sequence" and first.has_bank and not first.keeps_records):
+            raise ConfigError(
+                f"memory.{name}.scope is {first.scope} in the configuration, but there is {'no' if lacks else 'a'} "
+                "shared bank among the weights: they were trained with another scope"
+            )
+    if missing or foreign:
+        parts = {"lacking are": missing, "not of the model are": foreign}
+        names = [f"{kind} {', '.join(map(str, found[:3]))}" for kind, found in parts.items() if found]
+        raise ConfigError(f"the weights do not fit the model that is described: {'; '.join(names)}")
+    for name, own in model.state_dict().items():
+        if weights[name].is_floating_point() != own.is_floating_point():
+            raise ConfigError(f"the weights {name} are {weights[name].dtype}, where {own.dtype} is expected")
+
+
+def _free_memory() -> float:
+    """Bytes that can still be asked for."""
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            return next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):  # no Linux
+        return float("inf")

@@ -8,6 +8,7 @@ from datetime import datetime
 from pathlib import Path
 
 from memlm.cli import mistakes_told
+from memlm.saved import TRUST
 
 _DESCRIPTION = (
     "One table and one figure over runs and seeds: parameters, bytes of memory, speed, and the headline of every "
@@ -24,11 +25,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--out", metavar="DIR", type=Path, help="where compare.csv, .md and .png go; by default outputs/compare/TIME"
     )
+    parser.add_argument("--trust", metavar="PACKAGE", action="append", help=TRUST)
     chosen = parser.parse_args(arguments)
     from experiments import compare
     from experiments.runs import find_runs
 
-    runs, left_out = find_runs(chosen.runs)
+    runs, left_out = find_runs(chosen.runs, chosen.trust)
     comparison = compare.compare(runs, left_out)
     print(compare.report(comparison))
     out = chosen.out or Path("outputs/compare") / f"{datetime.now():%Y-%m-%d_%H-%M-%S-%f}"

@@ -4,7 +4,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from memlm.cli import cli
+from memlm.cli import cli, to_dict
 from memlm.config import ConfigError
 
 
@@ -18,7 +18,7 @@ def main(cfg: DictConfig) -> str:
 
     from memlm.checkpoint import load, place
 
-    model: Any = load(cfg.checkpoint)
+    model: Any = load(cfg.checkpoint, trust=to_dict(cfg.trust))
     place(model, cfg.device)
     ids = model.tokenizer.encode(prompt)
     if not ids:

@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # From the ground up; a module imports from its own floor and from the floors below it. `memlm` itself is the roof of
 # the package: it names what lies below without importing it. Nothing uses `memlm.compat`, which may use all.
 FLOORS = [
-    {"memlm.config", "memlm.__version__"},
+    {"memlm.config", "memlm.saved", "memlm.__version__"},
     {"memlm.memory", "memlm.retrieval"},
     {"memlm.models", "memlm.data"},
     {"memlm.cli"},
