@@ -30,6 +30,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
 from memlm.config import ConfigError
+from memlm.memory import state as states
 from memlm.saved import check_size, parse_json, plain, printable, regular
 
 if TYPE_CHECKING:
@@ -373,14 +374,15 @@ def _restore(path: Path, trust: Trust, data: bool = False) -> LanguageModel:
 
     content = read(path)
     sizes = blank(path, content, trust, data=data)
-    wanted = sum({id(part): part.nbytes for part in (*sizes.parameters(), *sizes.buffers())}.values())
     with _told(path, content["memlm"]["version"]):
+        wanted = sum({id(part): part.nbytes for part in (*sizes.parameters(), *sizes.buffers())}.values())
+        wanted += sum(states.n_byte(module.init_state(1)) for modules in sizes.memory.values() for module in modules)
         if wanted > (free := _free_memory()):
             raise ConfigError(f"the model wants {wanted / 2**30:,.1f} GiB of memory, and {free / 2**30:,.1f} are free")
         model = build_model(sizes.config, sizes.tokenizer)
         model.load_state_dict(_weights(content))
-        for name, parameter in model.named_parameters():
-            if not parameter.isfinite().all():
+        for name, value in model.state_dict().items():
+            if not value.isfinite().all():
                 raise ConfigError(f"the weights {name} are not all finite; use an earlier checkpoint of the run")
     return model.eval()
 

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import logging
 import re
+import reprlib
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from memlm.config import ConfigError, did_you_mean
 from memlm.data.tokens import atomic_file
+from memlm.saved import parse_json, printable
 
 if TYPE_CHECKING:
     import tokenizers
@@ -34,6 +38,8 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 _NEXT_CUT = re.compile(r"(?<=\S)(?=[ \n])")
 
 _MOST_BYTES = 4  # of a character
+MOST_IDS = 2**22
+"""Ids of a vocabulary: the library counts them all, up to the largest."""
 
 # One character each; words and signs each with the space before them (so that joining tokens gives the text back).
 _CHAR_PATTERN = r"[\s\S]"
@@ -66,12 +72,9 @@ class Tokenizer:
         """
         import tokenizers
 
-        try:
+        with _refused("not a tokenizer.json of the tokenizers library ({}); save one with Tokenizer.save or to_json."):
+            _check(parse_json(text))
             return cls(tokenizers.Tokenizer.from_str(text))
-        except Exception as error:  # the library raises bare Exceptions
-            raise ConfigError(
-                f"not a tokenizer.json of the tokenizers library ({error}); save one with Tokenizer.save or to_json."
-            ) from None
 
     @classmethod
     def from_file(cls, path: str | Path) -> Tokenizer:
@@ -100,12 +103,15 @@ class Tokenizer:
         texts = [_SURROGATE.sub("\ufffd", text) for text in texts]
         pieces = [list(_pieces(text)) if self._cuttable else [text] for text in texts]
         flat = [piece for row in pieces for piece in row]
-        encodings = iter(self._backend.encode_batch_fast(flat, add_special_tokens=False))
+        with _refused("this tokenizer cannot encode the text ({}): use one that has a token for what it does not know"):
+            encodings = iter(self._backend.encode_batch_fast(flat, add_special_tokens=False))
         return [[i for _ in row for i in next(encodings).ids] for row in pieces]
 
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text of token ids; padding is left out."""
-        return self._backend.decode([int(i) for i in ids if int(i) != self._pad], skip_special_tokens=False)
+        ids = [int(i) for i in ids if int(i) != self._pad]
+        with _refused("the tokenizer cannot decode its own tokens ({}): use another one."):
+            return self._backend.decode(ids, skip_special_tokens=False)
 
     def decode_each(self, ids: Sequence[int]) -> list[str]:
         """Return the text of each token; a character of several tokens stands with the last of them."""
@@ -194,6 +200,48 @@ def get_tokenizer(kind: str, vocab_size: int, path: str | None, corpus: Corpus, 
         file.write(tokenizer.to_json().encode())
     log.info("trained a %s tokenizer of %d tokens on %s", kind, tokenizer.vocab_size, corpus.name)
     return tokenizer
+
+
+@contextmanager
+def _refused(told: str) -> Iterator[None]:
+    """Tell what the library refuses as a `ConfigError`, with its words in the place of ``{}``."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit, MemoryError):
+        raise
+    except BaseException as error:  # the library raises bare Exceptions, and panics that are none
+        raise ConfigError(told.format(printable(error)[:300])) from None
+
+
+def _check(content: Any) -> None:
+    """Refuse a `tokenizer.json` on which the library would come to nothing, or take all memory.
+
+    Raises:
+        ValueError: What is wrong with it.
+    """
+    model = content.get("model") if isinstance(content, dict) else None
+    if not isinstance(model, dict):
+        raise ValueError("it has no model")
+    vocab, unknown = model.get("vocab"), model.get("unk_token")
+    if isinstance(vocab, dict):
+        for token, i in vocab.items():
+            if type(i) is not int or not 0 <= i < MOST_IDS:
+                raise ValueError(f"the id of {reprlib.repr(token)} is {reprlib.repr(i)}, not in 0..{MOST_IDS - 1}")
+        if unknown is not None and unknown not in vocab:
+            raise ValueError(f"its unk_token {reprlib.repr(unknown)} is not in the vocabulary")
+    for kind, part in _parts(content.get("normalizer")):
+        if kind == "Precompiled":  # a table that begins with its length
+            table = base64.b64decode(part.get("precompiled_charsmap") or "", validate=True)
+            if len(table) < 4 or int.from_bytes(table[:4], "little") > len(table) - 4:
+                raise ValueError("the table of its normalizer is cut short")
+
+
+def _parts(value: Any) -> Iterator[tuple[Any, dict[str, Any]]]:
+    """All mappings in a JSON value that say of which type they are."""
+    if isinstance(value, dict) and "type" in value:
+        yield value["type"], value
+    for part in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        yield from _parts(part)
 
 
 def _check_kind(kind: str) -> None:
