@@ -380,7 +380,11 @@ def _restore(path: Path, trust: Trust, data: bool = False) -> LanguageModel:
         if wanted > (free := _free_memory()):
             raise ConfigError(f"the model wants {wanted / 2**30:,.1f} GiB of memory, and {free / 2**30:,.1f} are free")
         model = build_model(sizes.config, sizes.tokenizer)
-        model.load_state_dict(_weights(content))
+        try:
+            model.load_state_dict(_weights(content))
+        except RuntimeError as error:
+            reasons = "; ".join(line.strip() for line in str(error).splitlines()[1:])
+            raise ConfigError(f"the weights cannot be loaded: {reasons or error}") from error
         for name, value in model.state_dict().items():
             if not value.isfinite().all():
                 raise ConfigError(f"the weights {name} are not all finite; use an earlier checkpoint of the run")
@@ -414,37 +418,43 @@ def _weights(content: Mapping[str, Any]) -> dict[str, torch.Tensor]:
         if type(value) is not torch.Tensor or value.layout != torch.strided or value.is_quantized or value.is_complex():
             raise ConfigError(f"{name} is no array of real numbers; use an earlier checkpoint of the run")
         storage = value.untyped_storage()
+        if storage.nbytes() < value.nbytes:
+            raise ConfigError(f"{name} has fewer numbers than its size says; use an earlier checkpoint of the run")
         held[storage._cdata] = storage.nbytes()
         weights[name.removeprefix("model.")] = value
     if sum(value.nbytes for value in weights.values()) > 2 * sum(held.values()):  # the embedding may be the head too
-        raise ConfigError("the weights are fewer numbers than their sizes say; use an earlier checkpoint of the run")
+        raise ConfigError("most weights are the same numbers in the file; use an earlier checkpoint of the run")
     return weights
 
 
 def _check_fit(model: LanguageModel, weights: Mapping[str, torch.Tensor]) -> None:
-    """Refuse weights that are not those of a model on the device ``meta``."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # nothing is copied into a model without numbers
-            missing, foreign = model.load_state_dict({**weights}, strict=False)
-    except RuntimeError as error:
-        sizes = " ".join(line.strip() for line in str(error).splitlines()[1:])
-        raise ConfigError(f"the weights do not fit the model that is described: {sizes[:300]}") from error
+    """Refuse weights that are not those of a model on the device ``meta``, which gets the banks that are among them."""
     for name, modules in model.memory.items():
-        lacks = any(found.startswith(f"memory.{name}.") and ".bank_" in found for found in missing)
-        first = modules[0]
-        if lacks or (first.scope == "sequence" and first.has_bank and not first.keeps_records):
-            raise ConfigError(
-                f"memory.{name}.scope is {first.scope} in the configuration, but there is {'no' if lacks else 'a'} "
-                "shared bank among the weights: they were trained with another scope"
-            )
-    if missing or foreign:
-        parts = {"lacking are": missing, "not of the model are": foreign}
-        names = [f"{kind} {', '.join(map(str, found[:3]))}" for kind, found in parts.items() if found]
-        raise ConfigError(f"the weights do not fit the model that is described: {'; '.join(names)}")
-    for name, own in model.state_dict().items():
-        if weights[name].is_floating_point() != own.is_floating_point():
-            raise ConfigError(f"the weights {name} are {weights[name].dtype}, where {own.dtype} is expected")
+        for i, module in enumerate(modules):
+            start = f"memory.{name}.{i}."
+            has_bank = any(found.startswith(f"{start}bank_") for found in weights)
+            if has_bank != module.has_bank:
+                if module.has_bank or not module.keeps_records:
+                    raise ConfigError(
+                        f"memory.{name}.scope is {module.scope} in the configuration, but {'a' if has_bank else 'no'} "
+                        "shared bank is among the weights: they were trained with another scope"
+                    )
+                module.keep_bank()
+            if f"{start}slot_uses" in weights:
+                module.uses()
+    own = model.state_dict()
+    parts = {
+        "lacking are": [name for name in own if name not in weights and ".bank_" not in name],
+        "not of the model are": [name for name in weights if name not in own],
+        "of another size or type are": [
+            name
+            for name, value in weights.items()
+            if name in own
+            and (value.shape != own[name].shape or value.is_floating_point() != own[name].is_floating_point())
+        ],
+    }
+    if told := [f"{kind} {', '.join(names[:3])}" for kind, names in parts.items() if names]:
+        raise ConfigError(f"the weights do not fit the model that is described: {'; '.join(told)}")
 
 
 def _free_memory() -> float:
