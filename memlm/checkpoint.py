@@ -109,11 +109,11 @@ def find(path: str | os.PathLike[str]) -> Path:
         ConfigError: If there is none.
     """
     path = Path(path)
-    try:
-        if not path.is_dir():
+    if not os.path.isdir(path):
+        try:
             return regular(path)
-    except FileNotFoundError:
-        raise ConfigError(f"there is no run or checkpoint at {path}") from None
+        except FileNotFoundError:
+            raise ConfigError(f"there is no run or checkpoint at {printable(path)}") from None
     if os.path.lexists(path / _WEIGHTS):
         return path / _WEIGHTS
     found = checkpoints(path)
@@ -215,7 +215,7 @@ def _read_export(directory: Path) -> dict[str, Any]:
         for name in (*_PARTS, _SUMS):
             regular(directory / name)
         lines = (directory / _SUMS).read_text(encoding="ascii").splitlines()
-        sums = dict(reversed(line.split("  ", 1)) for line in lines)
+        sums = {line.partition("  ")[2]: line.partition("  ")[0] for line in lines}
         for name in _PARTS:
             if sums[name] != _sha256(directory / name):
                 raise ConfigError(

@@ -45,7 +45,9 @@ def regular(path: Path) -> Path:
     """
     try:
         mode = os.stat(path).st_mode
-    except FileNotFoundError:
+    except FileNotFoundError as error:
+        if os.path.islink(path):
+            raise ConfigError(f"{printable(path)} is a link that leads nowhere") from error
         raise
     except (OSError, ValueError) as error:  # such as a link to itself, too long a name
         raise ConfigError(f"{printable(path)} cannot be read: {getattr(error, 'strerror', None) or error}") from error
@@ -159,11 +161,11 @@ def find_class(
         )
     module, _, name = target.rpartition(".")
     try:
-        found = vars(importlib.import_module(module)).get(name)
+        found: Any = vars(importlib.import_module(module)).get(name)
     except ImportError as error:  # such as a mechanism that is not at hand here
         raise ConfigError(f"{key}: {_short(target)} cannot be imported here: {printable(error)}") from error
-    fits = isinstance(found, type) and issubclass(found, base) and (itself or found is not base)
-    if not fits or not _is_below(found.__module__, trusted):
+    ours = isinstance(found, type) and _is_below(found.__module__, trusted)
+    if not ours or not issubclass(found, base) or (found is base and not itself):
         raise ConfigError(f"{key} must name a {base.__name__}, which {_short(target)} is not")
     return found
 

@@ -885,7 +885,7 @@ def _zip_bomb() -> None:
         for info in old.infolist():
             new.writestr(info.filename, old.read(info))
         with new.open("evil/data/999", "w", force_zip64=True) as part:
-            for _ in range(1000):
+            for _ in range(100):
                 part.write(bytes(1 << 22))
     memlm.load("evil.ckpt")
 
@@ -974,7 +974,7 @@ def _file_cases() -> Iterator[Case]:
         )
     yield Case("file: very deep pickle in the archive", _pickled(_deep_pickle))
     yield Case("file: compressed", lambda: _repacked(zipfile.ZIP_DEFLATED))
-    yield Case("file: compressed bomb of 4 GB", _zip_bomb, seconds=40)
+    yield Case("file: compressed bomb", _zip_bomb)
     yield Case("file: a part is said to be larger than the file", _claimed)
     yield Case("file: two data.pkl", lambda: _repacked(more={"archive/data.pkl": _code(2), "evil/data.pkl": b"x"}))
     yield Case(
@@ -1017,15 +1017,13 @@ def _file_cases() -> Iterator[Case]:
                 memlm.load(folder)
 
             yield Case(f"file: {name} of an export is {kind}", export, seconds=30)
-    for place in ("RUN/.lock", "RUN/checkpoints"):
 
-        def lock(place: str = place) -> None:
-            _special("a pipe", place)
-            fit(
-                config(_folder(), "again", "trainer.max_steps=1", f"paths.run_dir={Path.cwd() / 'RUN'}", phases=[FACTS])
-            )
+    def lock() -> None:
+        _special("a pipe", "RUN/.lock")
+        run = Path.cwd() / "RUN"
+        fit(config(_folder(), "again", "trainer.max_steps=1", f"paths.run_dir={run}", phases=[FACTS]))
 
-        yield Case(f"file: {place} of a run is a pipe", lock, seconds=60)
+    yield Case("file: .lock of a run is a pipe", lock)
     for name in ("a\0b", "x" * 5000, "", "/", "~nobody/x", "a\nb"):
         yield Case(f"file: the path {name[:20]!r}", lambda name=name: memlm.load(name), ("sentence",))
 
