@@ -119,10 +119,10 @@ def check_saved(config: dict[str, Any], trust: Sequence[str] | str | None = None
     for name in ("model", "memory", "data", *(("curriculum",) if data else ())):
         _mapping(config.get(name), name)
     n_vocab = _mapping(config["data"].get("tokenizer"), "data.tokenizer").get("n_vocab")
-    numbers = {"n_parameter": config.get("n_parameter") or 0, "data.tokenizer.n_vocab": n_vocab or 0}
-    numbers |= {"seed": config.get("seed"), "data.n_worker": config["data"].get("n_worker") if data else 0}
-    for name, value in numbers.items():
-        if type(value) is not int:
+    numbers = {"n_parameter": config.get("n_parameter"), "data.tokenizer.n_vocab": n_vocab}
+    numbers = {name: value for name, value in numbers.items() if value is not None} | {"seed": config.get("seed")}
+    for name, value in (numbers | ({"data.n_worker": config["data"].get("n_worker")} if data else {})).items():
+        if type(value) is not int or (value < 0 and name != "seed"):
             raise ConfigError(f"{name} must be a whole number, got {reprlib.repr(value)}")
     parts: list[tuple[str, Any, type]] = [("model", config["model"], LanguageModel)]
     parts += [(f"memory.{name}", node, Memory) for name, node in config["memory"].items()]

@@ -164,7 +164,7 @@ def _check_version(version: str, path: Path) -> None:
     from memlm import __version__
 
     found, own = (re.match(r"\d{1,4}(?:\.\d{1,4}){1,3}(?!\d)", text) for text in (version, __version__))
-    if found is None or own is None or len(version) > 30:
+    if found is None or own is None or len(version) > 30 or not version.isprintable():
         raise ConfigError(f"{path} is not a checkpoint of memlm: its version is {reprlib.repr(version)}")
     if _numbers(found[0]) > _numbers(own[0]):
         raise ConfigError(

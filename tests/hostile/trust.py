@@ -385,7 +385,7 @@ WAYS: dict[str, Callable[[Change], object]] = {
 }
 # Where memlm goes on without what it refuses, and says so: that chapter of a page, that neighbour of a run.
 GOES_ON = ("report of an evaluation", "resume=auto")
-PLACES = ("memory.evil", "memory.ltm", "model", "data.corpus", "curriculum", "curriculum.task")
+PLACES = ("memory.evil", "memory.ltm", "model", "curriculum", "curriculum.task")
 
 
 def _executing(way: str, place: str, target: Any, settings: dict[str, Any]) -> Case:
@@ -401,7 +401,7 @@ def _executing(way: str, place: str, target: Any, settings: dict[str, Any]) -> C
 
 def _executes() -> Iterator[Case]:
     for target, settings in ACTS.items():
-        yield _executing("load", "memory.evil", target, settings)
+        yield _executing("load_run", "data.corpus", target, settings)  # called with these settings alone
     for target in (
         "os.system",
         "os.mkdir",
@@ -415,7 +415,7 @@ def _executes() -> Iterator[Case]:
         "memlm.checkpoint.write",
         "memlm.memory.ltm.LongTermMemory",
     ):
-        for place in PLACES[2:]:
+        for place in PLACES:
             yield _executing("load_run", place, target, ACTS.get(target, {}))
     for way in WAYS:
         place = "data.corpus" if way == "evaluate" else "model" if way == "report" else "memory.ltm"
@@ -680,7 +680,7 @@ ODD: dict[str, Any] = {
     "a set": {1},
     "a loop": _loop(),
     "a bomb": _bomb(),
-    "deep": _deep(2000),
+    "deep": _deep(200),
     "wide": _wide(),
     "a long text": "x" * 30_000_000,
 }
@@ -712,6 +712,7 @@ FINE = {
     ("curriculum.task", "null"),
     *(("seed", odd) for odd in ("a number", "a negative number")),
     ("data.n_worker", "a number"),
+    ("memory.ltm.n_slot", "a number"),
 }
 
 
@@ -765,7 +766,7 @@ def _structures() -> Iterator[Case]:
     for way, change in {
         "trainer": _set(trainer=_bomb()),
         "watch": _set(watch=_loop()),
-        "logger": _set(logger=_deep(500)),
+        "logger": _set(logger=_deep(200)),
     }.items():
         yield Case(f"structure: {way}, of which nothing is built", lambda change=change: _load(change))
     for place, value in {
@@ -1194,7 +1195,7 @@ def _tokenizers() -> Iterator[Case]:
 
 
 def _resumes() -> Iterator[Case]:
-    evil = {"loop": _loop(), "bomb": _bomb(), "deep": _deep(2000), "list": [], "null": None}
+    evil = {"loop": _loop(), "bomb": _bomb(), "deep": _deep(200), "list": [], "null": None}
     for name, value in evil.items():
         yield Case(
             f"resume: the configuration is a {name}",
