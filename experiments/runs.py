@@ -15,10 +15,8 @@ from typing import Any, NamedTuple
 from experiments.base import Result
 from experiments.headline import headline
 from memlm.analysis.figures import read_history
-from memlm.build import build_model
-from memlm.checkpoint import FOLDER, checkpoints, find, read
+from memlm.checkpoint import FOLDER, Trust, blank, checkpoints, find, read
 from memlm.config import ConfigError
-from memlm.data.tokenizer import Tokenizer
 from memlm.files import atomic_file, read_json
 from memlm.memory import state as states
 from memlm.printed import one_line
@@ -97,20 +95,21 @@ class Run:
         }
 
 
-def describe(checkpoint: Path, model: Any | None = None) -> Trained:
+def describe(checkpoint: Path, model: Any | None = None, trust: Trust = None) -> Trained:
     """What a checkpoint says of its run.
 
     Args:
         checkpoint: The file.
         model: The model in it, if it is at hand.
+        trust: Packages of which it may name classes, as for `memlm.checkpoint.load`.
+
+    Raises:
+        ConfigError: If it cannot be read, or names what is not trusted.
     """
     content = read(checkpoint, peek=True)
     entry = content["memlm"]
     if model is None:
-        try:
-            model = build_model(entry["config"], Tokenizer.from_json(entry["tokenizer"]))
-        except (ConfigError, KeyError, TypeError):  # such as a mechanism that is not at hand here
-            model = None
+        model = blank(checkpoint, content, trust)
     run = checkpoint.parent.parent if checkpoint.parent.name == FOLDER else checkpoint.parent
     speeds = [row.get("train/tokens_per_second") for file in history_files(run) for row in read_history(file)]
     found = [speed for speed in speeds if isinstance(speed, float)]
@@ -118,8 +117,8 @@ def describe(checkpoint: Path, model: Any | None = None) -> Trained:
         checkpoint=str(checkpoint.resolve()),
         step=content.get("global_step"),
         config=entry["config"],
-        n_parameter=None if model is None else sum(parameter.numel() for parameter in model.parameters()),
-        state_bytes=None if model is None else states.n_byte(model.init_state(1).memory),
+        n_parameter=sum(parameter.numel() for parameter in model.parameters()),
+        state_bytes=sum(states.n_byte(module.init_state(1)) for modules in model.memory.values() for module in modules),
         text=entry.get("text"),
         tokenizer=hashlib.sha256(str(entry["tokenizer"]).encode()).hexdigest(),
         tokens_per_second=statistics.median(found) if found else None,
@@ -134,15 +133,17 @@ def write_evaluation(directory: Path, trained: Trained) -> Path:
     return path
 
 
-def find_runs(paths: Sequence[str | Path]) -> tuple[list[Run], list[str]]:
+def find_runs(paths: Sequence[str | Path], trust: Trust = None) -> tuple[list[Run], list[str]]:
     """The runs in directories, and those directories that were left out because nothing was measured there.
 
     Args:
         paths: Directories of runs or of evaluations, or directories of these, such as that of a sweep. What was
             measured of one checkpoint in several places is put together, unless it is the same experiment twice.
+        trust: Packages of which checkpoints may name classes, as for `memlm.checkpoint.load`.
 
     Raises:
-        ConfigError: If there is no such directory, nothing was measured in any, or a file cannot be read.
+        ConfigError: If there is no such directory, nothing was measured in any, or a file cannot be read or names what
+            is not trusted.
     """
     runs: list[Run] = []
     left_out: list[str] = []
@@ -154,7 +155,7 @@ def find_runs(paths: Sequence[str | Path]) -> tuple[list[Run], list[str]]:
                 left_out.append(str(folder))
                 continue
             figures = {name: sorted((folder / name).glob("*.png")) for name in results}
-            run = Run(folder, _trained(folder), results, figures)
+            run = Run(folder, _trained(folder, trust), results, figures)
             for i, known in enumerate(runs):
                 both = known.results.keys() & results.keys()
                 same = (known.trained.checkpoint, known.trained.memory) == (run.trained.checkpoint, run.trained.memory)
@@ -208,13 +209,13 @@ def _results(folder: Path) -> dict[str, Result]:
     return results
 
 
-def _trained(folder: Path) -> Trained:
+def _trained(folder: Path, trust: Trust) -> Trained:
     path = folder / EVALUATION
     try:
         given = read_json(path)
     except FileNotFoundError:
         path = find(folder)
-        return _checked(describe(path), path)
+        return _checked(describe(path, trust=trust), path)
     told = f"{path} is not what scripts/evaluate.py writes"
     if not set(given) <= set(Trained._fields) or not {*Trained._fields} - {"memory"} <= set(given):
         raise ConfigError(f"{told}: expected {', '.join(Trained._fields)}, got {one_line(', '.join(given))}")

@@ -23,7 +23,7 @@ from memlm.analysis.page import (
     render,
 )
 from memlm.analysis.report import MOST_SLOTS, memory_parts
-from memlm.checkpoint import load, load_run
+from memlm.checkpoint import Trust, load, load_run
 from memlm.config import ConfigError
 from memlm.files import atomic_file, open_regular
 
@@ -39,6 +39,7 @@ def write(
     path: Path,
     contexts: Sequence[str] | None = None,
     progress: Callable[[str], None] | None = None,
+    trust: Trust = None,
 ) -> None:
     """Write a page about runs, whole or not at all.
 
@@ -48,6 +49,7 @@ def write(
         path: Where to.
         contexts: Text whose reads are shown, in one context or several; None for a held-out passage of each run's data.
         progress: Called with what comes next.
+        trust: Packages of which checkpoints may name classes, as for `memlm.checkpoint.load`.
 
     Raises:
         ConfigError: If two runs have the same settings and seed, or a text has no token.
@@ -57,7 +59,7 @@ def write(
     chapters = [_results(comparison), _settings(comparison)]
     for group in comparison.groups:
         tell(f"memory of {group.label}")
-        chapters.append(_memory(group, contexts, MOST_SLOTS // len(comparison.groups)))
+        chapters.append(_memory(group, contexts, MOST_SLOTS // len(comparison.groups), trust))
     tell("figures")
     title = f"Report of {', '.join(group.label for group in comparison.groups)}"
     room = MOST_BYTES - len(_encoded(render(title, chapters))) - 100_000
@@ -151,7 +153,7 @@ def _fitting(images: Sequence[_Image], n_byte: int) -> tuple[list[_Image], list[
     return shown, without
 
 
-def _memory(group: Group, contexts: Sequence[str] | None, n_slot: int) -> Chapter:
+def _memory(group: Group, contexts: Sequence[str] | None, n_slot: int, trust: Trust) -> Chapter:
     """The memory of the first run of a group."""
     run = group.runs[0]
     title = f"Memory of {group.label}, seed {run.trained.config.get('seed')}"
@@ -159,10 +161,10 @@ def _memory(group: Group, contexts: Sequence[str] | None, n_slot: int) -> Chapte
     if not os.path.exists(checkpoint):  # unlike that of Path, it takes any text
         return Chapter(title, [f"The checkpoint is no longer there: {checkpoint}"], [])
     try:
-        model, data = load_run(checkpoint)
+        model, data = load_run(checkpoint, trust=trust)
     except ConfigError as error:
         try:
-            model, data = load(checkpoint), None
+            model, data = load(checkpoint, trust=trust), None
         except ConfigError:
             return Chapter(title, [f"The model cannot be loaded: {error}"], [])
     try:

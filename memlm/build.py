@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import reprlib
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -11,16 +12,19 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from memlm.config import ConfigError, check_arguments, check_kind, instantiate, validate, whole
-from memlm.data.curriculum import build_curriculum
+from memlm.data.corpus import Corpus
+from memlm.data.curriculum import Curriculum, build_curriculum
+from memlm.data.task import Task
 from memlm.data.tokenizer import Tokenizer, get_tokenizer
 from memlm.files import cache_dir
 from memlm.machine import available_memory, gib
+from memlm.memory.base import Memory
 from memlm.memory.state import n_byte
+from memlm.models.base import LanguageModel
+from memlm.saved import find_class
 
 if TYPE_CHECKING:
-    from memlm.data.corpus import Corpus
     from memlm.data.datamodule import TextData
-    from memlm.models.base import LanguageModel
 
 _DEEP = 1000
 """Layers from which on the size of a model is estimated before it is built."""
@@ -119,6 +123,62 @@ def build_model(config: dict[str, Any], tokenizer: Tokenizer) -> LanguageModel:
     return model
 
 
+def check_saved(config: dict[str, Any], trust: Sequence[str] | str | None = None, *, data: bool = False) -> None:
+    """Check the configuration of a saved model, before anything that it names is imported.
+
+    The settings of a command line may name whatever their user likes. Those that come with a file may name subclasses
+    of `LanguageModel` and `Memory`, and for the data of `Corpus`, `Curriculum` and `Task`, which memlm or a trusted
+    package defines; see `memlm.saved.find_class`.
+
+    Args:
+        config: Plain configuration.
+        trust: Names of packages of which classes may be taken too.
+        data: Whether data is to be built of it too, and not the model alone.
+
+    Raises:
+        ConfigError: Naming the setting, and what was expected.
+    """
+    for name in ("model", "memory", "data", *(("curriculum",) if data else ())):
+        _mapping(config.get(name), name)
+    n_vocab = _mapping(config["data"].get("tokenizer"), "data.tokenizer").get("n_vocab")
+    numbers = {"n_parameter": config.get("n_parameter"), "data.tokenizer.n_vocab": n_vocab}
+    numbers = {name: value for name, value in numbers.items() if value is not None} | {"seed": config.get("seed")}
+    for name, value in (numbers | ({"data.n_worker": config["data"].get("n_worker")} if data else {})).items():
+        if type(value) is not int or (value < 0 and name != "seed"):
+            raise ConfigError(f"{name} must be a whole number, got {reprlib.repr(value)}")
+    parts: list[tuple[str, Any, type]] = [("model", config["model"], LanguageModel)]
+    parts += [(f"memory.{name}", node, Memory) for name, node in config["memory"].items()]
+    if data:
+        parts += [
+            ("data.corpus", config["data"].get("corpus"), Corpus),
+            ("curriculum", config["curriculum"], Curriculum),
+        ]
+        task = config["curriculum"].get("task")
+        parts += [("curriculum.task", task, Task)] if task is not None else []
+    for key, node, base in parts:
+        find_class(_mapping(node, key).get("_target_"), base, f"{key}._target_", trust, itself=base is Curriculum)
+    keys = {key for key, _, _ in parts}
+    for key, node, _ in parts:
+        for inner in _targets(node, key):
+            if inner not in keys:
+                raise ConfigError(f"{inner}._target_: nothing is built there, so no class may be named")
+        validate(node, key=key)
+
+
+def _mapping(value: Any, key: str) -> dict[str, Any]:
+    if not isinstance(value, dict) or not all(isinstance(name, str) for name in value):
+        raise ConfigError(f"{key} must be a mapping of settings, got {reprlib.repr(value)}")
+    return value
+
+
+def _targets(value: Any, key: str) -> Iterator[str]:
+    """Full names of all nodes with a ``_target_``."""
+    if isinstance(value, dict) and "_target_" in value:
+        yield key
+    for name, part in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
+        yield from _targets(part, f"{key}.{name}")
+
+
 def check_model(config: dict[str, Any]) -> None:
     """Build the model and its memories without their numbers, for what their constructors refuse, and for their size.
 
@@ -127,10 +187,6 @@ def check_model(config: dict[str, Any]) -> None:
     Raises:
         ConfigError: If a value is refused, which the message names, or training needs more memory than there is.
     """
-    from memlm.data.corpus import Corpus
-    from memlm.memory.base import Memory
-    from memlm.models.base import LanguageModel
-
     check_kind(config["model"], "model", LanguageModel)
     if "segment_len" not in config["model"]:
         raise ConfigError("model.segment_len is missing: give it a value, as the data is cut by it too")

@@ -89,6 +89,7 @@ class Evaluate:
     logger: dict[str, Node] | None = None
     paths: Paths
     checkpoint: str
+    trust: list[str] | str | None
     name: str | None
     seed: Seed
     change: dict[str, Any] | None
@@ -101,6 +102,7 @@ class Generate:
 
     paths: Paths
     checkpoint: str
+    trust: list[str] | str | None
     prompt: str | None
     prompt_file: str | None
     max_new_tokens: Annotated[int, Range(0, 10**6)]
@@ -116,6 +118,7 @@ class Chat:
 
     paths: Paths
     checkpoint: str
+    trust: list[str] | str | None
     device: str
 
 
@@ -124,6 +127,7 @@ class Export:
 
     paths: Paths
     checkpoint: str
+    trust: list[str] | str | None
     output: str
 
 

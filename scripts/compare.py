@@ -10,6 +10,7 @@ from pathlib import Path
 
 from memlm.cli import mistakes_told
 from memlm.config import ConfigError
+from memlm.saved import TRUST
 
 _DESCRIPTION = (
     "One table and one figure over runs and seeds: parameters, bytes of memory, speed, and the headline of every "
@@ -26,13 +27,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--out", metavar="DIR", help="where compare.csv, .md and .png go; by default outputs/compare/TIME"
     )
+    parser.add_argument("--trust", metavar="PACKAGE", action="append", help=TRUST)
     chosen = parser.parse_args(arguments)
     if chosen.out is not None and (not chosen.out or (os.path.exists(chosen.out) and not os.path.isdir(chosen.out))):
         raise ConfigError(f"--out {chosen.out!r} is no directory: give the name of one, which may be new")
     from experiments import compare
     from experiments.runs import find_runs
 
-    runs, left_out = find_runs(chosen.runs)
+    runs, left_out = find_runs(chosen.runs, chosen.trust)
     comparison = compare.compare(runs, left_out)
     print(compare.report(comparison))
     out = Path(chosen.out) if chosen.out else Path("outputs/compare") / f"{datetime.now():%Y-%m-%d_%H-%M-%S-%f}"

@@ -68,7 +68,12 @@ def main(cfg: DictConfig) -> None:
         raise ConfigError("experiment selects nothing to measure: give a name, a list of names, or all.")
     checkpoint, directory = find(cfg.checkpoint), Path(run_dir())
     with runner.together(directory) as share:
-        model, data = load_run(checkpoint, paths={"cache_dir": cfg.paths.cache_dir}, text=config["data"]["path"])
+        model, data = load_run(
+            checkpoint,
+            paths={"cache_dir": cfg.paths.cache_dir},
+            text=config["data"]["path"],
+            trust=config["trust"],
+        )
         place(model, cfg.device)
         changed = changes(config["change"], model)
         if share.rank > 0:

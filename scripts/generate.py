@@ -57,7 +57,7 @@ def main(cfg: DictConfig) -> str:
 
     from memlm.checkpoint import load, place
 
-    model: Any = load(settings["checkpoint"])
+    model: Any = load(settings["checkpoint"], trust=settings["trust"])
     place(model, settings["device"])
     ids = model.tokenizer.encode(prompt)
     if not ids:

@@ -12,6 +12,7 @@ from pathlib import Path
 from memlm.cli import mistakes_told
 from memlm.config import ConfigError
 from memlm.printed import printable
+from memlm.saved import TRUST
 
 _DESCRIPTION = (
     "One web page that needs nothing but itself: results beside their controls, figures, settings, what memories hold, "
@@ -31,6 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "held-out text with a planted fact, and then the question for it",
     )  # fmt: skip
     parser.add_argument("--out", metavar="FILE", help="where the page goes; by default outputs/report/TIME.html")
+    parser.add_argument("--trust", metavar="PACKAGE", action="append", help=TRUST)
     chosen = parser.parse_args(arguments)
     if chosen.out is not None and (not chosen.out or os.path.isdir(chosen.out)):
         place = chosen.out or "."
@@ -38,9 +40,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from experiments import webpage
     from experiments.runs import find_runs
 
-    runs, left_out = find_runs(chosen.runs)
+    runs, left_out = find_runs(chosen.runs, chosen.trust)
     out = Path(chosen.out) if chosen.out else Path("outputs/report") / f"{datetime.now():%Y-%m-%d_%H-%M-%S-%f}.html"
-    webpage.write(runs, left_out, out, chosen.prompt, lambda what: print(printable(f"{what} ..."), file=sys.stderr))
+
+    def say(what: str) -> None:
+        print(printable(f"{what} ..."), file=sys.stderr)
+
+    webpage.write(runs, left_out, out, chosen.prompt, say, chosen.trust)
     print(f"Written:\n  {out}")
 
 

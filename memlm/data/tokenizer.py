@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import bisect
 import hashlib
 import itertools
@@ -9,6 +10,7 @@ import json
 import logging
 import os
 import re
+import reprlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 from memlm.config import ConfigError, did_you_mean
 from memlm.files import checked_file, read_checked
+from memlm.printed import one_line
+from memlm.saved import parse_json
 
 if TYPE_CHECKING:
     import tokenizers
@@ -43,6 +47,8 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 _NEXT_CUT = re.compile(r"(?<=\S)(?=[ \n])")
 
 _MOST_BYTES = 4  # of a character
+MOST_IDS = 2**22
+"""Ids of a vocabulary: the library counts them all, up to the largest."""
 
 # One character each; words and signs each with the space before them (so that joining tokens gives the text back).
 _CHAR_PATTERN = r"[\s\S]"
@@ -77,7 +83,7 @@ class Tokenizer:
         import tokenizers
 
         with _refused("not a tokenizer.json of the tokenizers library ({}); save one with Tokenizer.save or to_json."):
-            _check_ids(json.loads(text))
+            _check(parse_json(text))
             return cls(tokenizers.Tokenizer.from_str(text))
 
     @classmethod
@@ -116,7 +122,9 @@ class Tokenizer:
 
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text of token ids; padding is left out."""
-        return self._backend.decode([int(i) for i in ids if int(i) != self._pad], skip_special_tokens=False)
+        ids = [int(i) for i in ids if int(i) != self._pad]
+        with _refused("the tokenizer cannot decode its own tokens ({}): use another one."):
+            return self._backend.decode(ids, skip_special_tokens=False)
 
     def share_kept(self, documents: Sequence[str]) -> float:
         """Return the share of characters that are there again, in order, after encoding and decoding.
@@ -219,6 +227,48 @@ def get_tokenizer(kind: str, vocab_size: int, path: str | None, corpus: Corpus, 
     return tokenizer
 
 
+@contextmanager
+def _refused(told: str) -> Iterator[None]:
+    """Tell what the library refuses as a `ConfigError`, with its words in the place of ``{}``."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit, MemoryError):
+        raise
+    except BaseException as error:  # the library raises bare Exceptions, and panics that are none
+        raise ConfigError(told.format(one_line(error)[:300])) from None
+
+
+def _check(content: Any) -> None:
+    """Refuse a `tokenizer.json` on which the library would come to nothing, or take all memory.
+
+    Raises:
+        ValueError: What is wrong with it.
+    """
+    model = content.get("model") if isinstance(content, dict) else None
+    if not isinstance(model, dict):
+        raise ValueError("it has no model")
+    vocab, unknown = model.get("vocab"), model.get("unk_token")
+    if isinstance(vocab, dict):
+        for token, i in vocab.items():
+            if type(i) is not int or not 0 <= i < MOST_IDS:
+                raise ValueError(f"the id of {reprlib.repr(token)} is {reprlib.repr(i)}, not in 0..{MOST_IDS - 1}")
+        if unknown is not None and unknown not in vocab:
+            raise ValueError(f"its unk_token {reprlib.repr(unknown)} is not in the vocabulary")
+    for kind, part in _parts(content.get("normalizer")):
+        if kind == "Precompiled":  # a table that begins with its length
+            table = base64.b64decode(part.get("precompiled_charsmap") or "", validate=True)
+            if len(table) < 4 or int.from_bytes(table[:4], "little") > len(table) - 4:
+                raise ValueError("the table of its normalizer is cut short")
+
+
+def _parts(value: Any) -> Iterator[tuple[Any, dict[str, Any]]]:
+    """All mappings in a JSON value that say of which type they are."""
+    if isinstance(value, dict) and "type" in value:
+        yield value["type"], value
+    for part in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        yield from _parts(part)
+
+
 def _check_kind(kind: str) -> None:
     if kind not in KINDS:
         raise ConfigError(
@@ -248,29 +298,10 @@ def _is_cuttable(config: dict[str, Any]) -> bool:
     return before.get("type") == "Split" and before["pattern"].get("Regex") in (_CHAR_PATTERN, _WORD_PATTERN)
 
 
-def _check_ids(config: dict[str, Any]) -> None:
-    """Refuse ids that leave gaps of millions: the library, and a model, need room for each id up to the largest."""
-    vocab = config["model"]["vocab"]
-    ids = [*(vocab.values() if isinstance(vocab, dict) else ()), *(token["id"] for token in config["added_tokens"])]
-    if ids and max(ids) > 10 * len(ids) + 100_000:
-        raise ValueError(f"it has {len(ids)} tokens with ids up to {max(ids)}")
-
-
 def _unknown_id(model: dict[str, Any]) -> int | None:
     """Id of the token for what a model does not know; None if it has none."""
     vocab = model.get("vocab")
     return vocab.get(model.get("unk_token")) if isinstance(vocab, dict) else model.get("unk_id")
-
-
-@contextmanager
-def _refused(told: str) -> Iterator[None]:
-    """Tell what the library refuses as a `ConfigError`, with its words in the place of ``{}``."""
-    try:
-        yield
-    except (KeyboardInterrupt, SystemExit, MemoryError):
-        raise
-    except BaseException as error:  # the library raises bare Exceptions, and panics that are none
-        raise ConfigError(told.format(" ".join(str(error).split()))) from None
 
 
 def _sample(documents: Sequence[str]) -> list[str]:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tokenizers
@@ -416,3 +417,41 @@ def test_a_word_of_a_million_letters_is_trained_on_in_seconds():
     assert time.monotonic() - begin < 30  # by the square of its length it takes hours
     assert tokenizer.decode(tokenizer.encode(genome[:50_000])) == genome[:50_000]
     assert tokenizer.vocab_size == 270
+
+
+def _changed(**parts: Any) -> str:
+    """A tokenizer.json of words, with other parts."""
+    words = {"type": "WordLevel", "vocab": {"<unk>": 0, "a": 1}, "unk_token": "<unk>"}
+    empty = dict.fromkeys(("truncation", "padding", "normalizer", "pre_tokenizer", "post_processor", "decoder"))
+    return json.dumps({"version": "1.0", "added_tokens": [], **empty, "model": words | parts.pop("model", {}), **parts})
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        (_changed(model={"vocab": {"<unk>": 0, "a": 2**31}}), "the id of 'a' is 2147483648, not in 0..4194303"),
+        (_changed(model={"vocab": {"<unk>": 0, "a": -1}}), "the id of 'a' is -1"),
+        (_changed(model={"unk_token": "zz"}), "its unk_token 'zz' is not in the vocabulary"),
+        (_changed(normalizer={"type": "Precompiled", "precompiled_charsmap": "/////wA="}), "normalizer is cut short"),
+        (
+            _changed(normalizer={"type": "Sequence", "normalizers": [{"type": "Precompiled"}]}),
+            "normalizer is cut short",
+        ),
+        (_changed(model={"type": "Evil"}), "not a tokenizer.json"),
+        ("[]", "it has no model"),
+        ("5", "it has no model"),
+        ("[" * 100_000, "nested too deep"),
+    ],
+)
+def test_a_file_on_which_the_library_would_choke_is_refused(text: str, told: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(told)) as caught:
+        Tokenizer.from_json(text)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_regex_that_takes_for_ever_is_told() -> None:
+    split = {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated", "invert": False}
+    tokenizer = Tokenizer.from_json(_changed(pre_tokenizer=split))
+    assert tokenizer.encode("a") == [1]
+    with pytest.raises(ConfigError, match="cannot encode the text"):  # the library panics
+        tokenizer.encode("a" * 40 + "!")
