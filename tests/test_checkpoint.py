@@ -307,7 +307,7 @@ def test_a_damaged_export_or_a_taken_name_is_told(tmp_path: Path) -> None:
 def test_a_quick_look_shows_what_was_written_or_refuses(tmp_path: Path) -> None:
     path = tmp_path / "step=1.ckpt"
     content = {
-        "memlm": {"config": {"a": [1, "two"]}, "tokenizer": "words " * 50},
+        "memlm": {"version": memlm.__version__, "config": {"a": [1, "two"]}, "tokenizer": "words " * 50},
         "state_dict": {"w": torch.arange(9.0)},
     }
     write(content, path)
