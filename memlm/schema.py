@@ -83,11 +83,18 @@ class Search(Train):
     search: Space
 
 
+class Moved:
+    """What may be elsewhere than a run says."""
+
+    path: str | None
+
+
 class Evaluate:
     """`scripts/evaluate.py`."""
 
     logger: dict[str, Node] | None = None
     paths: Paths
+    data: Moved
     checkpoint: str
     trust: list[str] | str | None
     name: str | None

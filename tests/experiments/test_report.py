@@ -1,6 +1,7 @@
 """The printed summary, and the scripts that print it."""
 
 import functools
+import io
 import json
 import math
 from pathlib import Path
@@ -324,7 +325,7 @@ def test_evaluate_refuses_a_device_that_is_not_there(run):
         evaluate.main(compose(["checkpoint=x", "experiment=[]"], "evaluate"))
 
 
-def test_generate_continues_a_prompt(run, capsys):
+def test_generate_continues_a_prompt(run, capsys, monkeypatch):
     prompt = run.tokenizer.decode([5, 6, 7])
     text = generate.main(compose(["checkpoint=x", f"prompt='{prompt}'", "max_new_tokens=5", "device=cpu"], "generate"))
     assert text.startswith(prompt)
@@ -332,6 +333,7 @@ def test_generate_continues_a_prompt(run, capsys):
     assert capsys.readouterr().out == f"{text}\n"
     again = generate.main(compose(["checkpoint=x", f"prompt='{prompt}'", "max_new_tokens=5", "device=cpu"], "generate"))
     assert text == again
-    for overrides in ([], ["prompt=null"], ["prompt=''"]):
-        with pytest.raises(ConfigError, match="prompt is empty"):
+    for overrides, empty in (([], "standard input"), (["prompt=null"], "standard input"), (["prompt=''"], "prompt")):
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO()))
+        with pytest.raises(ConfigError, match=f"^{empty} is empty"):
             generate.main(compose(["checkpoint=x", *overrides], "generate"))

@@ -1,6 +1,7 @@
 """The command line; what it compares is tested beside `experiments.compare`."""
 
 import csv
+import errno
 import os
 import subprocess
 import sys
@@ -69,7 +70,7 @@ def test_where_nothing_can_be_written_is_told(tmp_path: Path, capsys: pytest.Cap
 @pytest.mark.parametrize("kind", [FileNotFoundError, PermissionError, FileExistsError, NotADirectoryError])
 def test_what_the_system_refuses_is_a_sentence_as_elsewhere(kind: Any, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as left, mistakes_told():
-        raise kind(1, "No way", "place\x1b")
+        raise kind(errno.ENOENT, "No way", "place\x1b")  # of which no advice is told
     assert left.value.code == 2
     assert capsys.readouterr().err.startswith("error: No way: place\\x1b\n")
     with pytest.raises(RuntimeError), mistakes_told():
