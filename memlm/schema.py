@@ -84,7 +84,7 @@ class Search(Train):
 
 
 class Moved:
-    """What may be elsewhere than a run says."""
+    """Where the text of a run is now."""
 
     path: str | None
 
@@ -99,6 +99,7 @@ class Evaluate:
     trust: list[str] | str | None
     name: str | None
     seed: Seed
+    data: Moved
     change: dict[str, Any] | None
     device: str
     skip_inapplicable: bool

@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError
 
 from memlm.cli import is_user_error
-from memlm.data.tokens import atomic_file
+from memlm.files import atomic_file
 from memlm.machine import available_memory, no_space, refusal
 
 _REFUSED = "ENOSPC EDQUOT EFBIG EROFS EACCES EPERM ELOOP ENAMETOOLONG EEXIST ENOTDIR EISDIR EMFILE ENFILE ENOENT EIO"

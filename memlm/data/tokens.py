@@ -94,7 +94,7 @@ def tokenize(corpus: Corpus, tokenizer: Tokenizer, split: str, cache_dir: Path) 
     for path, array in ((tokens_path, tokens), (offsets_path, offsets)):
         with checked_file(path) as file:
             np.save(file, array)
-    log.info("%s, %s: %d documents, %d tokens", corpus.name, split, len(offsets) - 1, len(tokens))
+    log.info("%s, %s: tokenized", corpus.name, split)
     cached = _load(tokens_path, offsets_path)
     # Another process may be clearing the cache: what is in memory is right in any case.
     return TokenizedCorpus(tokens, offsets) if cached is None else cached
