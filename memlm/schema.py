@@ -83,6 +83,12 @@ class Search(Train):
     search: Space
 
 
+class Moved:
+    """Where the text of a run is now."""
+
+    path: str | None
+
+
 class Evaluate:
     """`scripts/evaluate.py`."""
 
@@ -92,6 +98,7 @@ class Evaluate:
     trust: list[str] | str | None
     name: str | None
     seed: Seed
+    data: Moved
     change: dict[str, Any] | None
     device: str
     skip_inapplicable: bool

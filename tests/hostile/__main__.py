@@ -12,6 +12,7 @@ os.environ.update(WANDB_MODE="offline", WANDB_SILENT="true", HF_HUB_OFFLINE="1",
 os.environ.update(MPLBACKEND="Agg", TOKENIZERS_PARALLELISM="false")
 
 import argparse
+import resource
 import sys
 import time
 from collections import Counter
@@ -68,7 +69,9 @@ def _print_table(counts: dict[str, Counter[str]], n_bad: Counter[str], seconds: 
     import memlm
 
     answers = ("right", "sentence", "traceback", "silent", "hang", "crash", "executed")
-    print(f"\nmemlm {memlm.__version__}, torch {torch.__version__}, lightning {lightning.__version__}, {seconds:.0f} s")
+    used = sum(sum(resource.getrusage(who)[:2]) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    print(f"\nmemlm {memlm.__version__}, torch {torch.__version__}, lightning {lightning.__version__}")
+    print(f"{seconds:,.0f} s, {used:,.0f} s of processor time")
     print("".join(f"{head:>11}" for head in ("kind", "tried", *answers, "not wanted")))
     for kind, count in counts.items():
         cells = (kind, count.total(), *(count[answer] for answer in answers), n_bad[kind])
