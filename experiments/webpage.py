@@ -160,6 +160,7 @@ def _memory(group: Group, contexts: Sequence[str] | None, n_slot: int, trust: Tr
     checkpoint = Path(run.trained.checkpoint)
     if not os.path.exists(checkpoint):  # unlike that of Path, it takes any text
         return Chapter(title, [f"The checkpoint is no longer there: {checkpoint}"], [])
+    without: list[str] = []
     try:
         model, data = load_run(checkpoint, trust=trust)
     except ConfigError as error:
@@ -167,8 +168,9 @@ def _memory(group: Group, contexts: Sequence[str] | None, n_slot: int, trust: Tr
             model, data = load(checkpoint, trust=trust), None
         except ConfigError:
             return Chapter(title, [f"The model cannot be loaded: {error}"], [])
+        without = [f"The data it was trained on is left out: {error}"]
     try:
         lead, parts = memory_parts(model, data, contexts, n_slot)
     except ValueError as error:
         raise ConfigError(f"the prompt cannot be shown: {error}") from error
-    return Chapter(title, lead, parts)
+    return Chapter(title, [*without, *lead], parts)

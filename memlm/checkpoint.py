@@ -28,12 +28,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
 from memlm.config import ConfigError
-from memlm.files import atomic_file, open_regular
+from memlm.files import atomic_file, open_regular, parse_json, regular
 from memlm.machine import no_space, written_to
 from memlm.memory import state as states
 from memlm.memory.records import RecordKeeper
 from memlm.printed import one_line
-from memlm.saved import check_size, parse_json, plain, regular
+from memlm.saved import check_size, plain
 
 if TYPE_CHECKING:
     from memlm.data.datamodule import TextData

@@ -28,7 +28,7 @@ import numpy as np
 
 from memlm.config import ConfigError, did_you_mean
 from memlm.data.tokens import TokenizedCorpus
-from memlm.files import cache_dir, checked_file, read_checked
+from memlm.files import cache_dir, checked_file, parse_json, read_checked
 
 if TYPE_CHECKING:
     from memlm.data.tokenizer import Tokenizer
@@ -200,8 +200,8 @@ class TextFiles(Corpus):
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
-            except (ValueError, RecursionError) as error:
+                row = parse_json(line)
+            except ValueError as error:
                 raise ConfigError(f"{path}, line {number}: not JSON ({error}); expected one object per line.") from None
             if not isinstance(row, dict):
                 raise ConfigError(f"{path}, line {number}: expected a JSON object, not {type(row).__name__}.")

@@ -183,6 +183,7 @@ _NEEDED = {"generate": "checkpoint=x prompt=a", "evaluate": "checkpoint=x", "cha
 
 def settings() -> list[Case]:
     """All cases."""
+    _model()  # before the processes are forked
     cases = [
         Case(f"{script} {line}", functools.partial(_run, script, line))
         for script, lines in _REFUSED.items()

@@ -399,7 +399,20 @@ def _executing(way: str, place: str, target: Any, settings: dict[str, Any]) -> C
     return Case(f"{way}: {place} is {known}", do, ("right", "sentence") if way in GOES_ON else ("sentence",))
 
 
+def _shown(target: str, settings: dict[str, Any]) -> None:
+    """A page of a run whose corpus is of somebody else says so in the place of its text."""
+    _acting()
+    command("report", str(_run_of(_at("data.corpus", {"_target_": target, **settings}))), "--out", "page.html")
+    if f"data.corpus names {target}, which is no part of memlm" not in Path("page.html").read_text():
+        raise Silent("the page does not say what is left out")
+
+
 def _executes() -> Iterator[Case]:
+    for (
+        way,
+        do,
+    ) in WAYS.items():  # each way goes through if nothing is wrong, so that it is not refused for other reasons
+        yield Case(f"{way}: nothing is wrong", functools.partial(do, lambda _: None), ("right",))
     for target, settings in ACTS.items():
         yield _executing("load_run", "data.corpus", target, settings)  # called with these settings alone
     for target in (
@@ -423,7 +436,7 @@ def _executes() -> Iterator[Case]:
             yield _executing(way, place, target, ACTS[target])
     for target, settings in {"os.mkdir": ACTS["os.mkdir"], "acting.Memory": {}}.items():
         yield _executing("load of an export", "model", target, settings)
-        yield _executing("report", "data.corpus", target, settings)
+        yield Case(f"report: data.corpus is {target}", functools.partial(_shown, target, settings), ("right",))
         yield _executing("evaluate", "curriculum", target, settings)
     for name, target in NAMES.items():
         case = _executing("load", "memory.evil", target, {"path": CANARY})
