@@ -99,7 +99,6 @@ class Evaluate:
     trust: list[str] | str | None
     name: str | None
     seed: Seed
-    data: Moved
     change: dict[str, Any] | None
     device: str
     skip_inapplicable: bool
