@@ -75,9 +75,14 @@ class Bank(nn.Module):
         return select_rows(self.state(), torch.zeros(n_row, dtype=torch.long))
 
     def commit(self, state: State) -> None:
-        """Hold ``state``, of one row, from now on."""
+        """Hold ``state``, of one row, from now on. Fields that share numbers are copied: a file holds them apart."""
+        storages: set[int] = set()
         for name, tensor in named_tensors(state).items():
             held = tensor.detach().contiguous()
+            storage = held.untyped_storage()
+            if not held.is_meta and storage.data_ptr() in storages:
+                held = held.clone()
+            storages.add(storage.data_ptr())
             if name in self._buffers:
                 setattr(self, name, held)
             else:

@@ -206,7 +206,7 @@ class InvertedFile:
         left = lists.known_left.tensor - n_written
         if bool((left > 0).all()):
             return lists._replace(known_left=Host(left))
-        left = lists.left.cpu()
+        left = lists.left.cpu().clone()
         return self.rebuild(lists._replace(known_left=Host(left)), key, used, left <= 0)
 
     def is_due(self, lists: Lists, n_written: int) -> bool:

@@ -1,11 +1,13 @@
 """The persistent bank: what a state begins with, what commits change, and what a checkpoint brings."""
 
 import copy
+from typing import Any
 
 import torch
 
 from memlm.memory.ltm import LongTermMemory
 from memlm.memory.state import named_tensors
+from memlm.tensors import Host
 
 
 def memory_of(**settings: object) -> LongTermMemory:
@@ -13,8 +15,14 @@ def memory_of(**settings: object) -> LongTermMemory:
     return LongTermMemory(8, n_slot=6, d_key=4, d_value=4, span=2, **settings)  # type: ignore[arg-type]
 
 
-def some(memory: LongTermMemory, key: float) -> object:
-    return memory.init_state(1)._replace(key=torch.full((1, 6, 4), key), priority=torch.zeros(1, 6))
+def some(memory: LongTermMemory, value: float) -> Any:
+    """A full bank whose slots all hold ``value``."""
+    fresh, number = memory.init_state(1), torch.arange(6)[None]
+    return fresh._replace(
+        key=torch.full((1, 6, 4), 0.5), value=torch.full((1, 6, 4), value), priority=-number.float(), record=number,
+        document=number, position=number, tokens=torch.zeros_like(fresh.tokens), n_record=torch.tensor([6]),
+        n_used=Host(torch.tensor([6])),
+    )  # fmt: skip
 
 
 def test_a_bank_of_a_document_exists_once_something_was_stored() -> None:
@@ -26,8 +34,8 @@ def test_a_bank_of_a_document_exists_once_something_was_stored() -> None:
     assert memory.bank.exists
     assert "bank.key" in memory.state_dict()
     started = memory.bank.first(3)
-    assert started.key.shape == (3, 6, 4)
-    assert (started.key == 1).all()
+    assert started.value.shape == (3, 6, 4)
+    assert (started.value == 1).all()
 
 
 def test_states_begin_with_the_bank_itself_and_outlive_what_becomes_of_it() -> None:
@@ -35,18 +43,18 @@ def test_states_begin_with_the_bank_itself_and_outlive_what_becomes_of_it() -> N
     memory.bank.create()
     memory.bank.commit(some(memory, 1.0))
     state = memory.bank.first(4)
-    assert state.key.data_ptr() == memory.bank.key.data_ptr(), "nothing is copied"
+    assert state.value.data_ptr() == memory.bank.value.data_ptr(), "nothing is copied"
     new = some(memory, 2.0)
     memory.bank.commit(new)
-    assert memory.bank.key.data_ptr() == new.key.data_ptr()
-    assert (state.key == 1).all()
+    assert memory.bank.value.data_ptr() == new.value.data_ptr()
+    assert (state.value == 1).all()
     other = memory_of(scope="shared")
     other.bank.create()
     other.bank.commit(some(other, 3.0))
     state = memory.bank.first(1)
     memory.load_state_dict(other.state_dict())
-    assert (memory.bank.key == 3).all()
-    assert (state.key == 2).all(), "a state that was handed out has changed"
+    assert (memory.bank.value == 3).all()
+    assert (state.value == 2).all(), "a state that was handed out has changed"
 
 
 def test_loading_brings_a_bank_or_takes_it_away() -> None:
@@ -69,4 +77,12 @@ def test_a_copy_of_a_memory_has_a_bank_of_its_own() -> None:
     other = copy.deepcopy(memory)
     assert other.bank.memory is other
     other.bank.commit(some(other, 2.0))
-    assert (memory.bank.state().key == 1).all()
+    assert (memory.bank.state().value == 1).all()
+
+
+def test_fields_that_share_numbers_are_held_apart() -> None:
+    memory = memory_of()
+    state = some(memory, 0.5)
+    memory.bank.commit(state._replace(value=state.key))
+    assert memory.bank.key.data_ptr() != memory.bank.value.data_ptr()
+    assert torch.equal(memory.bank.key, memory.bank.value)
