@@ -9,6 +9,7 @@ from experiments import webpage
 from experiments.base import emit
 from experiments.compare import compare
 from experiments.runs import find_runs, write_evaluation
+from memlm import checkpoint
 from memlm.analysis.page import fewer_colors
 from memlm.config import ConfigError
 from tests.analysis.test_page import Page, figure
@@ -113,3 +114,16 @@ def test_a_figure_that_is_none_or_lies_elsewhere_is_not_handed_on(trained, tmp_p
     assert [name for name, _ in part.images] == ["needle: recall, ltm, seed 0"]
     assert len(part.notes) == len(odd)
     assert all(any(f"Not shown: {folder / name}.png is " in note for note in part.notes) for name in odd)
+
+
+def test_data_that_may_not_be_built_are_left_out_and_the_page_says_so(trained, tmp_path):
+    (found,) = (trained / "run" / "checkpoints").glob("*.ckpt")
+    content = checkpoint.read(found)
+    content["memlm"]["config"]["data"]["corpus"] = {"_target_": "os.mkdir", "path": str(tmp_path / "made")}
+    checkpoint.write(content, tmp_path / "evil" / "checkpoints" / "step=3.ckpt")
+    emit(run(0, recall(0.9)).results["needle"], {}, tmp_path / "evil" / "needle")
+    text = text_of(page_of(tmp_path, "evil")[0])
+    assert "The data it was trained on is left out" in text
+    assert "data.corpus._target_ names os.mkdir, which is no part of memlm" in text
+    assert "What memory costs" in text
+    assert not (tmp_path / "made").exists()

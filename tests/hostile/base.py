@@ -25,7 +25,7 @@ from typing import Literal
 CHECKOUT = Path(__file__).parents[2]
 CANARY = "EXECUTED"  # a file of this name in the case's directory means that a file of a stranger ran something
 
-_PRINTED = ".printed"
+PRINTED = ".printed"  # what a case prints, in its directory
 
 # A run of a second; add trainer.max_steps=N and whatever is tried.
 TINY = (
@@ -179,7 +179,7 @@ def _end(child: int, waited_for: bool) -> None:
 
 def _outcome(case: Case, status: int | None, folder: Path, seconds: float) -> Outcome:
     try:
-        printed = folder / _PRINTED
+        printed = folder / PRINTED
         text = printed.read_text(encoding="utf-8", errors="replace") if printed.exists() else ""
         return Outcome(case, _answer(case, status, text, folder), text[-2000:], seconds)
     finally:
@@ -191,7 +191,7 @@ def _child(case: Case, folder: Path) -> None:
     code = 1
     try:
         os.setsid()  # so that all that it starts can be ended with it
-        out = os.open(folder / _PRINTED, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        out = os.open(folder / PRINTED, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         os.dup2(out, 1)
         os.dup2(out, 2)

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from tests.hostile.base import TINY, Answer, Case, Silent, command
+from tests.hostile.base import PRINTED, TINY, Answer, Case, Silent, command
 
 _SOME = ("right", "sentence")
 _WRONG = ("abc", -1, math.nan, 10**20, None, [1])
@@ -208,7 +208,12 @@ def _run(script: str, line: str) -> None:
     if script == "generate":
         needed = [word for word in needed if not word.startswith("prompt=") or "prompt" not in line]
     given = [word.replace("\0", ", ").replace("\1", ": ") for word in words]
-    command(script, *(given[:1] if script == "benchmark" else []), *needed, *given[script == "benchmark" :])
+    try:
+        command(script, *(given[:1] if script == "benchmark" else []), *needed, *given[script == "benchmark" :])
+    finally:
+        sys.stderr.flush()
+        if "checkpoint at x" in Path(PRINTED).read_text(encoding="utf-8", errors="replace"):
+            raise Silent("the settings were taken: it was only refused as its checkpoint is not there")
 
 
 @functools.cache

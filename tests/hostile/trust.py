@@ -403,7 +403,7 @@ def _shown(target: str, settings: dict[str, Any]) -> None:
     """A page of a run whose corpus is of somebody else says so in the place of its text."""
     _acting()
     command("report", str(_run_of(_at("data.corpus", {"_target_": target, **settings}))), "--out", "page.html")
-    if f"data.corpus names {target}, which is no part of memlm" not in Path("page.html").read_text():
+    if f"data.corpus._target_ names {target}, which is no part of memlm" not in Path("page.html").read_text():
         raise Silent("the page does not say what is left out")
 
 
