@@ -96,7 +96,7 @@ def builder_of(
     model_class: type[SegmentModel] = LMCode,
 ) -> Make:
     """``make`` for memories by name, each a class and its settings."""
-    sizes = {key: value for key, value in MODEL.items() if key in inspect.signature(model_class).parameters}
+    accepted = inspect.signature(model_class).parameters
 
     # Settings in `memory` go to each memory that has them: `n_slot`; or to those of one class: `LongTermMemory.n_slot`.
     def make(
@@ -109,7 +109,8 @@ def builder_of(
             split = [(*key.rpartition("."), value) for key, value in (memory or {}).items()]
             own = {key: value for of, _, key, value in split if key in known and of in ("", cls.__name__)}
             constructors[name] = partial(cls, **((small(cls, settings) if shrink else settings) | own))
-        built = model_class(n_vocab, constructors, **(sizes | model))
+        sizes = {key: value for key, value in (MODEL | model).items() if key in accepted or key not in MODEL}
+        built = model_class(n_vocab, constructors, **sizes)
         if perturb:
             generator = torch.Generator().manual_seed(1)
             with torch.no_grad():
