@@ -28,6 +28,7 @@ from memlm.cli import compose, config_dir
 from memlm.config import INJECTED
 from memlm.memory import state as states
 from memlm.memory.contract import Memory, Read
+from memlm.memory.slots import Slots
 from memlm.models.lmcode import LMCode
 from memlm.models.segments import SegmentModel
 from memlm.models.state import ModelState, Output
@@ -119,6 +120,12 @@ def builder_of(
         return built.eval()
 
     return make
+
+
+def has_slots(name: str) -> bool:
+    """Whether all memories of ``configs/memory/<name>.yaml`` can be looked into; false if there is none."""
+    classes = [class_of(node) for node in nodes_of(name).values()]
+    return bool(classes) and all(issubclass(cls, Slots) for cls in classes)
 
 
 def takes(make: Make, setting: str) -> bool:
@@ -755,6 +762,10 @@ def described(nodes: Nodes) -> None:
     empty, full = model.init_state(2), filled(model, n_row=2)
     for name, modules in model.memory.items():
         for module, before, after in zip(modules, empty.memory[name], full.memory[name], strict=True):
+            pairs = zip(states.tensors(before), states.tensors(after), strict=True)
+            assert not all(torch.equal(a, b) for a, b in pairs), f"{name}: a memory that was written is as fresh"
+            if not isinstance(module, Slots):
+                continue
             assert not module.filled(before).any(), f"{name}: a fresh memory holds something"
             assert module.filled(after).any(dim=1).all(), f"{name}: a memory that was written holds nothing"
             assert module.filled(after).shape == module.filled(before).shape
