@@ -208,3 +208,11 @@ def test_long_texts_and_large_banks_are_cut_with_a_note(monkeypatch):
 def test_what_is_no_data_is_refused(data):
     with pytest.raises(ConfigError, match=r"data is what the model was trained on, .*; texts .* contexts=\[text"):
         generate_memory_report(tiny(TOKENIZER, "ltm"), data)
+
+
+def test_a_page_shows_what_a_browser_would_obey():
+    odd = "a\x00b\u202ec\x1b"
+    html = render(odd, [Chapter(odd, [odd], [Table(odd, [odd], [[odd, 1.5]], [odd]), Listings(odd, [(odd, odd)])])])
+    assert not set("\x00\u202e\x1b") & set(html)
+    assert html.count(r"a\x00b\u202ec\x1b") >= 8
+    assert "1.5" in html
