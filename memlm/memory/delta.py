@@ -245,7 +245,7 @@ class DeltaMemory(Memory):
         matrices: list[Tensor] = []
         written: list[Tensor] = []
         for s in range(n_segment):
-            flags = window.flags.at(s)
+            flags = window.flags.of(s, s + 1)
             state = self.start_documents(flags.reset, state)
             matrix = state.matrix
             if chunks is None:

@@ -172,7 +172,8 @@ def memory_of(dtype: torch.dtype = torch.float32, **settings: Any) -> DeltaMemor
     with torch.no_grad():
         for parameter in memory.parameters():
             parameter.add_(0.1 * torch.randn(parameter.shape))
-    return memory.to(dtype)
+            parameter.data = parameter.data.to(dtype)
+    return memory
 
 
 def naive_scan(memory: DeltaMemory, hidden: Tensor, window: Segment, matrix: Tensor) -> tuple[Tensor, Tensor]:
