@@ -150,7 +150,8 @@ def run(
     ]
     longest = max(len(twin.head) for twins in documents for twin in twins)
     length = -(-(longest + cfg.distance) // model.segment_len) * model.segment_len
-    blank = untrained(model) if hasattr(model, "config") and model.memory else None
+    watched = any(isinstance(modules[0], Slots) for modules in model.memory.values())
+    blank = untrained(model) if hasattr(model, "config") and watched else None
     show = _shares(progress, cfg.n_document * (len(Twins._fields) + (blank is not None)))
     rows: list[Row] = []
     curves: list[dict[str, Any]] = []
@@ -160,7 +161,7 @@ def run(
             others = [shares[i - 1] for i in numbers]  # what the document before told: no other memory need be at hand
             for twin in Twins._fields:
                 texts = [getattr(documents[i], twin) for i in numbers]
-                if twin == "true" and any(isinstance(modules[0], Slots) for modules in model.memory.values()):
+                if twin == "true" and watched:
                     state = _watch(model, texts, told, length, "trained", curves)
                 else:
                     (state,) = read(model, texts, [length])

@@ -102,8 +102,8 @@ def test_initial_weights_depend_on_the_seed_alone(tmp_path: Path) -> None:
     assert not torch.equal(first["embedding.weight"], other["embedding.weight"])
 
 
-@pytest.mark.parametrize("model_name", ["lmcode", "lstm"])
-@pytest.mark.parametrize("memory", ["none", "stm", "memoria"])
+@pytest.mark.parametrize("model_name", ["lmcode", "lstm", "mixer"])
+@pytest.mark.parametrize("memory", ["none", "stm", "memoria", "delta"])
 def test_models_of_equal_size(tmp_path: Path, memory: str, model_name: str) -> None:
     small = [*SMALL, f"data.path={write_text(tmp_path)}", f"model={model_name}"]
     model = memlm.build(*small, f"memory={memory}", "n_parameter=40000")

@@ -122,7 +122,8 @@ class Flow:
     @property
     def strength(self) -> np.ndarray:
         """How strongly memory was read at each token, the most of all layers, (N,)."""
-        return np.max([read.strength for read in self.reads.values()], axis=0, initial=0.0)
+        nothing = np.zeros(len(self.ids))  # where no memory tells what it reads
+        return np.max([nothing, *(read.strength for read in self.reads.values())], axis=0)
 
 
 def check_texts(name: str, texts: Any) -> None:

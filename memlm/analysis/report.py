@@ -20,7 +20,8 @@ from memlm.analysis.page import Chapter, Figures, Part, Source, Table, Token, To
 from memlm.analysis.usage import banks, slot_fields
 from memlm.config import ConfigError
 from memlm.files import atomic_file
-from memlm.models.base import LanguageModel
+from memlm.memory.slots import Slots
+from memlm.models.base import LanguageModel, placed
 
 MOST_SLOTS = 2000
 """Slots that a table shows at most, those first that the text read most."""
@@ -107,7 +108,8 @@ def memory_parts(
     parts: list[Part] = [cost_table(compute_memory_efficiency(model))]
     if not model.memory:
         return ["This model has no memory."], parts
-    if data is not None:
+    slots = any(isinstance(part.module, Slots) for part in placed(model))
+    if data is not None and slots:
         tokens = data.tokens("val").tokens[: _N_SEGMENT * model.segment_len]
         if len(tokens) >= model.segment_len:
             parts.append(capacity_table(analyze_memory_capacity(model, [tokens.tolist()])))
@@ -117,8 +119,10 @@ def memory_parts(
             return ["The text it was trained on cannot be read here, so no text is shown: give a prompt."], parts
         contexts, about = passage(model, data)
     flow = memory_flow(model, contexts)
-    parts += [token_view(flow, about), Figures("What flows through memory", [(_CAPTION, png(draw_flow(flow)))])]
-    parts.append(slot_table(model, flow, n_slot))
+    parts.append(token_view(flow, about))
+    if slots:
+        parts.append(Figures("What flows through memory", [(_CAPTION, png(draw_flow(flow)))]))
+        parts.append(slot_table(model, flow, n_slot))
     return [], parts
 
 
@@ -177,7 +181,9 @@ def token_view(flow: Flow, about: str) -> Tokens:
     ]
     if first:
         notes.append(f"Only the last {MOST_TOKENS:,} of {n:,} tokens are shown.")
-    if not flow.strength.any():
+    if not flow.writes:
+        notes.append("This memory has no slots, so it cannot be told what a token read, only how much that helped.")
+    elif not flow.strength.any():
         notes.append(
             "Nothing was read: memory holds what earlier segments and contexts wrote, so a text must be longer than a "
             "segment, or come in several contexts."

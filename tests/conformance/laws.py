@@ -31,6 +31,7 @@ from memlm.config import INJECTED, ConfigError
 from memlm.memory import state as states
 from memlm.memory.contract import Memory, Read
 from memlm.memory.records import RecordKeeper
+from memlm.memory.slots import Slots
 from memlm.models.lmcode import LMCode
 from memlm.models.segments import SegmentModel
 from memlm.models.state import ModelState, Output
@@ -99,7 +100,7 @@ def builder_of(
     model_class: type[SegmentModel] = LMCode,
 ) -> Make:
     """``make`` for memories by name, each a class and its settings."""
-    sizes = {key: value for key, value in MODEL.items() if key in inspect.signature(model_class).parameters}
+    accepted = inspect.signature(model_class).parameters
 
     # Settings in `memory` go to each memory that has them: `n_slot`; or to those of one class: `LongTermMemory.n_slot`.
     def make(
@@ -112,7 +113,8 @@ def builder_of(
             split = [(*key.rpartition("."), value) for key, value in (memory or {}).items()]
             own = {key: value for of, _, key, value in split if key in known and of in ("", cls.__name__)}
             constructors[name] = partial(cls, **((small(cls, settings) if shrink else settings) | own))
-        built = model_class(n_vocab, constructors, **(sizes | model))
+        sizes = {key: value for key, value in (MODEL | model).items() if key in accepted or key not in MODEL}
+        built = model_class(n_vocab, constructors, **sizes)
         if perturb:
             generator = torch.Generator().manual_seed(1)
             with torch.no_grad():
@@ -121,6 +123,12 @@ def builder_of(
         return built.eval()
 
     return make
+
+
+def has_slots(name: str) -> bool:
+    """Whether all memories of ``configs/memory/<name>.yaml`` can be looked into; false if there is none."""
+    classes = [class_of(node) for node in nodes_of(name).values()]
+    return bool(classes) and all(issubclass(cls, Slots) for cls in classes)
 
 
 def takes(make: Make, setting: str) -> bool:
@@ -763,6 +771,10 @@ def described(nodes: Nodes) -> None:
     empty, full = model.init_state(2), filled(model, n_row=2)
     for name, modules in model.memory.items():
         for module, before, after in zip(modules, empty.memory[name], full.memory[name], strict=True):
+            pairs = zip(states.tensors(before), states.tensors(after), strict=True)
+            assert not all(torch.equal(a, b) for a, b in pairs), f"{name}: a memory that was written is as fresh"
+            if not isinstance(module, Slots):
+                continue
             assert not module.filled(before).any(), f"{name}: a fresh memory holds something"
             assert module.filled(after).any(dim=1).all(), f"{name}: a memory that was written holds nothing"
             assert module.filled(after).shape == module.filled(before).shape

@@ -33,8 +33,10 @@ def shareable(request: pytest.FixtureRequest) -> laws.Make:
 
 
 def test_every_memory_of_the_first_release_is_found() -> None:
-    assert {"none", "stm", "ltm", "dual", "imm", "auto", "memoria", "adaptive"} <= set(NAMES)
+    slots = {"stm", "ltm", "dual", "imm", "auto", "memoria", "adaptive"}
+    assert {"none", *slots} <= set(NAMES)
     assert set(REMEMBERS) == set(NAMES) - {"none"}
+    assert slots <= {name for name in NAMES if laws.has_slots(name)} < set(REMEMBERS)
 
 
 def test_0_alive(memory: laws.Make) -> None:
@@ -145,8 +147,9 @@ def test_10_described(name: str) -> None:
     laws.described(laws.nodes_of(name))
 
 
-def test_11_inspectable(memory: laws.Make) -> None:
-    laws.inspectable(memory)
+@pytest.mark.parametrize("name", [name for name in NAMES if laws.has_slots(name)])
+def test_11_inspectable(name: str) -> None:
+    laws.inspectable(make_of(name))
 
 
 def test_11_inspectable_shared(shareable: laws.Make) -> None:

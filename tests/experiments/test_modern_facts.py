@@ -31,6 +31,7 @@ from memlm.cli import compose
 from memlm.config import ConfigError
 from memlm.data.tokenizer import train_tokenizer
 from memlm.data.tokens import TokenizedCorpus
+from memlm.memory.delta import DeltaMemory
 from memlm.memory.ltm import LongTermMemory
 from memlm.memory.stm import ShortTermMemory
 from memlm.models.lmcode import LMCode
@@ -348,7 +349,7 @@ def test_rates_by_hand():
 # --- real models ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("memory", ["none", "ltm", "stm", "apart"])
+@pytest.mark.parametrize("memory", ["none", "ltm", "stm", "apart", "delta"])
 def test_any_memory_runs_and_the_model_is_left_as_it_was(data, memory, monkeypatch):
     class Apart(ShortTermMemory):
         """One state for all layers."""
@@ -363,6 +364,7 @@ def test_any_memory_runs_and_the_model_is_left_as_it_was(data, memory, monkeypat
         "none": {}, "ltm": {"ltm": lambda d: LongTermMemory(d, n_slot=32, d_key=8, d_value=8, top_k=4)},
         "stm": {"stm": lambda d: ShortTermMemory(d, n_slot=4, n_head=2)},
         "apart": {"apart": lambda d: Apart(d, n_slot=4, n_head=2)},
+        "delta": {"delta": lambda d: DeltaMemory(d, d_key=4, d_value=4)},
     }[memory]  # fmt: skip
     rows = file_rows()[:8]
     monkeypatch.setattr(modern_facts, "rows_of_file", lambda: rows)
@@ -393,12 +395,12 @@ def test_any_memory_runs_and_the_model_is_left_as_it_was(data, memory, monkeypat
     if memory != "none":
         after = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()  # noqa: NPY002
         assert states[:2] == after[:2]
-        assert {point["model"] for point in result.metadata["similarity"]} == {"trained", "untrained"}
     else:
-        assert result.metadata["similarity"] == []
         assert rates(result)["on"] == rates(result)["off"]
+    slots = memory not in ("none", "delta")
+    assert {point["model"] for point in result.metadata["similarity"]} == ({"trained", "untrained"} if slots else set())
     figures = plot(result)
-    assert set(figures) == ({"recall", "similarity"} if memory != "none" else {"recall"})
+    assert set(figures) == ({"recall", "similarity"} if slots else {"recall"})
     assert {line["metric"] for line in HEADLINE} <= set(result.metrics)
     for line in result.metadata["headline"]:
         assert {line[key] for key in ("low", "high", "n")} <= set(result.metrics)
