@@ -87,7 +87,9 @@ class SegmentModel(ExperienceModel):
             ValueError: If a memory asks for what this model cannot give.
         """
         self.memory = nn.ModuleDict()
-        self.sizes = sizes = Sizes(self.d_model, self.layers[0].n_head, self.segment_len, self.n_vocab)
+        n_head = self.layers[0].n_head
+        sizes = Sizes(self.d_model, n_head, self.n_layer, self.segment_len, self.overlap, self.n_vocab)
+        self.sizes = sizes
         for name, make in memories.items():
             first = _made(make, sizes)
             rest = [_made(make, sizes) for _ in self.memory_layers[1:]] if first.around == "layer" else []

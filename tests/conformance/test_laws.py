@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from memlm.memory.slots import Slots
 from tests.conformance import laws
 from tests.conformance.oracles import ORACLES
 
@@ -14,6 +15,10 @@ REMEMBERS = [name for name in NAMES if laws.nodes_of(name)]
 
 def make_of(name: str) -> laws.Make:
     return laws.builder(laws.nodes_of(name))
+
+
+# Memories of which each part has slots.
+SLOTS = [n for n in REMEMBERS if all(issubclass(laws.class_of(node), Slots) for node in laws.nodes_of(n).values())]
 
 
 @pytest.fixture(params=NAMES)
@@ -144,8 +149,9 @@ def test_10_described(name: str) -> None:
     laws.described(laws.nodes_of(name))
 
 
-def test_11_inspectable(memory: laws.Make) -> None:
-    laws.inspectable(memory)
+@pytest.mark.parametrize("name", SLOTS)
+def test_11_inspectable(name: str) -> None:
+    laws.inspectable(make_of(name))
 
 
 def test_11_inspectable_shared(shareable: laws.Make) -> None:
