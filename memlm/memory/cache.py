@@ -9,8 +9,8 @@ hidden states are kept, which the layer's own maps make keys and values of. Othe
 - A context that ends does not end the cache; a document does.
 
 It is the control of every other memory: what do as many bytes of the plain last tokens give? A layer keeps
-``n_token * (4 * d_model + 1)`` bytes of a row in fp32, half of what keys and values would take. The paper has a cache in
-every layer, which is ``model.memory_layers=all``.
+``n_token * (4 * d_model + 1)`` bytes of a row in fp32, half of what keys and values would take. The paper has a cache
+in every layer: ``model.memory_layers=all``.
 
 Shapes: B rows, T tokens per segment, C tokens of lookback, D model width, n tokens held.
 """

@@ -1,8 +1,8 @@
 """Recurrent memory: a few cells that pass through the whole model with every segment (RMT).
 
-Source: A. Bulatov, Y. Kuratov, M. Burtsev, "Recurrent Memory Transformer" (NeurIPS 2022) and "Scaling Transformer to 1M
-tokens and beyond with RMT" (2023). A segment is read as [memory; segment; memory]; what comes out of the cells behind it
-is the memory of the next segment. Other than there:
+Source: A. Bulatov, Y. Kuratov, M. Burtsev, "Recurrent memory transformer" (NeurIPS 2022) and "Scaling transformer to
+1M tokens and beyond with RMT" (2023). A segment is read as [memory; segment; memory]; what comes out of the cells
+behind it is the memory of the next segment. Gradients flow through the segments of a window. Other than there:
 
 - Read cells have no position and see each other alone; text sees them, and the overlap, which RMT does not have. Write
   cells stand at one fixed place after the longest segment, so that a short last segment does not move them.
@@ -89,7 +89,7 @@ class RecurrentMemory(Memory):
         return where_rows(written, after, state), {}
 
     def flops_per_token(self) -> int:
-        """The way of 2 m cells through layers whose feed-forward is four times as wide, attention to them, and the map."""
+        """Attention to m cells, and the way of 2 m through the layers, with a feed-forward four times as wide."""
         m, d_model = self.first.shape
         layer = 2 * m * 24 * d_model**2 + 4 * m * d_model * (self.sizes.segment_len + self.sizes.overlap + 2 * m)
         way = self.sizes.n_layer * layer + m * super().flops_per_token()
