@@ -128,13 +128,14 @@ class EngramSteps:
         name: ``memoria-pytorch``, ``memlm``, ``memlm compiled`` or ``memlm as 1.1.0``.
         n_row: Rows.
         d_model: Width of an engram.
-        settings: Of `memlm.memory.memoria.EngramGraph`.
+        settings: Of `memlm.memory.engrams.EngramGraph`.
     """
 
     def __init__(self, name: str, n_row: int, d_model: int, settings: Mapping[str, int]) -> None:
         import torch
 
-        from memlm.memory.memoria import EngramGraph
+        from memlm.compat.memoria import SourceGraph
+        from memlm.memory.engrams import EngramGraph
 
         self.peer: Any = None
         if name == MEMORIA_PEER:
@@ -146,7 +147,7 @@ class EngramSteps:
                 num_final_ltms=settings["n_reminded_ltm"],
             )
             return
-        graph = EngramGraph(**settings, compat="1.1.0" if name == "memlm as 1.1.0" else "none")
+        graph = SourceGraph("1.1.0", **settings) if name == "memlm as 1.1.0" else EngramGraph(**settings)
         self.engrams: Any = graph.empty(n_row, d_model)
         self.reminded: Any = None
 

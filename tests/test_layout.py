@@ -23,8 +23,7 @@ FLOORS = [
     {"memlm.training", "memlm.analysis", "memlm.checkpoint"},
     {"memlm"},
     {"experiments"},
-    {"benchmarks"},
-    {"scripts", "train", "memlm.compat"},
+    {"benchmarks", "scripts", "train", "memlm.compat"},
 ]
 OURS = {"memlm", "experiments", "benchmarks", "scripts", "train"}
 

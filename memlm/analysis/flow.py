@@ -121,7 +121,7 @@ class Flow:
     @property
     def strength(self) -> np.ndarray:
         """How strongly memory was read at each token, the most of all layers, (N,)."""
-        return np.max([read.strength for read in self.reads.values()], axis=0, initial=0.0)
+        return np.max([np.zeros(len(self.ids)), *(read.strength for read in self.reads.values())], axis=0)
 
 
 def check_texts(name: str, texts: Any) -> None:
@@ -354,7 +354,9 @@ def draw_flow(flow: Flow) -> Figure:
             _draw_reads(upper, flow, key, read, figure)
             _draw_strips(lower, flow, key, read)
         if not flow.reads:
-            axes[0].text(0.5, 0.5, "no memory was read", ha="center", va="center", transform=axes[0].transAxes)
+            axes[0].text(
+                0.5, 0.5, "no memory tells what it reads", ha="center", va="center", transform=axes[0].transAxes
+            )
             axes[0].set_yticks([])
         axes[-1].set_xlabel("token of the text")
         axes[-1].xaxis.set_major_locator(MaxNLocator(nbins=10, integer=True))

@@ -106,7 +106,8 @@ def memory_parts(
     parts: list[Part] = [cost_table(compute_memory_efficiency(model))]
     if not model.memory:
         return ["This model has no memory."], parts
-    if data is not None:
+    slots = bool(banks(model, model.init_state(1)))
+    if data is not None and slots:
         tokens = data.tokens("val").tokens[: _N_SEGMENT * model.segment_len]
         if len(tokens) >= model.segment_len:
             parts.append(capacity_table(analyze_memory_capacity(model, [tokens.tolist()])))
@@ -116,7 +117,12 @@ def memory_parts(
             return ["The text it was trained on cannot be read here, so no text is shown: give a prompt."], parts
         contexts, about = passage(model, data)
     flow = memory_flow(model, contexts)
-    parts += [token_view(flow, about), Figures("What flows through memory", [(_CAPTION, png(draw_flow(flow)))])]
+    parts.append(token_view(flow, about))
+    if not slots:
+        return [
+            "No memory of this model has slots: what it reads and holds cannot be told, only what it changes."
+        ], parts
+    parts.append(Figures("What flows through memory", [(_CAPTION, png(draw_flow(flow)))]))
     parts.append(slot_table(model, flow, n_slot))
     return [], parts
 
@@ -176,7 +182,9 @@ def token_view(flow: Flow, about: str) -> Tokens:
     ]
     if first:
         notes.append(f"Only the last {MOST_TOKENS:,} of {n:,} tokens are shown.")
-    if not flow.strength.any():
+    if not flow.writes:
+        notes.append("No memory tells what it reads; how far it helps is told.")
+    elif not flow.strength.any():
         notes.append(
             "Nothing was read: memory holds what earlier segments and contexts wrote, so a text must be longer than a "
             "segment, or come in several contexts."

@@ -54,7 +54,7 @@ class AutoMemoryModule(nn.Module):
                 'several at once use memlm.build("model=lstm", "memory=auto")'
             )
         state = self._state(memory_context)
-        new, _ = self.memory.write(_sentence(embedded_tokens, self.memory.n_slot), state, [])
+        new, _ = self.memory.write(_sentence(embedded_tokens, self.memory.n_slot), state)
         kept = self.memory.filled(new)[0]
         return new.hidden[0, kept], new.score[0, kept]
 

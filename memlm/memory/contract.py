@@ -59,7 +59,7 @@ class Sizes(NamedTuple):
 
     Attributes:
         d_model: Width of the stream.
-        n_head: Heads of a layer; 0 if it has none.
+        n_head: Heads of a layer; 1 if it has no attention.
         n_layer: Layers of the model.
         segment_len: Tokens per segment.
         overlap: Tokens of the segment before that a mixer still sees.

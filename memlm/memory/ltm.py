@@ -8,8 +8,8 @@ its value a projection of the embedding of the token that follows. A learned wri
 log-gate of a span that covers a token weighs its slot when it is read, and decides whether it is kept, so that a fact
 survives, and is found, as a whole.
 
-What a segment writes: `memlm.memory.ltm_write`; all segments of a window at once: `memlm.memory.ltm_window`; slots
-that are joined or come from another bank: `memlm.memory.ltm_join`.
+How it is read: `memlm.memory.ltm_read`; what a segment writes: `memlm.memory.ltm_write`; all segments of a window at
+once: `memlm.memory.ltm_window`; slots that are joined or come from another bank: `memlm.memory.ltm_join`.
 
 Shapes: B rows, S segments, T tokens per segment, D model width, M slots, N = S * T, k slots read per token.
 """
@@ -23,17 +23,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from memlm.memory import ltm_join, ltm_window, ltm_write
+from memlm.memory import ltm_join, ltm_read, ltm_window, ltm_write
 from memlm.memory.bank import Scope
 from memlm.memory.contract import Mixer, Needs, Read, Scanned, Segment, Trace
 from memlm.memory.ltm_write import EMPTY, ORIGINS, USED
 from memlm.memory.records import RecordKeeper, Records
 from memlm.memory.sharding import SharedBank
 from memlm.retrieval import similar
-from memlm.retrieval.exact import Pool, attend
 from memlm.retrieval.index import Index, make_index
 from memlm.retrieval.inverted import Lists
-from memlm.retrieval.sharded import attend_sharded
 from memlm.tensors import Host, take
 
 
@@ -232,62 +230,11 @@ class LongTermMemory(RecordKeeper, SharedBank):
 
     def read(self, y: Tensor, prepared: LongTermState) -> Read:
         """Top-k attention of one segment's tokens over the bank; see `Memory.read`."""
-        return self.attend(y, self.pool(prepared), None, prepared.lists)
-
-    def pool(self, state: LongTermState, visible: Tensor | None = None) -> Pool | None:
-        """The slots that may hold something, and which of them each segment may read; None if there is none."""
-        n_used = self._n_used(state)
-        if n_used == 0:
-            return None
-        if visible is None:
-            visible = state.priority[:, None, :n_used] > USED  # (B, 1, M)
-        return Pool(
-            state.key[:, :n_used],
-            state.value[:, :n_used],
-            self.bias(state.log_gate[:, :n_used]),
-            visible[..., :n_used],
-            self.time(state.record[:, :n_used], state.position[:, :n_used]),
-        )
+        return ltm_read.read(self, y, ltm_read.pool(self, prepared), None, prepared.lists)
 
     def bias(self, log_gate: Tensor) -> Tensor:
         """Read bias of a slot: its log gate, with a floor that keeps every slot within reach."""
         return (self.gate_floor + (1 - self.gate_floor) * log_gate.exp()).log()
-
-    def time(self, record: Tensor, position: Tensor) -> Tensor | None:
-        """When slots were written: by record, then by place in the document. None if reads need not know."""
-        return None if self.log_recency is None else record * 2**32 + position
-
-    def attend(
-        self,
-        y: Tensor,
-        bank: Pool | None,
-        window: Pool | None,
-        lists: Lists | None = None,
-        window_list: Tensor | None = None,
-    ) -> Read:
-        """Gated read of ``y`` (B, N, D); of a bank with ``lists`` by these, and of a window as if it were in them."""
-        gate = self.read_gate(y).sigmoid()  # (B, N, 1)
-        if bank is None and window is None:
-            none = torch.zeros(*y.shape[:2], self.top_k, device=y.device)
-            return Read(torch.zeros_like(y), none.long() - 1, none, gate[..., 0])
-        with torch.autocast(y.device.type, enabled=False):
-            query = F.normalize(self.to_key(self.norm(y.float())), dim=-1)  # (B, N, d_key)
-            temperature = self.log_temperature.exp() * self.temperature_scale
-            null = temperature * self.null_similarity
-            recency = None if self.log_recency is None else self.log_recency.exp()
-            how = (query, temperature, null, self.retrieval_threshold, self.top_k)
-            if self.is_sharded:
-                assert bank is not None
-                read, slots, weights = attend_sharded(*how, bank, recency)
-            else:
-                index = self.search_index()
-                if window is not None and window_list is not None:
-                    reach = index.reach(lists, query, window_list)
-                    if reach is not None:
-                        visible = window.visible.repeat_interleave(y.shape[1] // window.visible.shape[1], dim=1)
-                        window = window._replace(visible=visible & reach)
-                read, slots, weights = attend(*how, bank, window, recency, index.find(lists))
-        return Read(gate * self.to_output(read.to(y.dtype)), slots, weights, gate[..., 0])
 
     # --- writing -------------------------------------------------------------------------------------------------
 
@@ -320,17 +267,9 @@ class LongTermMemory(RecordKeeper, SharedBank):
         """Which slots hold something, (B, M)."""
         return state.priority > USED
 
-    def places(self, state: LongTermState) -> Tensor:
-        """See `Slots.places`."""
-        return state.position
-
-    def tokens(self, state: LongTermState) -> Tensor:
-        """See `Slots.tokens`: up to ``span`` tokens, and the one after them that is the slot's value."""
-        return state.tokens
-
     def contents(self, state: LongTermState) -> Tensor:
         """What each slot adds to the residual stream if it alone is read through an open gate, (B, M, D)."""
-        n_used = self._n_used(state)
+        n_used = ltm_read.n_used(self, state)
         return F.pad(self.to_output(state.value[:, :n_used]), (0, 0, 0, state.value.shape[1] - n_used))
 
     def forget(self, state: LongTermState, slots: Tensor) -> LongTermState:
@@ -368,10 +307,6 @@ class LongTermMemory(RecordKeeper, SharedBank):
         """Projections of read and write, and the search of a full bank."""
         search = 2 * self.search_index().n_scored * self.d_key + 2 * self.top_k * (self.d_key + self.d_value)
         return super().flops_per_token() + search
-
-    def _n_used(self, state: LongTermState) -> int:
-        """How many slots from the first on may hold something; of a sharded bank, of this process's shard."""
-        return min(-(-int(state.n_used.tensor.max()) // self.rank[1]), state.key.shape[1])
 
 
 def initialise(memory: LongTermMemory) -> None:

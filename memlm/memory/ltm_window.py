@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from memlm.memory import ltm_write
+from memlm.memory import ltm_read, ltm_write
 from memlm.memory.contract import Mixer, Read, Scanned, Segment
 from memlm.memory.ltm_write import EMPTY, ORIGINS, USED, Candidates
 from memlm.retrieval.exact import Pool
@@ -65,7 +65,7 @@ def scan(
 
 def _read(memory: LongTermMemory, y: Tensor, state: LongTermState, flat: Candidates, plan: _Plan) -> Read:
     """What all segments read, of the bank from before the window and of the window's own slots."""
-    time = memory.time(state.n_record[:, None] + plan.record, flat.position)
+    time = ltm_read.time_of(memory, state.n_record[:, None] + plan.record, flat.position)
     own_slots = Pool(flat.key, flat.value, memory.bias(flat.log_gate), plan.window_visible, time)
     window_slot, window_list = plan.window_slot, plan.window_list
     if memory.distractors and memory.training:  # one pool of all rows' slots, numbered row after row
@@ -79,7 +79,8 @@ def _read(memory: LongTermMemory, y: Tensor, state: LongTermState, flat: Candida
         own = torch.eye(len(y), dtype=torch.bool, device=y.device)[..., None]
         window_slot = torch.where(own, window_slot, -1).flatten(1)  # (B, B * P)
         window_list = torch.where(own, window_list, -1).flatten(1)  # slots of other rows are always read
-    reads = memory.attend(y, memory.pool(state, plan.bank_visible), own_slots, state.lists, window_list)
+    bank = ltm_read.pool(memory, state, plan.bank_visible)
+    reads = ltm_read.read(memory, y, bank, own_slots, state.lists, window_list)
     assert reads.slots is not None
     n_bank = int(state.n_used.tensor.max())
     slot = torch.cat([torch.arange(n_bank, device=y.device).expand(len(y), -1), window_slot], dim=1)

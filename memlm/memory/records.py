@@ -40,17 +40,28 @@ class Records(NamedTuple):
 class RecordKeeper(Slots):
     """A memory of slots that knows of each which record it belongs to.
 
-    Every complete segment makes one record more. `Slots.places` and `Slots.tokens` are not None, and ``consolidate``
-    takes a ``threshold`` (see `memlm.models.experience`).
+    Every complete segment makes one record more, and ``consolidate`` takes a ``threshold`` (see
+    `memlm.models.experience`).
     """
+
+    def places(self, state: State) -> Tensor:
+        """See `Slots.places`. Default: the field ``position``."""
+        return state.position
+
+    def tokens(self, state: State) -> Tensor:
+        """See `Slots.tokens`. Default: the field ``tokens``."""
+        return state.tokens
 
     def records(self, state: State) -> Records:
         """Where each slot comes from."""
         raise NotImplementedError
 
     def relabel(self, state: State, record: Tensor, document: Tensor) -> State:
-        """The state with other ids of records and numbers of documents, (B, n) each."""
-        raise NotImplementedError
+        """The state with other ids of records and numbers of documents, (B, n) each.
+
+        Default: the fields of these names are replaced.
+        """
+        return state._replace(record=record, document=document)
 
     def admit(self, state: State, other: State) -> State:
         """The state with the slots of another bank admitted by the rule of replacement.

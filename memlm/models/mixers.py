@@ -147,10 +147,16 @@ class LayerMixer:
         return where_rows(~active & ~window.flags.continues[:, s], fresh, after)
 
     def _all(self, context: Context | None) -> tuple[Context, ...]:
-        contexts = self.contexts if context is None else (*self.contexts, context)
-        if contexts and not self.layer.n_head:
+        if context is None:
+            return self.contexts
+        if not self.layer.n_head:
             raise ValueError("a context needs attention, which this model does not have: choose model=lmcode")
-        return contexts
+        n_row = self.grid.new.shape[0] * self.grid.n_segment
+        if len(context.key) != n_row:
+            raise ValueError(
+                f"a context has a row for each segment of each row, {n_row} here, got {len(context.key)}: see `at_once`"
+            )
+        return (*self.contexts, context)
 
 
 class Done:

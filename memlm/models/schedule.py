@@ -269,8 +269,8 @@ class _Pass:
             self.streams["mixed"].append(self.fill("mixed", place, y))
         flat = y.flatten(1, 2)  # (B, S * Q, D)
         reads = [self.step(name, modules, i, flat, Done())[1] for name, modules in beside]
-        values = [read.value for read in reads if read is not None]
-        return y + sum(values).view_as(y) if values else y  # type: ignore[union-attr]
+        values: list[Any] = [read.value for read in reads if read is not None]
+        return y + sum(values).view_as(y) if values else y
 
     def step(self, name: str, modules: Any, i: int, x: Tensor, mixer: Mixer) -> tuple[Tensor | None, Read | None]:
         """One memory at layer ``i``: the stream behind it, unless it is one that only reads; and what it read."""

@@ -87,7 +87,7 @@ class SegmentModel(ExperienceModel):
             ValueError: If a memory asks for what this model cannot give.
         """
         self.memory = nn.ModuleDict()
-        n_head = self.layers[0].n_head
+        n_head = max(self.layers[0].n_head, 1)
         sizes = Sizes(self.d_model, n_head, self.n_layer, self.segment_len, self.overlap, self.n_vocab)
         self.sizes = sizes
         for name, make in memories.items():
@@ -97,37 +97,9 @@ class SegmentModel(ExperienceModel):
             if first.scope == "shared":
                 for module in self.memory[name]:
                     module.bank.create()
-        self._check_needs()
+        _check_needs(self)
         self.lookback = max((modules[0].needs.lookback for modules in self.memory.values()), default=0)
         self._shapes = shapes(self.no_context(1))
-
-    def _check_needs(self) -> None:
-        """Refuse memories that ask for what this model cannot give, or for the same place."""
-        around: dict[str, str] = {}
-        for name, modules in self.memory.items():
-            module, needs = modules[0], modules[0].needs
-            if needs.lookback > self.segment_len:
-                raise ValueError(
-                    f"memory {name!r} looks back {needs.lookback} tokens, more than a segment: "
-                    f"set model.segment_len to at least {needs.lookback}, got {self.segment_len}"
-                )
-            asked = [what for what in ("heads", "context", "tail") if getattr(needs, what)]
-            if asked and not self.layers[0].n_head:
-                raise ValueError(
-                    f"memory {name!r} needs {asked[0]} of attention, which {type(self).__name__} does not have: "
-                    "choose model=lmcode, or another memory"
-                )
-            if needs.tail and module.around != "stack":
-                raise ValueError(f"memory {name!r} needs cells behind a segment, so it must stand around the stack")
-            if needs.heads and (module.around != "layer" or module.reads_beside):
-                raise ValueError(f"memory {name!r} needs heads, so it must stand around a layer, with a mix of its own")
-            place = "the stack" if module.around == "stack" else None if module.reads_beside else "a layer"
-            if place is not None and place in around:
-                raise ValueError(
-                    f"memories {around[place]!r} and {name!r} both stand around {place}: choose one of them"
-                )
-            if place is not None:
-                around[place] = name
 
     def embed(self, ids: Tensor) -> Tensor:
         """Token embeddings of unit variance, (..., D)."""
@@ -156,7 +128,7 @@ class SegmentModel(ExperienceModel):
         return LocalState(
             cache=tuple(layer.init_cache(n_row) for layer in self.layers),
             streams={
-                name: weight.new_zeros(n_row, n, n_cell, self.d_model) for name, n in self._n_stream().items() if n
+                name: weight.new_zeros(n_row, n, n_cell, self.d_model) for name, n in _n_stream(self).items() if n
             },
             ids=torch.zeros(n_row, n_cell, dtype=torch.long, device=weight.device),
             continues=torch.zeros(n_row, dtype=torch.bool, device=weight.device),
@@ -164,19 +136,6 @@ class SegmentModel(ExperienceModel):
             document=torch.zeros(n_row, dtype=torch.long, device=weight.device),
             n_open=Host(torch.zeros(n_row, dtype=torch.long)),
         )
-
-    def _n_stream(self) -> dict[str, int]:
-        """At how many places each stream of `LocalState` is kept."""
-        modules = [modules[0] for modules in self.memory.values()]
-        inside = [module for module in modules if module.around != "stack"]
-        stack = [module for module in modules if module.around == "stack"]
-        n = len(self.memory_layers)
-        return {
-            "input": n * any(not module.reads_beside for module in inside),
-            "mixed": n * any(module.reads_beside for module in inside),
-            "output": n * any(module.needs.output for module in inside),
-            "top": int(any(module.needs.output for module in stack)),
-        }
 
     def map_memory(self, function: Callable[[Memory, State], State], state: ModelState) -> ModelState:
         """``state`` with ``function(module, memory_state)`` in place of every memory state."""
@@ -237,17 +196,17 @@ class SegmentModel(ExperienceModel):
         if module.around == "stack":
             how = schedule.How(read=True, write=True, keep_state=False, closing=True)
             return schedule.at_once(self, grid, state, how).state.memory[name]
-        streams = [local.streams[schedule.stream_of(module)]]
-        if module.needs.output:
-            streams.append(local.streams["output"])
+        hidden = local.streams[schedule.stream_of(module)]  # (B, n_layer, C + T, D)
+        output = local.streams.get("output", hidden)  # not looked at unless the memory needs it
+        cells = (local.ids, embeddings)
         if module.around == "layers":
-            of_all = [stream.transpose(1, 2) for stream in streams]  # (B, C + T, n_layer, D)
-            segment = schedule.segment_of(self, module, local, grid, local.ids, embeddings, *of_all)
+            streams = hidden.transpose(1, 2), output.transpose(1, 2)
+            segment = schedule.segment_of(self, module, local, grid, *cells, *streams)
             return (module.write(segment, state.memory[name][0])[0],)
         closed = []
         for place, (module, part) in enumerate(zip(modules, state.memory[name], strict=True)):
-            own, layer = [stream[:, place] for stream in streams], self.layers[self.memory_layers[place]]
-            segment = schedule.segment_of(self, module, local, grid, local.ids, embeddings, *own, layer=layer)
+            streams, layer = (hidden[:, place], output[:, place]), self.layers[self.memory_layers[place]]
+            segment = schedule.segment_of(self, module, local, grid, *cells, *streams, layer)
             closed.append(module.write(segment, part)[0])
         return tuple(closed)
 
@@ -295,10 +254,10 @@ class SegmentModel(ExperienceModel):
         for name, flags in (("mask", mask), ("reset", reset), ("breaks", breaks)):
             if flags is not None and flags.dtype != torch.bool:
                 raise ValueError(f"{name} must be bool, got {flags.dtype}")
-        self._check_signals(signals or {}, n_row)
+        _check_signals(self, signals or {}, n_row)
         if mask is not None and mask.shape != ids.shape:
             raise ValueError(f"mask must have the shape of ids {tuple(ids.shape)}, got {tuple(mask.shape)}")
-        state = self._state_for(state, n_row)
+        state = _state_for(self, state, n_row)
         together = any(getattr(modules[0], "over_ranks", False) for modules in self.memory.values())
         if together and reset is None and breaks is None:  # other processes may have some, and all have to write
             reset = torch.zeros(n_row, -(-ids.shape[1] // self.segment_len), dtype=torch.bool, device=ids.device)
@@ -337,34 +296,6 @@ class SegmentModel(ExperienceModel):
     def _one_by_one_only(self) -> bool:
         """Whether some memory writes what is known only when a segment has gone through all layers."""
         return not all(schedule.writes_within(modules[0]) for modules in self.memory.values())
-
-    def _state_for(self, state: ModelState | None, n_row: int) -> ModelState:
-        """``state``, if it is one of this model with so many rows; a new one if there is none."""
-        if state is None:
-            return self.init_state(n_row)
-        if state.local.n_row != n_row:
-            raise ValueError(f"ids have {n_row} rows, but the state has {state.local.n_row}")
-        known = None in state.local.cache or shapes(state.local) == self._shapes
-        if not known or set(state.memory) != set(self.memory):
-            raise ValueError("the state is of another model: its layers, widths, segments or memories differ")
-        return state
-
-    def _check_signals(self, signals: Mapping[str, Tensor], n_row: int) -> None:
-        """Refuse what no memory uses, other shapes than (B, n), and NaN, which is looked for on a CPU alone."""
-        known = {name: width for modules in self.memory.values() for name, width in modules[0].needs.signals.items()}
-        for name, given in signals.items():
-            if name not in known:
-                width = given.shape[-1] if given.dim() else 1
-                raise ValueError(
-                    f"signals: {name!r} is used by no memory of this model, which know {', '.join(known) or 'none'}: "
-                    f"leave it out, or set memory=adaptive 'memory.adaptive.signals={{{name}: {width}}}'"
-                )
-            if given.shape != (n_row, known[name]):
-                raise ValueError(
-                    f"signals.{name} must be (rows, numbers) = {(n_row, known[name])}, got shape {tuple(given.shape)}"
-                )
-            if given.device.type == "cpu" and not torch.compiler.is_compiling() and bool(given.isnan().any()):
-                raise ValueError(f"signals.{name} holds NaN: give 0 where it is unknown")
 
     def absorb(
         self,
@@ -408,6 +339,77 @@ def _made(make: Callable[..., Memory], sizes: Sizes) -> Memory:
     """A memory module, told the sizes of the model if it asks for them."""
     asks = "sizes" in inspect.signature(make).parameters
     return make(sizes.d_model, sizes=sizes) if asks else make(sizes.d_model)
+
+
+def _check_needs(model: SegmentModel) -> None:
+    """Refuse memories that ask for what this model cannot give, or for the same place."""
+    around: dict[str, str] = {}
+    for name, modules in model.memory.items():
+        module, needs = modules[0], modules[0].needs
+        if needs.lookback > model.segment_len:
+            raise ValueError(
+                f"memory {name!r} looks back {needs.lookback} tokens, more than a segment: "
+                f"set model.segment_len to at least {needs.lookback}, got {model.segment_len}"
+            )
+        asked = [what for what in ("heads", "context", "tail") if getattr(needs, what)]
+        if asked and not model.layers[0].n_head:
+            raise ValueError(
+                f"memory {name!r} needs {asked[0]} of attention, which {type(model).__name__} does not have: "
+                "choose model=lmcode, or another memory"
+            )
+        if needs.tail and module.around != "stack":
+            raise ValueError(f"memory {name!r} needs cells behind a segment, so it must stand around the stack")
+        if needs.heads and (module.around != "layer" or module.reads_beside):
+            raise ValueError(f"memory {name!r} needs heads, so it must stand around a layer, with a mix of its own")
+        place = "the stack" if module.around == "stack" else None if module.reads_beside else "a layer"
+        if place is not None and place in around:
+            raise ValueError(f"memories {around[place]!r} and {name!r} both stand around {place}: choose one of them")
+        if place is not None:
+            around[place] = name
+
+
+def _n_stream(model: SegmentModel) -> dict[str, int]:
+    """At how many places each stream of `LocalState` is kept."""
+    modules = [modules[0] for modules in model.memory.values()]
+    inside = [module for module in modules if module.around != "stack"]
+    stack = [module for module in modules if module.around == "stack"]
+    n = len(model.memory_layers)
+    return {
+        "input": n * any(not module.reads_beside for module in inside),
+        "mixed": n * any(module.reads_beside for module in inside),
+        "output": n * any(module.needs.output for module in inside),
+        "top": int(any(module.needs.output for module in stack)),
+    }
+
+
+def _check_signals(model: SegmentModel, signals: Mapping[str, Tensor], n_row: int) -> None:
+    """Refuse what no memory uses, other shapes than (B, n), and NaN, which is looked for on a CPU alone."""
+    known = {name: width for modules in model.memory.values() for name, width in modules[0].needs.signals.items()}
+    for name, given in signals.items():
+        if name not in known:
+            width = given.shape[-1] if given.dim() else 1
+            raise ValueError(
+                f"signals: {name!r} is used by no memory of this model, which know {', '.join(known) or 'none'}: "
+                f"leave it out, or set memory=adaptive 'memory.adaptive.signals={{{name}: {width}}}'"
+            )
+        if given.shape != (n_row, known[name]):
+            raise ValueError(
+                f"signals.{name} must be (rows, numbers) = {(n_row, known[name])}, got shape {tuple(given.shape)}"
+            )
+        if given.device.type == "cpu" and not torch.compiler.is_compiling() and bool(given.isnan().any()):
+            raise ValueError(f"signals.{name} holds NaN: give 0 where it is unknown")
+
+
+def _state_for(model: SegmentModel, state: ModelState | None, n_row: int) -> ModelState:
+    """``state``, if it is one of this model with so many rows; a new one if there is none."""
+    if state is None:
+        return model.init_state(n_row)
+    if state.local.n_row != n_row:
+        raise ValueError(f"ids have {n_row} rows, but the state has {state.local.n_row}")
+    known = None in state.local.cache or shapes(state.local) == model._shapes
+    if not known or set(state.memory) != set(model.memory):
+        raise ValueError("the state is of another model: its layers, widths, segments or memories differ")
+    return state
 
 
 def _starts(reset: Tensor | None, n_row: int) -> tuple[Tensor | None, Tensor | None]:

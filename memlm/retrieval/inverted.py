@@ -16,7 +16,8 @@ a query, l lists probed by any, K slots written at a time, k slots read.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -368,12 +369,18 @@ def _clone(part: Tensor) -> Tensor:
 
 
 def _copied(lists: Lists) -> Lists:
-    return Lists(*(Host(_clone(part.tensor)) if isinstance(part, Host) else _clone(part) for part in lists))
+    return _each(lists, _clone)
 
 
 def _rows_of(lists: Lists, rows: int | slice) -> Lists:
     """Views of some rows."""
-    return Lists(*(Host(part.tensor[rows]) if isinstance(part, Host) else part[rows] for part in lists))
+    return _each(lists, lambda part: part[rows])
+
+
+def _each(lists: Lists, function: Callable[[Tensor], Tensor]) -> Lists:
+    """``function`` of every tensor."""
+    found: Any = (Host(function(part.tensor)) if isinstance(part, Host) else function(part) for part in lists)
+    return Lists(*found)
 
 
 def _by_list(

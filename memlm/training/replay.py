@@ -267,7 +267,8 @@ def retrieved(model: LanguageModel, before: Any, after: Any, reads: Mapping[str,
     found = []
     for _, name, number, places, module in placed(model):
         old, new = before.memory[name][number], after.memory[name][number]
-        if not isinstance(module, Slots) or (tokens := module.tokens(old)) is None:
+        tokens = module.tokens(old) if isinstance(module, Slots) else None
+        if tokens is None:
             continue
         weight = torch.zeros(tokens.shape[:2], device=tokens.device)  # (banks, M)
         for read in (reads[place] for place in places if place in reads):
@@ -275,7 +276,8 @@ def retrieved(model: LanguageModel, before: Any, after: Any, reads: Mapping[str,
             assert read.weights is not None
             slots, weights = (part.detach().reshape(len(tokens), -1) for part in (read.slots, read.weights.float()))
             weight = weight.scatter_add(1, slots.clamp(min=0), weights * (slots >= 0))
-        same = (tokens == module.tokens(new)).all(dim=2) & module.filled(old)
+        kept: Any = module
+        same = (tokens == kept.tokens(new)).all(dim=2) & kept.filled(old)
         held = same & (weight > 0)
         found.append(Read(tokens[held].cpu(), weight[held].cpu()))
     return found

@@ -208,3 +208,12 @@ def test_long_texts_and_large_banks_are_cut_with_a_note(monkeypatch):
 def test_what_is_no_data_is_refused(data):
     with pytest.raises(ConfigError, match=r"data is what the model was trained on, .*; texts .* contexts=\[text"):
         generate_memory_report(tiny(TOKENIZER, "ltm"), data)
+
+
+@pytest.mark.parametrize("name", ["cache", "rmt"])
+def test_of_a_memory_without_slots_the_page_tells_what_it_changes(name):
+    html = generate_memory_report(tiny(TOKENIZER, name), DATA, ["1 2 3 4 " * T])
+    assert "No memory of this model has slots" in html
+    assert "No memory tells what it reads" in html
+    assert html.count("with memory and") == 4 * T - 1
+    assert "What memory costs" in html

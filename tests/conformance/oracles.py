@@ -17,8 +17,9 @@ from torch.nn import functional as F
 from memlm.memory.adaptive import AdaptiveMemory, AdaptiveState
 from memlm.memory.auto import AutoMemory, AutoState
 from memlm.memory.contract import Segment, Trace
+from memlm.memory.engrams import EMPTY, LONG_TERM, Engrams
 from memlm.memory.ltm import LongTermMemory
-from memlm.memory.memoria import EMPTY, LONG_TERM, Engrams, MemoriaMemory
+from memlm.memory.memoria import MemoriaMemory
 from memlm.models.segments import SegmentModel
 from tests.conformance import laws
 
@@ -324,13 +325,13 @@ def adaptive_evicts(make: laws.Make) -> None:
         for modules in model.memory.values():
             for module in modules:
                 if isinstance(module, AdaptiveMemory):
-                    settle, seen = module._settle, offers.setdefault(id(module), [])
+                    seen = offers.setdefault(id(module), [])
 
-                    def record(state: Any, items: Any, settle: Any = settle, seen: Any = seen) -> Any:
-                        seen.append(items)
-                        return settle(state, items)
+                    def record(*arguments: Any, items: Any = module.items, seen: Any = seen) -> Any:
+                        seen.append(items(*arguments))
+                        return seen[-1]
 
-                    module._settle = record  # type: ignore[method-assign]
+                    module.items = record  # type: ignore[method-assign]
         state = laws.filled(model, n_segment=9).memory
         for name, modules in model.memory.items():
             for module, bank in zip(modules, state[name], strict=True):

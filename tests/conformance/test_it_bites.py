@@ -11,11 +11,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from memlm.memory import ltm_write
+from memlm.memory import ltm_write, strengths
 from memlm.memory.adaptive import AdaptiveMemory, AdaptiveState
 from memlm.memory.contract import Memory, Mixer, Read, Scanned, Segment, Trace
+from memlm.memory.engrams import Engrams
 from memlm.memory.ltm import LongTermMemory
-from memlm.memory.memoria import Engrams, MemoriaMemory
+from memlm.memory.memoria import MemoriaMemory
 from memlm.memory.slots import Slots
 from tests.conformance import laws
 from tests.conformance.oracles import ORACLES
@@ -548,28 +549,30 @@ def test_an_eviction_of_engrams_other_than_declared_is_caught(cls: type[MemoriaM
             law(make)
 
 
-class Duplicates(AdaptiveMemory):
-    """Stores again what it holds, where it should be reinforced."""
-
-    def _joins(self, state: AdaptiveState, items: AdaptiveState) -> Tensor:
-        n, n_item = state.strength.shape[1], items.strength.shape[1]
-        return torch.eye(n + n_item)[n:].expand(len(items.strength), -1, -1)
+def duplicates(memory: AdaptiveMemory, state: AdaptiveState, items: AdaptiveState) -> Tensor:
+    """What repeats is stored again, where it should be reinforced."""
+    n, n_item = state.strength.shape[1], items.strength.shape[1]
+    return torch.eye(n + n_item)[n:].expand(len(items.strength), -1, -1)
 
 
-class NeverFades(AdaptiveMemory):
-    """Its long-term slots do not decay."""
-
-    def _settle(self, state: AdaptiveState, items: AdaptiveState) -> tuple[AdaptiveState, Tensor]:
-        long = torch.arange(state.strength.shape[1]) >= self.n_short
-        return super()._settle(state._replace(strength=state.strength / torch.where(long, self.decay, 1.0)), items)
+SETTLE = strengths.settle
 
 
-@pytest.mark.parametrize("cls", [AdaptiveMemory, Duplicates, NeverFades])
-def test_strengths_other_than_declared_are_caught(cls: type[AdaptiveMemory]) -> None:
-    make = laws.builder_of({"adaptive": (cls, {})})
-    if cls is AdaptiveMemory:
+def never_fades(memory: AdaptiveMemory, state: AdaptiveState, items: AdaptiveState) -> tuple[AdaptiveState, Tensor]:
+    """Long-term slots do not decay."""
+    long = torch.arange(state.strength.shape[1]) >= memory.n_short
+    return SETTLE(memory, state._replace(strength=state.strength / torch.where(long, memory.decay, 1.0)), items)
+
+
+@pytest.mark.parametrize(("name", "wrong"), [("", None), ("joins_of", duplicates), ("settle", never_fades)])
+def test_strengths_other_than_declared_are_caught(
+    name: str, wrong: Callable[..., Any] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make = laws.builder_of({"adaptive": (AdaptiveMemory, {})})
+    if wrong is None:
         ORACLES["AdaptiveMemory"].evicts_as_declared(make)
     else:
+        monkeypatch.setattr(strengths, name, wrong)
         with pytest.raises(AssertionError):
             ORACLES["AdaptiveMemory"].evicts_as_declared(make)
 

@@ -38,7 +38,7 @@ CASES: list[tuple[str, str, dict[str, Any]]] = [
     ("ltm fifo recency", "ltm", {"importance": "fifo", "recency": 4.0}),
     ("ltm distractors", "ltm", {}),
     ("imm layerwise", "imm", {"shared_layers": False, "update": "importance", "reset_every": 3}),
-    ("memoria 1.0.0", "memoria", {"compat": "1.0.0"}),
+    ("memoria 1.0.0", "memoria", {}),
     ("adaptive signals", "adaptive", {"controller": "straight_through", "signals": {"mood": 2}}),
 ]
 
@@ -51,9 +51,7 @@ def models() -> Iterator[tuple[str, str, dict[str, Any], type[SegmentModel]]]:
             yield f"{case}, lstm", name, settings, LSTM
 
 
-def record(
-    name: str, settings: dict[str, Any], model_class: type[SegmentModel], distractors: bool = False
-) -> list[Any]:
+def record(case: str, name: str, settings: dict[str, Any], model_class: type[SegmentModel]) -> list[Any]:
     """What comes out, part by part: ``[what, hash of the bytes, sum of the magnitudes]``."""
     found: list[Any] = []
 
@@ -66,7 +64,10 @@ def record(
             total += float(plain[plain.isfinite()].abs().sum())
         found.append([what, digest.hexdigest()[:16], total])
 
-    make = laws.builder(laws.nodes_of(name), model_class=model_class)
+    nodes = dict(laws.nodes_of(name))
+    if "1.0.0" in case:
+        nodes[name] = {**nodes[name], "_target_": "memlm.compat.memoria.MemoriaOfSource"}
+    make = laws.builder(nodes, model_class=model_class)
     for layers in ("middle", "all"):
         model = make(memory=settings, memory_layers=layers)
         signals = {"mood": torch.tensor([[0.5, -1.0], [0.0, 1.0], [2.0, 0.3]])} if "signals" in settings else None
@@ -89,7 +90,7 @@ def record(
             torch.manual_seed(7)
             keep(f"{layers} sampled", model.generate(laws.text(3, 4, seed=1), T, state=closed))
         model.train()
-        if distractors:
+        if "distractors" in case:
             for module in (module for modules in model.memory.values() for module in modules):
                 module.distractors = True
         torch.manual_seed(11)
@@ -125,10 +126,7 @@ def surroundings() -> dict[str, str]:
 
 def record_all() -> dict[str, Any]:
     """All cases."""
-    return {
-        case: record(name, settings, model_class, "distractors" in case)
-        for case, name, settings, model_class in models()
-    }
+    return {case: record(case, name, settings, model_class) for case, name, settings, model_class in models()}
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import memlm
+from memlm.memory import strengths
 from memlm.memory.adaptive import AdaptiveMemory, AdaptiveState, policy_gradient
 from memlm.memory.contract import Flags, Segment
 from memlm.models.lmcode import LMCode
@@ -82,7 +83,7 @@ def test_what_moved_is_counted() -> None:
     for s in range(25):
         offered = torch.randint(14, (1, 4), generator=draw).tolist()
         items = offer(offered, torch.rand(1, 4, generator=draw).clamp(min=0.1).tolist(), first=4 * s, noise=0.02)
-        everything, source = memory._settle(state, items)
+        everything, source = strengths.settle(memory, state, items)
         counts = memory._moved(state, everything, source, rows)
         old, new = kinds(state), kinds(memory.store(state, items, rows))
         expected = {

@@ -1,5 +1,6 @@
 """The cache against a model that sees all text, and against a loop with explicit masks."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -113,3 +114,20 @@ def test_what_cannot_work_is_refused_in_a_sentence() -> None:
         build("memory=cache", "memory.cache.n_token=0", "data.tokenizer.kind=byte")
     with pytest.raises(ConfigError, match=r"'cache' needs context of attention.* choose model=lmcode"):
         build("model=lstm", "memory=cache", "data.tokenizer.kind=byte")
+
+
+FEW = [laws.causal, laws.isolated, laws.chunk_invariant, laws.ragged, laws.contexts, laws.resets, laws.round_trip]
+WITH_GRADIENT = [laws.chunk_invariant, laws.schedules_agree, laws.every_parameter_learns]
+
+
+@pytest.mark.parametrize(
+    ("law", "settings"),
+    [(law, {"n_token": 7}) for law in FEW] + [(law, {"gradient": True}) for law in WITH_GRADIENT],
+)
+def test_laws_hold_for_its_settings(law: Callable[[laws.Make], None], settings: dict[str, Any]) -> None:
+    law(lambda memory=None, **model: MAKE(memory=settings | (memory or {}), **model))
+
+
+@pytest.mark.parametrize("law", [laws.chunk_invariant, laws.schedules_agree, laws.contexts])
+def test_it_stands_beside_other_memories(law: Callable[[laws.Make], None]) -> None:
+    law(laws.builder({**laws.nodes_of("cache"), **laws.nodes_of("rmt"), **laws.nodes_of("stm")}))

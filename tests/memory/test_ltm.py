@@ -218,7 +218,7 @@ def test_rows_that_are_not_complete_keep_their_state() -> None:
     memory = ByHand(D)
     state, _ = memory.write(segment_of(memory, [[-1.0] * T] * 2), memory.init_state(2))
     part = segment_of(memory, [[-0.5] * T] * 2, position=T, seed=1)
-    after, _ = memory.write(part._replace(complete=torch.tensor([[True], [False]])), state)
+    after, _ = memory.write(part._replace(flags=part.flags._replace(complete=torch.tensor([[True], [False]]))), state)
     for (name, old), new in zip(named_tensors(state).items(), tensors(after), strict=True):
         if name != "n_used":
             assert torch.equal(old[1], new[1]), name
@@ -273,7 +273,7 @@ def bank() -> tuple[ByHand, LongTermState, Tensor]:
         gates = (-4 * torch.rand(2, T) - 0.01).tolist()
         part = segment_of(memory, gates, position=s * T, seed=s)
         if s == 2:
-            part = part._replace(complete=torch.tensor([[True], [False]]))
+            part = part._replace(flags=part.flags._replace(complete=torch.tensor([[True], [False]])))
         state, _ = memory.write(part, state)
         x = part.hidden[:, memory.needs.lookback :]
     with torch.no_grad():
@@ -309,9 +309,9 @@ def test_reading_equals_a_softmax_slot_by_slot(
 def test_the_null_slot_takes_the_weight_when_nothing_fits(bank: tuple[ByHand, LongTermState, Tensor]) -> None:
     memory, state, x = bank
     memory.null_similarity.fill_(5.0)
-    assert memory.read(x, state, 0).weights.sum(dim=2).max() < 1e-6
+    assert memory.read(x, state).weights.sum(dim=2).max() < 1e-6
     memory.null_similarity.fill_(-5.0)
-    torch.testing.assert_close(memory.read(x, state, 0).weights.sum(dim=2), torch.ones(2, T))
+    torch.testing.assert_close(memory.read(x, state).weights.sum(dim=2), torch.ones(2, T))
 
 
 @torch.no_grad()

@@ -10,16 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from memlm.memory.memoria import (
-    EMPTY,
-    LONG_TERM,
-    SHORT_TERM,
-    WORKING,
-    EngramGraph,
-    Engrams,
-    MemoriaMemory,
-    MemoriaState,
-)
+from memlm.compat.memoria import MemoriaOfSource, SourceGraph
+from memlm.memory.engrams import EMPTY, LONG_TERM, SHORT_TERM, WORKING, EngramGraph, Engrams
+from memlm.memory.memoria import MemoriaMemory, MemoriaState
 from memlm.memory.state import tensors
 from tests.conformance import laws
 from tests.memory import memoria_source
@@ -39,7 +32,7 @@ class Source:
             initial_lifespan=settings["lifespan"],
             num_final_ltms=settings["n_reminded_ltm"],
         )
-        self.graph = EngramGraph(n_slot, compat=version, **settings)  # type: ignore[arg-type]
+        self.graph = SourceGraph(version, n_slot, **settings)  # type: ignore[arg-type]
         self.ours: Engrams | None = None
         self.dtype = torch.float64 if double else torch.float32
         self.noise = torch.zeros(0)
@@ -460,7 +453,8 @@ def test_what_was_told_is_recalled_from_long_term_memory() -> None:
 @pytest.mark.parametrize("version", ["1.0.0", "1.1.0"])
 def test_as_the_source_a_row_depends_on_its_batch_mates_and_on_nothing_later(version: str) -> None:
     (node,) = laws.nodes_of("memoria").values()
-    make = laws.builder({"memoria": {**node, "compat": version}})
+    target = "memlm.compat.memoria.MemoriaOfSource"
+    make = laws.builder({"memoria": {**node, "_target_": target, "version": version}})
     laws.causal(make)
     laws.chunk_invariant(make)
     with pytest.raises(AssertionError, match=r"rows .* differ"):
@@ -479,9 +473,13 @@ def test_as_the_source_a_row_depends_on_its_batch_mates_and_on_nothing_later(ver
         ({"extension": -1.0}, "extension must be at least 0"),
         ({"extension": math.inf}, "extension"),
         ({"n_head": 3}, "n_head must divide d_model"),
-        ({"compat": "2.0.0"}, "compat must be one of none, 1.0.0, 1.1.0"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         memory_of(**settings)
+
+
+def test_an_unknown_version_of_the_source_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"version must be one of 1\.0\.0, 1\.1\.0, got '2\.0\.0'"):
+        MemoriaOfSource(8, version="2.0.0", n_slot=16, n_working=2, n_stm=4)  # type: ignore[arg-type]

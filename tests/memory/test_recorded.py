@@ -17,7 +17,7 @@ RECORDED = json.loads(recorder.FILE.read_text())
 def test_a_memory_gives_what_it_gave(
     case: str, name: str, settings: dict[str, Any], model_class: type[SegmentModel]
 ) -> None:
-    found = recorder.record(name, settings, model_class, "distractors" in case)
+    found = recorder.record(case, name, settings, model_class)
     expected = RECORDED["cases"][case]
     assert [part[0] for part in found] == [part[0] for part in expected]
     same_bits = RECORDED["surroundings"] == recorder.surroundings()

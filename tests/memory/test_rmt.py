@@ -1,5 +1,6 @@
 """Recurrent memory against a loop that runs [read; segment; write] through the layers with an explicit mask."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -105,3 +106,10 @@ def test_what_cannot_work_is_refused_in_a_sentence() -> None:
             build("memory=rmt", f"memory.rmt.{setting}", "data.tokenizer.kind=byte")
     with pytest.raises(ConfigError, match=r"'rmt' needs context of attention.* choose model=lmcode"):
         build("model=lstm", "memory=rmt", "data.tokenizer.kind=byte")
+
+
+@pytest.mark.parametrize(
+    "law", [laws.alive, laws.chunk_invariant, laws.contexts, laws.reach, laws.every_parameter_learns, laws.round_trip]
+)
+def test_laws_hold_without_a_map(law: Callable[[laws.Make], None]) -> None:
+    law(lambda memory=None, **model: MAKE(memory={"map": "none"} | (memory or {}), **model))

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from memlm.memory.ltm import LongTermMemory
 from memlm.memory.state import tensors
 from memlm.memory.stm import ShortTermMemory
-from memlm.models import lmcode, segments
+from memlm.models import generation, lmcode
 from memlm.models.lmcode import Attention, LMCode
 
 V, T = 30, 6
@@ -426,7 +426,7 @@ def test_sampling_follows_the_seed() -> None:
 def test_what_may_be_sampled(top_k: int | None, top_p: float | None, expected: set[int]) -> None:
     torch.manual_seed(0)
     logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log().expand(500, -1)
-    drawn = segments._sample(logits, 1.0, top_k, top_p)
+    drawn = generation._sample(logits, 1.0, top_k, top_p)
     assert drawn.shape == (500, 1)
     assert set(drawn.flatten().tolist()) == expected
 
@@ -434,11 +434,11 @@ def test_what_may_be_sampled(top_k: int | None, top_p: float | None, expected: s
 def test_temperature_sharpens() -> None:
     torch.manual_seed(0)
     logits = torch.tensor([0.6, 0.4]).log().expand(4000, -1)
-    share = {t: float((segments._sample(logits, t, None, None) == 0).float().mean()) for t in (0.25, 1.0, 4.0)}
+    share = {t: float((generation._sample(logits, t, None, None) == 0).float().mean()) for t in (0.25, 1.0, 4.0)}
     assert share[0.25] == pytest.approx(0.6**4 / (0.6**4 + 0.4**4), abs=0.03)
     assert share[1.0] == pytest.approx(0.6, abs=0.03)
     assert share[4.0] == pytest.approx(0.6**0.25 / (0.6**0.25 + 0.4**0.25), abs=0.03)
-    assert (segments._sample(logits, 0, None, None) == 0).all()
+    assert (generation._sample(logits, 0, None, None) == 0).all()
 
 
 # --- errors ----------------------------------------------------------------------------------------------------------

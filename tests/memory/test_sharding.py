@@ -85,7 +85,7 @@ def two_windows(model: LMCode, rows: slice, n_rank: int = 1) -> dict[str, Any]:
         (4, {"n_slot": 5, "top_k": 8}),
     ],
 )
-def test_a_dealt_bank_is_that_of_one_process(n_rank: int, settings: dict[str, Any], tmp_path: Path) -> None:
+def test_a_sharded_bank_is_that_of_one_process(n_rank: int, settings: dict[str, Any], tmp_path: Path) -> None:
     """Same reads, outputs, gradients, and the same slots in the same places, evictions included.
 
     Worth by ``span`` differs little within a span: there rounding decides which of two places a slot takes.
