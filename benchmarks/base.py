@@ -95,15 +95,19 @@ def peer_library(peer: Peer) -> Any:
         ) from error
 
 
-def trained_with_ltm(checkpoint: str) -> tuple[Any, TextData]:
+def trained_with_ltm(checkpoint: str, trust: list[str]) -> tuple[Any, TextData]:
     """The model of a run directory, and the data it was trained on.
+
+    Args:
+        checkpoint: The run directory.
+        trust: As for `memlm.checkpoint.load`.
 
     Raises:
         ConfigError: If it has no long-term memory.
     """
     from memlm.checkpoint import load_run
 
-    model, data = load_run(checkpoint)
+    model, data = load_run(checkpoint, trust=trust)
     if "ltm" not in model.memory:
         raise ConfigError(f"checkpoint must name a model with memory=ltm; {checkpoint} has {', '.join(model.memory)}")
     return model, data

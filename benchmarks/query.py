@@ -43,6 +43,7 @@ class _Query(NamedTuple):
 
 def run(
     checkpoint: str | None,
+    trust: list[str],
     cache: str | None,
     n_slot: int,
     n_query: int,
@@ -67,7 +68,7 @@ def run(
     from experiments.base import Result
     from memlm.training.module import check_memory_settings, memory_settings
 
-    model, data = trained_with_ltm(checkpoint)
+    model, data = trained_with_ltm(checkpoint, trust)
     if model.memory["ltm"][0].bank.exists:
         raise ConfigError(
             f"checkpoint must name a model with an empty memory of its own; {checkpoint} has stored text already, or "

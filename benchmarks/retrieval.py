@@ -39,6 +39,7 @@ def run(
     candidates: list[Literal["exact", "inverted", "torch", "faiss flat", "faiss ivf", "faiss hnsw"]],
     keys: list[Literal["trained", "clustered", "random"]],
     checkpoint: str | None,
+    trust: list[str],
     cache: str | None,
     sizes: list[int],
     d_key: int,
@@ -85,7 +86,7 @@ def run(
         rows: list[dict[str, Any]] = []
         for source in dict.fromkeys("clustered" if k == "trained" and checkpoint is None else k for k in keys):
             if source == "trained":
-                every = trained_keys(str(checkpoint), max(sizes), n_query * rounds, cache)
+                every = trained_keys(str(checkpoint), trust, max(sizes), n_query * rounds, cache)
             else:
                 every = made_keys(max(sizes), n_query * rounds, d_key, source == "clustered", seed)
             for size in sizes:
@@ -139,7 +140,7 @@ def made_keys(n_key: int, n_query: int, d_key: int, clusters: bool, seed: int) -
     return Keys(parts[0], torch.zeros(n_key), parts[1], 12.0)
 
 
-def trained_keys(checkpoint: str, n_key: int, n_query: int, cache: str | None) -> Keys:
+def trained_keys(checkpoint: str, trust: list[str], n_key: int, n_query: int, cache: str | None) -> Keys:
     """Keys and biases that a trained model writes of its training text, and queries that it makes of held-out text.
 
     All tokens are written, and nothing is read. Each further reading of the text begins `SHIFT` tokens later in its
@@ -162,7 +163,7 @@ def trained_keys(checkpoint: str, n_key: int, n_query: int, cache: str | None) -
                 "are needed: remove it, or name another cache"
             )
         return kept
-    model, data = trained_with_ltm(checkpoint)
+    model, data = trained_with_ltm(checkpoint, trust)
     module, n_row, n_token = model.memory["ltm"][0], 8, 16 * model.segment_len
 
     def written(split: str, n: int) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,6 @@ import os
 import re
 import shutil
 import sys
-import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -24,6 +23,8 @@ from matplotlib.figure import Figure
 
 from memlm.analysis.figures import PALETTE, style, wilson
 from memlm.config import ConfigError
+from memlm.files import atomic_file
+from memlm.printed import printable
 
 if TYPE_CHECKING:
     from lightning.pytorch.loggers import Logger
@@ -82,12 +83,19 @@ class Result:
     metadata: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if not isinstance(self.name, str):
+            raise ValueError(f"name is {self.name!r}; expected a text")
+        for part in ("metrics", "metadata"):
+            if not isinstance(getattr(self, part), Mapping):
+                raise ValueError(f"{part} is a {type(getattr(self, part)).__name__}; expected a dict")
         metrics = _plain(self.metrics, "metrics")
         for key, value in metrics.items():
-            if not isinstance(value, int | float):
-                raise ValueError(f"metrics[{key!r}] is {value!r}; expected a number (NaN where there is none)")
+            if not isinstance(value, int | float) or (isinstance(value, int) and abs(value) > sys.float_info.max):
+                raise ValueError(f"metrics[{key!r}] is {value!r:.80}; expected a number (NaN where there is none)")
         rows = tuple(_plain(row, f"rows[{i}]") for i, row in enumerate(self.rows))
         for i, row in enumerate(rows):
+            if not isinstance(row, dict):
+                raise ValueError(f"rows[{i}] is a {type(row).__name__}; expected a dict")
             for key, value in row.items():
                 if isinstance(value, dict | list):
                     raise ValueError(f"rows[{i}][{key!r}] is a {type(value).__name__}; expected one number or text")
@@ -118,6 +126,8 @@ class Result:
         if set(data) != expected:
             missing, unknown = sorted(expected - set(data)), sorted(set(data) - expected)
             raise ValueError(f"not a stored Result: missing keys {missing}, unknown keys {unknown}")
+        if not isinstance(data["rows"], list):
+            raise ValueError(f"rows is a {type(data['rows']).__name__}; expected a list")
         rows = tuple(_decode(row) for row in data["rows"])
         return cls(data["name"], _decode(data["metrics"]), rows, _decode(data["metadata"]))
 
@@ -246,9 +256,11 @@ def check_settings(settings: Any, least: Mapping[str, float]) -> None:
         least: By name of a setting, the least it may be; None is always right.
 
     Raises:
-        ConfigError: If one is less, ``facts_per_segment`` is not positive, or ``split`` is text of training.
+        ConfigError: If one is less, or so much that it would not end, ``facts_per_segment`` is not positive, or
+            ``split`` is text of training.
     """
     name = type(settings).__module__.rpartition(".")[2]
+    _check_most(name, vars(settings))
     for key, number in least.items():
         given = getattr(settings, key)
         if given is not None and given < number:
@@ -257,6 +269,31 @@ def check_settings(settings: Any, least: Mapping[str, float]) -> None:
         raise ConfigError(f"{name}.facts_per_segment must be positive, got {settings.facts_per_segment}")
     if getattr(settings, "split", "val") not in ("val", "test"):
         raise ConfigError(f"{name}.split must be 'val' or 'test', text the model never saw, got {settings.split!r}")
+
+
+_MOST = 10**8  # of any number but a seed
+_MOST_ITEMS = 10**4  # of what is told, asked or read one by one
+_ITEMS = frozenset({"n_ask", "n_document", "n_fact", "n_probe", "n_question", "n_statement", "n_stored", "n_story"})
+_MOST_TOKENS = 10**9  # in all documents
+_SPEED = 10_000  # tokens that a small model reads in a second on a CPU, about
+
+
+def _check_most(name: str, settings: Mapping[str, Any]) -> None:
+    """Refuse what could only run for ever."""
+    for key, given in settings.items():
+        most = 2**31 - 1 if key in ("seed", "seeds") else _MOST_ITEMS if key in _ITEMS else _MOST
+        for number in given if isinstance(given, list | tuple) else [given]:
+            if isinstance(number, int | float) and not abs(number) <= most:
+                raise ConfigError(f"{name}.{key} must be at most {most:,}, got {number:,}")
+    if "distance" in settings and "n_document" in settings:
+        distance = settings["distance"]
+        n_token = settings["n_document"] * (sum(distance) if isinstance(distance, list | tuple) else distance)
+        if n_token > _MOST_TOKENS:
+            raise ConfigError(
+                f"{name} would read {n_token:,} tokens (n_document * distance) under each condition, about "
+                f"{n_token / _SPEED / 86_400:,.1f} days at {_SPEED:,} tokens a second: lower one of them, so that they "
+                f"are at most {_MOST_TOKENS:,}"
+            )
 
 
 @contextmanager
@@ -314,7 +351,7 @@ def table(
     wide = "utf" in (sys.stdout.encoding or "").lower()
     grid = Table(box=box.SIMPLE_HEAD if wide else _ascii_box(), show_edge=False, pad_edge=False)
     texts = []
-    for j, column in enumerate(columns):
+    for j, column in enumerate(map(printable, columns)):
         values = [line[j] for line in cells]
         numeric = any(_is_number(value) or _WRITTEN_OUT.fullmatch(str(value)) for value in values)
         texts.append(_texts(values))
@@ -338,7 +375,7 @@ def table(
     grid.width = min(max(width, need.minimum), need.maximum)
     console.print(grid, soft_wrap=False)
     lines = [line.rstrip() for line in console.file.getvalue().splitlines()]  # type: ignore[attr-defined]
-    return "\n".join(([title] if title else []) + lines).rstrip("\n")
+    return "\n".join(([printable(title)] if title else []) + lines).rstrip("\n")
 
 
 def _plain(value: Any, where: str) -> Any:
@@ -392,16 +429,8 @@ def _decode(value: Any) -> Any:
 
 
 def _write(path: Path, data: bytes) -> Path:
-    """Writes all of a file or nothing; the temporary name lies beside it, as a rename works on one disk only."""
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with atomic_file(path) as file:
+        file.write(data)
     return path
 
 
@@ -449,7 +478,7 @@ def _texts(values: Sequence[Any]) -> list[str]:
             if not math.isfinite(value):
                 return str(value)
             return f"{value:.4g}" if small or large else f"{value:,.{decimals}f}"
-        return str(value)
+        return printable(value)
 
     return [text(value) for value in values]
 

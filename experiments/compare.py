@@ -11,9 +11,9 @@ import io
 import itertools
 import json
 import math
-import re
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,8 +27,8 @@ from experiments.base import PALETTE, mean_interval, style, table, wilson
 from experiments.headline import Number, headline, shown
 from experiments.runs import Run, Trained
 from memlm.config import ConfigError
-from memlm.data.curriculum import Curriculum
-from memlm.data.tokens import atomic_file
+from memlm.files import atomic_file
+from memlm.printed import in_csv, in_markdown, one_line, printable
 
 _ABSENT = object()
 _MAINS = [
@@ -245,7 +245,8 @@ def _brief(value: Any) -> str:
         return "absent"
     if isinstance(value, Mapping):
         return "given"
-    return textwrap.shorten(value if isinstance(value, str) else json.dumps(value), 60, placeholder="...")
+    text = value if isinstance(value, str) else json.dumps(value)
+    return textwrap.shorten(one_line(text), 60, placeholder="...")
 
 
 def _name(groups: Sequence[Group], differences: Sequence[tuple[str, list[Any]]]) -> None:
@@ -257,7 +258,7 @@ def _name(groups: Sequence[Group], differences: Sequence[tuple[str, list[Any]]])
     kinds = [str(config["model"]["_target_"]).rpartition(".")[2].lower() for config in configs]
     for group, config, kind in zip(groups, configs, kinds, strict=True):
         memories = "+".join(config.get("memory") or ()) or "none"
-        group.label = str(config.get("name") or (f"{kind}-{memories}" if len(set(kinds)) > 1 else memories))
+        group.label = one_line(config.get("name") or (f"{kind}-{memories}" if len(set(kinds)) > 1 else memories))
     settings = [(key, [_brief(value) for value in values]) for key, values in differences]
     for label in {group.label for group in groups}:
         alike = [i for i, group in enumerate(groups) if group.label == label]
@@ -363,11 +364,11 @@ def _n_token(trained: Trained) -> int | None:
     if trained.step is None:
         return None
     left = trained.step * trained.config["trainer"]["accumulate_grad_batches"]
-    phases = Curriculum(trained.config["curriculum"]["phases"], trained.config["curriculum"]["task"]).phases
+    phases = trained.config["curriculum"]["phases"]
     n_segment = 0
     for i, phase in enumerate(phases):
-        steps = left if i == len(phases) - 1 else min(left, phase.steps)
-        n_segment += steps * phase.n_row * phase.n_segment
+        steps = left if i == len(phases) - 1 else min(left, phase["steps"])
+        n_segment += steps * phase["n_row"] * phase["n_segment"]
         left -= steps
     return n_segment * trained.config["model"]["segment_len"]
 
@@ -416,7 +417,7 @@ def report(comparison: Comparison) -> str:
     parts = ["\n".join([table(heads, cells), *remarks(comparison)])]
     if comparison.differences:
         parts.append("\n".join(["What differs:", *(f"  {line}" for line in _different(comparison))]))
-    return "\n\n".join(parts)
+    return printable("\n\n".join(parts))
 
 
 def markdown(comparison: Comparison) -> str:
@@ -424,24 +425,20 @@ def markdown(comparison: Comparison) -> str:
     heads, cells = tabulate(comparison)
 
     def row(texts: Sequence[str]) -> str:
-        return "| " + " | ".join(_escaped(text) for text in texts) + " |"
+        return "| " + " | ".join(in_markdown(text) for text in texts) + " |"
 
     table_lines = [row(heads), "|" + "---|" * len(heads), *(row([text.strip() for text in line]) for line in cells)]
-    parts = ["# Comparison", "\n".join(table_lines), "\n".join(map(_escaped, remarks(comparison)))]
+    parts = ["# Comparison", "\n".join(table_lines), "\n".join(map(in_markdown, remarks(comparison)))]
     parts.append("![Comparison](compare.png)")
     if comparison.differences:
-        parts.append("\n".join(["## What differs", "", *(f"- {_escaped(line)}" for line in _different(comparison))]))
+        parts.append("\n".join(["## What differs", "", *(f"- {in_markdown(line)}" for line in _different(comparison))]))
     runs = [
-        f"- {_escaped(group.label)}, seed {run.trained.config.get('seed')}, step {run.trained.step}: `{run.path}` "
-        f"(`{run.trained.checkpoint}`)"
+        f"- {in_markdown(group.label)}, seed {run.trained.config.get('seed')}, step {run.trained.step}: "
+        f"{in_markdown(run.path)} ({in_markdown(run.trained.checkpoint)})"
         for group in comparison.groups
         for run in group.runs
     ]
     return "\n\n".join([*parts, "\n".join(["## Runs", "", *runs])]) + "\n"
-
-
-def _escaped(text: str) -> str:
-    return re.sub(r"([|*_\\])", r"\\\1", text)
 
 
 def tabulate(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
@@ -505,14 +502,15 @@ def write(comparison: Comparison, directory: Path) -> list[Path]:
     found, text, image = rows(comparison), io.StringIO(), io.BytesIO()
     writer = csv.DictWriter(text, list(found[0]) if found else [], lineterminator="\n")
     writer.writeheader()
-    writer.writerows(found)
+    writer.writerows({name: in_csv(value) for name, value in row.items()} for row in found)
     plot(comparison).savefig(image, format="png", dpi=150)
     contents = {"csv": text.getvalue().encode(), "md": markdown(comparison).encode(), "png": image.getvalue()}
-    written = []
-    for ending, content in contents.items():
-        written.append(directory / f"compare.{ending}")
-        with atomic_file(written[-1]) as file:
+    written = [directory / f"compare.{ending}" for ending in contents]
+    with ExitStack() as files:  # all of them or none
+        for path, content in zip(written, contents.values(), strict=True):
+            file = files.enter_context(atomic_file(path))
             file.write(content)
+            file.flush()
     return written
 
 

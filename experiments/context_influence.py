@@ -38,7 +38,7 @@ from experiments.recall import Document, question
 from memlm.analysis.figures import CONTROLS
 from memlm.build import untrained
 from memlm.config import ConfigError
-from memlm.data.stream import TextStream
+from memlm.data.stream import TextStream, ValidationBatches
 
 OTHERS = ("off", "wiped", "swapped")
 """What memory on is compared with; see `memlm.analysis.figures.CONTROLS`."""
@@ -100,9 +100,9 @@ def run(model: Any, data: Any, cfg: ContextInfluence, progress: Callable[[float]
         ``answer``: one per fact, with its document and ``since`` (tokens since it was told). ``distribution``: number
         of tokens of text whose loss changes by ``low`` to ``high`` nats. For metrics see `summarise`.
     """
-    stream = TextStream(data.tokens(cfg.split), model.segment_len, data.tokenizer.pad_id, seed=None)
-    n_row = min(cfg.n_row, stream.n_segment)
-    if n_row < 2:
+    batches = ValidationBatches(data.tokens(cfg.split), model.segment_len, data.tokenizer.pad_id, cfg.n_row)
+    stream, n_row = batches.stream, max(batches.n_row, 2)
+    if stream.n_segment < 2:
         raise ConfigError(f"the {cfg.split} text is one segment long, but one memory needs another to compare with: "
                           "use more text, or a smaller model.segment_len")  # fmt: skip
     facts = Needle(

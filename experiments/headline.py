@@ -17,6 +17,7 @@ from typing import Any
 
 from experiments.base import Result
 from experiments.recall import LABELS
+from memlm.printed import one_line
 
 _KEYS = ("label", "metric", "low", "high", "n", "percent", "better", "control")
 
@@ -55,7 +56,10 @@ def headline(result: Result) -> list[Number]:
         ValueError: If an entry is malformed or names a metric that the result lacks, or a rate is claimed without a
             control.
     """
-    numbers = [_number(result, entry) for entry in result.metadata.get("headline", ())]
+    entries = result.metadata.get("headline", [])
+    if not isinstance(entries, list):
+        raise ValueError(f"the headline of {result.name!r} is a {type(entries).__name__}; expected a list of entries")
+    numbers = [_number(result, entry) for entry in entries]
     claims = [number.label for number in numbers if number.percent and not number.control]
     controls = [number for number in numbers if number.control and number.n != 0 and not math.isnan(number.value)]
     if claims and not controls:
@@ -110,6 +114,14 @@ def in_percent(rate: float) -> float:
 def _number(result: Result, entry: Any) -> Number:
     if not isinstance(entry, Mapping) or set(entry) != set(_KEYS):
         raise ValueError(f"the headline of {result.name!r} has the entry {entry!r}; expected keys {', '.join(_KEYS)}")
+    texts = [
+        entry["label"],
+        entry["metric"],
+        *("" if entry[key] is None else entry[key] for key in ("low", "high", "n")),
+    ]
+    flags = entry["percent"], entry["control"]
+    if not (all(isinstance(text, str) for text in texts) and all(isinstance(flag, bool) for flag in flags)):
+        raise ValueError(f"the headline of {result.name!r} has the entry {entry!r}; expected names, and true or false")
     if entry["better"] not in ("higher", "lower", None):
         raise ValueError(
             f"the headline of {result.name!r} calls {entry['better']!r} better; expected 'higher', 'lower' or None"
@@ -119,12 +131,12 @@ def _number(result: Result, entry: Any) -> Number:
             raise ValueError(f"the headline of {result.name!r} names the metric {entry[key]!r}, which it lacks")
     value, low, high, n = (result.metrics.get(entry[key], math.nan) for key in ("metric", "low", "high", "n"))
     return Number(
-        label=entry["label"],
+        label=one_line(entry["label"]),
         metric=entry["metric"],
         value=value,
         low=low,
         high=high,
-        n=None if math.isnan(n) else int(n),
+        n=int(n) if math.isfinite(n) else None,
         percent=entry["percent"],
         better=entry["better"],
         control=entry["control"],

@@ -14,25 +14,21 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, NamedTuple
 
-import numpy as np
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
 from experiments.base import ALONE, PALETTE, Result, Row, Share, check_settings, evaluating, mean_interval, style
 from memlm.config import ConfigError
-from memlm.data.stream import TextStream
+from memlm.data.stream import Batch, ValidationBatches
 from memlm.training.loss import token_nll
 
 CONDITIONS = {"on": "memory on", "off": "reads off", "wiped": "memory wiped"}
 """What is measured, and how it is called."""
 
 
-_WINDOW = 4  # segments read per call
-
-
 class _Window(NamedTuple):
-    """Segments of every stream, as `memlm.data.stream.TextStream.window` gives them: (B, S, T), and (B, S)."""
+    """Segments of every stream: (B, S, T), and ``reset`` (B, S)."""
 
     ids: Tensor
     targets: Tensor
@@ -49,8 +45,8 @@ class Perplexity:
         split: Which text: ``val``, or ``test`` for final numbers.
         limit: Tokens to predict, unless the text is shorter: reading stops after the first whole windows that hold as
             many. None for all of it, but for what is left when its segments are dealt out to the streams evenly.
-        n_row: Streams read side by side, each through its own share of the documents; no more than there are documents,
-            which are cut where a share begins.
+        n_row: Streams read side by side, each through its own share of the documents, as validation during training
+            does; see `memlm.data.stream.ValidationBatches`.
 
     Raises:
         ConfigError: If a setting cannot work.
@@ -82,11 +78,10 @@ def run(
         One row per condition and document (by ``stream`` and number within it): ``n_token`` predicted and their mean
         ``nll`` in nats. A document may be cut short where a stream begins or stops. For metrics see `summarise`.
     """
-    stream = TextStream(data.tokens(cfg.split), model.segment_len, data.tokenizer.pad_id, seed=None)
-    n_row = min(cfg.n_row, stream.corpus.n_document)
+    batches = ValidationBatches(data.tokens(cfg.split), model.segment_len, data.tokenizer.pad_id, cfg.n_row)
     windows, n_token = [], 0
-    for first in range(0, stream.n_segment // n_row, _WINDOW):
-        windows.append(_window(stream, n_row, first, min(_WINDOW, stream.n_segment // n_row - first)))
+    for i in range(len(batches)):
+        windows.append(_window(batches[i], model.segment_len))
         n_token += int(windows[-1].weight.sum())
         if cfg.limit is not None and n_token >= cfg.limit:
             break
@@ -95,7 +90,7 @@ def run(
     rows: list[Row] = []
     with evaluating(model):
         for i, condition in enumerate(CONDITIONS):
-            for streams in share.groups(n_row, n_row):  # one group at most
+            for streams in share.groups(batches.n_row, batches.n_row):  # one group at most
                 rows += _measure(model, windows, streams, condition, _scaled(progress, i, len(CONDITIONS)))
     rows = share.join(rows)
     rows.sort(key=lambda row: (list(CONDITIONS).index(row["condition"]), row["stream"], row["document"]))
@@ -125,10 +120,13 @@ def _scaled(progress: Callable[[float], None] | None, i: int, n: int) -> Callabl
     return lambda done: None if progress is None else progress((i + done) / n)
 
 
-def _window(stream: TextStream, n_row: int, first: int, n: int) -> _Window:
-    """``n`` segments of every stream, from their segment ``first`` on."""
-    parts = [stream.window(row, n_row, first, n) for row in range(n_row)]
-    return _Window(*(torch.from_numpy(np.stack(part)) for part in zip(*parts, strict=True)))
+def _window(batch: Batch, segment_len: int) -> _Window:
+    """A batch by segments."""
+    mask = torch.ones_like(batch.answer) if batch.mask is None else batch.mask
+    parts = (part.unflatten(1, (-1, segment_len)) for part in (batch.ids, batch.targets, batch.weight, mask))
+    ids, targets, weight, mask = parts
+    reset = torch.zeros(ids.shape[:2], dtype=torch.bool) if batch.reset is None else batch.reset
+    return _Window(ids, targets, weight, mask, reset)
 
 
 def _measure(

@@ -546,6 +546,13 @@ def n_row_of(model: Any, wanted: int) -> int:
     return 1 if is_shared(model) else wanted
 
 
+SHARED = (
+    "scope=shared: all rows write and read one memory, so what one user told may be told to any other; "
+    "give each user a memory file of their own, or build the model with scope=sequence"
+)
+"""What to know of a memory that all rows share, before it is used."""
+
+
 def is_shared(model: Any) -> bool:
     """Whether a memory of the model has one bank for all rows."""
     return any(modules[0].scope == "shared" for modules in model.memory.values())

@@ -11,6 +11,7 @@ from experiments.headline import Number, headline, in_percent, shown
 from experiments.recall import LABELS
 from memlm.analysis.figures import CONTROLS
 from memlm.data.sentences import LEVELS
+from memlm.printed import printable
 
 _PERPLEXITY = {"on": "memory on", "off": "reads off", "wiped": "memory wiped before every segment"}
 _KINDS = {"": "memory on", "_straddling": "memory on, facts across a segment boundary"}
@@ -47,7 +48,7 @@ def summary(results: Iterable[Result]) -> str:
 
 def not_measured(skipped: Mapping[str, str]) -> str:
     """What to print of experiments that do not apply: name and reason, see `experiments.runner.run_all`."""
-    return "\n".join(["Not measured:", *(f"  {name}: {reason}" for name, reason in skipped.items())])
+    return printable("\n".join(["Not measured:", *(f"  {name}: {reason}" for name, reason in skipped.items())]))
 
 
 def _headlines(headlines: Sequence[tuple[str, Sequence[Number]]]) -> str:

@@ -15,6 +15,7 @@ from experiments.headline import headline
 from experiments.needle import Needle
 from experiments.recall import CONDITIONS
 from memlm.config import ConfigError
+from memlm.printed import printable
 
 
 def chosen(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -151,7 +152,7 @@ def watch(experiments: Mapping[str, Any], data: Any) -> Callable[[Any], dict[str
                 numbers |= {} if result is None else _logged(name, result)
             except ConfigError as error:
                 del left[name]
-                print(f"watch.{name} is left out: {error}")
+                print(printable(f"watch.{name} is left out: {error}"))
         return numbers
 
     return measure

@@ -15,12 +15,11 @@ from typing import Any, NamedTuple
 from experiments.base import Result
 from experiments.headline import headline
 from memlm.analysis.figures import read_history
-from memlm.build import build_model
-from memlm.checkpoint import FOLDER, checkpoints, find, read
+from memlm.checkpoint import FOLDER, Trust, blank, checkpoints, find, read
 from memlm.config import ConfigError
-from memlm.data.tokenizer import Tokenizer
-from memlm.data.tokens import atomic_file
+from memlm.files import atomic_file, read_json
 from memlm.memory import state as states
+from memlm.printed import one_line
 from memlm.training.resume import history_files
 
 EVALUATION = "evaluation.json"
@@ -81,7 +80,7 @@ class Run:
             if name not in _ASIDE
             and not (isinstance(node, Mapping) and str(node.get("_target_")).startswith("experiments."))
         }
-        memory = {name: dict(node) for name, node in config.get("memory", {}).items()}
+        memory = {name: dict(node) for name, node in (config.get("memory") or {}).items()}
         for key, value in self.trained.memory.items():
             name, _, setting = key.partition(".")
             memory[name][setting] = value
@@ -96,29 +95,30 @@ class Run:
         }
 
 
-def describe(checkpoint: Path, model: Any | None = None) -> Trained:
+def describe(checkpoint: Path, model: Any | None = None, trust: Trust = None) -> Trained:
     """What a checkpoint says of its run.
 
     Args:
         checkpoint: The file.
         model: The model in it, if it is at hand.
+        trust: Packages of which it may name classes, as for `memlm.checkpoint.load`.
+
+    Raises:
+        ConfigError: If it cannot be read, or names what is not trusted.
     """
     content = read(checkpoint, peek=True)
     entry = content["memlm"]
     if model is None:
-        try:
-            model = build_model(entry["config"], Tokenizer.from_json(entry["tokenizer"]))
-        except (ConfigError, KeyError, TypeError):  # such as a mechanism that is not at hand here
-            model = None
+        model = blank(checkpoint, content, trust)
     run = checkpoint.parent.parent if checkpoint.parent.name == FOLDER else checkpoint.parent
     speeds = [row.get("train/tokens_per_second") for file in history_files(run) for row in read_history(file)]
-    found = [speed for speed in speeds if speed is not None]
+    found = [speed for speed in speeds if isinstance(speed, float)]
     return Trained(
         checkpoint=str(checkpoint.resolve()),
         step=content.get("global_step"),
         config=entry["config"],
-        n_parameter=None if model is None else sum(parameter.numel() for parameter in model.parameters()),
-        state_bytes=None if model is None else states.n_byte(model.init_state(1).memory),
+        n_parameter=sum(parameter.numel() for parameter in model.parameters()),
+        state_bytes=sum(states.n_byte(module.init_state(1)) for modules in model.memory.values() for module in modules),
         text=entry.get("text"),
         tokenizer=hashlib.sha256(str(entry["tokenizer"]).encode()).hexdigest(),
         tokens_per_second=statistics.median(found) if found else None,
@@ -133,15 +133,17 @@ def write_evaluation(directory: Path, trained: Trained) -> Path:
     return path
 
 
-def find_runs(paths: Sequence[str | Path]) -> tuple[list[Run], list[str]]:
+def find_runs(paths: Sequence[str | Path], trust: Trust = None) -> tuple[list[Run], list[str]]:
     """The runs in directories, and those directories that were left out because nothing was measured there.
 
     Args:
         paths: Directories of runs or of evaluations, or directories of these, such as that of a sweep. What was
             measured of one checkpoint in several places is put together, unless it is the same experiment twice.
+        trust: Packages of which checkpoints may name classes, as for `memlm.checkpoint.load`.
 
     Raises:
-        ConfigError: If there is no such directory, nothing was measured in any, or a file cannot be read.
+        ConfigError: If there is no such directory, nothing was measured in any, or a file cannot be read or names what
+            is not trusted.
     """
     runs: list[Run] = []
     left_out: list[str] = []
@@ -153,7 +155,7 @@ def find_runs(paths: Sequence[str | Path]) -> tuple[list[Run], list[str]]:
                 left_out.append(str(folder))
                 continue
             figures = {name: sorted((folder / name).glob("*.png")) for name in results}
-            run = Run(folder, _trained(folder), results, figures)
+            run = Run(folder, _trained(folder, trust), results, figures)
             for i, known in enumerate(runs):
                 both = known.results.keys() & results.keys()
                 same = (known.trained.checkpoint, known.trained.memory) == (run.trained.checkpoint, run.trained.memory)
@@ -195,20 +197,71 @@ def _result_files(folder: Path) -> list[Path]:
 def _results(folder: Path) -> dict[str, Result]:
     results = {}
     for path in _result_files(folder):
+        content = read_json(path)
         try:
-            result = Result.from_dict(json.loads(path.read_text(encoding="utf-8")))
+            result = Result.from_dict(content)
             headline(result)  # refuses a rate without controls
-        except ValueError as error:
-            raise ConfigError(f"{path}: {error}") from error
+            if not isinstance(result.metadata.get("settings", {}), dict):
+                raise ValueError("its settings are no dict")
+        except (ValueError, RecursionError) as error:  # RecursionError: nested hundreds of times
+            raise ConfigError(f"{path}: {one_line(error)}") from error
         results[path.parent.name] = result
     return results
 
 
-def _trained(folder: Path) -> Trained:
+def _trained(folder: Path, trust: Trust) -> Trained:
     path = folder / EVALUATION
-    if not path.exists():
-        return describe(find(folder))
     try:
-        return Trained(**json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
-        raise ConfigError(f"{path} is not what scripts/evaluate.py writes: {error}") from error
+        given = read_json(path)
+    except FileNotFoundError:
+        path = find(folder)
+        return _checked(describe(path, trust=trust), path)
+    told = f"{path} is not what scripts/evaluate.py writes"
+    if not set(given) <= set(Trained._fields) or not {*Trained._fields} - {"memory"} <= set(given):
+        raise ConfigError(f"{told}: expected {', '.join(Trained._fields)}, got {one_line(', '.join(given))}")
+    return _checked(Trained(**given), path)
+
+
+_KINDS: dict[str, Any] = {
+    "checkpoint": str, "config": dict, "tokenizer": str, "memory": Mapping, "text": str | None,
+    "step": int | None, "n_parameter": int | None, "state_bytes": int | None, "tokens_per_second": float | int | None,
+}  # fmt: skip
+# Of a configuration, what is compared.
+_NEEDED: dict[str, Any] = {
+    "model._target_": str, "model.segment_len": int, "memory": dict | None, "seed": int | None, "name": str | None,
+    "trainer.accumulate_grad_batches": int, "curriculum.phases": list, "curriculum.task": dict | None,
+}  # fmt: skip
+_MOST = 2**63
+
+
+def _checked(trained: Trained, path: Path) -> Trained:
+    """Refuse what no run says of itself, before anything is made of it."""
+
+    def check(name: str, value: Any, kind: Any) -> None:
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        if not isinstance(value, kind) or isinstance(value, bool) or (whole and not -_MOST < value < _MOST):
+            raise ConfigError(f"{path}: {name} is {one_line(repr(value)[:60])}, which no run says of itself")
+
+    for name, kind in _KINDS.items():
+        check(name, getattr(trained, name), kind)
+    for key, kind in _NEEDED.items():
+        value: Any = trained.config
+        for part in key.split("."):
+            value = value.get(part) if isinstance(value, Mapping) else None
+        check(f"config.{key}", value, kind)
+    memories = trained.config.get("memory") or {}
+    for name, node in memories.items():
+        check("a name in config.memory", name, str)
+        check(f"config.memory.{name}", node, dict)
+    for i, phase in enumerate(trained.config["curriculum"]["phases"]):
+        check(f"config.curriculum.phases[{i}]", phase, dict)
+        for name in ("steps", "n_row", "n_segment"):
+            check(f"config.curriculum.phases[{i}].{name}", phase.get(name), int)
+    for key in trained.memory:
+        if key.partition(".")[0] not in memories:
+            raise ConfigError(f"{path}: memory.{one_line(key)} is a setting of a memory that the model lacks")
+    try:
+        json.dumps(trained.config)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{path}: its configuration is not made of plain values ({one_line(error)})") from error
+    return trained

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -10,11 +11,21 @@ import yaml
 from experiments import compare
 from experiments.compare import Comparison, Group
 from experiments.runs import Run
-from memlm.analysis.page import Chapter, Figures, Listings, Part, Table, fewer_colors, png, render
+from memlm.analysis.page import (
+    Chapter,
+    Figures,
+    Listings,
+    Part,
+    Table,
+    fewer_colors,
+    png,
+    refuse_other_than_png,
+    render,
+)
 from memlm.analysis.report import MOST_SLOTS, memory_parts
-from memlm.checkpoint import load, load_run
+from memlm.checkpoint import Trust, load, load_run
 from memlm.config import ConfigError
-from memlm.data.tokens import atomic_file
+from memlm.files import atomic_file, open_regular
 
 MOST_BYTES = 5_000_000
 """Bytes of a page for which there may be figures: those that find no room are named instead."""
@@ -28,6 +39,7 @@ def write(
     path: Path,
     contexts: Sequence[str] | None = None,
     progress: Callable[[str], None] | None = None,
+    trust: Trust = None,
 ) -> None:
     """Write a page about runs, whole or not at all.
 
@@ -37,6 +49,7 @@ def write(
         path: Where to.
         contexts: Text whose reads are shown, in one context or several; None for a held-out passage of each run's data.
         progress: Called with what comes next.
+        trust: Packages of which checkpoints may name classes, as for `memlm.checkpoint.load`.
 
     Raises:
         ConfigError: If two runs have the same settings and seed, or a text has no token.
@@ -46,7 +59,7 @@ def write(
     chapters = [_results(comparison), _settings(comparison)]
     for group in comparison.groups:
         tell(f"memory of {group.label}")
-        chapters.append(_memory(group, contexts, MOST_SLOTS // len(comparison.groups)))
+        chapters.append(_memory(group, contexts, MOST_SLOTS // len(comparison.groups), trust))
     tell("figures")
     title = f"Report of {', '.join(group.label for group in comparison.groups)}"
     room = MOST_BYTES - len(_encoded(render(title, chapters))) - 100_000
@@ -94,19 +107,38 @@ def _figures(comparison: Comparison, n_byte: int) -> Chapter:
         image = png(compare.plot(comparison))
         parts.append(Figures("All runs", [("Every main number beside its controls", image)]))
         n_byte -= len(image)
-    found = [
-        (f"{name}: {file.stem}, {group.label}, seed {run.trained.config.get('seed')}", file, file.read_bytes())
-        for group in comparison.groups
-        for run in group.runs
-        for name, files in run.figures.items()
-        for file in files
-    ]
+    found: list[_Image] = []
+    notes: list[str] = []
+    for group in comparison.groups:
+        for run in group.runs:
+            for name, files in run.figures.items():
+                for file in files:
+                    try:
+                        what = f"{name}: {file.stem}, {group.label}, seed {run.trained.config.get('seed')}"
+                        found.append((what, file, _picture(file, run.path)))
+                    except (ConfigError, OSError) as error:
+                        notes.append(f"Not shown: {error}")
     images, without = _fitting(found, n_byte)
-    notes = [f"Not shown, as the page would be too large: {file}" for _, file, _ in without]
-    if found:
+    notes += [f"Not shown, as the page would be too large: {file}" for _, file, _ in without]
+    if found or notes:
         parts.append(Figures("Of each run", [(name, image) for name, _, image in images], notes))
     lead = [] if parts else ["There are none beside what was measured."]
     return Chapter("Figures", lead, parts)
+
+
+def _picture(file: Path, run: Path) -> bytes:
+    """A PNG of a run.
+
+    Raises:
+        ConfigError: If it lies elsewhere, so that a page which is handed on would hand on the file of somebody, or is
+            none.
+    """
+    if not Path(os.path.realpath(file)).is_relative_to(os.path.realpath(run)):
+        raise ConfigError(f"{file} is a link that leads out of the run")
+    with open_regular(file) as opened:
+        content = opened.read()
+    refuse_other_than_png(content, file)
+    return content
 
 
 def _fitting(images: Sequence[_Image], n_byte: int) -> tuple[list[_Image], list[_Image]]:
@@ -121,18 +153,18 @@ def _fitting(images: Sequence[_Image], n_byte: int) -> tuple[list[_Image], list[
     return shown, without
 
 
-def _memory(group: Group, contexts: Sequence[str] | None, n_slot: int) -> Chapter:
+def _memory(group: Group, contexts: Sequence[str] | None, n_slot: int, trust: Trust) -> Chapter:
     """The memory of the first run of a group."""
     run = group.runs[0]
     title = f"Memory of {group.label}, seed {run.trained.config.get('seed')}"
     checkpoint = Path(run.trained.checkpoint)
-    if not checkpoint.exists():
+    if not os.path.exists(checkpoint):  # unlike that of Path, it takes any text
         return Chapter(title, [f"The checkpoint is no longer there: {checkpoint}"], [])
     try:
-        model, data = load_run(checkpoint)
+        model, data = load_run(checkpoint, trust=trust)
     except ConfigError as error:
         try:
-            model, data = load(checkpoint), None
+            model, data = load(checkpoint, trust=trust), None
         except ConfigError:
             return Chapter(title, [f"The model cannot be loaded: {error}"], [])
     try:

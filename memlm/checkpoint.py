@@ -1,20 +1,25 @@
 """Checkpoints: one file that holds everything, written whole or not at all.
 
-A checkpoint is Lightning's, with an entry ``memlm`` that holds the configuration and the tokenizer as plain data. It
-loads with ``weights_only=True``: no code in it is ever run.
+A checkpoint is Lightning's, with an entry ``memlm`` that holds the configuration and the tokenizer as plain data.
+
+It may come from a stranger. It is read with ``weights_only=True``, so no code in it is run; of what its configuration
+names only classes of memlm are imported and built, and those of packages that the caller trusts
+(`memlm.build.check_saved`).
 """
 
 from __future__ import annotations
 
-import errno
+import hashlib
 import json
 import os
 import pickle
-import platform
 import re
+import reprlib
 import tempfile
 import warnings
 import zipfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,45 +28,95 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
 from memlm.config import ConfigError
+from memlm.files import atomic_file, open_regular
+from memlm.machine import no_space, written_to
+from memlm.memory import state as states
+from memlm.memory.records import RecordKeeper
+from memlm.printed import one_line
+from memlm.saved import check_size, parse_json, plain, regular
 
 if TYPE_CHECKING:
     from memlm.data.datamodule import TextData
     from memlm.models.base import LanguageModel
 
+Trust = Sequence[str] | str | None
+"""Names of packages: one, several or none."""
+
 FOLDER = "checkpoints"
 _WEIGHTS = "model.safetensors"  # of an export
+_PARTS = ("config.json", _WEIGHTS, "tokenizer.json")
+_SUMS = "SHA256SUMS"  # of the parts, as sha256sum writes and checks it
 _NAME = re.compile(r"(?:.*-)?step=(\d+)(?:-v\d+)?\.ckpt")  # also as Lightning names them: epoch=0-step=100.ckpt
 
 
-def load(path: str | os.PathLike[str]) -> LanguageModel:
+def load(path: str | os.PathLike[str], *, trust: Trust = None) -> LanguageModel:
     """Load a trained model; nothing but the path is needed.
 
     Args:
-        path: A run directory (its newest checkpoint is taken) or a checkpoint file.
+        path: A run directory (its newest checkpoint is taken), a checkpoint file, or the directory of an export.
+        trust: Names of packages, beside memlm, of which the file may name classes of models and memories. Importing
+            them runs their code; nothing else that a file names is imported or called.
 
     Returns:
         The model in eval mode, with its tokenizer.
 
     Raises:
-        ConfigError: If there is no checkpoint, or it is damaged or not one of memlm.
+        ConfigError: If there is no checkpoint, it is damaged or not one of memlm, or names what is not trusted.
     """
-    return _restore(read(find(path)))[0]
+    path = find(path)
+    return _restore(path, read(path), trust)
 
 
-def load_run(path: str | os.PathLike[str], *, paths: dict[str, Any] | None = None) -> tuple[LanguageModel, TextData]:
+def load_run(
+    path: str | os.PathLike[str],
+    *,
+    paths: dict[str, Any] | None = None,
+    text: str | None = None,
+    trust: Trust = None,
+) -> tuple[LanguageModel, TextData]:
     """Load a trained model and the data it was trained on; see `load`.
+
+    The text is read, once it is asked for, from where the configuration says: files of this machine, or a data set of
+    the Hugging Face hub. Nothing is written but the cache of its tokens.
 
     Args:
         path: A run directory or a checkpoint file.
-        paths: Settings of ``paths`` that differ here, such as ``cache_dir``.
+        paths: Settings of ``paths``: ``cache_dir``, by default that of this user, wherever the file would have it.
+        text: Where the text it was trained on is now (``data.path``); None for where it was.
+        trust: As for `load`; also of classes of corpora, curricula and tasks.
 
     Raises:
-        ConfigError: Also if the text it was trained on cannot be read here.
+        ConfigError: Also if the text it was trained on cannot be read here, or ``text`` is another one.
     """
     from memlm.build import build_data
 
-    model, config = _restore(read(find(path)))
-    return model, build_data(config | {"paths": config.get("paths", {}) | (paths or {})}, model.tokenizer)
+    path = find(path)
+    content = read(path)
+    model = _restore(path, content, trust, data=True)
+    config = model.config | {"paths": paths or {}}
+    known = content["memlm"].get("text")
+    if text is None:
+        with _told(path):
+            return model, build_data(config, model.tokenizer, trained_on=known)
+    data = build_data(_moved(config, text), model.tokenizer)
+    if known is None:
+        raise ConfigError(
+            f"data.path: {path} does not say which text it was trained on (exports do not): leave it null"
+        )
+    if data.corpus.fingerprint() != known:
+        raise ConfigError(
+            f"data.path: {text} is another text than {path} was trained on: give that one, or leave it null"
+        )
+    return model, data
+
+
+def _moved(config: dict[str, Any], text: str) -> dict[str, Any]:
+    """A configuration whose text is elsewhere."""
+    corpus = config["data"]["corpus"]
+    name = next((name for name in ("path", "name") if name in corpus), None)
+    if name is None:
+        raise ConfigError(f"data.path: the text of this model is made by {corpus['_target_']}, no file: leave it null")
+    return config | {"data": config["data"] | {"corpus": corpus | {name: text}}}
 
 
 def place(model: LanguageModel, device: str) -> LanguageModel:
@@ -72,9 +127,11 @@ def place(model: LanguageModel, device: str) -> LanguageModel:
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device.partition(":")[0] == "meta":  # of tensors without numbers
+        raise ConfigError("device=meta cannot be used here: it computes nothing; use auto, cpu or cuda")
     try:
         return model.to(device)
-    except (RuntimeError, AssertionError) as error:
+    except (RuntimeError, AssertionError, ImportError) as error:
         raise ConfigError(f"device={device} cannot be used here: {str(error).splitlines()[0]}") from error
 
 
@@ -85,12 +142,13 @@ def find(path: str | os.PathLike[str]) -> Path:
         ConfigError: If there is none.
     """
     path = Path(path)
-    if path.is_file():
-        return path
-    if (path / _WEIGHTS).is_file():
+    if not os.path.isdir(path):
+        try:
+            return regular(path)
+        except FileNotFoundError:
+            raise ConfigError(f"there is no run or checkpoint at {one_line(path)}") from None
+    if os.path.lexists(path / _WEIGHTS):
         return path / _WEIGHTS
-    if not path.exists():
-        raise ConfigError(f"there is no run or checkpoint at {path}")
     found = checkpoints(path)
     if not found:
         raise ConfigError(f"there is no checkpoint in {path}: expected {FOLDER}/step=N.ckpt in a run directory")
@@ -109,7 +167,8 @@ def read(path: Path, peek: bool = False) -> dict[str, Any]:
 
     Args:
         path: The file.
-        peek: Read tensors from the disk only when they are used, which is quick where only the rest is of interest.
+        peek: Leave out the values of tensors, which is quick where only the rest is of interest: they are of the device
+            ``meta``.
 
     Raises:
         ConfigError: If it is damaged, holds more than plain data, or is not one of memlm.
@@ -118,13 +177,43 @@ def read(path: Path, peek: bool = False) -> dict[str, Any]:
     entry = content.get("memlm") if isinstance(content, dict) else None
     if not isinstance(entry, dict) or not {"config", "tokenizer"} <= set(entry) or "state_dict" not in content:
         raise ConfigError(f"{path} is not a checkpoint of memlm: it has no entry 'memlm' that describes a model")
-    return content
+    texts = ("tokenizer", "version", *(name for name in ("text", "wandb_id") if entry.get(name) is not None))
+    for name in texts:
+        if not isinstance(entry.get(name), str):
+            raise ConfigError(f"{path} is not a checkpoint of memlm: {name} is no text in its entry 'memlm'")
+    for name, value in {"memlm.config": entry["config"], "state_dict": content["state_dict"]}.items():
+        if not isinstance(value, dict):
+            raise ConfigError(
+                f"{path} is not a checkpoint of memlm: {name} is no mapping, but a {type(value).__name__}"
+            )
+    _check_version(entry["version"], path)
+    try:
+        return content | {"memlm": entry | {"config": plain(entry["config"])}}
+    except ConfigError as error:
+        raise ConfigError(f"{path} was refused: of its configuration, {error}") from error
+
+
+def _check_version(version: str, path: Path) -> None:
+    """Refuse what another version has written that comes after this one."""
+    from memlm import __version__
+
+    found, own = (re.match(r"\d{1,4}(?:\.\d{1,4}){1,3}(?!\d)", text) for text in (version, __version__))
+    if found is None or own is None or len(version) > 30 or not version.isprintable():
+        raise ConfigError(f"{path} is not a checkpoint of memlm: its version is {reprlib.repr(version)}")
+    if _numbers(found[0]) > _numbers(own[0]):
+        raise ConfigError(
+            f"{path} was written by memlm {one_line(version)}, and this is {__version__}: install that version"
+        )
+
+
+def _numbers(version: str) -> list[int]:
+    return [int(part) for part in version.split(".")]
 
 
 def export(model: LanguageModel, directory: str | os.PathLike[str]) -> list[Path]:
-    """Write a model for others to read: ``model.safetensors``, ``config.json``, ``tokenizer.json``.
+    """Write a model for others to read: ``model.safetensors``, ``config.json``, ``tokenizer.json``, ``SHA256SUMS``.
 
-    The three appear together or not at all; `load` reads the directory.
+    They appear together or not at all; `load` reads the directory, and refuses what is not as ``SHA256SUMS`` says.
 
     Args:
         model: The model; the banks of its shared memories are among the weights.
@@ -140,7 +229,10 @@ def export(model: LanguageModel, directory: str | os.PathLike[str]) -> list[Path
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise ConfigError(f"{directory} exists already: give the name of a new directory")
     directory.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=directory.parent, prefix=f".{directory.name}.") as folder:
+    with (
+        written_to(directory),
+        tempfile.TemporaryDirectory(dir=directory.parent, prefix=f".{directory.name}.") as folder,
+    ):
         whole = Path(folder) / "whole"  # renamed, so that what removes the folder does not find it
         whole.mkdir()
         entry = describe(model)
@@ -149,6 +241,7 @@ def export(model: LanguageModel, directory: str | os.PathLike[str]) -> list[Path
         (whole / _WEIGHTS).write_bytes(save(weights))
         (whole / "tokenizer.json").write_text(entry.pop("tokenizer"), encoding="utf-8")
         (whole / "config.json").write_text(json.dumps(entry, indent=2) + "\n", encoding="utf-8")
+        (whole / _SUMS).write_text("".join(f"{_sha256(whole / name)}  {name}\n" for name in _PARTS), encoding="ascii")
         os.replace(whole, directory)
     return sorted(directory.iterdir())
 
@@ -156,34 +249,55 @@ def export(model: LanguageModel, directory: str | os.PathLike[str]) -> list[Path
 def _read_export(directory: Path) -> dict[str, Any]:
     """What `export` has written, as the contents of a checkpoint."""
     try:
-        entry = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+        for name in (*_PARTS, _SUMS):
+            regular(directory / name)
+        lines = (directory / _SUMS).read_text(encoding="ascii").splitlines()
+        sums = {line.partition("  ")[2]: line.partition("  ")[0] for line in lines}
+        for name in _PARTS:
+            if sums[name] != _sha256(directory / name):
+                raise ConfigError(
+                    f"{directory / name} is not as it was exported: export the model again, or, if you have changed it "
+                    f"yourself, write its new checksum: (cd {directory}; sha256sum {' '.join(_PARTS)} > {_SUMS})"
+                )
+        entry = parse_json((directory / "config.json").read_bytes())
+        if not isinstance(entry, dict):
+            raise ConfigError(f"{directory / 'config.json'} must hold a mapping, got {reprlib.repr(entry)}")
         tokenizer = (directory / "tokenizer.json").read_text(encoding="utf-8")
         weights = load_file(directory / _WEIGHTS)
-    except FileNotFoundError:
+    except ConfigError:
         raise
-    except (ValueError, OSError, SafetensorError) as error:
+    except FileNotFoundError as error:
+        raise ConfigError(f"{error.filename} is missing: an export has {', '.join((*_PARTS, _SUMS))}") from error
+    except (ValueError, KeyError, OSError, SafetensorError) as error:
         raise ConfigError(f"{directory} cannot be read: it is damaged or cut short; export the model again") from error
     weights = {f"model.{name}": value for name, value in weights.items()}
     return {"memlm": {**entry, "tokenizer": tokenizer}, "state_dict": weights}
 
 
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def read_plain(path: Path, peek: bool = False) -> Any:
     """Contents of any file of plain data that torch has written; see `read`.
 
-    Unless it is only peeked at, its checksums are verified, which torch does not do itself.
+    The checksums of all that is read are verified, which torch does not do itself.
     """
+    regular(path)
     try:
-        if not peek and zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as parts:
-                if (bad := parts.testzip()) is not None:
-                    raise ConfigError(
-                        f"{path} is damaged ({bad} is not as written); use an earlier checkpoint of the run"
-                    )
+        with open_regular(path) as file, zipfile.ZipFile(file) as parts:
+            _check_parts(parts, os.fstat(file.fileno()).st_size)
+            for name in parts.namelist():
+                if not (peek and "/data/" in name):  # where torch keeps the values of tensors
+                    _verify(parts, name)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about files that are refused in a moment
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=peek)
-    except ConfigError:
-        raise
+            content = torch.load(path, map_location="meta" if peek else "cpu", weights_only=True)
+        check_size(content)
+        return content
+    except ConfigError as error:
+        raise ConfigError(f"{path} was refused: {error}") from error
     except pickle.UnpicklingError as error:
         raise ConfigError(
             f"{path} was refused: it is damaged, or holds more than tensors and plain values (code is never loaded)"
@@ -196,57 +310,44 @@ def read_plain(path: Path, peek: bool = False) -> Any:
         ) from error
 
 
+def _verify(parts: zipfile.ZipFile, name: str) -> None:
+    """Read a part to its end, where its checksum is compared."""
+    try:
+        with parts.open(name) as part:
+            while part.read(1 << 20):
+                pass
+    except zipfile.BadZipFile as error:
+        raise ConfigError(f"it is damaged ({one_line(name)} is not as written); use an earlier checkpoint") from error
+
+
+def _check_parts(parts: zipfile.ZipFile, n_byte: int) -> None:
+    """Refuse an archive that torch does not write, and that could grow when it is read."""
+    found = parts.infolist()
+    if any(part.compress_type != zipfile.ZIP_STORED or part.file_size != part.compress_size for part in found):
+        raise ConfigError("its parts are compressed, which those of a checkpoint never are")
+    if len({part.filename for part in found}) < len(found):
+        raise ConfigError("a part of it is there twice; use an earlier checkpoint")
+    if sum(part.file_size for part in found) > n_byte:
+        raise ConfigError("its parts overlap, which those of a checkpoint never do")
+
+
 def write(content: dict[str, Any], path: str | os.PathLike[str]) -> None:
-    """Write a checkpoint file: under a temporary name first, then renamed, so that it is whole or absent.
+    """Write a checkpoint file, whole or not at all.
 
     Raises:
         ConfigError: If no space is left.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = unfinished(path)
     try:
-        with open(temporary, "wb") as file:
+        with atomic_file(path) as file:
             torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
     except (OSError, RuntimeError) as error:
         if no_space(error):
-            raise ConfigError(
-                f"no space is left to write the checkpoint {path}; earlier checkpoints are whole: "
-                "free some space and go on with resume=auto"
-            ) from error
+            then = "earlier checkpoints are whole: free some space and go on with resume=auto"
+            if not any(path.parent.glob("*.ckpt")):
+                then = "none was written before: free some space and give the command again"
+            raise ConfigError(f"no space is left to write the checkpoint {path}; {then}") from error
         raise
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def unfinished(path: Path) -> Path:
-    """The name of a file of this process that is not to be taken for ``path`` yet; see `remove_leftovers`."""
-    return path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}.tmp")
-
-
-def no_space(error: BaseException | None) -> bool:
-    """Whether a full disk or an exhausted quota is what lies behind an error."""
-    while error is not None:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            return True
-        if isinstance(error, RuntimeError) and "file write failed" in str(error):  # how torch tells a short write
-            return True
-        error = error.__cause__ or error.__context__
-    return False
-
-
-def remove_leftovers(run: Path) -> None:
-    """Remove what processes of this machine that were killed while writing have left in a run directory."""
-    for path in (run / FOLDER).glob(f".*.{platform.node()}.*.tmp"):
-        try:
-            os.kill(int(path.name.split(".")[-2]), 0)
-        except ProcessLookupError:
-            path.unlink(missing_ok=True)
-        except (ValueError, PermissionError):
-            continue
 
 
 def describe(model: LanguageModel) -> dict[str, Any]:
@@ -256,25 +357,125 @@ def describe(model: LanguageModel) -> dict[str, Any]:
     return {"version": __version__, "config": model.config, "tokenizer": model.tokenizer.to_json()}
 
 
-def _restore(content: dict[str, Any]) -> tuple[LanguageModel, dict[str, Any]]:
-    """The model of a checkpoint and its configuration."""
-    from memlm.build import build_model
+def blank(path: Path, content: Mapping[str, Any], trust: Trust = None, *, data: bool = False) -> LanguageModel:
+    """The model that a checkpoint describes, on the device ``meta``: it has sizes, but no numbers, and takes no memory.
+
+    Args:
+        path: The file, for the errors.
+        content: What `read` gave of it.
+        trust: As for `load`.
+        data: Whether what its data is built of is checked too.
+
+    Raises:
+        ConfigError: If it names what is not trusted, or the weights are not of the model that it describes.
+    """
+    from memlm.build import build_model, check_saved
     from memlm.data.tokenizer import Tokenizer
 
-    entry = content["memlm"]
+    entry, config = content["memlm"], content["memlm"]["config"]
+    with _told(path, entry["version"]):
+        check_saved(config, trust, data=data)
+        weights, n_layer = _weights(content), config["model"].get("n_layer")
+        if isinstance(n_layer, int) and n_layer > len(weights):
+            raise ConfigError(f"model.n_layer is {n_layer:,}, but there are no more than {len(weights)} weights")
+        with torch.device("meta"):
+            model = build_model(config, Tokenizer.from_json(entry["tokenizer"]))
+            _check_fit(model, weights)
+    return model
+
+
+def _restore(path: Path, content: Mapping[str, Any], trust: Trust, data: bool = False) -> LanguageModel:
+    """The model of a checkpoint; with ``data``, what its data is built of is checked too."""
+    from memlm.build import build_model
+
+    sizes = blank(path, content, trust, data=data)
+    with _told(path, content["memlm"]["version"]):
+        wanted = sum({id(part): part.nbytes for part in (*sizes.parameters(), *sizes.buffers())}.values())
+        wanted += sum(states.n_byte(module.init_state(1)) for modules in sizes.memory.values() for module in modules)
+        if wanted > (free := _free_memory()):
+            raise ConfigError(f"the model wants {wanted / 2**30:,.1f} GiB of memory, and {free / 2**30:,.1f} are free")
+        model = build_model(sizes.config, sizes.tokenizer)
+        try:
+            model.load_state_dict(_weights(content))
+        except RuntimeError as error:
+            reasons = "; ".join(line.strip() for line in str(error).splitlines()[1:])
+            raise ConfigError(f"the weights cannot be loaded: {reasons or error}") from error
+        for name, value in model.state_dict().items():
+            if not value.isfinite().all():
+                raise ConfigError(f"the weights {name} are not all finite; use an earlier checkpoint of the run")
+    return model.eval()
+
+
+@contextmanager
+def _told(path: Path, version: str | None = None) -> Iterator[None]:
+    """Tell in a sentence what is wrong with the contents of a file."""
+    from memlm import __version__
+
     try:
-        model = build_model(entry["config"], Tokenizer.from_json(entry["tokenizer"]))
-    except (KeyError, TypeError) as error:
+        yield
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {one_line(error)}") from error
+    except Exception as error:  # there is no end of what constructors may raise on settings that were never theirs
+        written = "" if version in (None, __version__) else f", which memlm {version} has written"
         raise ConfigError(
-            f"this version of memlm cannot build the model of a checkpoint of version {entry.get('version')}: {error}"
+            f"{path}{written}: memlm {__version__} cannot build what it describes: "
+            f"{type(error).__name__}: {one_line(error)[:300]}"
         ) from error
-    weights = {
-        name.removeprefix("model."): value for name, value in content["state_dict"].items() if name.startswith("model.")
+
+
+def _weights(content: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """The weights of the model in a checkpoint, each with numbers of its own."""
+    weights = {}
+    held: dict[int, int] = {}
+    for name, value in content["state_dict"].items():
+        if not isinstance(name, str) or not name.startswith("model."):
+            continue
+        if type(value) is not torch.Tensor or value.layout != torch.strided or value.is_quantized or value.is_complex():
+            raise ConfigError(f"{name} is no array of real numbers; use an earlier checkpoint of the run")
+        storage = value.untyped_storage()
+        if storage.nbytes() < value.nbytes:
+            raise ConfigError(f"{name} has fewer numbers than its size says; use an earlier checkpoint of the run")
+        held[storage._cdata] = storage.nbytes()
+        weights[name.removeprefix("model.")] = value
+    if sum(value.nbytes for value in weights.values()) > 2 * sum(held.values()):  # the embedding may be the head too
+        raise ConfigError("most weights are the same numbers in the file; use an earlier checkpoint of the run")
+    return weights
+
+
+def _check_fit(model: LanguageModel, weights: Mapping[str, torch.Tensor]) -> None:
+    """Refuse weights that are not those of a model on the device ``meta``, which gets the banks that are among them."""
+    for name, modules in model.memory.items():
+        for i, module in enumerate(modules):
+            start = f"memory.{name}.{i}."
+            has_bank = any(found.startswith(f"{start}bank.") and found != f"{start}bank.slot_uses" for found in weights)
+            if has_bank != module.bank.exists:
+                if module.bank.exists or not isinstance(module, RecordKeeper):
+                    raise ConfigError(
+                        f"memory.{name}.scope is {module.scope} in the configuration, but {'a' if has_bank else 'no'} "
+                        "shared bank is among the weights: they were trained with another scope"
+                    )
+                module.bank.create()
+            if f"{start}bank.slot_uses" in weights:
+                module.bank.uses()
+    own = model.state_dict()
+    parts = {
+        "lacking are": [name for name in own if name not in weights and ".bank." not in name],
+        "not of the model are": [name for name in weights if name not in own],
+        "of another size or type are": [
+            name
+            for name, value in weights.items()
+            if name in own
+            and (value.shape != own[name].shape or value.is_floating_point() != own[name].is_floating_point())
+        ],
     }
+    if told := [f"{kind} {', '.join(names[:3])}" for kind, names in parts.items() if names]:
+        raise ConfigError(f"the weights do not fit the model that is described: {'; '.join(told)}")
+
+
+def _free_memory() -> float:
+    """Bytes that can still be asked for."""
     try:
-        model.load_state_dict(weights)
-    except RuntimeError as error:
-        raise ConfigError(
-            f"the weights do not fit the model that the checkpoint describes: {' '.join(str(error).split())}"
-        ) from error
-    return model.eval(), entry["config"]
+        with open("/proc/meminfo", encoding="ascii") as file:
+            return next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):  # no Linux
+        return float("inf")

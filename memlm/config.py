@@ -22,7 +22,7 @@ import types
 import typing
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, NewType, TypeVar, Union
+from typing import Annotated, Any, Literal, NamedTuple, NewType, TypeVar, Union
 
 # Constructor parameters that the code supplies, so that no YAML has to: the width of the model for its memories,
 # the size of the vocabulary for the model, what one built object hands to the next.
@@ -31,8 +31,17 @@ INJECTED = frozenset({"d_model", "memories", "model", "n_vocab", "sizes", "token
 # Packages that take seconds to import.
 _SLOW = ("lightning", "pytorch_lightning", "wandb")
 _HYDRA_KEYS = frozenset({"_target_", "_partial_", "_recursive_", "_convert_", "_args_"})
-# Settings that belong to the run as a whole, and so to no constructor.
-_TOP_LEVEL: dict[str, Any] = {"name": str | None, "resume": str | None, "seed": int, "n_parameter": int | None}
+
+
+class Range(NamedTuple):
+    """What a number may be: `Annotated[int, Range(1, 100)]`, both ends included."""
+
+    least: float
+    most: float = math.inf
+
+
+class Node:
+    """As an annotation: settings with a `_target_`, which `validate` checks against what it names."""
 
 
 class ConfigError(ValueError):
@@ -82,13 +91,50 @@ def validate(
     """
     if isinstance(config, Mapping) and not isinstance(config, dict):
         raise TypeError(f"validate takes a plain config, made by memlm.cli.to_dict, not a {type(config).__name__}")
-    if not key and isinstance(config, dict):
-        for name, hint in _TOP_LEVEL.items():
-            if name in config and "_target_" not in config:
-                _check_value(name, config[name], hint)
     nodes = [(k, node) for k, node in _nodes(config, key) if k.partition(".")[0] not in skip]
     for full_key, node in sorted(nodes, key=lambda item: _is_slow(item[1])):
         _check_node(full_key, node, frozenset(injected))
+
+
+def check_settings(settings: Any, schema: type, key: str = "") -> None:
+    """Check settings that belong to no `_target_`, such as those of a script: none missing, types, ranges.
+
+    Args:
+        settings: a plain config or a section of it; which keys it may have is not looked at.
+        schema: a class whose annotations are the settings; a section has such a class as its annotation, and what has a
+            default may be missing.
+        key: the full name of `settings`, for the errors.
+
+    Raises:
+        ConfigError: naming the setting, what was given and what was expected.
+    """
+    if not isinstance(settings, Mapping):
+        raise ConfigError(f"{key} must be a mapping, with {', '.join(schema_hints(schema))}, got {_show(settings)}.")
+    for name, hint in schema_hints(schema).items():
+        full, value = _dot(key, name), settings.get(name)
+        if name not in settings:
+            if not hasattr(schema, name):
+                raise ConfigError(f"{full} is missing: give it a value.")
+        elif is_section(hint):
+            check_settings(value, hint, full)
+        elif isinstance(value, dict) and (
+            inner := [part for part in _members(hint) if typing.get_origin(part) is dict]
+        ):
+            for child in value:
+                _check_value(_dot(full, str(child)), value[child], typing.get_args(inner[0])[1])
+        else:
+            _check_value(full, value, hint)
+
+
+@functools.cache
+def schema_hints(schema: type) -> dict[str, Any]:
+    """Return the settings of a schema by name, see `check_settings`."""
+    return typing.get_type_hints(schema, include_extras=True)
+
+
+def is_section(hint: Any) -> bool:
+    """Tell whether the annotation of a setting is a schema itself."""
+    return isinstance(hint, type) and hint is not Node and "__annotations__" in vars(hint)
 
 
 def slow_parts(config: Any) -> set[str]:
@@ -134,6 +180,26 @@ def _check_node(key: str, node: dict[str, Any], injected: frozenset[str]) -> Non
     for name, value in given.items():
         if name in hints and not (value is None and name in named and named[name].default is None):
             _check_value(_dot(key, name), value, hints[name])
+
+
+def check_kind(node: Any, key: str, kind: type) -> None:
+    """Check that a node names a class of the kind that is wanted there; of a function only its call can tell.
+
+    Args:
+        node: the settings.
+        key: their full name, for the errors.
+        kind: what they have to make.
+
+    Raises:
+        ConfigError: if they name no class, or another kind of class.
+    """
+    if not isinstance(node, Mapping) or not isinstance(node.get("_target_"), str):
+        raise ConfigError(f"{key} must be settings with a _target_, got {_show(node)}.")
+    thing = _locate(node["_target_"], _dot(key, "_target_"))
+    if not (issubclass(thing, kind) if isinstance(thing, type) else callable(thing)):
+        raise ConfigError(
+            f"{key}._target_ must name {kind.__module__}.{kind.__name__} or a class made of it, got {node['_target_']}."
+        )
 
 
 def check_arguments(target: str, given: Mapping[str, Any], key: str, supplied: Collection[str]) -> None:
@@ -249,6 +315,10 @@ def _locate(target: str, key: str) -> Any:
 
 def _check_value(key: str, value: Any, hint: Any) -> None:
     if _fits(value, hint):
+        for least, most in _ranges(hint):
+            if isinstance(value, int | float) and not least <= value <= most:
+                bounds = f"at least {least:,}" if most == math.inf else f"in {least:,}..{most:,}"
+                raise ConfigError(f"{key} must be {bounds}, got {value:,}.")
         return
     choices = [str(c) for part in _members(hint) if typing.get_origin(part) is Literal for c in typing.get_args(part)]
     raise ConfigError(
@@ -268,6 +338,16 @@ def _unwrap(hint: Any) -> Any:
             return hint
 
 
+def _ranges(hint: Any) -> Iterator[Range]:
+    """The ranges of numbers in an annotation."""
+    if typing.get_origin(hint) is Annotated:
+        yield from (part for part in hint.__metadata__ if isinstance(part, Range))
+        hint = typing.get_args(hint)[0]
+    if typing.get_origin(hint) in (Union, types.UnionType):
+        for part in typing.get_args(hint):
+            yield from _ranges(part)
+
+
 def _members(hint: Any) -> list[Any]:
     hint = _unwrap(hint)
     if typing.get_origin(hint) in (Union, types.UnionType):
@@ -283,6 +363,8 @@ def _fits(value: Any, hint: Any) -> bool:
     """Tell whether a plain config value may be passed where `hint` is asked for; True if that cannot be known."""
     hint = _unwrap(hint)
     origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Node:
+        return isinstance(value, dict) and "_target_" in value
     if isinstance(value, dict) and "_target_" in value:
         return hint not in (int, float, bool, str)  # will be an object by then
     if origin in (Union, types.UnionType):
@@ -293,10 +375,12 @@ def _fits(value: Any, hint: Any) -> bool:
         return value is None
     if hint is bool:
         return isinstance(value, bool)
+    if hint in (int, float) and isinstance(value, int):
+        return not isinstance(value, bool) and abs(value) < 2**63  # which torch can count
     if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool)
+        return False
     if hint is float:
-        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        return isinstance(value, float) and math.isfinite(value)
     if hint is str:
         return isinstance(value, str)
     if hint in (Path, os.PathLike) or origin is os.PathLike:
@@ -317,9 +401,14 @@ def _fits(value: Any, hint: Any) -> bool:
         if not isinstance(value, dict):
             return False
         return len(args) != 2 or all(_fits(k, args[0]) and _fits(v, args[1]) for k, v in value.items())
-    # Any, a type variable, a protocol, a class: what is right there only the constructor can tell, except that
-    # nothing but None stands for None.
-    return hint is Any or hint is object or isinstance(hint, TypeVar) or value is not None
+    if isinstance(hint, type) and hint is not Any:  # no plain value is an object of a class
+        try:
+            return isinstance(value, hint)
+        except TypeError:  # a protocol that says nothing of its objects
+            return True
+    # Any, a type variable, a function: what is right there only the constructor can tell, except that nothing but None
+    # stands for None.
+    return hint is Any or isinstance(hint, TypeVar) or value is not None
 
 
 def _describe(hint: Any) -> str:
@@ -330,6 +419,8 @@ def _describe(hint: Any) -> str:
             words += [_show(choice) if not isinstance(choice, str) else repr(choice) for choice in args]
         elif part in (None, type(None)):
             words.append("null")
+        elif part is Node:
+            words.append("settings with a _target_")
         elif part in (Path, os.PathLike) or origin is os.PathLike:
             words.append("a path")
         elif (origin or part) is tuple or (origin or part) in _LISTS:
@@ -348,7 +439,9 @@ def _show(value: Any) -> str:
     names = {bool: "", int: " (an int)", float: " (a float)", str: " (a string)"}
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
-    text = repr(value)
+    text = reprlib.repr(value) if isinstance(value, int) else repr(value)
     if isinstance(value, float) and not math.isfinite(value):
         return f"{text} (not a finite number)"
+    if isinstance(value, int) and abs(value) >= 2**63:
+        return f"{text[:77]} (too large)"
     return (text if len(text) <= 80 else f"{text[:77]}...") + names.get(type(value), "")

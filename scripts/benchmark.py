@@ -11,7 +11,8 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from memlm.cli import cli, config_dir, mistakes_told, to_dict
-from memlm.config import ConfigError, did_you_mean, validate
+from memlm.config import ConfigError, check_settings, did_you_mean, schema_hints, validate
+from memlm.schema import Benchmark
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -34,20 +35,38 @@ def name_command(arguments: list[str]) -> list[str]:
     return [f"benchmark={name}", *arguments[1:]]
 
 
+def check(cfg: DictConfig) -> None:
+    """Refuse settings that the benchmark does not take."""
+    config = to_dict(cfg)
+    check_settings(config, Benchmark)
+    settings = _settings(config)
+    validate({"_target_": f"benchmarks.{config['benchmark']}.run", **settings})
+    for name, value in settings.items():
+        least, most = (0 if name in ("seed", "warmup") else 1), (1024 if name == "threads" else 10**9)
+        for number in value if isinstance(value, list) else [value]:
+            if type(number) is int and not least <= number <= most:
+                raise ConfigError(f"{name} must be in {least}..{most}, got {number}")
+            if isinstance(number, float) and not 0 <= number <= most:
+                raise ConfigError(f"{name} must be in 0..{most}, got {number}")
+
+
 def run(config: Mapping[str, Any]) -> tuple[Result, str]:
     """Run the benchmark of a composed `configs/benchmark.yaml`.
 
     Returns:
         The result and the text to print.
     """
-    settings = {key: value for key, value in config.items() if key not in ("benchmark", "out", "paths")}
     module = importlib.import_module(f"benchmarks.{config['benchmark']}")
-    validate({"_target_": f"{module.__name__}.run", **settings})
-    result = module.run(**settings)
+    result = module.run(**_settings(config))
     return result, module.report(result)
 
 
-@cli("benchmark")
+def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What belongs to the benchmark itself."""
+    return {key: value for key, value in config.items() if key not in schema_hints(Benchmark)}
+
+
+@cli("benchmark", check)
 def main(cfg: DictConfig) -> None:
     """Measure, print, write."""
     config = to_dict(cfg)

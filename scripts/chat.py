@@ -6,7 +6,8 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from memlm.cli import cli
+from memlm.cli import cli, to_dict
+from memlm.printed import printable
 
 
 def lines() -> Iterator[str]:
@@ -32,7 +33,7 @@ def main(cfg: DictConfig) -> None:
     from memlm.checkpoint import load, place
     from memlm.models.conversation import HELP, Conversation
 
-    model: Any = place(load(cfg.checkpoint), cfg.device)
+    model: Any = place(load(cfg.checkpoint, trust=to_dict(cfg.trust)), cfg.device)
     conversation = Conversation(model)
     print(HELP)
     try:
@@ -40,7 +41,7 @@ def main(cfg: DictConfig) -> None:
             reply = conversation.respond(line)
             if reply is None:
                 break
-            print(reply, flush=True)
+            print(printable(reply), flush=True)
     except (EOFError, KeyboardInterrupt):
         print()
 

@@ -10,6 +10,7 @@ from omegaconf import DictConfig
 
 from memlm.cli import cli, config_dir, run_dir, to_dict
 from memlm.config import ConfigError, did_you_mean
+from memlm.printed import printable
 
 if TYPE_CHECKING:
     from memlm.models.base import LanguageModel
@@ -54,6 +55,7 @@ def changes(change: Any, model: LanguageModel) -> dict[str, Any]:
 def main(cfg: DictConfig) -> None:
     """Run the chosen experiments, write their results and print the summary; several processes do it together."""
     from experiments import runner
+    from experiments.recall import SHARED, is_shared
     from experiments.report import not_measured, summary
     from experiments.runs import describe, write_evaluation
     from memlm.checkpoint import find, load_run, place
@@ -66,14 +68,21 @@ def main(cfg: DictConfig) -> None:
         raise ConfigError("experiment selects nothing to measure: give a name, a list of names, or all.")
     checkpoint, directory = find(cfg.checkpoint), Path(run_dir())
     with runner.together(directory) as share:
-        model, data = load_run(checkpoint, paths={"cache_dir": cfg.paths.cache_dir})
+        model, data = load_run(
+            checkpoint,
+            paths={"cache_dir": cfg.paths.cache_dir},
+            text=config["data"]["path"],
+            trust=config["trust"],
+        )
         place(model, cfg.device)
         changed = changes(config["change"], model)
         if share.rank > 0:
             with memory_settings(model, changed):
                 runner.run_all(model, data, experiments, directory)
             return
-        print(f"{checkpoint}: measured by {', '.join(experiments)} into {directory}")
+        print(printable(f"{checkpoint}: measured by {', '.join(experiments)} into {directory}"))
+        if is_shared(model):
+            print(SHARED)
         with memory_settings(model, changed):
             trained = describe(checkpoint, model)._replace(memory=changed)
         about = write_evaluation(directory, trained)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from omegaconf import DictConfig
 
-from memlm.cli import cli
+from memlm.cli import cli, to_dict
 
 
 @cli("export")
@@ -12,7 +12,7 @@ def main(cfg: DictConfig) -> None:
     """Write the files and name them."""
     from memlm.checkpoint import export, load
 
-    files = export(load(cfg.checkpoint), cfg.output)
+    files = export(load(cfg.checkpoint, trust=to_dict(cfg.trust)), cfg.output)
     print("Written:", *(f"  {path}" for path in files), sep="\n")
     print(f"\nIn Python: memlm.load({str(cfg.output)!r})")
 

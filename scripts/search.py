@@ -21,8 +21,10 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
 
 import train
-from memlm.cli import check_command_line, cli, run_dir, to_dict
-from memlm.config import ConfigError, did_you_mean, whole
+from memlm.cli import check_command_line, cli, quoted, run_dir, to_dict
+from memlm.config import ConfigError, did_you_mean
+from memlm.files import read_json
+from memlm.printed import one_line, printable
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -94,9 +96,11 @@ def measured(run: Path, metric: str | None, returned: float | None) -> float:
         if returned is None:
             raise ConfigError("no facts were asked for: measure experiment=needle, or name a number as search.metric")
         return returned
+    from experiments.base import Result
+
     experiment, _, name = metric.partition("/")
     path = run / experiment / "result.json"
-    metrics = json.loads(path.read_text(encoding="utf-8"))["metrics"] if path.is_file() else {}
+    metrics = Result.from_dict(read_json(path)).metrics if path.is_file() else {}
     if name not in metrics:
         known = ", ".join(f"{experiment}/{key}" for key in metrics) or f"nothing of {experiment!r}"
         raise ConfigError(f"search.metric={metric} was not measured; there is {known}")
@@ -109,28 +113,36 @@ def open_study(directory: Path, settings: Mapping[str, Any], about: Mapping[str,
     """The study of a directory, new or gone on with.
 
     Raises:
-        ConfigError: If it is another search.
+        ConfigError: If it is another search, or damaged.
     """
     import optuna
+    from sqlalchemy.exc import SQLAlchemyError
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    study = optuna.create_study(
-        study_name="search",
-        storage=f"sqlite:///{directory / 'study.db'}",
-        direction=settings["direction"],
-        load_if_exists=True,
-    )
-    before = study.user_attrs.get("about", about)
+    try:
+        study = optuna.create_study(
+            study_name="search",
+            storage=f"sqlite:///{directory / 'study.db'}",
+            direction=settings["direction"],
+            load_if_exists=True,
+        )
+        before = study.user_attrs.get("about", about)
+        trials = study.trials
+    except (SQLAlchemyError, optuna.exceptions.OptunaError) as error:
+        raise ConfigError(
+            f"{directory / 'study.db'} cannot be read: it is damaged ({one_line(str(error).splitlines()[0])}); give "
+            "another hydra.run.dir, or remove it to begin anew"
+        ) from error
     if before != about:
         differences = "; ".join(f"{key} is {about[key]!r} here, {before[key]!r} there"
                                 for key in about if before[key] != about[key])  # fmt: skip
         raise ConfigError(f"{directory} holds another search ({differences}): give another hydra.run.dir")
     study.set_user_attr("about", about)
     # A sampler that began anew would draw again what it drew.
-    seed = settings["seed"] + len(study.trials)
+    seed = settings["seed"] + len(trials)
     samplers = {"tpe": optuna.samplers.TPESampler, "random": optuna.samplers.RandomSampler}
     study.sampler = samplers[settings["sampler"]](seed=seed)
-    for trial in study.trials:
+    for trial in trials:
         if not trial.state.is_finished():  # the search was stopped in it
             study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
             study.enqueue_trial(trial.params)
@@ -144,11 +156,6 @@ def check(cfg: DictConfig) -> None:
             "a search needs Optuna: pip install 'memlm[search]', in a checkout pip install -e '.[search]'"
         )
     search = to_dict(cfg)["search"]
-    for name, known in {"direction": ("maximize", "minimize"), "sampler": ("tpe", "random")}.items():
-        if search[name] not in known:
-            raise ConfigError(f"search.{name} must be {' or '.join(known)}, got {search[name]!r}")
-    whole("search.n_trial", search["n_trial"], 1)
-    whole("search.seed", search["seed"])
     if not search["space"]:
         raise ConfigError("there is nothing to search over: give a setting several values, or hparams_search=NAME")
     distributions(search["space"])
@@ -198,7 +205,7 @@ def main(cfg: DictConfig) -> None:
             print(f"trial {trial.number}: {' '.join(map(shlex.quote, lines))}", flush=True)
             run = directory / f"trial-{trial.number}"
             # If the search was stopped in a trial, the run to go on with is below this directory too.
-            lines += [f"paths.root='{directory}'", "resume=auto"]
+            lines += [f"paths.root={quoted(str(directory))}", "resume=auto"]
             try:
                 returned = run_apart(train.__file__, [*places, *fixed, *lines], run)
                 study.tell(trial, measured(run, settings["metric"], returned))
@@ -206,7 +213,7 @@ def main(cfg: DictConfig) -> None:
                 failed[trial.number] = str(error)
                 trial.set_user_attr("error", str(error))
                 study.tell(trial, state=TrialState.FAIL)
-                print(f"error: trial {trial.number}: {error}", file=sys.stderr)
+                print(printable(f"error: trial {trial.number}: {error}"), file=sys.stderr)
     ranked = sorted((trial for trial in study.trials if trial.value is not None), key=lambda trial: trial.value,
                     reverse=settings["direction"] == "maximize")  # fmt: skip
     metric = settings["metric"] or "recalled"

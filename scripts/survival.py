@@ -21,7 +21,7 @@ import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from memlm.cli import cli, compose, to_dict
+from memlm.cli import cli, compose, quoted, to_dict
 from memlm.config import ConfigError
 
 if TYPE_CHECKING:
@@ -99,7 +99,7 @@ def survive(overrides: Sequence[str], n_kill: int, workers: Sequence[int], seed:
     rng = random.Random(seed)
     started = time.monotonic()
     whole = out / "whole"
-    undisturbed = train([*overrides, f"paths.root={whole}"], whole / "run")
+    undisturbed = train([*overrides, f"paths.root={quoted(str(whole))}"], whole / "run")
     if undisturbed.code:
         raise ConfigError(f"the run without a stop failed; see {whole / 'run.log'}")
     last = checkpoints(whole / "run")[-1].name
@@ -109,7 +109,12 @@ def survive(overrides: Sequence[str], n_kill: int, workers: Sequence[int], seed:
         root = out / f"killed-{run}"
         for start in itertools.count():
             place = root / f"start-{start:03d}"
-            settings = [*overrides, f"paths.root={root}", f"data.n_worker={rng.choice(workers)}", "resume=auto"]
+            settings = [
+                *overrides,
+                f"paths.root={quoted(str(root))}",
+                f"data.n_worker={rng.choice(workers)}",
+                "resume=auto",
+            ]
             ended = train(settings, place, None if killed >= n_kill else Moment.draw(rng))
             killed += ended.code == -signal.SIGKILL
             made = checkpoints(place) if (place / "checkpoints").is_dir() else []
@@ -150,7 +155,7 @@ def train(overrides: Sequence[str], run: Path, moment: Moment | None = None) -> 
         importlib.import_module(name)  # before the fork, and once
 
     torch.set_num_threads(1)  # threads do not survive a fork
-    config = compose([*overrides, f"paths.run_dir={run}"])
+    config = compose([*overrides, f"paths.run_dir={quoted(str(run))}"])
     run.parent.mkdir(parents=True, exist_ok=True)
     sys.stdout.flush()
     sys.stderr.flush()

@@ -5,8 +5,10 @@ import pytest
 import torch
 
 import memlm
-from memlm.build import build_corpus, build_data, build_model, build_tokenizer, untrained
+from memlm import build
+from memlm.build import build_corpus, build_data, build_model, build_tokenizer, check_model, untrained
 from memlm.config import ConfigError
+from memlm.memory.state import n_byte
 from tests.training.small import config, write_text
 
 SMALL = [
@@ -58,6 +60,32 @@ def test_mistakes_are_told_before_anything_is_built(tmp_path: Path) -> None:
             memlm.build(*SMALL, path, *wrong.split())
     with pytest.raises(ConfigError, match="does not exist"):
         memlm.build(*SMALL, "data.path=/no/such/file.txt")
+
+
+def test_what_cannot_fit_is_refused_before_it_is_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = config(tmp_path, "a", "memory.ltm.n_slot=1000", memory="ltm")
+    tokenizer = build_tokenizer(settings)
+    model = build_model(settings, tokenizer)
+    weights = 16 * (sum(p.numel() for p in model.parameters()) - (tokenizer.vocab_size - 2) * model.d_model)
+    banks = max(phase["n_row"] for phase in settings["curriculum"]["phases"]) * n_byte(
+        model.memory["ltm"][0].init_state(1)
+    )
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    needs = []
+    monkeypatch.setattr(build, "_check_room", lambda found, _: needs.append(found))
+    check_model(settings)
+    buffers = sum(part.numel() * part.element_size() for part in model.buffers())
+    assert needs[0][:2] == (weights + buffers, banks)
+    monkeypatch.undo()
+    monkeypatch.setattr(build, "available_memory", lambda: sum(needs[0]))
+    check_model(settings)
+    monkeypatch.setattr(build, "available_memory", lambda: sum(needs[0]) - 1)
+    with pytest.raises(ConfigError, match=r"needs at least .* can be had: make smaller .*memory\.ltm\.n_slot=1000"):
+        check_model(settings)
+    monkeypatch.setattr(build, "available_memory", lambda: 2**30)
+    for more in ({"d_model": 10**6}, {"d_model": 10**18}, {"n_layer": 10**9}, {"segment_len": 10**7}):
+        with pytest.raises(ConfigError, match=f"{next(iter(more))}=10"):
+            check_model(settings | {"model": settings["model"] | more})
 
 
 def test_initial_weights_depend_on_the_seed_alone(tmp_path: Path) -> None:

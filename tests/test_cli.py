@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import random
 import subprocess
 import sys
 import textwrap
@@ -9,11 +10,13 @@ from typing import Any
 
 import pytest
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
 from memlm import cli
 from memlm.cli import check_command_line, compose, to_dict
-from memlm.config import ConfigError, validate
+from memlm.config import ConfigError, schema_hints, validate
+from memlm.schema import SCHEMAS
 from tests.targets import HERE, error
 
 
@@ -266,9 +269,9 @@ def test_cli_checks_before_it_runs(
 ) -> None:
     jobs: list[int] = []
     with pytest.raises(SystemExit) as left:
-        run(tree, monkeypatch, lambda cfg: jobs.append(cfg.seed), "-m", "seed=1,2,x")
+        run(tree, monkeypatch, lambda cfg: jobs.append(cfg.seed), "-m", "model.n_layer=1,2,x")
     assert (left.value.code, jobs) == (2, [])
-    assert capsys.readouterr().err == "error: seed must be an int, got 'x' (a string).\n"
+    assert capsys.readouterr().err == "error: model.n_layer must be an int, got 'x' (a string).\n"
 
 
 def test_cli_sweep_goes_on_after_a_failed_job(
@@ -501,26 +504,56 @@ def test_shipped_trainers(tmp_path: Path, name: str) -> None:
     validate(to_dict(cfg))
 
 
-@pytest.mark.parametrize(
-    ("argument", "quoted"),
-    [
-        ("checkpoint=a/step=3.ckpt", "checkpoint='a/step=3.ckpt'"),
-        ("resume='a/step=3.ckpt'", "resume='a/step=3.ckpt'"),
-        ("resume=auto", "resume=auto"),
-        ("model.n_layer=2", "model.n_layer=2"),
-    ],
-)
-def test_paths_of_checkpoints_need_no_quotes(argument: str, quoted: str) -> None:
-    assert cli._quoted(argument) == quoted
+TEXTS = [
+    "1e3", "007", "true", "null", "The end ", " x", "${seed}", "Hello, world", "It's late", "x=3", "'q'", "[1]", "a\\",
+    "\\'", "\\${seed}", "choice(1, 2)", "~x", "a\nb", "100 %", '"', "{a: 1}", "-m", "émile 日", "",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_a_prompt_is_the_text_that_was_given(text: str) -> None:
+    for option in ([], ["-m"]):
+        arguments = cli.quote_texts([*option, "checkpoint=x", f"prompt={text}"])
+        assert to_dict(compose(arguments[len(option) :], "generate"))["prompt"] == text
+
+
+@pytest.mark.parametrize("text", [text for text in TEXTS if text not in ("null", "${seed}", "'q'", "[1]", "{a: 1}",
+                                                                         "choice(1, 2)", "\\${seed}")])  # fmt: skip
+def test_names_and_paths_are_texts(text: str) -> None:
+    arguments = cli.quote_texts([f"name={text}", f"paths.root={text}", f"++paths.cache_dir={text}"])
+    config = compose(arguments)
+    assert (config.name, config.paths.root, config.paths.cache_dir) == (text, text, text)
+
+
+def test_names_and_paths_may_be_what_hydra_reads() -> None:
+    for value in ("null", "'a b'", "${paths.root}", "['a,b']", "choice(a,b)", '"a",b'):
+        assert cli.quote_texts(["-m", f"name={value}"]) == ["-m", f"name={value}"]
+    assert cli.quote_texts(["-m", "name=a,1 2"]) == ["-m", "name='a','1 2'"]
+    assert cli.quote_texts(["model.n_layer=2", "names=a b"]) == ["model.n_layer=2", "names=a b"]
+
+
+def test_a_quoted_text_stays_as_it_is() -> None:
+    parser = OverridesParser.create()
+    rng = random.Random(0)
+    parts = [*"ab '\"\\$[](),=:#%\n\té", "\\'", "\\\\", "${", "${seed}", "}"]
+    for _ in range(300):
+        text = "".join(rng.choice(parts) for _ in range(rng.randrange(10)))
+        value = parser.parse_override(f"prompt={cli.quoted(text)}").value()
+        assert to_dict(OmegaConf.create({"seed": 1, "text": value}))["text"] == text
 
 
 def test_several_paths_are_split_at_commas_outside_of_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a,b=1").mkdir()
-    assert cli._quoted("checkpoint=a,b=1") == "checkpoint='a,b=1'"
-    assert cli._quoted("checkpoint=x/step=3.ckpt,a,b=1,c") == "checkpoint='x/step=3.ckpt','a,b=1',c"
-    assert cli._quoted("checkpoint=x,a") == "checkpoint=x,a"
-    assert cli._quoted("checkpoint=['a,b=1']") == "checkpoint=['a,b=1']"
+
+    def sweep(argument: str) -> str:
+        return cli.quote_texts(["-m", argument])[1]
+
+    assert cli.quote_texts(["checkpoint=x/step=3.ckpt"]) == ["checkpoint='x/step=3.ckpt'"]
+    assert sweep("checkpoint=a,b=1") == "checkpoint='a,b=1'"
+    assert sweep("checkpoint=x/step=3.ckpt,a,b=1,c") == "checkpoint='x/step=3.ckpt','a,b=1','c'"
+    assert sweep("checkpoint=x,a") == "checkpoint='x','a'"
+    assert sweep("checkpoint=['a,b=1']") == "checkpoint=['a,b=1']"
 
 
 def test_an_empty_mapping_is_no_way_to_switch_off() -> None:
@@ -552,3 +585,91 @@ def test_null_is_no_option() -> None:
 def test_a_sweep_ends_with_the_command_that_compares_its_jobs(capsys: pytest.CaptureFixture[str]) -> None:
     cli.CompareHint().on_multirun_end(OmegaConf.create({"hydra": {"sweep": {"dir": "multirun/a b"}}}))
     assert capsys.readouterr().out.strip() == "To compare the jobs: python scripts/compare.py 'multirun/a b'"
+
+
+# keys that nothing reads
+
+
+@pytest.mark.parametrize(
+    ("config", "override", "parts"),
+    [
+        ("train", "+lr=0.1", ["setting 'lr'", "Did you mean 'training.lr'?"]),
+        ("train", "++lr=0.1", ["setting 'lr'", "Did you mean 'training.lr'?"]),
+        ("train", "+checkpoint.evry=1", ["'checkpoint.evry'", "Did you mean 'every'?", "checkpoint has: every, keep."]),
+        ("train", "+data.batch_size=32", ["'data.batch_size'", "data has: corpus, n_worker, tokenizer."]),
+        ("train", "+data.tokenizer.kid=char", ["'data.tokenizer.kid'", "Did you mean 'kind'?"]),
+        ("train", "+data.path=a.txt", ["'data.path'"]),  # another corpus reads it, not this one
+        ("train", "+paths.rot=a", ["'paths.rot'", "Did you mean 'root'?"]),
+        ("train", "+extra={_target_: memlm.data.corpus.Builtin}", ["'extra'"]),
+        ("train", "++memory.x=5", ["memory.x must be settings with a _target_"]),
+        ("train", "+retention.n_write=[0]", ["retention.n_write has no effect", "experiment=retention"]),
+        ("generate", "+max_tokens=2", ["'max_tokens'", "Did you mean 'max_new_tokens'?"]),
+        ("evaluate", "+sead=2", ["'sead'", "Did you mean 'seed'?"]),
+        ("search", "+search.trials=2", ["'search.trials'", "Did you mean 'n_trial'?"]),
+        ("survival", "+kills=2", ["'kills'", "Did you mean 'n_kill'?"]),
+        ("chat", "+temperature=1", ["'temperature'"]),
+        ("export", "+dir=1", ["'dir'"]),
+    ],
+)
+def test_a_key_that_nothing_reads_is_refused(config: str, override: str, parts: list[str]) -> None:
+    needed = {"evaluate": ["checkpoint=x"], "chat": ["checkpoint=x"], "generate": ["checkpoint=x"]}
+    needed["export"] = ["checkpoint=x", "output=y"]
+    message = error(compose, [*needed.get(config, []), override], config)
+    assert all(part in message for part in parts), message
+    assert error(check_command_line, [*needed.get(config, []), override], config) == message
+
+
+def test_a_typing_error_in_a_recipe_is_refused(tmp_path: Path) -> None:
+    more = write(
+        tmp_path, {"recipe/mine": "# @package _global_\nsead: 3\n", "recipe/right": "# @package _global_\nseed: 3\n"}
+    )
+    assert "'sead'. Did you mean 'seed'?" in error(compose, ["recipe=mine"], searchpath=[more])
+    assert compose(["recipe=right"], searchpath=[more]).seed == 3
+
+
+def test_keys_that_others_refer_to_are_fine() -> None:
+    assert compose(["+width=32", "model.d_model=${width}", "model.d_ff=${width}"]).model.d_ff == 32
+    assert compose(["+a.b=x", "name=${a.b}"]).name == "x"
+    assert compose(["+a.b=x", "+a.c=${.b}", "name=${a.c}"]).name == "x"
+    assert "'a.c'" in error(compose, ["+a.b=x", "name=${a.b}", "+a.c=3"])
+    compose(["+tag=x", "hydra.run.dir=out/${tag}"])
+    assert "'a.c'" in error(compose, ["+a.b=1", "+a.c=${a.b}"])  # which nothing refers to in turn
+    assert compose(["+a=1", "+b=${a}", "seed=${b}"]).seed == 1
+    assert "'tagg'" in error(compose, ["+tagg=x", "hydra.run.dir=out/${hydra:job.name}"])
+
+
+def test_settings_of_experiments_that_are_not_chosen_are_fine_in_a_recipe() -> None:
+    assert "_target_" not in compose(["recipe=needle", "experiment=[]"]).needle
+
+
+def test_what_ships_has_the_keys_of_its_schema() -> None:
+    """And every key of a schema has a value in what ships."""
+    given = {"generate": ["checkpoint=x"], "evaluate": ["checkpoint=x"], "chat": ["checkpoint=x"]}
+    given["export"] = ["checkpoint=x", "output=y"]
+    for name, schema in SCHEMAS.items():
+        config = to_dict(compose(given.get(name, []), name))
+        assert set(schema_hints(schema)) - set(config) <= {"logger"}
+    for data in ("builtin", "hub", "shakespeare", "symbols", "text"):
+        compose([f"data={data}", *(["data.name=a"] if data == "hub" else ["data.path=a"] if data == "text" else [])])
+
+
+# sweeps of very many jobs
+
+
+@pytest.mark.parametrize(
+    "sweep",
+    [["seed=range(0,1000000000)"], ["seed=range(0,inf)"], ["seed=range(0,200)", "trainer.max_steps=range(1,200)"]],
+)
+def test_a_sweep_of_too_many_jobs_is_refused_at_once(sweep: list[str]) -> None:
+    assert "The sweep would be more than 10,000 jobs" in error(check_command_line, ["-m", *sweep])
+
+
+def test_of_very_many_values_some_are_checked(tree: Path) -> None:
+    seen = []
+    values = [*range(1000, 0, -1), 5000, 7]
+    line = f"model.n_layer={','.join(map(str, values))}"
+    check_command_line(["-m", line], directory=tree, check=lambda cfg: seen.append(cfg.model.n_layer))
+    assert {1000, 7, 1, 5000} <= set(seen)
+    assert len(seen) < 30
+    assert "got 'x'" in error(check_command_line, ["-m", line.replace(",500,", ",x,")], directory=tree)
+    assert "sweeps over nothing" in error(check_command_line, ["-m", "seed=range(0,5,0)"], directory=tree)

@@ -1,12 +1,12 @@
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import pytest
 from omegaconf import OmegaConf
 
-from memlm.config import ConfigError, did_you_mean, slow_parts, validate, whole
+from memlm.config import ConfigError, Node, Range, check_settings, did_you_mean, slow_parts, validate, whole
 from tests.targets import HERE, error
 
 
@@ -43,6 +43,9 @@ def test_a_config_that_is_not_plain_is_not_taken_for_an_empty_one() -> None:
         ({"n_layr": 2}, ["model.n_layr is not a setting of", "Did you mean 'n_layer'?", "dropout"]),
         ({"n_layer": "two"}, ["model.n_layer must be an int, got 'two' (a string)."]),
         ({"n_layer": 2.0}, ["model.n_layer must be an int, got 2.0 (a float)"]),
+        ({"n_layer": 10**20}, ["model.n_layer must be an int, got 100000000000000000000 (too large)"]),
+        ({"dropout": 10**20}, ["model.dropout must be a float, got 100000000000000000000 (too large)"]),
+        ({"act": 5, "name": [1]}, ["model.name must be a string or null, got [1]"]),
         ({"n_layer": True}, ["model.n_layer must be an int, got true"]),
         ({"n_layer": None}, ["model.n_layer must be an int, got null"]),
         ({"dropout": True}, ["model.dropout must be a float, got true"]),
@@ -89,8 +92,43 @@ def test_unreadable_annotations_cost_only_themselves() -> None:
     assert "paths must be a list of a string" in error(validate, {**node, "paths": [1]})
 
 
-def test_top_level_settings() -> None:
-    assert error(validate, {"seed": "zero"}) == "seed must be an int, got 'zero' (a string)."
+class Part:
+    every: Annotated[int, Range(1)]
+    keep: Annotated[int, Range(1, 9)] | None
+
+
+class Whole:
+    name: str | None
+    part: Part
+    nodes: dict[str, Node]
+    more: dict[str, Any] | None = None
+
+
+def whole_settings(**changed: Any) -> dict[str, Any]:
+    return {"name": None, "part": {"every": 2, "keep": None}, "nodes": {"a": {"_target_": "x"}}, **changed}
+
+
+def test_settings_that_belong_to_no_target() -> None:
+    check_settings(whole_settings(), Whole)
+    check_settings(whole_settings(more=None, name="x", part={"every": 1, "keep": 9}), Whole)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"name": 5}, "name must be a string or null, got 5 (an int)."),
+        ({"part": 5}, "part must be a mapping, with every, keep, got 5 (an int)."),
+        ({"part": {"every": 2}}, "part.keep is missing: give it a value."),
+        ({"part": {"every": 0, "keep": None}}, "part.every must be at least 1, got 0."),
+        ({"part": {"every": 1, "keep": 10}}, "part.keep must be in 1..9, got 10."),
+        ({"part": {"every": True, "keep": 1}}, "part.every must be an int, got true."),
+        ({"nodes": {"a": 5}}, "nodes.a must be settings with a _target_, got 5 (an int)."),
+        ({"nodes": None}, "nodes must be a mapping of settings with a _target_, got null."),
+        ({"more": 5}, "more must be a mapping of Any or null, got 5 (an int)."),
+    ],
+)
+def test_wrong_settings_that_belong_to_no_target(changed: dict[str, Any], message: str) -> None:
+    assert error(check_settings, whole_settings(**changed), Whole) == message
 
 
 def test_lightning_trainer_is_understood() -> None:

@@ -14,7 +14,17 @@ ROOT = Path(__file__).resolve().parents[1]
 # From the ground up; a module imports from its own floor and from the floors below it. `memlm` itself is the roof of
 # the package: it names what lies below without importing it. Nothing uses `memlm.compat`, which may use all.
 FLOORS = [
-    {"memlm.config", "memlm.distributed", "memlm.tensors", "memlm.__version__"},
+    {
+        "memlm.config",
+        "memlm.files",
+        "memlm.printed",
+        "memlm.schema",
+        "memlm.machine",
+        "memlm.saved",
+        "memlm.distributed",
+        "memlm.tensors",
+        "memlm.__version__",
+    },
     {"memlm.retrieval"},
     {"memlm.memory"},
     {"memlm.models", "memlm.data"},

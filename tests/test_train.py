@@ -17,10 +17,11 @@ import memlm
 from experiments import runner
 from memlm.analysis.figures import read_history
 from memlm.checkpoint import checkpoints, load_run, read
-from memlm.cli import compose, config_dir, to_dict
+from memlm.cli import check_command_line, compose, config_dir, to_dict
 from memlm.config import ConfigError
+from memlm.training.replay import Replay, build_replay
 from memlm.training.resume import history_files
-from memlm.training.settings import plan_steps
+from memlm.training.settings import Training, build_training, plan_steps
 from tests.training.small import curve, fit, overrides
 from tests.training.test_fit import records
 from train import check, main
@@ -266,6 +267,52 @@ def test_what_a_constructor_refuses_is_told_ahead() -> None:
     with pytest.raises(ConfigError, match=r"needle\.n_document must be at least 2"):
         check(compose(["needle.n_document=1"]))
     check(compose(["trainer=gpu"]))  # another machine may have what this one lacks
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    {
+        "training._target_=builtins.dict": r"training\._target_ must name memlm\.training\.settings\.Training",
+        "curriculum._target_=builtins.dict": r"curriculum\._target_ must name memlm\.data\.curriculum\.Curriculum",
+        "+memory.x={_target_: memlm.data.corpus.Builtin}": r"memory\.x\._target_ must name memlm\.memory\.base\.Memory",
+        "trainer._target_=builtins.dict": r"trainer\._target_ must be lightning\.Trainer",
+        "data.corpus._target_=builtins.dict": r"data\.corpus\._target_ must name memlm\.data\.corpus\.Corpus",
+        "replay={_target_: builtins.dict}": "replay",
+        "training.lr=3e38": r"training\.lr must be above 0 and at most 1000",
+        "trainer.gradient_clip_val=-1": r"trainer\.gradient_clip_val must be in 0\.\.",
+        "~trainer.precision": r"trainer\.precision is missing",
+        "~model.segment_len": r"model\.segment_len is missing",
+        "model.n_layer=100000": r"model\.n_layer must be at most 1000",
+        "memory.ltm.d_key=4000000000000000000": "a size of the model or a memory is too large",
+        "needle.distance=1000000000": r"needle\.distance must be at most 100,000,000",
+        "needle.distance=[100000000,90000000]": "needle would read 1,520,000,000 tokens .* 1.8 days",
+        "needle.n_fact=100000": r"needle\.n_fact must be at most 10,000",
+        "logger.csv.flush_logs_every_n_steps=0": r"logger\.csv\.flush_logs_every_n_steps must be",
+        "curriculum.phases=[{steps: abc, n_row: 1, n_segment: 1}]": r"curriculum\.phases\[0\]\.steps must be an int",
+        "curriculum.phases=[{steps: 1, n_row: 1, n_segment: 1, task: 5}]": r"curriculum\.phases\[0\]\.task must be",
+        "curriculum.phases=[{steps: 1, n_row: 1, n_segment: 1, memory: [1]}]": r"phases\[0\]\.memory must be",
+        "curriculum.phases=[{steps: 1, n_row: 100000000, n_segment: 1}]": "100,000,000 rows of 1 segments in a batch",
+        "curriculum.phases=[5]": r"curriculum\.phases",
+    }.items(),
+)
+def test_wrong_settings_are_told_ahead(override: str, told: str) -> None:
+    with pytest.raises(ConfigError, match=told) as caught:
+        check_command_line([override], check=check)
+    assert "\n" not in str(caught.value)
+
+
+def test_training_is_of_the_class_that_its_target_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Mine(Training):
+        pass
+
+    monkeypatch.setattr("tests.targets.Mine", Mine, raising=False)
+    config = to_dict(compose(["training._target_=tests.targets.Mine", "replay=reservoir"]))
+    assert type(build_training(config)) is Mine
+    config["replay"] |= {"_target_": "tests.targets.MyReplay", "capacity": 7}
+    monkeypatch.setattr("tests.targets.MyReplay", type("MyReplay", (Replay,), {}), raising=False)
+    replay = build_replay(config)
+    assert (type(replay).__name__, replay.capacity) == ("MyReplay", 7)
+    assert build_replay(config | {"replay": {}}) is None
 
 
 def test_an_empty_text_is_told(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import torch
 from memlm.analysis.figures import effective
 from memlm.analysis.flow import Text, check_texts, token_ids
 from memlm.analysis.usage import banks, read_weights, slot_changes, slot_reads
+from memlm.config import ConfigError
 from memlm.memory.state import n_byte
 from memlm.models.base import LanguageModel
 
@@ -78,14 +79,14 @@ def analyze_memory_capacity(model: LanguageModel, texts: Sequence[Text] | torch.
         texts: Texts or token ids, one row each.
 
     Raises:
-        ValueError: If there is no text, one is shorter than a segment, or ``texts`` is a bare text.
+        ConfigError: If there is no text, one is shorter than a segment, or ``texts`` is a bare text.
     """
     check_texts("texts", texts)
     rows = [token_ids(model, text) for text in texts]
     segment_len, device = model.segment_len, model.head_weight.device
     n_segment = min(map(len, rows), default=0) // segment_len
     if n_segment < 1:
-        raise ValueError(
+        raise ConfigError(
             f"expected at least one text, and each of at least one segment ({segment_len} tokens), "
             f"got lengths {sorted(map(len, rows))[:5]}"
         )

@@ -9,10 +9,12 @@ A *history* is a list of rows, each a dict from column to value, as Lightning's 
 """
 
 import csv
+import io
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
@@ -21,6 +23,9 @@ from cycler import cycler
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.ticker import MaxNLocator, PercentFormatter, StrMethodFormatter
+
+from memlm.config import ConfigError
+from memlm.files import open_regular
 
 History = Sequence[Mapping[str, Any]]
 
@@ -55,6 +60,7 @@ _UNITS = {
 """Units of numbers that any memory has, by the last part of the column's name."""
 
 _RC: dict[Any, Any] = {
+    "text.parse_math": False,  # a label is not a formula, whatever is in it
     "figure.figsize": (7.0, 4.2),
     "figure.dpi": 100,
     "figure.facecolor": "white",
@@ -144,21 +150,21 @@ def read_history(metrics_csv: str | PathLike[str]) -> list[dict[str, Any]]:
         Empty list for an empty file.
 
     Raises:
-        ValueError: If it is no text, a line has more fields than the header names, or a step is not a number.
+        ConfigError: If it is no text, a line has more fields than the header names, or a step is not a number.
     """
     history = []
-    with open(metrics_csv, newline="", encoding="utf-8") as file:
+    with open_regular(Path(metrics_csv)) as binary, io.TextIOWrapper(binary, newline="", encoding="utf-8") as file:
         reader = csv.DictReader(file)
         for row in _lines(reader, metrics_csv):
             if None in row:
-                raise ValueError(
+                raise ConfigError(
                     f"{metrics_csv}, line {reader.line_num}: {len(row[None])} more field(s) than the header names; "
                     "expected a metrics.csv written by one CSVLogger"
                 )
             try:
                 history.append({column: _number(column, text) for column, text in row.items()})
             except ValueError as error:
-                raise ValueError(f"{metrics_csv}, line {reader.line_num}: {error}") from None
+                raise ConfigError(f"{metrics_csv}, line {reader.line_num}: {error}") from None
     return history
 
 
@@ -166,7 +172,7 @@ def _lines(reader: Iterable[dict[Any, Any]], path: str | PathLike[str]) -> Itera
     try:
         yield from reader
     except (UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"{path} is no CSV file: {error}; expected a metrics.csv written by one CSVLogger") from error
+        raise ConfigError(f"{path} is no CSV file: {error}; expected a metrics.csv written by one CSVLogger") from error
 
 
 def loss_curve(history: History, into: SubFigure | None = None) -> Figure | None:

@@ -22,9 +22,10 @@ from torch import Tensor
 
 from memlm.analysis.figures import PALETTE, style
 from memlm.analysis.usage import banks, slot_changes, slot_reads
-from memlm.config import whole
+from memlm.config import ConfigError, whole
 from memlm.memory.slots import Slots
 from memlm.models.base import LanguageModel
+from memlm.models.state import ModelState
 
 Text = str | Sequence[int] | Tensor
 """A text, or its token ids, (N,) or (1, N)."""
@@ -128,17 +129,17 @@ def check_texts(name: str, texts: Any) -> None:
     """Refuse what is no list of texts.
 
     Raises:
-        ValueError: Also for a bare text, whose letters would be taken for texts.
+        ConfigError: Also for a bare text, whose letters would be taken for texts.
     """
     if isinstance(texts, str | bytes) or not isinstance(texts, Iterable):
-        raise ValueError(f"{name} is a list of texts: give [text] for a single one, got {reprlib.repr(texts)}")
+        raise ConfigError(f"{name} is a list of texts: give [text] for a single one, got {reprlib.repr(texts)}")
 
 
 def token_ids(model: LanguageModel, text: Text) -> list[int]:
     """Token ids of a text.
 
     Raises:
-        ValueError: If it is neither text nor ids, has no token, several rows, or an id that is not in the vocabulary.
+        ConfigError: If it is neither text nor ids, has no token, several rows, or an id that is not in the vocabulary.
     """
     if isinstance(text, str):
         ids = model.tokenizer.encode(text)
@@ -146,19 +147,19 @@ def token_ids(model: LanguageModel, text: Text) -> list[int]:
         try:
             tensor = torch.as_tensor(text)
         except (TypeError, ValueError, RuntimeError) as error:
-            raise ValueError(f"a text is a str or its token ids, got {reprlib.repr(text)}") from error
+            raise ConfigError(f"a text is a str or its token ids, got {reprlib.repr(text)}") from error
         if tensor.numel() and not torch.can_cast(tensor.dtype, torch.long):
-            raise ValueError(f"token ids are whole numbers, got {str(tensor.dtype).removeprefix('torch.')}")
+            raise ConfigError(f"token ids are whole numbers, got {str(tensor.dtype).removeprefix('torch.')}")
         if tensor.dim() == 2 and len(tensor) == 1:
             tensor = tensor[0]
         if tensor.dim() != 1:
-            raise ValueError(f"of one text at a time: expected ids (N,) or (1, N), got {tuple(tensor.shape)}")
+            raise ConfigError(f"of one text at a time: expected ids (N,) or (1, N), got {tuple(tensor.shape)}")
         ids = [int(i) for i in tensor]
     if not ids:
-        raise ValueError("the text has no token: give a longer one")
+        raise ConfigError("the text has no token: give a longer one")
     n_vocab = len(model.head_weight)
     if not 0 <= min(ids) <= max(ids) < n_vocab:
-        raise ValueError(f"token ids must be in 0..{n_vocab - 1}, got {min(ids)}..{max(ids)}")
+        raise ConfigError(f"token ids must be in 0..{n_vocab - 1}, got {min(ids)}..{max(ids)}")
     return ids
 
 
@@ -173,13 +174,15 @@ def memory_flow(model: LanguageModel, contexts: Sequence[Text], state: Any = Non
         top: Most slots told per token and layer, the heaviest.
 
     Raises:
-        ValueError: If there is no context, one has no token, or ``contexts`` is a bare text.
+        ConfigError: If there is no context, one has no token, or ``contexts`` is a bare text.
     """
     check_texts("contexts", None if isinstance(contexts, Tensor) else contexts)
     top = whole("top", top)
     parts = [token_ids(model, text) for text in contexts]
     if not parts:
-        raise ValueError("contexts has no text: give at least one")
+        raise ConfigError("contexts has no text: give at least one")
+    if state is not None and (not isinstance(state, ModelState) or set(state.memory) != set(model.memory)):
+        raise ConfigError(f"state must be what a call of the model gave, or None, got {reprlib.repr(state)}")
     device, training = model.head_weight.device, model.training
     model.eval()
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import reprlib
 from collections.abc import Mapping, Sequence, Sized
 from os import PathLike
@@ -44,7 +45,7 @@ def plot_training_history(history: History | Mapping[str, Sequence[Any]] | str |
 
 def _rows(history: Any) -> History:
     if isinstance(history, str | PathLike):
-        path = Path(history).expanduser()
+        path = Path(os.path.expanduser(history))
         path = path / "csv" / "metrics.csv" if path.is_dir() else path
         if not path.is_file():
             raise ConfigError(f"there is no history at {path}: give a run directory, or its csv/metrics.csv")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import statistics
 from os import PathLike
 from pathlib import Path
@@ -94,7 +95,7 @@ class MemoryMonitor(Callback):
         """
         figure = memory_curves(self.history)
         if figure is not None and path is not None:
-            path = Path(path).expanduser()
+            path = Path(os.path.expanduser(path))
             path.parent.mkdir(parents=True, exist_ok=True)
             figure.savefig(path)
         return figure

@@ -1,13 +1,14 @@
 """A web page that needs nothing but itself: tables, figures, listings, and texts whose tokens tell what was read.
 
 What a page holds is plain data; `page.html` beside this file says how it looks. Style, script and figures are in the
-page, and it may not fetch anything. All text is escaped by the template engine.
+page, and it may not fetch anything. All text is escaped by the template engine, and made `printable`.
 """
 
 from __future__ import annotations
 
 import base64
 import io
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,9 @@ from typing import ClassVar, NamedTuple
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from matplotlib.figure import Figure
 from PIL import Image
+
+from memlm.config import ConfigError
+from memlm.printed import printable
 
 
 @dataclass(frozen=True)
@@ -147,7 +151,7 @@ def render(title: str, chapters: Sequence[Chapter]) -> str:
     """The page as HTML."""
     engine = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
-        lstrip_blocks=True,
+        lstrip_blocks=True, finalize=lambda value: printable(value) if isinstance(value, str) else value,
     )  # fmt: skip
     engine.filters["uri"] = lambda image: "data:image/png;base64," + base64.b64encode(image).decode()
     engine.tests["nan"] = lambda value: value != value
@@ -159,6 +163,21 @@ def png(figure: Figure, dpi: int = 110) -> bytes:
     file = io.BytesIO()
     figure.savefig(file, format="png", dpi=dpi)
     return file.getvalue()
+
+
+def refuse_other_than_png(image: bytes, name: object) -> None:
+    """Refuse what is no whole PNG.
+
+    Raises:
+        ConfigError: If it is not.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # such as that of an image of enormous size
+            with Image.open(io.BytesIO(image), formats=["PNG"]) as opened:
+                opened.verify()
+    except Exception as error:  # there is no end of what a parser may raise on bytes that are none of its own
+        raise ConfigError(f"{name} is no PNG, or damaged") from error
 
 
 def fewer_colors(image: bytes, n: int = 64) -> bytes:

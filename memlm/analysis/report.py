@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import reprlib
 from collections.abc import Mapping, Sequence
 from os import PathLike
@@ -18,7 +19,7 @@ from memlm.analysis.flow import BankFlow, Flow, Origin, Text, draw_flow, memory_
 from memlm.analysis.page import Chapter, Figures, Part, Source, Table, Token, Tokens, png, render
 from memlm.analysis.usage import banks, slot_fields
 from memlm.config import ConfigError
-from memlm.data.tokens import atomic_file
+from memlm.files import atomic_file
 from memlm.models.base import LanguageModel
 
 MOST_SLOTS = 2000
@@ -55,7 +56,7 @@ def generate_memory_report(
         )
     text = render("Memory report", [Chapter("Memory", *memory_parts(model, data, contexts))])
     if path is not None:
-        with atomic_file(Path(path).expanduser()) as file:
+        with atomic_file(Path(os.path.expanduser(path))) as file:
             file.write(text.encode("utf-8", errors="replace"))
     return text
 

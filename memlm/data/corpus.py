@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import codecs
 import contextlib
 import glob
 import hashlib
@@ -21,12 +22,13 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 
 from memlm.config import ConfigError, did_you_mean
-from memlm.data.tokens import TokenizedCorpus, atomic_file, cache_dir
+from memlm.data.tokens import TokenizedCorpus
+from memlm.files import cache_dir, checked_file, read_checked
 
 if TYPE_CHECKING:
     from memlm.data.tokenizer import Tokenizer
@@ -40,6 +42,9 @@ HELD_OUT = 0.05
 FEW_DOCUMENTS = 20
 # What data sets of the hub call their held-out splits.
 OWN_NAMES = {"val": ("validation", "valid", "val", "dev"), "test": ("test",)}
+# How rows of a table become documents.
+Document = Literal["auto", "row", "join", "heading"]
+_TITLE = re.compile(r" ?= [^=\n]*[^=\s] =[ \r\n]*")  # of an article of WikiText; its parts have more signs
 # Seconds to find out whether a server can be reached.
 PROBE_SECONDS = 5.0
 
@@ -107,18 +112,11 @@ class Builtin(Corpus):
 
     def _load(self) -> dict[str, list[str]]:
         path = cache_dir() / f"builtin-v{self.VERSION}-python{platform.python_version()}.json"
-        try:
-            cached = json.loads(path.read_text(encoding="utf-8"))
-            if cached["sha256"] == _content_hash(cached["splits"]):
-                return cached["splits"]
-            log.warning("building the builtin corpus again: %s is damaged", path)
-        except FileNotFoundError:
-            pass
-        except (ValueError, KeyError, TypeError, AttributeError) as error:  # not JSON, or not of this form
-            log.warning("building the builtin corpus again: %s is damaged (%s)", path, error)
+        if (content := read_checked(path)) is not None:
+            return json.loads(bytes(content))
         splits = _disjoint_splits({**_docstrings(), **_topics()})
-        with atomic_file(path) as file:
-            file.write(json.dumps({"sha256": _content_hash(splits), "splits": splits}).encode())
+        with checked_file(path) as file:
+            file.write(json.dumps(splits).encode())
         return splits
 
 
@@ -130,20 +128,43 @@ class TextFiles(Corpus):
 
     Args:
         path: A file or a glob pattern (`**` matches folders): `.txt` (UTF-8, a document per file), `.jsonl` (a
-            document per line) or `.parquet` (a document per row).
-        column: Where jsonl and parquet keep the text.
-        document_separator: Splits a `.txt` file into documents, e.g. `"\n\n\n"`.
+            row per line) or `.parquet`. Line ends of `.txt` become `\n`.
+        column: Where jsonl and parquet keep the text; rows without text (null) are left out and counted.
+        document_separator: Splits a `.txt` file into documents, e.g. `"\n\n\n"`; `\n`, `\t`, `\r` and `\\` may be
+            written with a backslash.
+        document: How rows of jsonl and parquet, or lines of `.txt`, become documents; see `as_documents`. With `auto`
+            a `.txt` file is one document, but for `document_separator`.
+
+    Raises:
+        ConfigError: Also if the separator is nowhere in the text.
     """
 
-    def __init__(self, path: str, column: str = "text", document_separator: str | None = None):
+    def __init__(
+        self, path: str, column: str = "text", document_separator: str | None = None, document: Document = "auto"
+    ):
+        _check_document(document)
         if document_separator == "":
             raise ConfigError("document_separator is empty: give the text between two documents, or null for none.")
+        if document_separator is not None and document != "auto":
+            raise ConfigError(
+                f"document_separator and document={document} both say where a document ends: leave one of them alone "
+                "(document_separator=null, document=auto)."
+            )
         self.name = str(path)
         self._column = column
-        self._separator = document_separator
+        self._separator = None if document_separator is None else _unescaped(document_separator)
+        self._separated = False  # whether any file was split
+        self._document = document
 
     def _load(self) -> dict[str, list[str]]:
-        return split_documents([document for path in _find(self.name) for document in self._read(path)])
+        paths = _find(self.name)
+        documents = [document for path in paths for document in self._read(path)]
+        if self._separator is not None and not self._separated:
+            raise ConfigError(
+                f"document_separator {self._separator!r} occurs nowhere in {_shown(self.name)}: write it as it stands "
+                "in the .txt files, or give null for a document per file."
+            )
+        return split_documents(documents)
 
     def _read(self, path: Path) -> list[str]:
         """Return the documents of one file."""
@@ -163,38 +184,49 @@ class TextFiles(Corpus):
         return documents
 
     def _read_txt(self, path: Path) -> list[str]:
-        text = _decode(path).replace("\r\n", "\n")
-        return [text] if self._separator is None else text.split(self._separator)
+        text = _unix(_decode(path))
+        if self._separator is not None:
+            documents = text.split(self._separator)
+            self._separated = self._separated or len(documents) > 1
+            return documents
+        if self._document in ("row", "heading"):
+            return as_documents(text.splitlines(keepends=True), self._document, str(path))
+        return [text]
 
     def _read_jsonl(self, path: Path) -> list[str]:
-        documents = []
+        rows: list[str | None] = []
         # Not splitlines: a JSON string may contain other line separators, such as U+2028.
         for number, line in enumerate(_decode(path).split("\n"), start=1):
             if not line.strip():
                 continue
             try:
                 row = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise ConfigError(f"{path}, line {number}: not JSON ({error}); expected one object per line.") from None
             if not isinstance(row, dict):
                 raise ConfigError(f"{path}, line {number}: expected a JSON object, not {type(row).__name__}.")
             if self._column not in row:
                 raise ConfigError(_no_column(f"{path}, line {number}", self._column, row))
-            documents.append(_checked(row[self._column], f"{path}, line {number}", self._column))
-        return documents
+            rows.append(_checked(row[self._column], f"{path}, line {number}", self._column))
+        return as_documents(rows, self._document, str(path))
 
     def _read_parquet(self, path: Path) -> list[str]:
         import pyarrow
         import pyarrow.parquet
 
         try:
-            file = pyarrow.parquet.ParquetFile(path)
+            file = pyarrow.parquet.ParquetFile(path, page_checksum_verification=True)
             if self._column not in file.schema_arrow.names:
                 raise ConfigError(_no_column(str(path), self._column, file.schema_arrow.names))
             values = file.read(columns=[self._column])[self._column].to_pylist()
-        except pyarrow.ArrowException as error:
-            raise ConfigError(f"{str(path)!r} cannot be read as parquet ({error}); write it again.") from None
-        return [_checked(value, f"{path}, row {i}", self._column) for i, value in enumerate(values)]
+        except ConfigError:
+            raise
+        except (pyarrow.ArrowException, OSError, ValueError, KeyError) as error:  # also text that is not UTF-8
+            raise ConfigError(
+                f"{str(path)!r} cannot be read as parquet ({_first_line(error)}); write it again."
+            ) from None
+        rows = [_checked(value, f"{path}, row {i}", self._column) for i, value in enumerate(values)]
+        return as_documents(rows, self._document, str(path))
 
 
 class Shakespeare(Corpus):
@@ -216,11 +248,12 @@ class Shakespeare(Corpus):
         if self._path is not None:
             return TextFiles(self._path)._load()
         cached = cache_dir() / "shakespeare.txt"
-        if not cached.exists():
-            text = self._download()
-            with atomic_file(cached) as file:
+        content = read_checked(cached)
+        text = self._download() if content is None else str(content, "utf-8")
+        if content is None:
+            with checked_file(cached) as file:
                 file.write(text.encode())
-        return TextFiles(str(cached))._load()
+        return split_documents([text])
 
     def _download(self) -> str:
         advice = "connect to the network once, or put the text in a file and give data.path=FILE."
@@ -247,6 +280,7 @@ class Hub(Corpus):
         column: Where it keeps the text.
         split: The split to train on; slices such as `train[:10%]` are allowed.
         max_documents: Read at most this many rows of each split, streaming instead of downloading all.
+        document: How rows become documents; see `as_documents`.
     """
 
     def __init__(
@@ -256,7 +290,9 @@ class Hub(Corpus):
         column: str = "text",
         split: str = "train",
         max_documents: int | None = None,
+        document: Document = "auto",
     ):
+        _check_document(document)
         if max_documents is not None and max_documents < 1:
             raise ConfigError(f"max_documents must be at least 1, or null for all; not {max_documents}.")
         self.name = name
@@ -264,6 +300,7 @@ class Hub(Corpus):
         self._column = column
         self._split = split
         self._max = max_documents
+        self._document = document
 
     def _load(self) -> dict[str, list[str]]:
         import datasets
@@ -291,26 +328,32 @@ class Hub(Corpus):
             except ConfigError:
                 raise
             except _load_errors() as error:
-                if online:
+                configs = re.search(r"(?:available configs|Available): \[(.*)\]", str(error))
+                if configs is not None:
+                    problem = "its configuration is missing" if self._config is None else f"no {self._config!r} in it"
+                    advice = f"give data.corpus.config=NAME, one of {configs[1].replace(chr(39), '')}"
+                elif online:
                     problem, advice = _first_line(error), "check data.name and data.corpus.config"
                 else:
                     problem = f"not in the cache, and {endpoint} cannot be reached"
                     advice = "connect to the network once, or use a file with data=text data.path=FILE"
                 raise ConfigError(f"data set {self.name!r} cannot be loaded: {problem}; {advice}.") from error
+        if not train:
+            raise ConfigError(f"data set {self.name!r} holds no text in column {self._column!r} of {self._split!r}.")
         missing = [split for split in ("val", "test") if not own.get(split)]
         return {**own, **split_documents(train, missing)}
 
-    def _texts(self, rows: Iterable[dict[str, Any]], split: str) -> list[str]:
-        """Return the texts of a split; empty ones and nulls are left out."""
-        documents = []
+    def _texts(self, rows: Any, split: str) -> list[str]:
+        """Return the documents of a split."""
+        texts: list[str | None] = []
+        of = f"data set {self.name!r}, split {split!r}"
         for i, row in enumerate(itertools.islice(rows, self._max)):
-            where = f"data set {self.name!r}, split {split!r}, row {i}"
+            where = f"{of}, row {i}"
             if self._column not in row:
                 raise ConfigError(_no_column(where, self._column, row))
-            value = row[self._column]
-            if value is not None and _checked(value, where, self._column).strip():
-                documents.append(value)
-        return documents
+            texts.append(_checked(row[self._column], where, self._column))
+        documents = as_documents(texts, self._document, of, of_lines=rows.info.builder_name == "text")
+        return [document for document in documents if document.strip()]
 
 
 class Symbols(Corpus):
@@ -325,8 +368,8 @@ class Symbols(Corpus):
     LEAST = 4096  # symbols of a split, so that it is longer than a segment of any usual model
 
     def __init__(self, n_symbol: int):
-        if n_symbol < 2:
-            raise ConfigError(f"n_symbol must be at least 2, not {n_symbol}.")
+        if not 2 <= n_symbol <= 10**6:
+            raise ConfigError(f"data.corpus.n_symbol must be in 2..1000000, not {n_symbol}.")
         self.name = f"{n_symbol} symbols"
         self._n_symbol = n_symbol
 
@@ -348,6 +391,63 @@ def symbols_of(tokenizer: Tokenizer, train: TokenizedCorpus) -> np.ndarray:
             "tokenizer has kind word and a vocab_size above data.corpus.n_symbol + 1."
         )
     return symbols
+
+
+def as_documents(rows: Sequence[str | None], document: Document, where: str, of_lines: bool = False) -> list[str]:
+    """Make documents of the rows of a table; rows without text (null) are left out, and counted in the log.
+
+    A table is taken to be of lines if at most a hundredth of its rows has a line break inside, and most rows end in
+    one or one in twenty is blank (WikiText is both).
+
+    Args:
+        rows: The text of each row.
+        document: `row`: each is a document. `join`: all are one. `heading`: one begins at each title as WikiText
+            writes it (` = Title = `). `auto`: `row`, but for a table of lines `heading`, or `join` if it has no titles.
+        where: What the table is called.
+        of_lines: Whether the table was made of the lines of a text file.
+
+    Returns:
+        The documents. Some may be blank.
+
+    Raises:
+        ConfigError: If there is no title to begin a document at.
+    """
+    texts = [row for row in rows if row is not None]
+    if len(texts) < len(rows):
+        log.warning("%s: %d of %d rows are null and left out", where, len(rows) - len(texts), len(rows))
+    titles = [i for i, text in enumerate(texts) if _TITLE.fullmatch(text)]
+    if document == "heading" and not titles:
+        raise ConfigError(f"{where}: no row is a title such as ' = Title = ': give another document, such as join.")
+    if document == "row" or (document == "auto" and not (_of_lines(texts, of_lines))):
+        return texts
+    starts = titles if titles and document != "join" else []
+    end = "" if sum(text.endswith("\n") for text in texts) * 2 > len(texts) else "\n"
+    cuts = [0, *(i for i in starts if i > 0), len(texts)]
+    documents = [end.join(texts[start:stop]) + end for start, stop in itertools.pairwise(cuts) if stop > start]
+    if document == "auto":
+        log.info(
+            "%s: its %d rows are lines, joined to %d documents; data.corpus.document=row makes a document of each",
+            where, len(texts), sum(bool(text.strip()) for text in documents),
+        )  # fmt: skip
+    return documents
+
+
+def _of_lines(texts: Sequence[str], known: bool) -> bool:
+    """Whether rows are the lines of longer texts."""
+    full = [text for text in texts if text.strip()]
+    if known or not full:
+        return known
+    broken = sum("\n" in text.strip("\r\n") for text in full)
+    ended = sum(text.endswith("\n") for text in full)
+    return 100 * broken <= len(full) and (2 * ended > len(full) or 20 * (len(texts) - len(full)) >= len(texts))
+
+
+def _check_document(document: str) -> None:
+    options = get_args(Document)
+    if document not in options:
+        raise ConfigError(
+            f"document must be one of {', '.join(options)}, not {document!r}.{did_you_mean(document, options)}"
+        )
 
 
 def split_documents(documents: list[str], held_out: Sequence[str] = ("val", "test")) -> dict[str, list[str]]:
@@ -407,32 +507,92 @@ def _content_hash(splits: dict[str, list[str]]) -> str:
 
 def _find(pattern: str) -> list[Path]:
     """Return the file, or the files that match the pattern, sorted."""
-    path = Path(pattern).expanduser()
-    if path.is_file():
+    path, shown = Path(os.path.expanduser(pattern)), _shown(pattern)
+    if os.path.isfile(path):  # not of Path, which raises where a name is too long
         return [path]
-    if path.is_dir():
-        raise ConfigError(f"{pattern!r} is a folder; give a file, or a pattern such as {str(path / '*.txt')!r}.")
+    if os.path.isdir(path):
+        raise ConfigError(f"{shown} is a folder; give a file, or a pattern such as {_shown(path / '*.txt')}.")
+    if os.path.exists(path):
+        raise ConfigError(f"{shown} is no file that can be read twice, such as a pipe or device; write a file.")
     if not glob.has_magic(pattern):
-        raise ConfigError(f"text file {pattern!r} does not exist; check data.path (now in {os.getcwd()}).")
-    paths = sorted(Path(match) for match in glob.glob(str(path), recursive=True) if Path(match).is_file())
+        raise ConfigError(f"text file {shown} does not exist; check data.path (now in {os.getcwd()}).")
+    paths = sorted(Path(match) for match in glob.glob(str(path), recursive=True) if os.path.isfile(match))
     if not paths:
-        raise ConfigError(f"no file matches the pattern {pattern!r}; check data.path (now in {os.getcwd()}).")
+        raise ConfigError(f"no file matches the pattern {shown}; check data.path (now in {os.getcwd()}).")
     return paths
+
+
+def _shown(path: str | Path) -> str:
+    """A path as an error shows it."""
+    text = repr(str(path))
+    return text if len(text) <= 300 else f"{text[:200]} ... {text[-80:]} ({len(str(path))} characters)"
 
 
 def _decode(path: Path) -> str:
     """Read a UTF-8 file, without its byte order mark if it has one."""
     try:
-        return path.read_bytes().decode("utf-8").removeprefix("\ufeff")
+        data = path.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"{str(path)!r} cannot be read: {error.strerror or error}; check data.path.") from None
+    if (encoding := _wide_encoding(data)) is not None:
+        raise ConfigError(f"{str(path)!r} looks like {encoding}, not UTF-8; convert the file to UTF-8.")
+    try:
+        text = data.decode("utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError as error:
         raise ConfigError(
-            f"{str(path)!r} is not UTF-8: byte {error.start} is 0x{error.object[error.start]:02x}; "
-            f"convert the file to UTF-8."
+            f"{str(path)!r} is not UTF-8: byte {error.start} is 0x{data[error.start]:02x}; convert the file to UTF-8."
         ) from None
+    if "\0" in text:
+        raise ConfigError(
+            f"{str(path)!r} is no text, or damaged: it has {text.count(chr(0))} NUL characters, the first at byte "
+            f"{data.index(0)}; take them out, or convert the file to UTF-8."
+        )
+    return text
 
 
-def _checked(value: Any, where: str, column: str) -> str:
-    """Return `value` if it is text that can be encoded."""
+_BYTE_ORDER_MARKS = {  # the longer ones first
+    codecs.BOM_UTF32_LE: "UTF-32-LE",
+    codecs.BOM_UTF32_BE: "UTF-32-BE",
+    codecs.BOM_UTF16_LE: "UTF-16-LE",
+    codecs.BOM_UTF16_BE: "UTF-16-BE",
+}
+_MANY_ZEROS: dict[
+    tuple[bool, ...], str
+] = {  # which bytes of four are zero in most places of a text of Latin, or any, letters
+    (False, True, True, True): "UTF-32-LE",
+    (True, True, True, False): "UTF-32-BE",
+    (False, False, True, True): "UTF-32-LE",
+    (True, True, False, False): "UTF-32-BE",
+    (False, True, False, True): "UTF-16-LE",
+    (True, False, True, False): "UTF-16-BE",
+}
+
+
+def _wide_encoding(data: bytes) -> str | None:
+    """Name the encoding that has two or four bytes for each letter, if it looks like one."""
+    for mark, name in _BYTE_ORDER_MARKS.items():
+        if data.startswith(mark):
+            return name
+    start = data[:4096]
+    zeros = tuple(2 * start[i::4].count(0) > len(start[i::4]) for i in range(4))
+    return _MANY_ZEROS.get(zeros)
+
+
+def _unix(text: str) -> str:
+    """A text whose lines end in a line feed, however they did."""
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def _unescaped(separator: str) -> str:
+    """A separator in which line ends and tabs may be written with a backslash."""
+    signs = {"n": "\n", "t": "\t", "r": "\r", "\\": "\\"}
+    return _unix(re.sub(r"\\([ntr\\])", lambda found: signs[found[1]], separator))
+
+
+def _checked(value: Any, where: str, column: str) -> str | None:
+    """Return `value` if it is text that can be encoded, or null."""
+    if value is None:
+        return None
     if not isinstance(value, str):
         raise ConfigError(
             f"{where}: column {column!r} must be text, not {type(value).__name__}; choose another column."
@@ -443,6 +603,10 @@ def _checked(value: Any, where: str, column: str) -> str:
         raise ConfigError(
             f"{where}: character {error.start} of column {column!r} is half of a surrogate pair; repair the text."
         ) from None
+    if value.count("\0") * 100 > len(value):
+        raise ConfigError(
+            f"{where}: column {column!r} is full of NUL characters, as UTF-16 is that was read as UTF-8; convert it."
+        )
     return value
 
 
@@ -502,7 +666,7 @@ def _load_errors() -> tuple[type[Exception], ...]:
     """Return what `datasets` raises when a data set cannot be had."""
     import datasets
 
-    return (OSError, ValueError, datasets.exceptions.DatasetsError)
+    return (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError)  # RuntimeError: a script
 
 
 def _first_line(error: Exception) -> str:

@@ -7,7 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from memlm.config import ConfigError, check_arguments, did_you_mean
+from memlm.config import ConfigError, check_arguments, check_kind, did_you_mean, instantiate
+
+_MOST = 10**9
+_MOST_SEGMENTS = 10**6  # of a batch
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,11 @@ class Curriculum:
             raise ConfigError("curriculum.phases is empty: give at least one phase with steps, n_row and n_segment")
         names = [f.name for f in fields(Phase)]
         self.phases: list[Phase] = []
+        if task is not None and (not isinstance(task, Mapping) or "_target_" not in task):
+            raise ConfigError(f"curriculum.task must be null, or name a task by its _target_, got {task!r}")
         for i, settings in enumerate(phases):
+            if not isinstance(settings, Mapping):
+                raise ConfigError(f"curriculum.phases[{i}] must be the settings of a phase, got {settings!r}")
             for name in settings:
                 if name not in names:
                     raise ConfigError(
@@ -59,10 +66,18 @@ class Curriculum:
             missing = [name for name in ("steps", "n_row", "n_segment") if name not in settings]
             if missing:
                 raise ConfigError(f"curriculum.phases[{i}] lacks {', '.join(missing)}")
+            check_arguments(f"{Phase.__module__}.Phase", settings, f"curriculum.phases[{i}]", ())
             phase = Phase(**settings)
             for name in ("steps", "n_row", "n_segment", "n_window"):
                 if getattr(phase, name) < 1:
                     raise ConfigError(f"curriculum.phases[{i}].{name} must be at least 1, got {getattr(phase, name)}")
+                if getattr(phase, name) > _MOST:
+                    raise ConfigError(f"curriculum.phases[{i}].{name} must be at most {_MOST}")
+            if phase.n_row * phase.n_segment > _MOST_SEGMENTS:
+                raise ConfigError(
+                    f"curriculum.phases[{i}] asks for {phase.n_row:,} rows of {phase.n_segment:,} segments in a batch: "
+                    f"give n_row and n_segment of which the product is at most {_MOST_SEGMENTS:,}"
+                )
             if phase.task is not None:
                 if task is None:
                     raise ConfigError(f"curriculum.phases[{i}].task needs a curriculum.task, which is null")
@@ -105,6 +120,16 @@ class Curriculum:
             name: _between(value[0], value[1], part) if isinstance(value, list | tuple) else value
             for name, value in phase.memory.items()
         }
+
+
+def build_curriculum(config: Mapping[str, Any]) -> Curriculum:
+    """The curriculum of ``config["curriculum"]``.
+
+    Raises:
+        ConfigError: If its ``_target_`` is no `Curriculum`, or a setting cannot work.
+    """
+    check_kind(config["curriculum"], "curriculum", Curriculum)
+    return instantiate(config["curriculum"], "curriculum")
 
 
 def _between(first: float, last: float, part: float) -> float:

@@ -62,6 +62,7 @@ class TextStream:
         self.corpus, self.segment_len, self.pad_id, self.seed = corpus, segment_len, pad_id, seed
         self._per_document = -(-np.diff(corpus.offsets) // segment_len)  # segments of each document
         self.n_segment = int(self._per_document.sum())
+        self.n_document = int((self._per_document > 0).sum())  # that have a token
         self._pass: tuple[int, np.ndarray, np.ndarray, int] | None = None
 
     def window(self, row: int, n_row: int, first: int, n_segment: int) -> tuple[np.ndarray, ...]:
@@ -174,31 +175,39 @@ class TrainingBatches(Dataset[Batch]):
 
 
 class ValidationBatches(Dataset[Batch]):
-    """One pass over a text: rows go through their share of the documents in order.
+    """One pass over a text, for validation and for experiments: rows go through their share of the documents in order.
+
+    A document is cut where the share of a row begins, and memory begins anew there. So there are no more rows than
+    documents, nor than windows; windows are longer then, and a batch has as many tokens. What is left when segments are
+    dealt out evenly, less than one for each row, is not read.
 
     Args:
         corpus: The text.
         segment_len: Tokens per segment.
         pad_id: Id of padding.
+        n_row: Rows, at most.
+        n_segment: Segments per window, if there are as many rows.
+
+    Attributes:
         n_row: Rows.
-        n_segment: Segments per window.
     """
 
     def __init__(
         self, corpus: TokenizedCorpus, segment_len: int, pad_id: int, n_row: int = 8, n_segment: int = 4
     ) -> None:
         self.stream = TextStream(corpus, segment_len, pad_id, seed=None)
-        self.n_row, self.n_segment = n_row, n_segment
+        self.n_row = max(1, min(n_row, self.stream.n_document, self.stream.n_segment // n_segment))
+        self.n_segment = n_row * n_segment // self.n_row
 
     def __len__(self) -> int:
-        return max(self.stream.n_segment // self.n_row // self.n_segment, 1)
+        return -(-(self.stream.n_segment // self.n_row) // self.n_segment)
 
     def __getitem__(self, step: int) -> Batch:
         if step >= len(self):
             raise IndexError(step)
-        parts = [
-            self.stream.window(row, self.n_row, step * self.n_segment, self.n_segment) for row in range(self.n_row)
-        ]
+        first = step * self.n_segment
+        n_segment = min(self.n_segment, self.stream.n_segment // self.n_row - first)
+        parts = [self.stream.window(row, self.n_row, first, n_segment) for row in range(self.n_row)]
         return _text_batch(parts, step, first=step == 0)
 
 

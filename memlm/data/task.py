@@ -9,7 +9,7 @@ Shapes: N tokens of a document.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -32,6 +32,7 @@ class Planted(NamedTuple):
     weight: np.ndarray | None = None
 
 
+@runtime_checkable
 class Task(Protocol):
     """Makes training documents. Constructors get ``tokenizer`` and ``train`` (the training text), then settings."""
 

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import base64
+import bisect
 import hashlib
+import itertools
 import json
 import logging
+import os
 import re
+import reprlib
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from memlm.config import ConfigError, did_you_mean
-from memlm.data.tokens import atomic_file
+from memlm.files import checked_file, read_checked
+from memlm.printed import one_line
+from memlm.saved import parse_json
 
 if TYPE_CHECKING:
     import tokenizers
@@ -27,6 +35,11 @@ VERSION = 1
 
 # Characters encoded in one piece: the time that one string takes grows faster than its length.
 PIECE_CHARS = 10_000
+# Of a word that is longer than that, as the letters of a genome are, this many are trained on in one piece.
+_WORD_CHARS = 1_000
+# Characters on which it is measured whether a tokenizer keeps the text, and of a part of these.
+SAMPLE_CHARS, _PART_CHARS = 32_000, 2_000
+_HALF_WORD_BEFORE, _HALF_WORD_AFTER = re.compile(r"\A\S{1,200}(?=\s)"), re.compile(r"(?<=\s)\S{1,200}\Z")
 # No kind trained here, nor GPT-2's, ever makes a token that goes from a visible character on to whitespace, so a
 # document cut before such a whitespace encodes to the same tokens.
 _LAST_CUT = re.compile(rf"(?s).{{1,{PIECE_CHARS}}}(?<=\S)(?=[ \n])")
@@ -34,6 +47,8 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 _NEXT_CUT = re.compile(r"(?<=\S)(?=[ \n])")
 
 _MOST_BYTES = 4  # of a character
+MOST_IDS = 2**22
+"""Ids of a vocabulary: the library counts them all, up to the largest."""
 
 # One character each; words and signs each with the space before them (so that joining tokens gives the text back).
 _CHAR_PATTERN = r"[\s\S]"
@@ -54,6 +69,7 @@ class Tokenizer:
         self._json = backend.to_str()
         vocab = backend.get_vocab(with_added_tokens=True)
         self._size = max(vocab.values(), default=-1) + 1  # ids of a given tokenizer may have gaps
+        self._unk = _unknown_id(json.loads(self._json)["model"])
         self._pad = next((vocab[name] for name in (PAD, "[PAD]", "<|pad|>", "<|padding|>") if name in vocab), None)
         self._cuttable = _is_cuttable(json.loads(self._json))
 
@@ -66,12 +82,9 @@ class Tokenizer:
         """
         import tokenizers
 
-        try:
+        with _refused("not a tokenizer.json of the tokenizers library ({}); save one with Tokenizer.save or to_json."):
+            _check(parse_json(text))
             return cls(tokenizers.Tokenizer.from_str(text))
-        except Exception as error:  # the library raises bare Exceptions
-            raise ConfigError(
-                f"not a tokenizer.json of the tokenizers library ({error}); save one with Tokenizer.save or to_json."
-            ) from None
 
     @classmethod
     def from_file(cls, path: str | Path) -> Tokenizer:
@@ -80,12 +93,12 @@ class Tokenizer:
         Raises:
             ConfigError: The file is missing or is not a tokenizer.json.
         """
-        path = Path(path).expanduser()
-        if not path.is_file():
+        path = Path(os.path.expanduser(path))
+        if not os.path.isfile(path):
             raise ConfigError(f"tokenizer file {str(path)!r} does not exist; give the path of a tokenizer.json.")
         try:
             return cls.from_json(path.read_text(encoding="utf-8"))
-        except ValueError as error:  # ConfigError, or bytes that are not UTF-8
+        except (ValueError, OSError) as error:  # ConfigError, or bytes that are not UTF-8
             raise ConfigError(f"tokenizer file {str(path)!r} cannot be read: {error}") from None
 
     def encode(self, text: str) -> list[int]:
@@ -96,16 +109,34 @@ class Tokenizer:
         """Return the token ids of each text, encoded in parallel.
 
         What is no text (halves of surrogate pairs, left by invalid bytes) becomes U+FFFD.
+
+        Raises:
+            ConfigError: A given tokenizer has no token for what is in the text.
         """
         texts = [_SURROGATE.sub("\ufffd", text) for text in texts]
         pieces = [list(_pieces(text)) if self._cuttable else [text] for text in texts]
         flat = [piece for row in pieces for piece in row]
-        encodings = iter(self._backend.encode_batch_fast(flat, add_special_tokens=False))
+        with _refused("this tokenizer cannot encode the text ({}): use one that has a token for what it does not know"):
+            encodings = iter(self._backend.encode_batch_fast(flat, add_special_tokens=False))
         return [[i for _ in row for i in next(encodings).ids] for row in pieces]
 
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text of token ids; padding is left out."""
-        return self._backend.decode([int(i) for i in ids if int(i) != self._pad], skip_special_tokens=False)
+        ids = [int(i) for i in ids if int(i) != self._pad]
+        with _refused("the tokenizer cannot decode its own tokens ({}): use another one."):
+            return self._backend.decode(ids, skip_special_tokens=False)
+
+    def share_kept(self, documents: Sequence[str]) -> float:
+        """Return the share of characters that are there again, in order, after encoding and decoding.
+
+        What becomes the unknown token is lost. Measured on `SAMPLE_CHARS` characters from all over the documents.
+        """
+        parts = _sample(documents)
+        found = (
+            _n_common(part, self.decode(i for i in ids if i != self._unk))
+            for part, ids in zip(parts, self.encode_batch(parts), strict=True)
+        )
+        return sum(found) / max(sum(map(len, parts)), 1)
 
     def decode_each(self, ids: Sequence[int]) -> list[str]:
         """Return the text of each token; a character of several tokens stands with the last of them."""
@@ -154,9 +185,9 @@ def train_tokenizer(kind: str, documents: Iterable[str], vocab_size: int) -> Tok
         ConfigError: Unknown kind, too small a vocabulary, or no text.
     """
     _check_kind(kind)
-    least = {"word": 3, "bpe": 257}.get(kind, 0)
-    if vocab_size < least:
-        raise ConfigError(f"vocab_size must be at least {least} for tokenizer kind {kind!r}, not {vocab_size}.")
+    least, most = {"word": 3, "bpe": 257}.get(kind, 0), 2**24
+    if not least <= vocab_size <= most:
+        raise ConfigError(f"vocab_size must be {least} to {most} for tokenizer kind {kind!r}, not {vocab_size}.")
     train = {"char": _train_char, "byte": _train_byte, "word": _train_word, "bpe": _train_bpe}[kind]
     return Tokenizer(train(documents, vocab_size))
 
@@ -184,16 +215,58 @@ def get_tokenizer(kind: str, vocab_size: int, path: str | None, corpus: Corpus, 
     _check_kind(kind)
     name = f"{kind}-{vocab_size}-v{VERSION}-{corpus.fingerprint()[:32]}.json"
     cached = Path(cache_dir) / "tokenizers" / name
-    if cached.exists():
+    if (content := read_checked(cached)) is not None:
         try:
-            return Tokenizer.from_file(cached)
-        except ConfigError as error:
-            log.warning("training tokenizer %s again: the cached file is damaged (%s)", name, error)
+            return Tokenizer.from_json(str(content, "utf-8"))
+        except ConfigError as error:  # of another version of the library
+            log.warning("training tokenizer %s again: the cached file cannot be read (%s)", name, error)
     tokenizer = train_tokenizer(kind, corpus.documents("train"), vocab_size)
-    with atomic_file(cached) as file:
+    with checked_file(cached) as file:
         file.write(tokenizer.to_json().encode())
     log.info("trained a %s tokenizer of %d tokens on %s", kind, tokenizer.vocab_size, corpus.name)
     return tokenizer
+
+
+@contextmanager
+def _refused(told: str) -> Iterator[None]:
+    """Tell what the library refuses as a `ConfigError`, with its words in the place of ``{}``."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit, MemoryError):
+        raise
+    except BaseException as error:  # the library raises bare Exceptions, and panics that are none
+        raise ConfigError(told.format(one_line(error)[:300])) from None
+
+
+def _check(content: Any) -> None:
+    """Refuse a `tokenizer.json` on which the library would come to nothing, or take all memory.
+
+    Raises:
+        ValueError: What is wrong with it.
+    """
+    model = content.get("model") if isinstance(content, dict) else None
+    if not isinstance(model, dict):
+        raise ValueError("it has no model")
+    vocab, unknown = model.get("vocab"), model.get("unk_token")
+    if isinstance(vocab, dict):
+        for token, i in vocab.items():
+            if type(i) is not int or not 0 <= i < MOST_IDS:
+                raise ValueError(f"the id of {reprlib.repr(token)} is {reprlib.repr(i)}, not in 0..{MOST_IDS - 1}")
+        if unknown is not None and unknown not in vocab:
+            raise ValueError(f"its unk_token {reprlib.repr(unknown)} is not in the vocabulary")
+    for kind, part in _parts(content.get("normalizer")):
+        if kind == "Precompiled":  # a table that begins with its length
+            table = base64.b64decode(part.get("precompiled_charsmap") or "", validate=True)
+            if len(table) < 4 or int.from_bytes(table[:4], "little") > len(table) - 4:
+                raise ValueError("the table of its normalizer is cut short")
+
+
+def _parts(value: Any) -> Iterator[tuple[Any, dict[str, Any]]]:
+    """All mappings in a JSON value that say of which type they are."""
+    if isinstance(value, dict) and "type" in value:
+        yield value["type"], value
+    for part in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        yield from _parts(part)
 
 
 def _check_kind(kind: str) -> None:
@@ -223,6 +296,50 @@ def _is_cuttable(config: dict[str, Any]) -> bool:
     if before.get("type") == "ByteLevel":
         return before["use_regex"] and not before["add_prefix_space"]
     return before.get("type") == "Split" and before["pattern"].get("Regex") in (_CHAR_PATTERN, _WORD_PATTERN)
+
+
+def _unknown_id(model: dict[str, Any]) -> int | None:
+    """Id of the token for what a model does not know; None if it has none."""
+    vocab = model.get("vocab")
+    return vocab.get(model.get("unk_token")) if isinstance(vocab, dict) else model.get("unk_id")
+
+
+def _sample(documents: Sequence[str]) -> list[str]:
+    """Parts of documents, about `SAMPLE_CHARS` in all, from places that are spread evenly."""
+    ends = list(itertools.accumulate(map(len, documents)))
+    if not ends or ends[-1] <= SAMPLE_CHARS:
+        return list(documents)
+    parts, n_part = [], SAMPLE_CHARS // _PART_CHARS
+    for i in range(n_part):
+        place, left = i * ends[-1] // n_part, _PART_CHARS
+        index = bisect.bisect_right(ends, place)
+        start = place - (ends[index - 1] if index else 0)
+        while left > 0 and index < len(documents):
+            part, whole = documents[index][start : start + left], documents[index]
+            left -= len(part)
+            # Words that are cut are none.
+            if start > 0:
+                part = _HALF_WORD_BEFORE.sub("", part)
+            if start + len(part) < len(whole):
+                part = _HALF_WORD_AFTER.sub("", part)
+            parts.append(part)
+            index, start = index + 1, 0
+    return parts
+
+
+def _n_common(text: str, other: str) -> int:
+    """Length of the longest common subsequence, bit-parallel as in Hyyrö (2004)."""
+    if text == other:
+        return len(text)
+    places: dict[str, int] = {}
+    for i, character in enumerate(text):
+        places[character] = places.get(character, 0) | 1 << i
+    everywhere = (1 << len(text)) - 1
+    row = everywhere
+    for character in other:
+        here = row & places.get(character, 0)
+        row = ((row + here) | (row - here)) & everywhere
+    return len(text) - row.bit_count()
 
 
 def _train_char(documents: Iterable[str], vocab_size: int) -> tokenizers.Tokenizer:
@@ -306,4 +423,7 @@ def _byte_letters() -> list[str]:
 
 def _training_pieces(documents: Iterable[str]) -> Iterator[str]:
     for document in documents:
-        yield from _pieces(document)
+        for piece in _pieces(document):
+            # Without a space in it: training takes time that grows with the square of the longest word.
+            step = max(len(piece), 1) if len(piece) <= PIECE_CHARS else _WORD_CHARS
+            yield from (piece[start : start + step] for start in range(0, len(piece), step))

@@ -1,25 +1,21 @@
-"""Tokenised text on disk: every corpus is encoded once into memory-mapped arrays.
+"""Tokenised text on disk: every corpus is encoded once, into arrays whose files end with a checksum.
 
 Shapes: N = tokens of one split, n_doc = its documents.
 """
 
 from __future__ import annotations
 
-import fcntl
-import glob
 import hashlib
+import io
 import logging
-import os
-import time
-import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+import math
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from memlm.config import ConfigError
+from memlm.files import checked_file, read_checked
 
 if TYPE_CHECKING:
     from memlm.data.corpus import Corpus
@@ -33,53 +29,13 @@ FORMAT = 1
 BATCH_CHARS = 2_000_000
 # Below this many characters encoding is over before a progress bar is read.
 PROGRESS_CHARS = 20_000_000
-_TO_LOCK = 10  # seconds that a writer may take from making its file to locking it
-
-
-def cache_dir() -> Path:
-    """Return the folder for everything that can be built again: `$MEMLM_CACHE`, or else `~/.cache/memlm`."""
-    return Path(os.environ.get("MEMLM_CACHE") or "~/.cache/memlm").expanduser()
-
-
-@contextmanager
-def atomic_file(path: Path) -> Iterator[BinaryIO]:
-    """Open a binary file that appears under `path` only when it is complete.
-
-    Readers see the old file or the new one, never a part; of several writers the last one wins. When the body
-    raises, `path` stays as it was. What a writer that was killed has left is removed by the next one.
-
-    Args:
-        path: The final name; missing parent folders are made.
-
-    Yields:
-        The open file, under a temporary name beside `path`.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _remove_leftovers(path)
-    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)  # says that this writer is alive
-            yield file
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _remove_leftovers(path: Path) -> None:
-    """Remove temporary files of writers of `path` that live no more."""
-    for temporary in path.parent.glob(f"{glob.escape(path.name)}.{'[0-9a-f]' * 32}.tmp"):
-        with suppress(OSError), temporary.open("rb") as file:  # or it is gone, or being written
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if time.time() - os.fstat(file.fileno()).st_mtime > _TO_LOCK:
-                temporary.unlink()
 
 
 class TokenizedCorpus(NamedTuple):
     """The tokens of one split, all documents one after the other.
 
     Attributes:
-        tokens: (N,) int32, memory-mapped and read-only when it comes from the cache.
+        tokens: (N,) int32, read-only when it comes from the cache, and mapped when it is large.
         offsets: (n_doc + 1,) int64; document `i` is `tokens[offsets[i]:offsets[i + 1]]`.
     """
 
@@ -110,16 +66,17 @@ class TokenizedCorpus(NamedTuple):
 def tokenize(corpus: Corpus, tokenizer: Tokenizer, split: str, cache_dir: Path) -> TokenizedCorpus:
     """Encode one split of a corpus, or take it from the cache.
 
-    The cache is keyed by the content of the corpus, the tokenizer and the split. A damaged cache file is built again.
+    The cache is keyed by the content of the corpus, the tokenizer and the split. A cache file in which any bit has
+    changed is built again.
 
     Args:
         corpus: The text.
         tokenizer: What encodes it.
         split: `train`, `val` or `test`.
-        cache_dir: Where the arrays are kept, usually `memlm.data.tokens.cache_dir()`.
+        cache_dir: Where the arrays are kept, usually `memlm.files.cache_dir()`.
 
     Returns:
-        The tokens, memory-mapped.
+        The tokens; mapped if they are large, see `memlm.files.read_checked`.
 
     Raises:
         ConfigError: The split does not exist or holds no token.
@@ -135,7 +92,7 @@ def tokenize(corpus: Corpus, tokenizer: Tokenizer, split: str, cache_dir: Path) 
     if not len(tokens):
         raise ConfigError(f"split {split!r} of corpus {corpus.name!r} holds no token; give a longer text.")
     for path, array in ((tokens_path, tokens), (offsets_path, offsets)):
-        with atomic_file(path) as file:
+        with checked_file(path) as file:
             np.save(file, array)
     log.info("%s, %s: %d documents, %d tokens", corpus.name, split, len(offsets) - 1, len(tokens))
     cached = _load(tokens_path, offsets_path)
@@ -144,26 +101,29 @@ def tokenize(corpus: Corpus, tokenizer: Tokenizer, split: str, cache_dir: Path) 
 
 
 def _load(tokens_path: Path, offsets_path: Path) -> TokenizedCorpus | None:
-    """Return the cached arrays, or None when they are missing or do not fit together."""
-    if not (tokens_path.exists() and offsets_path.exists()):
+    """Return the cached arrays, or None when they are missing, damaged or do not fit together."""
+    contents = read_checked(tokens_path), read_checked(offsets_path)
+    if contents[0] is None or contents[1] is None:
         return None
-    try:
-        tokens = np.load(tokens_path, mmap_mode="r", allow_pickle=False)
-        offsets = np.load(offsets_path, allow_pickle=False)
-        whole = (
-            (tokens.dtype, tokens.ndim, offsets.dtype, offsets.ndim) == (np.int32, 1, np.int64, 1)
-            and len(offsets) > 1
-            and offsets[0] == 0
-            and offsets[-1] == len(tokens)
-            and bool((np.diff(offsets) >= 0).all())
-        )
-        problem = "" if whole else "the arrays do not fit together"
-    except (OSError, ValueError, EOFError, SyntaxError) as error:  # SyntaxError: a garbled npy header
-        problem = str(error)
-    if problem:
-        log.warning("building %s again: the cached file is damaged (%s)", tokens_path.name, problem)
-        return None
-    return TokenizedCorpus(tokens, offsets)
+    tokens, offsets = _array(contents[0]), _array(contents[1])
+    if (
+        (tokens.dtype, tokens.ndim, offsets.dtype, offsets.ndim) == (np.int32, 1, np.int64, 1)
+        and len(offsets) > 1
+        and offsets[0] == 0
+        and offsets[-1] == len(tokens)
+        and bool((np.diff(offsets) >= 0).all())
+    ):
+        return TokenizedCorpus(tokens, offsets)
+    log.warning("%s does not fit to its offsets: made again", tokens_path)
+    return None
+
+
+def _array(content: memoryview) -> np.ndarray:
+    """Return the array that `np.save` has written, without copying it."""
+    head = io.BytesIO(content[:1024])
+    np.lib.format.read_magic(head)
+    shape, _, dtype = np.lib.format.read_array_header_1_0(head)
+    return np.frombuffer(content, dtype, math.prod(shape), head.tell()).reshape(shape)
 
 
 def _encode(documents: list[str], tokenizer: Tokenizer, split: str) -> tuple[np.ndarray, np.ndarray]:

@@ -104,3 +104,9 @@ class Bank(nn.Module):
         if _USES in saved:
             self.register_buffer(_USES, torch.zeros_like(state_dict[f"{prefix}{_USES}"]))
         super()._load_from_state_dict(state_dict, prefix, *rest)
+        if saved - {_USES}:
+            try:
+                self.memory.check(self.state())
+            except ValueError as error:
+                errors: list[str] = rest[-1]
+                errors.append(f"the bank {prefix.removesuffix('.')} holds what no text can have written: {error}")

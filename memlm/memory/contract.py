@@ -17,7 +17,7 @@ Q tokens that are mixed, D model width, H heads, E width of a head, M keys of a 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from memlm.memory.bank import Bank, Scope
-from memlm.memory.state import State, map_tensors, where_rows
+from memlm.memory.state import State, map_tensors, named_tensors, where_rows
 
 Trace = dict[str, Tensor]
 """Numbers of one step by name, each a scalar or one per row, (B,): for the log, and for the memory's own losses."""
@@ -145,9 +145,9 @@ class Flags(NamedTuple):
     position: Tensor
     document: Tensor
 
-    def at(self, s: int) -> Flags:
-        """Those of segment ``s``."""
-        return Flags(*(None if part is None else part[:, s : s + 1] for part in self))  # type: ignore[arg-type]
+    def of(self, begin: int, end: int) -> Flags:
+        """Those of segments ``begin`` to ``end``, the last not included."""
+        return Flags(*(None if part is None else part[:, begin:end] for part in self))  # type: ignore[arg-type]
 
 
 class Segment(NamedTuple):
@@ -240,7 +240,7 @@ class Segment(NamedTuple):
             embeddings=cut(self.embeddings),
             hidden=cut(self.hidden),
             valid=cut(self.valid),
-            flags=self.flags.at(s),
+            flags=self.flags.of(s, s + 1),
             surprise=cut(self.surprise),
             output=cut(self.output),
             heads=None if self.heads is None else Heads(*(part[:, :, cells] for part in self.heads)),
@@ -309,6 +309,18 @@ class Memory(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.bank = Bank(self)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Memory:
+        """Move to another device. Types stay: slots are compared and ranked by their numbers, which takes 32 bits.
+
+        So of a model in half or double precision (``model.half()``) the memories, and what they hold, stay as they are.
+        """
+
+        def moved(tensor: Tensor) -> Tensor:
+            new = fn(tensor)
+            return new if new.dtype == tensor.dtype else tensor.to(new.device)
+
+        return super()._apply(moved, recurse)
 
     def init_linears(self) -> None:
         """Initial values of all linear maps of the module: weights of variance 1 / fan-in, biases of zero."""
@@ -468,6 +480,18 @@ class Memory(nn.Module):
     def n_turn(self) -> int:
         """Turns of `consolidate` in a row that look at every slot of a full bank, beginning with a multiple of them."""
         return 1
+
+    def check(self, state: State) -> None:
+        """Refuse a state that no text can have led to, such as one of a damaged or forged file.
+
+        Default: a real number that is not finite.
+
+        Raises:
+            ValueError: If there is anything; the message names the field.
+        """
+        for name, part in named_tensors(state).items():
+            if part.is_floating_point() and not bool(part.isfinite().all()):
+                raise ValueError(f"{name} is not finite everywhere")
 
     def flops_per_token(self) -> int:
         """Multiply-adds times two of one token's read and write."""

@@ -34,6 +34,8 @@ from memlm.retrieval.index import Index, make_index
 from memlm.retrieval.inverted import Lists
 from memlm.tensors import Host, take
 
+_MOST = 2.0**15  # values and priorities of what is read from a file; what a model writes is far below
+
 
 class LongTermState(NamedTuple):
     """Bank of one layer: ``B`` rows (1 if shared) of ``M`` slots.
@@ -307,6 +309,27 @@ class LongTermMemory(RecordKeeper, SharedBank):
         """Projections of read and write, and the search of a full bank."""
         search = 2 * self.search_index().n_scored * self.d_key + 2 * self.top_k * (self.d_key + self.d_value)
         return super().flops_per_token() + search
+
+    def check(self, state: LongTermState) -> None:
+        """See `Memory.check`; also lengths and priorities that no write gives, and lists of other slots."""
+        super().check(state._replace(lists=None))
+        filled = self.filled(state)
+        most = {"surprise": _MOST, "fifo": 1.0, "random": 1.0}.get(self.importance, 0.0)
+        first, n_rank = self.rank
+        number = torch.arange(first, self.n_slot, n_rank, device=filled.device) + 1  # of all slots, from 1
+        n_used = state.n_used.tensor
+        least = (filled * number).amax(dim=1).to(n_used.device)
+        wrong = {
+            "a key is longer than 1": state.key.norm(dim=2) > 1.01,
+            f"a value is beyond {_MOST:.0f}": state.value.abs().amax(dim=2) > _MOST,
+            f"the priority of a slot is above {most:.0f}, the most under importance={self.importance}": filled
+            & (state.priority > most),
+            "n_used is not a bound on the slots that are used": (n_used < least) | (n_used > self.n_slot),
+        }
+        for what, where in wrong.items():
+            if bool(where.any()):
+                raise ValueError(what)
+        self.search_index().check(state.lists, state.key, filled)
 
 
 def initialise(memory: LongTermMemory) -> None:

@@ -81,6 +81,8 @@ class MemoriaMemory(Slots):
         for name, value in locals().items():
             if name in least and value < least[name]:
                 raise ValueError(f"{name} must be at least {least[name]}, got {value}")
+        if search_depth > 1000:  # edges, one after the other
+            raise ValueError(f"search_depth must be at most 1000, got {search_depth}")
         if n_slot < n_working + n_stm:
             raise ValueError(
                 f"n_slot must hold working and short-term memory, n_working + n_stm = {n_working + n_stm}, got {n_slot}"

@@ -98,7 +98,8 @@ def with_tensors(state: State, named: dict[str, Tensor], prefix: str = "") -> St
 
     def of(name: str, part: Any) -> Any:
         if isinstance(part, Host):
-            return Host(named[prefix + name].cpu())
+            tensor = named[prefix + name]
+            return Host(tensor if tensor.is_meta else tensor.cpu())  # a model without its numbers has none to bring
         if isinstance(part, Tensor):
             return named[prefix + name]
         return None if part is None else with_tensors(part, named, f"{prefix}{name}_")

@@ -29,8 +29,8 @@ from torch.nn import functional as F
 
 from memlm.config import ConfigError, whole
 from memlm.memory.contract import Memory
-from memlm.memory.records import MANY, RecordKeeper, Records
-from memlm.memory.state import State, from_dict, move, tensors, to_dict
+from memlm.memory.records import MANY, MOST_RECORDS, RecordKeeper, Records
+from memlm.memory.state import State, from_dict, move, n_byte, tensors, to_dict
 from memlm.models import memory_file
 from memlm.models.base import LanguageModel, placed
 
@@ -282,16 +282,16 @@ class ExperienceModel(LanguageModel):
         if ids is not None:
             asked: Any = _plain(ids)
             several = isinstance(asked, Iterable) and not isinstance(asked, str | Mapping)
-            numbers = self._check_ids(asked if several else [asked], kept)
+            numbers: Sequence[int] = self._check_ids(asked if several else [asked], kept)
         elif document is not None:
             document = whole("document (the number of a text)", document)
             known = {int(found) for part in kept for found in _documents(part.module)}
             end = min((found for found in known if found > document), default=int(_n_record(kept)))
             there = document in known or (document not in before and self._may_be_merged(document, kept))
-            numbers = list(range(document, end)) if there else []
+            numbers = range(document, end if there else document)
         else:
             older_than = whole("older_than (an age in records)", older_than)
-            numbers = list(range(max(int(_n_record(kept)) - 1 - older_than, 0)))
+            numbers = range(max(int(_n_record(kept)) - 1 - older_than, 0))
         if not numbers:
             return []
 
@@ -361,10 +361,9 @@ class ExperienceModel(LanguageModel):
             ConfigError: If it is another model's, cut short, damaged, or missing; the memory then stays as it is.
         """
         kept = self._kept("load_memory")
-        content = self._read_file(path, kept)
-        restored = [_restored(content, part) for part in kept]
-        for part, bank in zip(kept, restored, strict=True):
-            part.module.bank.commit(bank)
+        content, banks = self._read_file(path, kept)
+        for part in kept:
+            part.module.bank.commit(banks[part.name])
             part.module.bank.uses().copy_(content.tensors[f"{part.name}/uses"])
 
     def merge_memory(self, path: str | os.PathLike[str]) -> list[int]:
@@ -380,10 +379,16 @@ class ExperienceModel(LanguageModel):
             ConfigError: See `load_memory`.
         """
         kept = self._kept("merge_memory")
-        content = self._read_file(path, kept)
+        _, banks = self._read_file(path, kept)
         first = int(_n_record(kept))
+        n_record = int(kept[0].module.records(banks[kept[0].name]).n_record)
+        if first + n_record > MOST_RECORDS:
+            raise ConfigError(
+                f"{path} cannot be merged: {n_record:,} records were written to it and {first:,} here, more than "
+                f"{MOST_RECORDS:,} together; load it, or merge it into a model that has stored less"
+            )
         with self._at_rest():
-            came = {id(part.module): _restored(content, part) for part in kept}
+            came = {id(part.module): banks[part.name] for part in kept}
             state = self.map_memory(
                 lambda module, part: module.admit(part, came[id(module)]) if id(module) in came else part,  # type: ignore[attr-defined]
                 self.init_state(1),
@@ -422,13 +427,9 @@ class ExperienceModel(LanguageModel):
 
     def _check_ids(self, asked: Iterable[Any], kept: list[_Kept]) -> list[int]:
         """The ids ``asked``; refuses those of which nothing is stored."""
-        n_record, numbers = int(_n_record(kept)), []
-        stored = np.zeros(n_record, dtype=bool)
+        n_record, numbers, stored = int(_n_record(kept)), [], set(self._ids(kept))
         for part in kept:
-            records = part.module.records(part.module.bank.state())
-            for held in (records.record, records.origins):
-                stored[held[held >= 0].cpu().numpy()] = True
-            stored |= bool((records.origins == MANY).any())
+            stored |= set(part.module.records(part.module.bank.state()).origins.unique().tolist())
         for value in asked:
             number = _plain(value)
             if type(number) is not int or not 0 <= number < n_record:
@@ -440,7 +441,7 @@ class ExperienceModel(LanguageModel):
                     "query_memory tell them"
                 )
             numbers.append(number)
-            if not stored[number]:
+            if number not in stored and MANY not in stored:
                 raise ConfigError(
                     f"record {number} is no longer stored: it was forgotten, or replaced by more important ones; "
                     "list_memory and query_memory tell what is"
@@ -609,22 +610,50 @@ class ExperienceModel(LanguageModel):
     # --- files -----------------------------------------------------------------------------------------------------
 
     def _geometry(self, kept: list[_Kept]) -> dict[str, str]:
-        """Type and shape of all that a file of the memory holds, and the model's width."""
-        fields = {"d_model": str(self.d_model)}
+        """Type and shape of all that a file of the memory holds, the model's width, and the scopes of the memories."""
+        scopes = ", ".join(f"{part.name} {part.module.scope}" for part in kept)
+        fields = {"d_model": str(self.d_model), "scope": scopes}
         for part in kept:
             fresh = part.module.init_state(1)
             holds = _flat(fresh) | {"uses": part.module.filled(fresh)[0].long()}
             fields |= {f"{part.name}/{name}": memory_file.describe(tensor) for name, tensor in holds.items()}
         return fields
 
-    def _read_file(self, path: str | os.PathLike[str], kept: list[_Kept]) -> memory_file.MemoryFile:
-        content = memory_file.read(path)
+    def _read_file(
+        self, path: str | os.PathLike[str], kept: list[_Kept]
+    ) -> tuple[memory_file.MemoryFile, dict[str, State]]:
+        """A file for this model, and the banks in it by name; refuses what no text can have led to."""
+        most = 2**30 + 4 * sum(n_byte(part.module.init_state(1)) for part in kept)  # far above, but there is an end
+        content = memory_file.read(path, most)
         memory_file.check(content, path, self._geometry(kept), self.tokenizer.fingerprint())
+        banks = {part.name: _restored(content, part) for part in kept}
+        for part in kept:
+            try:
+                self._check_bank(part.module, banks[part.name], content.tensors[f"{part.name}/uses"])
+            except ValueError as error:
+                raise ConfigError(
+                    f"{path} cannot be read: {part.name} holds what no text can have written ({error}); "
+                    "save the memory again"
+                ) from error
+        if len({int(part.module.records(banks[part.name]).n_record) for part in kept}) > 1:
+            raise ConfigError(
+                f"{path} cannot be read: other numbers of records were written in one layer than in another; save the "
+                "memory again"
+            )
         if content.weights != _fingerprint(kept):
             log.warning(
                 "%s was written by a model with other weights: what it holds may be read badly, or not at all", path
             )
-        return content
+        return content, banks
+
+    def _check_bank(self, module: RecordKeeper, bank: State, uses: Tensor) -> None:
+        """`Memory.check`, and what the memory does not know: the vocabulary, and how often slots were shown."""
+        module.check(bank)
+        tokens, filled = module.tokens(bank), module.filled(bank)[0].to(uses.device)
+        if tokens is not None and bool((tokens >= len(self.head_weight)).any()):
+            raise ValueError("the id of a token is not in the vocabulary")
+        if bool(((uses < 0) | (uses > 2**32) | ((uses > 0) & ~filled)).any()):
+            raise ValueError("uses are out of range, or of a slot that is empty")
 
 
 def _plain(value: Any) -> Any:
@@ -649,15 +678,19 @@ def _best(found: list[_Found], n: int) -> list[_Found]:
 
 def _merged_from(records: Records, numbers: Sequence[int]) -> Tensor:
     """Which slots were merged of any of the records ``numbers``, (B, n): also those of more origins than they list."""
-    origins = records.origins
-    asked = torch.tensor(list(numbers), device=origins.device, dtype=origins.dtype)
-    return (torch.isin(origins, asked) | (origins == MANY)).any(dim=2)
+    return (_among(records.origins, numbers) | (records.origins == MANY)).any(dim=2)
 
 
 def _holds(records: Records, numbers: Sequence[int]) -> Tensor:
     """Which slots come from any of the records ``numbers``, (B, n)."""
-    asked = torch.tensor(list(numbers), device=records.record.device, dtype=records.record.dtype)
-    return torch.isin(records.record, asked) | _merged_from(records, numbers)
+    return _among(records.record, numbers) | _merged_from(records, numbers)
+
+
+def _among(ids: Tensor, numbers: Sequence[int]) -> Tensor:
+    """Which of ``ids`` are among the ``numbers``."""
+    if isinstance(numbers, range):  # of any length
+        return (ids >= numbers.start) & (ids < numbers.stop)
+    return torch.isin(ids, torch.tensor(list(numbers), device=ids.device, dtype=ids.dtype))
 
 
 def _n_record(kept: list[_Kept]) -> Tensor:

@@ -10,6 +10,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from memlm.config import ConfigError
+from memlm.models import arguments, schedule
+
 if TYPE_CHECKING:
     from memlm.models.segments import SegmentModel
     from memlm.models.state import ModelState
@@ -44,23 +47,23 @@ def generate(
         Prompt and new tokens, (B, L + max_new_tokens).
 
     Raises:
-        ValueError: If a setting is out of range or the prompt is empty.
+        ConfigError: If a setting is out of range or the prompt is empty.
     """
-    if ids.dim() != 2 or ids.shape[1] == 0:
-        raise ValueError(f"the prompt must be (rows, tokens) with at least one token, got {tuple(ids.shape)}")
-    if max_new_tokens < 0 or temperature < 0:
-        raise ValueError(f"max_new_tokens and temperature must not be negative: {max_new_tokens}, {temperature}")
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"top_k must be at least 1 or None, got {top_k}")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise ValueError(f"top_p must be in (0, 1] or None, got {top_p}")
+    ids = arguments.token_ids(ids, model.n_vocab)
+    if ids.shape[1] == 0:
+        raise ConfigError(f"the prompt must be (rows, tokens) with at least one token, got {tuple(ids.shape)}")
+    arguments.sampling(max_new_tokens, temperature, top_k, top_p)
     training, tokens = model.training, [ids]
+    *before, last = ids.split(schedule.WINDOW, dim=1)  # of a long prompt no more is held than of a window
     model.eval()
     try:
+        for part in before if max_new_tokens else ():
+            state = model(part, state=state, read=read, write=write, logits=False).state
         for _ in range(max_new_tokens):
-            out = model(tokens[-1], state=state, read=read, write=write, logits=False)
+            out = model(last, state=state, read=read, write=write, logits=False)
             state = out.state
-            tokens.append(_sample(model.head(out.hidden[:, -1]), temperature, top_k, top_p))
+            last = _sample(model.head(out.hidden[:, -1]), temperature, top_k, top_p)
+            tokens.append(last)
     finally:
         model.train(training)
     return torch.cat(tokens, dim=1)

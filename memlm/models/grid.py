@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from memlm.config import ConfigError
 from memlm.memory.contract import Flags
 from memlm.models.state import LocalState
 
@@ -64,16 +65,16 @@ class Grid(NamedTuple):
         """Whether no cell was filled by an earlier call."""
         return not any(self.opened)
 
-    def at(self, s: int) -> Grid:
-        """Segment ``s`` alone."""
+    def of(self, begin: int, end: int) -> Grid:
+        """Segments ``begin`` to ``end``, the last not included."""
         return Grid(
-            ids=self.ids[:, s * self.segment_len : (s + 1) * self.segment_len],
-            new=self.new[:, s : s + 1],
-            valid=self.valid[:, s : s + 1],
-            flags=self.flags.at(s),
-            n_complete=[int(n > s) for n in self.n_complete],
-            open_len=[0 if n > s else o for n, o in zip(self.n_complete, self.open_len, strict=True)],
-            opened=self.opened if s == 0 else [0] * len(self.opened),
+            ids=self.ids[:, begin * self.segment_len : end * self.segment_len],
+            new=self.new[:, begin:end],
+            valid=self.valid[:, begin:end],
+            flags=self.flags.of(begin, end),
+            n_complete=[min(max(n - begin, 0), end - begin) for n in self.n_complete],
+            open_len=[0 if n >= end else o for n, o in zip(self.n_complete, self.open_len, strict=True)],
+            opened=self.opened if begin == 0 else [0] * len(self.opened),
             columns=self.columns,
             cell=None,
         )
@@ -160,7 +161,7 @@ def lay_out(
         breaks: Segments that begin a new context, (B, S).
 
     Raises:
-        ValueError: If flags by segment do not fit, or padding stands where text goes on.
+        ConfigError: If flags by segment do not fit, or padding stands where text goes on.
     """
     n_row, n_token = ids.shape
     device = ids.device
@@ -168,12 +169,12 @@ def lay_out(
     by_segment = breaks is not None or reset is not None
     in_place = not any(opened) and n_token % segment_len == 0 and (mask is None or by_segment)
     if by_segment and not in_place:
-        raise ValueError("breaks and reset by segment need rows with no open segment, and whole segments")
+        raise ConfigError("breaks and reset by segment need rows with no open segment, and whole segments")
     if in_place:
         n_segment = n_token // segment_len
         for name, starts in (("reset", reset), ("breaks", breaks)):
             if starts is not None and starts.shape != (n_row, n_segment):
-                raise ValueError(f"{name} must be ({n_row}, {n_segment}) here, got {tuple(starts.shape)}")
+                raise ConfigError(f"{name} must be ({n_row}, {n_segment}) here, got {tuple(starts.shape)}")
         cell, grid_ids = None, ids
         valid = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask
         new = valid = valid.view(n_row, n_segment, segment_len)
@@ -185,7 +186,7 @@ def lay_out(
         n_complete, open_len = [n_segment] * n_row, [0] * n_row
         if mask is not None:
             if not bool((valid[..., 1:] <= valid[..., :-1]).all() & (complete[:, 1:] <= complete[:, :-1]).all()):
-                raise ValueError("padding may only end a document: it needs reset or breaks in the next segment")
+                raise ConfigError("padding may only end a document: it needs reset or breaks in the next segment")
             n_complete = complete.sum(dim=1).tolist()
             counts = F.pad(valid.sum(dim=2), (0, 1)).tolist()
             open_len = [count[n] for count, n in zip(counts, n_complete, strict=True)]

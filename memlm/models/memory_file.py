@@ -7,7 +7,6 @@ covers all of it, as safetensors has none.
 from __future__ import annotations
 
 import json
-import logging
 import os
 import reprlib
 import zlib
@@ -20,11 +19,9 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from memlm.config import ConfigError
-from memlm.data.tokens import atomic_file
+from memlm.files import atomic_file
 
-log = logging.getLogger(__name__)
-
-FORMAT = "memlm.memory.1"
+FORMAT = "memlm.memory.2"
 """Changes when old files can no longer be read."""
 
 
@@ -33,7 +30,8 @@ class MemoryFile(NamedTuple):
 
     Attributes:
         tensors: Tensors by name.
-        geometry: For each memory module and field of its state, by ``name/layer/field``, type and shape.
+        geometry: For each memory module and field of its state, by ``name/layer/field``, type and shape; by other names
+            what else must agree.
         tokenizer: Fingerprint of the tokenizer.
         weights: Fingerprint of the weights that wrote the memory.
         version: Version of memlm that wrote the file.
@@ -64,18 +62,20 @@ def write(path: str | os.PathLike[str], content: MemoryFile) -> None:
         with atomic_file(path) as file:
             # Not save_file, which puts another file in the place of this one.
             file.write(save(tensors, header | {"checksum": _checksum(tensors, header)}))
-            file.flush()
-            os.fsync(file.fileno())
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
         raise ConfigError(f"{path} cannot be written: {reason}; what was there is as before") from error
 
 
-def read(path: str | os.PathLike[str]) -> MemoryFile:
+def read(path: str | os.PathLike[str], most: int = 2**40) -> MemoryFile:
     """Read a file.
 
+    Args:
+        path: The file.
+        most: Bytes that it may have.
+
     Raises:
-        ConfigError: If there is none, or it is cut short, damaged or no memory.
+        ConfigError: If there is none, or it is too large, cut short, damaged or no memory.
     """
     path = _path(path)
     try:
@@ -83,24 +83,35 @@ def read(path: str | os.PathLike[str]) -> MemoryFile:
             raise ConfigError(
                 f"there is no memory file at {path}: give the path of a file that save_memory has written"
             )
+        if (n_byte := path.stat().st_size) > most:
+            raise ConfigError(
+                f"{path} has {n_byte:,} bytes, and the memory of this model takes {most:,} at most: give a file that "
+                "save_memory has written for a model of the same memory"
+            )
         content = path.read_bytes()  # at once: safe_open opens the path twice, and another process may replace the file
         tensors = load(content)
         header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")]).get("__metadata__") or {}
         if header.get("format") != FORMAT:
             raise ConfigError(
                 f"{path} is not a memory of this version of memlm: expected the format {FORMAT}, got "
-                f"{header.get('format')}; give a file that save_memory has written"
+                f"{reprlib.repr(header.get('format'))}; give a file that save_memory has written"
             )
-        if "checksum" not in header:
-            log.warning("%s was written without a checksum: damage may go unseen; save the memory again", path)
-        elif header["checksum"] != _checksum(tensors, header):
+        if header["checksum"] != _checksum(tensors, header):
             raise KeyError("the contents are not those that were written")
         parts: dict[str, Any] = {name: json.loads(header[name]) for name in MemoryFile._fields[1:]}
-        if any(describe(tensors[name]) != told for name, told in parts["geometry"].items() if "/" in name):
+        for name, part in parts.items():
+            plain = part.values() if name == "geometry" and isinstance(part, dict) else [part]
+            if (name == "geometry") != isinstance(part, dict) or not all(isinstance(text, str) for text in plain):
+                raise KeyError(f"{name} is of a wrong type")
+        if {name: describe(tensor) for name, tensor in tensors.items()} != {
+            name: told for name, told in parts["geometry"].items() if "/" in name
+        }:
             raise KeyError("a tensor is not what the header says")
+    except ConfigError:
+        raise
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror or error}") from error
-    except (SafetensorError, KeyError, json.JSONDecodeError) as error:
+    except Exception as error:  # there is no end of what a parser may raise on bytes of a stranger
         raise ConfigError(
             f"{path} cannot be read: it is no memory file, or damaged or cut short; save the memory again"
         ) from error
@@ -109,7 +120,7 @@ def read(path: str | os.PathLike[str]) -> MemoryFile:
 
 def _path(path: str | os.PathLike[str]) -> Path:
     try:
-        found = Path(path).expanduser()
+        found = Path(os.path.expanduser(path))
         if "\0" in str(found):
             raise ValueError("there is a null byte in it")
         return found
@@ -142,7 +153,8 @@ def check(content: MemoryFile, path: str | os.PathLike[str], geometry: dict[str,
     theirs = {**content.geometry, "the tokenizer": content.tokenizer[:12]}
     for part in sorted(set(mine) | set(theirs), key=lambda name: (name in mine and name in theirs, name)):
         if mine.get(part) != theirs.get(part):
+            there, name = (repr(text[:200])[1:-1] for text in (theirs.get(part, "absent"), part))  # of a stranger
             raise ConfigError(
-                f"{path} is the memory of another model: {part} is {theirs.get(part, 'absent')} there and "
-                f"{mine.get(part, 'absent')} here; load it into a model of the same memory, d_model and tokenizer"
+                f"{path} is the memory of another model: {name} is {there} there and {mine.get(part, 'absent')} here; "
+                "load it into a model of the same memory, scope, d_model and tokenizer"
             )

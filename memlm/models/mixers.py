@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from memlm.memory.contract import Context, Heads
@@ -86,6 +87,7 @@ class LayerMixer:
         cache: What it knows of the segment before and of the open one.
         grid: Where the tokens lie.
         call: How functions of the layer are called (to recompute them in the backward pass).
+        dtype: Type of the layer's numbers; those of memories have 32 bits.
         contexts: What attention sees beside in any case: cells before the segments.
     """
 
@@ -95,9 +97,11 @@ class LayerMixer:
         cache: State,
         grid: Grid,
         call: Callable[..., Any],
+        dtype: torch.dtype,
         contexts: tuple[Context, ...] = (),
     ) -> None:
-        self.layer, self.cache, self.grid, self.call, self.contexts = layer, cache, grid, call, contexts
+        self.layer, self.cache, self.grid, self.call = layer, cache, grid, call
+        self.dtype, self.contexts = dtype, contexts
         self.kept: Any = None  # by the last call
         self.parts: list[LayerMixer] = []  # by segment, where they are mixed one after the other
 
@@ -105,21 +109,22 @@ class LayerMixer:
         """See `Mixer`."""
         grid = self.grid
         cells = x.reshape(len(grid.new), grid.n_segment, grid.n_column, x.shape[-1])
-        y, self.kept = self.call(self.layer.mix, cells, self.cache, grid, self._all(context))
-        return y.reshape(x.shape)
+        y, self.kept = self.call(self.layer.mix, cells.to(self.dtype), self.cache, grid, self._all(context))
+        return y.reshape(x.shape).to(x.dtype)
 
     def heads(self, x: Tensor) -> Heads:
         """See `Mixer`."""
-        return self.layer.heads(x)
+        return heads_of(self.layer, x, self.dtype)
 
     def attend(self, heads: Heads, context: Context | None = None) -> Tensor:
         """See `Mixer`."""
-        mixed, self.kept = self.layer.attend(heads, self.cache, self.grid, self._all(context))
-        return mixed
+        own = Heads(*(part.to(self.dtype) for part in heads))
+        mixed, self.kept = self.layer.attend(own, self.cache, self.grid, self._all(context))
+        return mixed.to(heads.q.dtype)
 
     def out(self, mixed: Tensor, x: Tensor) -> Tensor:
         """See `Mixer`."""
-        return self.layer.out(mixed, x)
+        return self.layer.out(mixed.to(self.dtype), x.to(self.dtype)).to(x.dtype)
 
     def at(self, s: int) -> LayerMixer:
         """See `Mixer`."""
@@ -127,7 +132,7 @@ class LayerMixer:
             return self
         assert s == len(self.parts), "segments are mixed one after the other"
         cache = self.parts[-1].next_cache(s - 1, self.grid) if self.parts else self.cache
-        self.parts.append(LayerMixer(self.layer, cache, self.grid.at(s), self.call, self.contexts))
+        self.parts.append(LayerMixer(self.layer, cache, self.grid.of(s, s + 1), self.call, self.dtype, self.contexts))
         return self.parts[-1]
 
     def next_cache(self, s: int | None = None, window: Grid | None = None) -> State:
@@ -156,7 +161,8 @@ class LayerMixer:
             raise ValueError(
                 f"a context has a row for each segment of each row, {n_row} here, got {len(context.key)}: see `at_once`"
             )
-        return (*self.contexts, context)
+        key, value = context.key.to(self.dtype), context.value.to(self.dtype)
+        return (*self.contexts, context._replace(key=key, value=value))
 
 
 class Done:
@@ -181,6 +187,11 @@ class Done:
     def out(self, mixed: Tensor, x: Tensor) -> Tensor:
         """Not to be had any more."""
         raise ValueError("a memory that only reads behind the mixer cannot use heads: define mix")
+
+
+def heads_of(layer: SegmentLayer, x: Tensor, dtype: torch.dtype) -> Heads:
+    """Heads of a layer whose numbers are of another type than those of ``x``, in that of ``x``."""
+    return Heads(*(part.to(x.dtype) for part in layer.heads(x.to(dtype))))
 
 
 def cells_of(layer: SegmentLayer, cells: Tensor, contexts: Sequence[Context], place: Tensor | None = None) -> Tensor:

@@ -1,8 +1,7 @@
 """In which order layers, memories and segments are run.
 
-The definition is segment after segment, in each all layers: `by_segment`. Where no write needs more than what enters a
-layer, all segments of a window go through one layer before the next: `at_once`, which with one segment is the
-definition.
+The definition is segment after segment, in each all layers. Where no write needs more than what enters a layer, all
+segments of a window go through one layer before the next: `at_once`, which with one segment is the definition.
 
 Shapes: B rows, S segments of the grid, T tokens per segment, Q columns computed, C lookback, N = S * T cells, D model
 width, m cells of a memory before a segment, n behind it.
@@ -19,12 +18,16 @@ from torch.utils.checkpoint import checkpoint
 from memlm.memory.contract import Context, Heads, Memory, Mixer, Read, Segment, Trace, join_reads, joined, mean_trace
 from memlm.memory.state import where_rows
 from memlm.models.grid import Grid, OpenSegment
-from memlm.models.mixers import Done, LayerMixer, SegmentLayer, cells_of
+from memlm.models.mixers import Done, LayerMixer, SegmentLayer, cells_of, heads_of
 from memlm.models.state import LocalState, ModelState
 from memlm.tensors import Host
 
 if TYPE_CHECKING:
     from memlm.models.segments import SegmentModel
+
+
+WINDOW = 2**12
+"""Tokens of a row that go through the layers together where no gradients are asked for, if a segment has fewer."""
 
 
 class Ran(NamedTuple):
@@ -68,32 +71,49 @@ def writes_within(module: Memory) -> bool:
     return module.around == "layer" and not module.needs.output
 
 
+def run(model: SegmentModel, grid: Grid, state: ModelState, how: How) -> Ran:
+    """All layers over one window of segments after the other, joined; see `at_once`.
+
+    What is found does not depend on where windows begin. The definition, and the only way for some memories, is one
+    segment after the other. With gradients the whole call is one window.
+    """
+    n_segment, step = grid.n_segment, segments_at_once(model)
+    if step is None or step >= n_segment:
+        return at_once(model, grid, state, how)
+    windows: list[Ran] = []
+    for begin in range(0, n_segment, step):
+        end = min(begin + step, n_segment)
+        keep_state = how.keep_state or end < n_segment
+        window = at_once(model, grid.of(begin, end), state, how._replace(keep_state=keep_state))
+        ended = [n < begin for n in grid.n_complete]  # rows whose last token was in an earlier window
+        if any(ended):
+            local = where_rows(torch.tensor(ended), state.local, window.state.local)
+            window = window._replace(state=window.state._replace(local=local))
+        state = window.state
+        if how.storing:  # of what is only stored nothing else is kept
+            windows.clear()
+        windows.append(window)
+    each = [window for window in windows for _ in range(window.x.shape[1] // grid.segment_len)]
+    return Ran(
+        x=joined([window.x for window in windows]),
+        state=state,
+        reads={key: join_reads([window.reads[key] for window in windows]) for key in windows[0].reads},  # type: ignore[misc]
+        trace={name: mean_trace([window.trace[name] for window in each]) for name in windows[0].trace},
+    )
+
+
+def segments_at_once(model: SegmentModel) -> int | None:
+    """Segments that layers may run over together; None for any number."""
+    if not all(writes_within(modules[0]) for modules in model.memory.values()):
+        return 1
+    if model.n_together is not None:
+        return model.n_together
+    return None if torch.is_grad_enabled() else max(1, WINDOW // model.segment_len)
+
+
 def at_once(model: SegmentModel, grid: Grid, state: ModelState, how: How) -> Ran:
     """All layers over the grid, one layer after the other for all segments."""
     return _Pass(model, grid, state, how).run()
-
-
-def by_segment(model: SegmentModel, grid: Grid, state: ModelState, how: How, full: bool = False) -> Ran:
-    """All layers over one segment after the other: the definition, and the only way for some memories.
-
-    ``full``: the call is known to bring tokens for all segments of all rows, without asking the device.
-    """
-    parts: list[Ran] = []
-    how = how._replace(keep_state=True)
-    for s in range(grid.n_segment):
-        active = grid.new[:, s].any(dim=1)  # (B,)
-        ran = at_once(model, grid.at(s), state, how)
-        local = ran.state.local if full else where_rows(active, ran.state.local, state.local)
-        if s > 0 and not full:  # a context may begin with a segment that holds no token yet
-            fresh = model.no_context(len(active))
-            flags = grid.flags
-            fresh = fresh._replace(position=flags.position[:, s], document=flags.document[:, s])
-            local = where_rows(~active & ~flags.continues[:, s], fresh, local)
-        state = ran.state._replace(local=local)
-        parts.append(ran)
-    reads = {key: join_reads([part.reads[key] for part in parts]) for key in parts[0].reads}
-    trace = {name: mean_trace([part.trace[name] for part in parts]) for name in parts[0].trace}
-    return Ran(joined([part.x for part in parts]), state, reads, trace)  # type: ignore[arg-type]
 
 
 class _Cells(NamedTuple):
@@ -114,9 +134,10 @@ class _StackMixer:
         if context is not None:
             raise ValueError("a memory around the stack puts cells before a segment: a context is of one layer")
         m = x.shape[1] - self.run.grid.n_column
-        stream, cells = self.run.layers(x[:, None, m:], _Cells(x[:, :m] if m else None, self.tail))
+        own = x.to(self.run.embeddings.dtype)
+        stream, cells = self.run.layers(own[:, None, m:], _Cells(own[:, :m] if m else None, self.tail))
         self.tail, y = cells.tail, stream[:, 0]
-        return y if cells.front is None else torch.cat([cells.front, y], dim=1)
+        return (y if cells.front is None else torch.cat([cells.front, y], dim=1)).to(x.dtype)
 
     def at(self, s: int) -> _StackMixer:
         """Itself: the stack is run for one segment at a time."""
@@ -184,16 +205,16 @@ class _Pass:
         module = modules[0]
         tail = None
         if module.needs.tail and self.how.write and any(self.grid.n_complete):
-            tail = module.tail(module.prepare(self.begun(name, module, 0)))
+            tail = module.tail(module.prepare(self.begun(name, module, 0))).to(x.dtype)
         mixer = _StackMixer(self, tail)
         if self.how.closing and tail is None:
             y = x
         elif self.how.read:
-            mixed, found = module.mix(x[:, 0], self.prepared[f"{name}/0"], mixer)
-            y = mixed[:, None]
+            mixed, found = module.mix(x[:, 0].float(), self.prepared[f"{name}/0"], mixer)
+            y = mixed[:, None].to(x.dtype)
             self.keep(name, found)
         else:
-            y = module.off(x[:, 0], mixer)[:, None]
+            y = module.off(x[:, 0].float(), mixer)[:, None].to(x.dtype)
         output = None
         if "top" in self.streams:
             output = self.fill("top", 0, y)
@@ -217,7 +238,7 @@ class _Pass:
             if cells.front is not None:
                 heads = layer.heads(cells.front)
                 contexts = (Context(heads.k, heads.v),)
-            mixer = LayerMixer(layer, self.local.cache[i], self.grid, self.checkpointed, contexts)
+            mixer = LayerMixer(layer, self.local.cache[i], self.grid, self.checkpointed, x.dtype, contexts)
             attached = bool(model.memory) and i in model.memory_layers and not self.how.closing
             x = self.with_memories(i, mixer, x) if attached else mixer(x)
             self.caches.append(mixer)
@@ -258,18 +279,18 @@ class _Pass:
             self.streams["input"].append(self.fill("input", place, x))
         if around:
             name, modules = around[0]
-            mixed, _ = self.step(name, modules, i, x.flatten(1, 2), mixer)
+            mixed, _ = self.step(name, modules, i, x.flatten(1, 2).float(), mixer)
             assert mixed is not None
-            y = mixed.view_as(x)
+            y = mixed.view_as(x).to(x.dtype)
             if mixer.kept is None and not mixer.parts and type(modules[0]).off is Memory.off:
                 mixer(x)  # the layer has to know the segment, should reads be switched off
         else:
             y = mixer(x)
         if "mixed" in self.streams:
             self.streams["mixed"].append(self.fill("mixed", place, y))
-        flat = y.flatten(1, 2)  # (B, S * Q, D)
+        flat = y.flatten(1, 2).float()  # (B, S * Q, D)
         reads = [self.step(name, modules, i, flat, Done())[1] for name, modules in beside]
-        values: list[Any] = [read.value for read in reads if read is not None]
+        values: list[Any] = [read.value.to(y.dtype) for read in reads if read is not None and read.value is not None]
         return y + sum(values).view_as(y) if values else y
 
     def step(self, name: str, modules: Any, i: int, x: Tensor, mixer: Mixer) -> tuple[Tensor | None, Read | None]:
@@ -396,23 +417,26 @@ def segment_of(
     tail: Tensor | None = None,
     signals: dict[str, Tensor] | None = None,
 ) -> Segment:
-    """What ``module`` may use of a grid. Token fields given include the model's lookback; its own may be shorter."""
+    """What ``module`` may use of a grid. Token fields given include the model's lookback; its own may be shorter.
+
+    Memories work in 32 bits, whatever the model does.
+    """
     needs = module.needs
     skip = model.lookback - needs.lookback
     before = grid.flags.continues[:, :1].expand(-1, needs.lookback)
     return Segment(
         ids=ids[:, skip:],
-        embeddings=embeddings[:, skip:],
-        hidden=hidden[:, skip:],
+        embeddings=embeddings[:, skip:].float(),
+        hidden=hidden[:, skip:].float(),
         valid=torch.cat([before, grid.valid.flatten(1)], dim=1),
         flags=grid.flags,
         signals=None if signals is None else {name: signals[name] for name in needs.signals if name in signals},
         lookback=needs.lookback,
         columns=grid.columns,
         surprise=_surprise(model, hidden, ids)[:, skip:] if needs.surprise else None,
-        output=None if output is None or not needs.output else output[:, skip:],
-        heads=layer.heads(hidden[:, skip:]) if needs.heads and layer is not None else None,
-        tail=tail,
+        output=None if output is None or not needs.output else output[:, skip:].float(),
+        heads=None if layer is None or not needs.heads else heads_of(layer, hidden[:, skip:].float(), hidden.dtype),
+        tail=None if tail is None else tail.float(),
     )
 
 
@@ -422,4 +446,4 @@ def _surprise(model: SegmentModel, hidden: Tensor, ids: Tensor) -> Tensor:
     following = ids.roll(-1, dims=1)[..., None]  # the last cell has none, and no slot
     parts = zip(hidden.split(model.segment_len, dim=1), following.split(model.segment_len, dim=1), strict=True)
     nats = [-model.head(model.norm(part)).log_softmax(dim=-1).gather(2, targets) for part, targets in parts]
-    return torch.cat(nats, dim=1)[..., 0]
+    return torch.cat(nats, dim=1)[..., 0].float()

@@ -12,20 +12,24 @@ V vocabulary.
 from __future__ import annotations
 
 import inspect
+import reprlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from memlm.config import ConfigError
 from memlm.memory.contract import Memory, Sizes
 from memlm.memory.slots import Slots
 from memlm.memory.state import State, select_rows, where_rows
-from memlm.models import generation, schedule
+from memlm.models import arguments, generation, schedule
 from memlm.models.experience import ExperienceModel
 from memlm.models.grid import closing_grid, lay_out
 from memlm.models.state import LocalState, ModelState, Output, shapes
 from memlm.tensors import Host
+
+_WIDEST = 2**20  # of a model, and of its segments
 
 
 class SegmentModel(ExperienceModel):
@@ -43,14 +47,14 @@ class SegmentModel(ExperienceModel):
         gradient_checkpointing: Recompute activations in the backward pass, to save memory.
 
     Attributes:
-        one_by_one: Run one segment after the other even where a window could be run at once: the definition, to compare
-            with.
+        n_together: Segments that layers run over together, at most; None for as many as fit. With 1, a call is run as
+            the definition says.
 
     Raises:
         ValueError: If a setting cannot work; the message names it.
     """
 
-    one_by_one: bool = False
+    n_together: int | None = None
     embedding: nn.Embedding
     layers: Any  # nn.ModuleList of SegmentLayer, whose items torch types as bare modules
     norm: nn.Module
@@ -66,9 +70,15 @@ class SegmentModel(ExperienceModel):
         gradient_checkpointing: bool = False,
     ) -> None:
         super().__init__()
-        for name, number in {"n_layer": n_layer, "d_model": d_model, "segment_len": segment_len}.items():
+        for name, number, most in (
+            ("n_layer", n_layer, 1000),
+            ("d_model", d_model, _WIDEST),
+            ("segment_len", segment_len, _WIDEST),
+        ):
             if number < 1:
                 raise ValueError(f"model.{name} must be at least 1, got {number}")
+            if number > most:
+                raise ValueError(f"model.{name} must be at most {most}, got {number}")
         if not 0 <= overlap <= segment_len:
             raise ValueError(f"model.overlap must be in 0..segment_len ({segment_len}), got {overlap}")
         self.n_vocab, self.d_model, self.n_layer = n_vocab, d_model, n_layer
@@ -246,18 +256,18 @@ class SegmentModel(ExperienceModel):
             An `Output`.
 
         Raises:
-            ValueError: If shapes do not fit, or a signal is used by no memory.
+            ConfigError: If types, shapes or ids do not fit, or a signal is used by no memory.
         """
-        if ids.dim() != 2 or not len(ids):
-            raise ValueError(f"ids must be (rows, tokens) with at least one row, got shape {tuple(ids.shape)}")
+        ids = arguments.token_ids(ids, self.n_vocab)
         n_row = ids.shape[0]
         for name, flags in (("mask", mask), ("reset", reset), ("breaks", breaks)):
-            if flags is not None and flags.dtype != torch.bool:
-                raise ValueError(f"{name} must be bool, got {flags.dtype}")
+            arguments.flags(name, flags)
         _check_signals(self, signals or {}, n_row)
-        if mask is not None and mask.shape != ids.shape:
-            raise ValueError(f"mask must have the shape of ids {tuple(ids.shape)}, got {tuple(mask.shape)}")
         state = _state_for(self, state, n_row)
+        if breaks is not None and (breaks.dim() != 2 or len(breaks) != n_row):
+            raise ConfigError(f"breaks must be ({n_row}, segments), got {tuple(breaks.shape)}")
+        if mask is not None and mask.shape != ids.shape:
+            raise ConfigError(f"mask must have the shape of ids {tuple(ids.shape)}, got {tuple(mask.shape)}")
         together = any(getattr(modules[0], "over_ranks", False) for modules in self.memory.values())
         if together and reset is None and breaks is None:  # other processes may have some, and all have to write
             reset = torch.zeros(n_row, -(-ids.shape[1] // self.segment_len), dtype=torch.bool, device=ids.device)
@@ -275,27 +285,18 @@ class SegmentModel(ExperienceModel):
             hidden = self.embedding(ids)
             return Output(self.head(hidden) if logits else None, state, hidden, {}, {})
         if None in state.local.cache:
-            raise ValueError(
+            raise ConfigError(
                 "absorb leaves out the layers that only outputs need, so no text can go on from its state: call "
                 "new_context(state) first, which keeps the memories"
             )
         grid = lay_out(ids, state.local, self.segment_len, rows, reset, mask, breaks)
         how = schedule.How(read, write and (together or any(grid.n_complete)), signals, keep_state)
-        if grid.n_segment == 1 or not (self.one_by_one or self._one_by_one_only):
-            x, state, reads, trace = schedule.at_once(self, grid, state, how)
-        else:
-            full = mask is None and grid.cell is None
-            x, state, reads, trace = schedule.by_segment(self, grid, state, how, full)
+        x, state, reads, trace = schedule.run(self, grid, state, how)
         x = self.norm(x)
         if grid.cell is not None:
             index = (grid.cell - grid.columns.start).clamp(0, x.shape[1] - 1)
             x = x.gather(1, index[..., None].expand(-1, -1, x.shape[2]))
         return Output(self.head(x) if logits else None, state if keep_state else None, x, reads, trace)
-
-    @property
-    def _one_by_one_only(self) -> bool:
-        """Whether some memory writes what is known only when a segment has gone through all layers."""
-        return not all(schedule.writes_within(modules[0]) for modules in self.memory.values())
 
     def absorb(
         self,
@@ -309,14 +310,16 @@ class SegmentModel(ExperienceModel):
 
         Layers above the last one with memory are not run, and that layer reads nothing, as no write depends on it.
         """
-        if ids.dim() != 2 or ids.shape[1] == 0 or not self.memory or self._one_by_one_only:
+        ids = arguments.token_ids(ids, self.n_vocab)
+        within = all(schedule.writes_within(modules[0]) for modules in self.memory.values())
+        if ids.shape[1] == 0 or not self.memory or not within:
             return super().absorb(ids, state, read, mask, breaks)
         state = self.init_state(len(ids)) if state is None else state
         if breaks is not None and bool(breaks[:, 0].any()):
             state = self._close(state, breaks[:, 0].cpu(), True)
         grid = lay_out(ids, state.local, self.segment_len, None, None, mask, breaks)
         how = schedule.How(read, any(grid.n_complete), storing=True)
-        return schedule.at_once(self, grid, state, how).state
+        return schedule.run(self, grid, state, how).state
 
     @property
     def head_weight(self) -> Tensor:
@@ -385,30 +388,34 @@ def _n_stream(model: SegmentModel) -> dict[str, int]:
 def _check_signals(model: SegmentModel, signals: Mapping[str, Tensor], n_row: int) -> None:
     """Refuse what no memory uses, other shapes than (B, n), and NaN, which is looked for on a CPU alone."""
     known = {name: width for modules in model.memory.values() for name, width in modules[0].needs.signals.items()}
+    if not isinstance(signals, Mapping) or not all(isinstance(given, Tensor) for given in signals.values()):
+        raise ConfigError(f"signals must be tensors by name, got {reprlib.repr(signals)}")
     for name, given in signals.items():
         if name not in known:
             width = given.shape[-1] if given.dim() else 1
-            raise ValueError(
+            raise ConfigError(
                 f"signals: {name!r} is used by no memory of this model, which know {', '.join(known) or 'none'}: "
                 f"leave it out, or set memory=adaptive 'memory.adaptive.signals={{{name}: {width}}}'"
             )
         if given.shape != (n_row, known[name]):
-            raise ValueError(
+            raise ConfigError(
                 f"signals.{name} must be (rows, numbers) = {(n_row, known[name])}, got shape {tuple(given.shape)}"
             )
         if given.device.type == "cpu" and not torch.compiler.is_compiling() and bool(given.isnan().any()):
-            raise ValueError(f"signals.{name} holds NaN: give 0 where it is unknown")
+            raise ConfigError(f"signals.{name} holds NaN: give 0 where it is unknown")
 
 
 def _state_for(model: SegmentModel, state: ModelState | None, n_row: int) -> ModelState:
     """``state``, if it is one of this model with so many rows; a new one if there is none."""
     if state is None:
         return model.init_state(n_row)
+    if not isinstance(state, ModelState):
+        raise ConfigError(f"state must be what a call of this model gave, or None, got {type(state).__name__}")
     if state.local.n_row != n_row:
-        raise ValueError(f"ids have {n_row} rows, but the state has {state.local.n_row}")
+        raise ConfigError(f"ids have {n_row} rows, but the state has {state.local.n_row}")
     known = None in state.local.cache or shapes(state.local) == model._shapes
     if not known or set(state.memory) != set(model.memory):
-        raise ValueError("the state is of another model: its layers, widths, segments or memories differ")
+        raise ConfigError("the state is of another model: its layers, widths, segments or memories differ")
     return state
 
 
@@ -417,7 +424,7 @@ def _starts(reset: Tensor | None, n_row: int) -> tuple[Tensor | None, Tensor | N
     if reset is None:
         return None, None
     if reset.shape[0] != n_row or reset.dim() > 2:
-        raise ValueError(f"reset must be ({n_row},) or ({n_row}, segments), got {tuple(reset.shape)}")
+        raise ConfigError(f"reset must be ({n_row},) or ({n_row}, segments), got {tuple(reset.shape)}")
     return (reset, None) if reset.dim() == 1 else (None, reset)
 
 

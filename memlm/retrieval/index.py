@@ -78,6 +78,13 @@ class Index:
         """The lists after a window of at most ``n_written`` writes, which ``follower`` noted."""
         return None
 
+    def check(self, lists: Lists | None, key: Tensor, used: Tensor) -> None:
+        """Refuse lists that are not those of the ``used`` slots (B, M) with these keys.
+
+        Raises:
+            ValueError: If there is a difference; the message names the field.
+        """
+
     def find(self, lists: Lists | None) -> Search | None:
         """How the best slots of a bank are found; None if all are scored."""
         return None
@@ -149,6 +156,11 @@ class InvertedIndex(Index):
             return None
         lists = follower.lists._replace(known_n_list=before.known_n_list, known_left=before.known_left)
         return self.file.settle(lists, n_written, key, used)
+
+    def check(self, lists: Lists | None, key: Tensor, used: Tensor) -> None:
+        """See `Index.check`."""
+        if lists is not None:
+            self.file.check(lists, key, used)
 
     def find(self, lists: Lists | None) -> Search | None:
         """See `Index.find`."""

@@ -226,6 +226,12 @@ class InvertedFile:
         """Assign, in place, all ``used`` (M,) slots of the one row of ``lists`` by their ``key`` (M, d_key)."""
         slot = used.nonzero()[:, 0]
         n_used = len(slot)
+        if n_used < self.n_first:  # few again, as after forgetting: every slot is searched, as before the first time
+            self.start(lists, torch.ones(1, dtype=torch.bool, device=key.device))
+            lists.known_n_list.tensor.fill_(0)
+            for part in (lists.left, lists.known_left.tensor):
+                part.fill_(self.n_first - n_used)
+            return
         n_list = min(self.n_list, max(1, math.ceil(self.n_list * math.sqrt(n_used / self.n_slot))))
         lists.centroid.zero_()
         if n_used:
@@ -257,6 +263,47 @@ class InvertedFile:
         for name in lists._fields[:8] if assigned(lists) else ("left",):
             part = getattr(lists, name)
             part.copy_(torch.where(rows.view(-1, *[1] * (part.dim() - 1)), getattr(fresh, name), part))
+
+    def check(self, lists: Lists, key: Tensor, used: Tensor) -> None:
+        """Refuse lists that do not hold just the slots that are ``used`` (B, M), each once and with its ``key``.
+
+        Raises:
+            ValueError: If there is a difference; the message names the field.
+        """
+        for name, (found, bound) in {
+            "n_list": (lists.n_list, self.n_list),
+            "left": (lists.left, max(self.n_slot, self.n_first)),
+            "extent": (lists.extent, self.n_cell),
+            "slot": (lists.slot + 1, self.n_slot),
+        }.items():
+            if bool(((found < 0) | (found > bound)).any()):
+                raise ValueError(f"lists_{name} is out of range")
+        host = lists.known_n_list.tensor.to(lists.n_list.device), lists.known_left.tensor.to(lists.left.device)
+        if bool((host[0] != lists.n_list).any() | (host[1] < 1).any() | (host[1] > lists.left).any()):
+            raise ValueError("lists_known_n_list or lists_known_left is not that of the rows")
+        if not bool((lists.centroid.norm(dim=2) <= 1.01).all()):
+            raise ValueError("lists_centroid is not finite, or longer than 1")
+        there = lists.n_list > 0  # rows whose slots are assigned
+        held = lists.slot >= 0  # (B, L * C + 1)
+        cell, slot = torch.arange(held.shape[1], device=held.device), lists.slot.clamp(min=0).long()
+        n_row, n_slot = used.shape
+        place = torch.full((n_row, n_slot + 1), -1, device=used.device)  # one more, for cells that hold nothing
+        place.scatter_(1, torch.where(held, slot, n_slot), torch.where(held, cell, -1))
+        by_list = held[:, :-1].unflatten(1, (self.n_list, self.n_cell))
+        last = (by_list * (cell[: self.n_cell] + 1)).amax(dim=2)  # cells of a list up to the last that holds a slot
+        beyond = torch.arange(self.n_list, device=held.device) >= lists.n_list[:, None]
+        mine = torch.where(held[..., None], take(key, slot), 0.0)
+        for name, wrong in {
+            "slot": (held.sum(dim=1) != used.sum(dim=1) * there) | held[:, -1] | (last * beyond).any(dim=1),
+            "place": (place[:, :-1] != lists.place).any(dim=1)
+            | ((lists.place >= 0) != (used & there[:, None])).any(dim=1),
+            "key": (lists.key != mine).flatten(1).any(dim=1),
+            "n_held": (by_list.sum(dim=2) != lists.n_held).any(dim=1),
+            "extent": (lists.extent < last).any(dim=1),
+            "centroid": (lists.centroid.any(dim=2) & beyond).any(dim=1),
+        }.items():
+            if bool(wrong.any()):
+                raise ValueError(f"lists_{name} is not what the slots say")
 
     # --- reading -------------------------------------------------------------------------------------------------
 

@@ -12,9 +12,10 @@ from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 
+from memlm.cli import quoted
 from memlm.config import ConfigError
 from memlm.training.resume import read_finished
-from memlm.training.stopping import Signals
+from memlm.training.stopping import OUT_OF_TIME, Signals
 
 # What a job of a sweep was told that a run of its own must not be: how the sweep goes, and its place in it.
 _OF_THE_SWEEP = ("hydra.mode", "hydra.sweep", "hydra.run", "hydra.launcher", "hydra/launcher", "hydra/sweep")
@@ -76,8 +77,7 @@ def run_apart(script: str | Path, overrides: Sequence[str], run: Path) -> float 
         RuntimeError: If it failed otherwise; what it said was shown.
         Stopped: If it was asked to stop.
     """
-    place = str(run.resolve()).replace("\\", "\\\\").replace("'", "\\'")
-    command = [sys.executable, str(script), *overrides, f"hydra.run.dir='{place}'"]
+    command = [sys.executable, str(script), *overrides, f"hydra.run.dir={quoted(str(run.resolve()))}"]
     # In a SLURM job of one task, as in an interactive one, a run starts its processes itself.
     environment = os.environ | ({"SLURM_JOB_NAME": "interactive"} if "SLURM_JOB_NAME" in os.environ else {})
     asked: list[int] = []
@@ -103,9 +103,11 @@ def run_apart(script: str | Path, overrides: Sequence[str], run: Path) -> float 
                 sys.stderr.write(line)
         code = process.wait()
         if asked and code != 0:
-            raise signals.stopped(asked[0])
+            raise signals.stopped(128 + asked[0])
     finally:
         signals.give_back()
+    if code == OUT_OF_TIME:  # which it has told
+        return None
     if code == 2 and refusal:
         raise ConfigError(refusal)
     if code != 0:

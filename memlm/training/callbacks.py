@@ -18,7 +18,9 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from tqdm import tqdm
 
 from memlm import checkpoint
-from memlm.training.stopping import Signals, Stopped
+from memlm.cli import output_lost
+from memlm.files import unfinished
+from memlm.training.stopping import OUT_OF_TIME, UNREAD, Signals, Stopped
 
 _N_LINE = 20  # lines of progress in a log file
 _REFRESH = 0.5  # seconds between two looks at the numbers of the bar: each waits for the accelerator
@@ -39,8 +41,9 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 class Checkpoints(Checkpoint):
     """Writes ``step=N.ckpt`` every so many steps, after the last one and when asked to stop, and keeps the newest.
 
-    Ctrl-C, SIGTERM, SIGUSR1 and SIGUSR2 (what schedulers send before they take a machine away) stop a run after its
-    step. A second Ctrl-C ends it at once.
+    Ctrl-C, SIGHUP (a terminal that is closed, unless it is ignored), SIGTERM, SIGUSR1 and SIGUSR2 (what schedulers send
+    before they take a machine away) stop a run after its step, and so does the end of its time. A second Ctrl-C ends
+    it at once.
 
     A file gets its name only when all of its step is logged and validated, so that a run which goes on from it has lost
     no number.
@@ -49,21 +52,27 @@ class Checkpoints(Checkpoint):
         run: Run directory.
         every: Optimizer steps between checkpoints.
         keep: How many are kept; None for all.
+        max_seconds: Time from the first step of this start to its last one; None for any.
     """
 
-    def __init__(self, run: Path, every: int, keep: int | None) -> None:
-        self.run, self.every, self.keep = run, every, keep
+    def __init__(self, run: Path, every: int, keep: int | None, max_seconds: float | None = None) -> None:
+        self.run, self.every, self.keep, self.max_seconds = run, every, keep, max_seconds
+        self._end = float("inf")  # of the time
         self._last = 0  # step of the newest checkpoint
-        self._written: Path | None = None  # the checkpoint that has yet to get its name
+        self._written: tuple[Path, Path] | None = None  # the checkpoint that has yet to get its name, and that
         self._seen = 0
         self._signals = Signals(self._ask)
-        self._asked: int | None = None  # the signal that asked this process to stop
+        self._asked: int | None = None  # the exit code, if this process was asked to stop
         self._stopped: Stopped | None = None
 
     def on_train_start(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
-        """What a run goes on from is there already."""
+        """What a run goes on from is there already. A run without this folder never began."""
         self._last = self._seen = trainer.global_step
         self._asked = self._stopped = None
+        if trainer.is_global_zero:
+            (self.run / checkpoint.FOLDER).mkdir(parents=True, exist_ok=True)
+        if self.max_seconds is not None:
+            self._end = time.monotonic() + self.max_seconds
         self._signals.listen()
 
     def on_train_batch_end(
@@ -74,12 +83,13 @@ class Checkpoints(Checkpoint):
         if step == self._seen:
             return
         self._seen = step
+        if self._asked is None and time.monotonic() >= self._end and step < trainer.max_steps:
+            self._asked = OUT_OF_TIME
         asked = self._any_asked(trainer)
-        if step != self._last and (asked or step % self.every == 0 or step == trainer.max_steps):
+        if step != self._last and (asked is not None or step % self.every == 0 or step == trainer.max_steps):
             self._last = step
             self._write(trainer)
-        if asked:
-            self._stopped = self._signals.stopped(self._asked or signal.SIGTERM)
+        self._stop(asked)
 
     def on_train_batch_start(
         self, trainer: lightning.Trainer, module: lightning.LightningModule, batch: Any, batch_idx: int
@@ -92,8 +102,8 @@ class Checkpoints(Checkpoint):
     def on_train_end(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
         """All of the last step is logged. Leave signals to others; stop if asked to in it or in its validation."""
         self._publish(trainer)
-        if self._stopped is None and self._any_asked(trainer):
-            self._stopped = self._signals.stopped(self._asked or signal.SIGTERM)
+        if self._stopped is None:
+            self._stop(self._any_asked(trainer))
         self._signals.give_back()
         if self._stopped is not None:
             raise self._stopped
@@ -104,11 +114,29 @@ class Checkpoints(Checkpoint):
         """Leave signals to others; what was written is whole."""
         self._signals.give_back()
         self._publish(trainer)
+        if isinstance(exception, Stopped) and self._stopped is exception:
+            exception.told = True
+            if trainer.is_global_zero:
+                step = trainer.global_step
+                print(
+                    f"stopped after step {step}{exception.why}, with a checkpoint: resume=auto goes on", file=sys.stderr
+                )
 
-    def _any_asked(self, trainer: lightning.Trainer) -> bool:
-        """Whether any process was asked to stop: all stop after the same step. Every process has to ask."""
-        asked = self._asked is not None
-        return asked if trainer.world_size == 1 else trainer.strategy.reduce_boolean_decision(asked, all=False)
+    def nobody_reads(self) -> None:
+        """Stop after this step, as what it prints goes nowhere."""
+        self._asked = self._asked or UNREAD
+
+    def _any_asked(self, trainer: lightning.Trainer) -> int | None:
+        """The exit code if any process was asked to stop: all stop after the same step. Every process has to ask."""
+        if trainer.world_size == 1:
+            return self._asked
+        code = torch.tensor(self._asked or 0, device=trainer.strategy.root_device)
+        return int(trainer.strategy.reduce(code, reduce_op="max")) or None
+
+    def _stop(self, code: int | None) -> None:
+        """Note that training ends before its next step."""
+        if code is not None:
+            self._stopped = self._signals.stopped(code)
 
     def _ask(self, signum: int) -> None:
         """Handle a signal."""
@@ -116,7 +144,7 @@ class Checkpoints(Checkpoint):
             signal.signal(signal.SIGINT, signal.SIG_DFL)
             os.kill(os.getpid(), signal.SIGINT)
         elif self._asked is None:
-            self._asked = signum
+            self._asked = 128 + signum
             if signum == signal.SIGINT:
                 # not print: what it writes to may be in use right now
                 os.write(2, b"\nstopping after this step (Ctrl-C again: at once, without a checkpoint)\n")
@@ -124,18 +152,19 @@ class Checkpoints(Checkpoint):
     def _write(self, trainer: lightning.Trainer) -> None:
         """Write a checkpoint under a name by which it is not taken for one."""
         path = self.run / checkpoint.FOLDER / f"step={trainer.global_step}.ckpt"
-        trainer.save_checkpoint(checkpoint.unfinished(path))
-        self._written = path
+        unnamed = unfinished(path)
+        trainer.save_checkpoint(unnamed)
+        self._written = unnamed, path
 
     def _publish(self, trainer: lightning.Trainer) -> None:
         """Give the checkpoint that was written its name, then remove what is too old."""
-        path, self._written = self._written, None
-        if path is None or not trainer.is_global_zero:
+        written, self._written = self._written, None
+        if written is None or not trainer.is_global_zero:
             return
         try:
-            os.replace(checkpoint.unfinished(path), path)
+            os.replace(*written)
         finally:
-            checkpoint.unfinished(path).unlink(missing_ok=True)
+            written[0].unlink(missing_ok=True)
         if self.keep is not None:
             for old in checkpoint.checkpoints(self.run)[: -self.keep]:
                 old.unlink()
@@ -212,7 +241,11 @@ class DuringTraining(Callback):
 
 
 class Progress(ProgressBar):
-    """One bar over all steps with the numbers that matter; plain lines, fewer of them, where there is no terminal."""
+    """One bar over all steps with the numbers that matter; plain lines, fewer of them, where there is no terminal.
+
+    Args:
+        nobody_reads: Called where lines cannot be written any more.
+    """
 
     _SHOWN = {  # noqa: RUF012 - never changed
         "loss": ("train/loss", "{:.3f}"),
@@ -221,8 +254,9 @@ class Progress(ProgressBar):
         "reads off": ("recall/off", "{:.1%}"),
     }
 
-    def __init__(self) -> None:
+    def __init__(self, nobody_reads: Callable[[], None] = lambda: None) -> None:
         super().__init__()
+        self.nobody_reads = nobody_reads
         self._enabled = True
         self._bar: tqdm[Any] | None = None
         self._looked, self._printed, self._every = 0.0, -1, 1
@@ -258,7 +292,10 @@ class Progress(ProgressBar):
             return
         if self._enabled and step != self._printed and (last or step % self._every == 0):
             self._printed = step
-            print(f"step {step:,} of {trainer.max_steps:,}: {self._numbers(trainer)}", flush=True)
+            with contextlib.suppress(OSError):
+                print(f"step {step:,} of {trainer.max_steps:,}: {self._numbers(trainer)}")
+            if output_lost():
+                self.nobody_reads()
 
     def on_train_end(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
         """Close the bar."""
@@ -269,8 +306,6 @@ class Progress(ProgressBar):
     ) -> None:
         """Close the bar, so that what comes next has a line of its own."""
         self._close()
-        if isinstance(exception, Stopped) and self._enabled:
-            print(f"stopped after step {trainer.global_step}, with a checkpoint: resume=auto goes on", file=sys.stderr)
 
     def _close(self) -> None:
         if self._bar is not None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import importlib
+import inspect
 import io
 import logging
 import os
@@ -28,9 +30,11 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
 from memlm.analysis.figures import read_history
-from memlm.checkpoint import FOLDER, checkpoints, no_space
-from memlm.config import ConfigError, instantiate
-from memlm.data.tokens import atomic_file
+from memlm.checkpoint import FOLDER, checkpoints
+from memlm.cli import output_lost
+from memlm.config import ConfigError, did_you_mean, instantiate
+from memlm.files import atomic_file
+from memlm.machine import no_space
 from memlm.training.callbacks import AtomicCheckpointIO, Checkpoints, DuringTraining, Progress, Throughput
 from memlm.training.resume import (
     Origin,
@@ -38,10 +42,11 @@ from memlm.training.resume import (
     history_files,
     keep_earlier_history,
     refuse_other_run,
+    remove_leftovers_of_runs,
     running,
 )
-from memlm.training.settings import sweep_dir
-from memlm.training.stopping import Stopped
+from memlm.training.settings import places_of_runs, seconds_of, sweep_dir
+from memlm.training.stopping import UNREAD, Stopped
 
 _WANDB_PATIENCE = 20.0  # seconds until a run goes on offline; WANDB_INIT_TIMEOUT sets another
 # What libraries say that tells a user of memlm nothing.
@@ -94,13 +99,16 @@ def make_trainer(
     Raises:
         ConfigError: If a setting of the trainer or a logger does not work here, no space is left, or a process is lost.
     """
-    settings = {name: value for name, value in config["trainer"].items() if name != "_target_"}
+    settings = {name: value for name, value in config["trainer"].items() if name not in ("_target_", "max_time")}
     clock = Throughput()
-    callbacks: list[Callback] = [clock, Checkpoints(run, config["checkpoint"]["every"], config["checkpoint"]["keep"])]
+    keeper = Checkpoints(
+        run, config["checkpoint"]["every"], config["checkpoint"]["keep"], seconds_of(config["trainer"].get("max_time"))
+    )
+    callbacks: list[Callback] = [clock, keeper]
     if watch is not None:
         callbacks.append(DuringTraining(watch, settings["val_check_interval"], clock))
     if settings["enable_progress_bar"]:
-        callbacks.append(Progress())
+        callbacks.append(Progress(keeper.nobody_reads))
 
     def history() -> list[dict[str, Any]]:
         return [row for file in history_files(run) for row in read_history(file)]
@@ -109,21 +117,23 @@ def make_trainer(
     finished = False
     stopped: Stopped | None = None
     try:
-        with quiet(), running(run) if _is_first() else contextlib.nullcontext():
+        with quiet(run), running(run) if _is_first() else contextlib.nullcontext():
             if _is_first():
                 refuse_other_run(run, origin)
                 if origin is not None:
                     keep_earlier_history(run, origin)
                 forget_finished(run)
-            loggers += _loggers(config, origin)
+                remove_leftovers_of_runs(run, places_of_runs(config))
             trainer = _trainer(
                 **settings,
-                logger=loggers,
+                logger=False,
                 callbacks=callbacks,
                 plugins=[AtomicCheckpointIO(), *_slurm()],
                 default_root_dir=run,
                 use_distributed_sampler=False,
             )
+            loggers += _loggers(config, origin)  # W&B last: it starts a process and reaches for the network
+            trainer.loggers = loggers
             yield trainer, history
             finished = True
     except Stopped as signal:
@@ -131,11 +141,16 @@ def make_trainer(
         raise
     except Exception as error:
         if isinstance(error, ProcessExitedException) and (asked := Stopped.by_exit(error.exit_code)) is not None:
+            asked.told = True  # by that process
             raise asked from error
+        if isinstance(error, OSError) and output_lost():
+            raise Stopped(UNREAD) from error
         if no_space(error):
-            raise ConfigError(f"no space is left in {run}: free some and go on with resume=auto") from error
+            raise ConfigError(f"no space is left in {run}: free some space{_then(run)}") from error
         if (told := _fault(error)) is not None:
-            raise ConfigError(told) from error
+            raise ConfigError(told + _then(run) * bool(_lost(str(error)))) from error
+        if isinstance(error, MisconfigurationException):  # what Lightning finds when it meets the data
+            raise ConfigError(f"trainer: {' '.join(str(error).split())}") from error
         raise
     finally:
         for logger in loggers:
@@ -165,12 +180,13 @@ def evaluation_logger(config: Mapping[str, Any], trained: Mapping[str, Any]) -> 
     if not loggers:
         yield None
         return
-    if set(loggers) != {"wandb"}:
+    check_loggers(loggers)
+    if [_kind(node) for node in loggers.values()] != [WandbLogger]:
         raise ConfigError("an evaluation writes its files without a logger; beside them it logs to W&B: logger=wandb")
-    node = loggers["wandb"]
+    (key, node), *_ = loggers.items()
     settings = {name: value for name, value in node.items() if name != "_target_"}
     name = config["name"] or f"evaluate-{_model_and_memory(trained)}"
-    logger = _wandb({**config, "name": name, "trained": dict(trained)}, settings, None)
+    logger = _wandb({**config, "trained": dict(trained)}, f"logger.{key}", settings, name, None)
     finished = False
     try:
         yield logger
@@ -211,16 +227,31 @@ def _lost(text: str) -> str | None:
     """What to tell where ``text`` says that a process was lost."""
     for pattern, told in _LOST.items():
         if re.search(pattern, text):
-            return f"{told}. What was saved is whole: go on with resume=auto"
+            return told
     return None
 
 
+def _then(run: Path) -> str:
+    """How to go on with a run that failed."""
+    if (run / FOLDER).is_dir() and checkpoints(run):
+        return "; what was saved is whole, go on with resume=auto"
+    return "; no checkpoint was written yet, give the command again"
+
+
 class _TellLost(logging.Handler):
-    """Tells that a process was lost, before the others are killed."""
+    """Tells that a process was lost, before the others are killed.
+
+    Args:
+        run: The run directory.
+    """
+
+    def __init__(self, run: Path) -> None:
+        super().__init__()
+        self.run = run
 
     def emit(self, record: logging.LogRecord) -> None:
         if (told := _lost(record.getMessage())) is not None:
-            print(f"error: {told}", file=sys.stderr, flush=True)
+            print(f"error: {told}{_then(self.run)}", file=sys.stderr, flush=True)
 
 
 def count_processes(settings: Mapping[str, Any]) -> int:
@@ -258,10 +289,12 @@ class _Rows(ExperimentWriter):
         """Add columns; Lightning empties the file first, and a process killed right then would lose all."""
         with open(self.metrics_file_path, newline="") as file:
             rows = list(csv.DictReader(file))
-        with atomic_file(Path(self.metrics_file_path)) as target, io.TextIOWrapper(target, newline="") as text:
-            writer = csv.DictWriter(text, fieldnames=fieldnames)
-            writer.writeheader()
-            writer.writerows(rows)
+        text = io.StringIO()
+        writer = csv.DictWriter(text, fieldnames=fieldnames)
+        writer.writeheader()
+        writer.writerows(rows)
+        with atomic_file(Path(self.metrics_file_path)) as file:
+            file.write(text.getvalue().encode())
 
 
 class _History(CSVLogger):
@@ -276,27 +309,104 @@ class _History(CSVLogger):
         return self._experiment  # type: ignore[return-value]
 
 
+# Settings of logger.wandb that a run sets itself, and what sets them.
+_WANDB_OWN = {
+    "anonymous": "W&B has given it up",
+    "config": "the settings of the run are its config",
+    "dir": "set logger.wandb.save_dir",
+    "experiment": "a run makes its own",
+    "mode": "set logger.wandb.offline, or the environment variable WANDB_MODE",
+    "prefix": "numbers are found by their names; tell runs apart by name, group or tags",
+    "resume": "a run that goes on with resume= goes on in W&B too",
+    "version": "set logger.wandb.id",
+}
+_WANDB_LOGGER = ("log_model", "checkpoint_name", "add_file_policy")  # of Lightning, not of wandb.init
+
+
+def check_loggers(nodes: Any) -> None:
+    """Refuse loggers that are none, and settings that one would not honour.
+
+    Raises:
+        ConfigError: Naming the logger.
+    """
+    if not isinstance(nodes, Mapping):
+        raise ConfigError(f"logger must be loggers by name, each with its _target_, or null for none, got {nodes!r}")
+    for key, node in nodes.items():
+        if not isinstance(node, Mapping) or not isinstance(node.get("_target_"), str):
+            raise ConfigError(f"logger.{key} must be the settings of a logger, with its _target_, got {node!r}")
+        kind = _kind(node)
+        if not (isinstance(kind, type) and issubclass(kind, Logger)):
+            raise ConfigError(f"logger.{key}._target_ must be a logger of Lightning, got {node['_target_']}")
+        if kind is WandbLogger:
+            _check_wandb(f"logger.{key}", node)
+    if sum(_kind(node) is WandbLogger for node in nodes.values()) > 1:
+        raise ConfigError("logger has several of W&B: a run is logged there once, leave one out")
+
+
+def _check_wandb(key: str, node: Mapping[str, Any]) -> None:
+    import wandb
+
+    known = {*inspect.signature(wandb.init).parameters, *_WANDB_LOGGER, "offline", "save_dir"} - set(_WANDB_OWN)
+    for name in node:
+        if name in _WANDB_OWN:
+            raise ConfigError(f"{key}.{name} is not a setting of a run, leave it out: {_WANDB_OWN[name]}")
+        if name not in known and name != "_target_":
+            raise ConfigError(f"{key}.{name} is not a setting of W&B.{did_you_mean(name, known)}")
+
+
+def _kind(node: Mapping[str, Any]) -> Any:
+    """The class of a logger."""
+    module, _, name = node["_target_"].rpartition(".")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(f"logger: {node['_target_']} cannot be imported here: {error}") from error
+
+
 def _loggers(config: Mapping[str, Any], origin: Origin | None) -> list[Logger]:
-    """CSV and W&B loggers of ``config["logger"]``."""
+    """The loggers of ``config["logger"]``; W&B, which may take long to start, last."""
+    nodes = config.get("logger") or {}
+    check_loggers(nodes)
     loggers: list[Logger] = []
-    for kind, node in (config["logger"] or {}).items():
+    for key, node in sorted(nodes.items(), key=lambda item: _kind(item[1]) is WandbLogger):
         settings = {name: value for name, value in node.items() if name != "_target_"}
-        if kind == "csv":
+        if _kind(node) is CSVLogger:
             loggers.append(_History(**settings))
+        elif _kind(node) is WandbLogger:
+            name = config["name"] or os.environ.get("WANDB_NAME") or _title(config)
+            loggers.append(_wandb(config, f"logger.{key}", settings, name, origin))
         else:
-            loggers.append(_wandb(config, settings, origin))
+            try:
+                loggers.append(instantiate(node, f"logger.{key}"))
+            except (ImportError, MisconfigurationException) as error:  # a package that is not installed
+                raise ConfigError(f"logger.{key}: {' '.join(str(error).split())}") from error
     return loggers
 
 
-def _wandb(config: Mapping[str, Any], settings: dict[str, Any], origin: Origin | None) -> WandbLogger:
-    """A W&B logger whose run goes on when training does; offline unless told otherwise, or if W&B cannot be reached."""
+def _wandb(
+    config: Mapping[str, Any], key: str, settings: dict[str, Any], name: str, origin: Origin | None
+) -> WandbLogger:
+    """A W&B logger whose run goes on when training does; offline unless told otherwise, or if W&B cannot be reached.
+
+    Args:
+        config: What W&B shows as the config.
+        key: The full name of the logger, for the errors.
+        settings: Of the logger. What is None is left to W&B, and to the environment variables that it reads.
+        name: Of the run, where the settings have none.
+        origin: What the run goes on from.
+    """
     import wandb
 
-    offline, log_model, folder = settings.pop("offline"), settings.pop("log_model"), Path(settings.pop("save_dir"))
-    settings["name"] = settings["name"] or config["name"] or _title(config)
+    settings = dict(settings)
+    offline, folder = settings.pop("offline"), Path(settings.pop("save_dir"))
+    of_logger = {part: settings.pop(part) for part in _WANDB_LOGGER if part in settings}
+    settings["name"] = settings.get("name") or name
     sweep = sweep_dir()
-    settings["group"] = settings["group"] or (sweep.name if sweep is not None else None)
-    run_id = origin.entry.get("wandb_id") if origin is not None else None
+    settings["group"] = (
+        settings.get("group") or os.environ.get("WANDB_RUN_GROUP") or (sweep.name if sweep is not None else None)
+    )
+    earlier = origin.entry.get("wandb_id") if origin is not None else None
+    run_id = settings.pop("id", None) or earlier or os.environ.get("WANDB_RUN_ID")
     run: Any = None
     if _is_first():
         folder.mkdir(parents=True, exist_ok=True)
@@ -305,13 +415,19 @@ def _wandb(config: Mapping[str, Any], settings: dict[str, Any], origin: Origin |
             quiet.init_timeout = _WANDB_PATIENCE
 
         def start(offline: bool) -> Any:
+            asked = os.environ.get("WANDB_MODE")
+            mode: Any
+            if offline:
+                mode = "offline" if asked != "disabled" else None
+            else:  # asked for here, or by the environment
+                mode = "online" if asked in ("offline", "dryrun", "disabled") else None
             # Not left to Lightning, which passes settings that W&B has given up and so earns a warning.
             return wandb.init(
                 **settings,
                 dir=folder,
                 id=run_id or secrets.token_hex(4),
-                resume="allow" if run_id and not offline else None,
-                mode="offline" if offline and os.environ.get("WANDB_MODE") != "disabled" else None,
+                resume="allow" if run_id and not offline and "WANDB_RESUME" not in os.environ else None,
+                mode=mode,
                 config=dict(config),
                 settings=quiet,
             )
@@ -330,17 +446,21 @@ def _wandb(config: Mapping[str, Any], settings: dict[str, Any], origin: Origin |
                 offline = True
                 run = start(offline)
         except wandb.errors.Error as error:
-            raise ConfigError(f"W&B cannot start: {error}; use logger.wandb.offline=true or logger=csv") from error
+            raise ConfigError(
+                f"W&B cannot start: {' '.join(str(error).split())}; use {key}.offline=true or logger=csv"
+            ) from error
+        except (ValueError, TypeError) as error:  # pydantic's, of its settings
+            raise ConfigError(f"{key}: {' '.join(str(error).split())}") from error
         run.define_metric("trainer/global_step")
         run.define_metric("*", step_metric="trainer/global_step", step_sync=True)
     try:
         return WandbLogger(
-            experiment=run, project=settings["project"], save_dir=folder, offline=offline, log_model=log_model
+            experiment=run, project=settings.get("project"), save_dir=folder, offline=offline, **of_logger
         )
-    except MisconfigurationException as error:
+    except (MisconfigurationException, TypeError) as error:
         if run is not None:
             run.finish(exit_code=1)
-        raise ConfigError(f"logger.wandb: {' '.join(str(error).split())}") from error
+        raise ConfigError(f"{key}: {' '.join(str(error).split())}") from error
 
 
 def _title(config: Mapping[str, Any]) -> str:
@@ -362,11 +482,11 @@ def _is_first() -> bool:
 
 
 @contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Silence what says nothing to a user of memlm."""
+def quiet(run: Path | None = None) -> Iterator[None]:
+    """Silence what says nothing to a user of memlm, but tell where a process of a run is lost."""
     loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
     levels = [logger.level for logger in loggers]
-    observer, tell = logging.getLogger(_OBSERVER), _TellLost()
+    observer, tell = logging.getLogger(_OBSERVER), _TellLost(run or Path())
     observer.addHandler(tell)
     observer.setLevel(logging.INFO)
     observer.propagate = False
@@ -374,6 +494,7 @@ def quiet() -> Iterator[None]:
         for message in _NOISE:
             warnings.filterwarnings("ignore", message=message)
         try:
+            logging.getLogger("lightning.pytorch.callbacks.model_summary").setLevel(logging.INFO)  # where asked for
             for logger in loggers:
                 logger.setLevel(logging.WARNING)
                 if logging.getLogger().hasHandlers():  # those of the job; lightning's own would say each line again
@@ -396,5 +517,7 @@ def sync_hint(logger: WandbLogger | None, origin: Origin | None = None) -> str |
     if logger is None or not logger.experiment.settings._offline:
         return None
     run = logger.experiment
+    own = Path(run.dir).parent
     earlier = sorted((origin.run / "wandb").glob(f"offline-run-*-{run.id}")) if origin is not None else []
-    return f"wandb sync {' '.join(map(str, [*earlier, Path(run.dir).parent]))}"
+    parts = [part for part in earlier if part.resolve() != own.resolve()]
+    return f"wandb sync {' '.join(map(str, [*parts, own]))}"

@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
+import os
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import lightning
@@ -17,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from memlm import distributed
 from memlm.analysis.usage import memory_numbers
-from memlm.checkpoint import describe
+from memlm.checkpoint import FOLDER, describe, load
 from memlm.config import ConfigError, check_arguments, did_you_mean, instantiate
 from memlm.data.stream import Batch
 from memlm.memory import state as states
@@ -25,10 +27,8 @@ from memlm.memory.contract import Memory
 from memlm.memory.sharding import SharedBank
 from memlm.models.base import LanguageModel
 from memlm.training.loss import linear_cross_entropy, token_nll
-from memlm.training.replay import Replay, check_sources, retrieved
+from memlm.training.replay import Replay, build_replay, check_sources, retrieved
 from memlm.training.settings import Training
-
-_ADVICE = "The last good checkpoint is kept. Lower training.lr, or set trainer.gradient_clip_val or precision=32-true"
 
 
 class NonFiniteLoss(ValueError):
@@ -163,9 +163,16 @@ class LanguageModeling(lightning.LightningModule):
         self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
     ) -> None:
         """Clip as Lightning does; it cannot where only some of the weights are dealt out."""
-        if not self._plain_layers or gradient_clip_val is None:
+        if not self._plain_layers:
             return super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        if gradient_clip_val is None or gradient_clip_val <= 0:
+            return None
         grads = [p.grad for p in self.parameters() if p.grad is not None]
+        if gradient_clip_algorithm == "value":
+            for grad in grads:
+                own = grad.to_local() if isinstance(grad, DTensor) else grad
+                own.clamp_(-gradient_clip_val, gradient_clip_val)
+            return None
         norms = [torch.linalg.vector_norm(grad) for grad in grads]
         total = torch.stack([n.full_tensor() if isinstance(n, DTensor) else n for n in norms]).norm()
         scale = (gradient_clip_val / (total + 1e-6)).clamp(max=1)
@@ -433,7 +440,13 @@ class LanguageModeling(lightning.LightningModule):
         bad = [name for name, value in losses.items() if not torch.isfinite(value)]
         weights = [name for name, value in self.model.named_parameters() if not torch.isfinite(value).all()]
         where = f"; weights that are not finite: {', '.join(weights[:5])}" if weights else "; all weights are finite"
-        return f"the loss is not finite at step {self.global_step}: {', '.join(bad)}{where}. {_ADVICE}"
+        return f"the loss is not finite at step {self.global_step}: {', '.join(bad)}{where}. {self._advice()}"
+
+    def _advice(self) -> str:
+        """What to do about numbers that are not finite."""
+        folder = Path(self.trainer.default_root_dir) / FOLDER
+        kept = "The last good checkpoint is kept. " if folder.is_dir() and any(folder.glob("*.ckpt")) else ""
+        return f"{kept}Lower training.lr, or set trainer.gradient_clip_val or trainer.precision=32-true"
 
     # --- resuming ----------------------------------------------------------------------------------------------------
 
@@ -453,6 +466,7 @@ class LanguageModeling(lightning.LightningModule):
             checkpoint["memlm"] = describe(self.model) | {
                 "wandb_id": ids[0] if ids else None,
                 "text": None if corpus is None else corpus.fingerprint(),
+                "n_moment": sum(len(part.get("state", ())) for part in checkpoint.get("optimizer_states", [])),
             }
         for prefix, module in self._sharded.items():
             bank = module.whole_bank(keep=self.trainer.is_global_zero)  # the process that writes
@@ -485,10 +499,49 @@ class LanguageModeling(lightning.LightningModule):
                     f"trainer.devices to a divisor of {n_row}"
                 )
             state = states.from_dict(carried, self._without_banks(self.model.init_state(n_row)))
+            self._check_memories(state)
             own = torch.arange(n_row).chunk(self.trainer.world_size)[self.global_rank]
             self._state = states.select_rows(state, own)
         if self.replay is not None and "replay" in checkpoint:
             self.replay.take_up(checkpoint["replay"], self.global_rank, self.trainer.world_size)
+
+    def _check_memories(self, carried: Any) -> None:
+        """Refuse carried memories that no text can have led to: see `memlm.memory.contract.Memory.check`."""
+        for name, parts in carried.memory.items():
+            for module, part in zip(self.model.memory[name], parts, strict=bool(parts)):  # shared banks are not carried
+                try:
+                    module.check(part)
+                except ValueError as error:
+                    raise ConfigError(
+                        f"the checkpoint carries a state of the memory {name!r} that no text can have led to "
+                        f"({error}): go on from an earlier checkpoint"
+                    ) from error
+
+    @classmethod
+    def load_from_checkpoint(  # type: ignore[override]
+        cls, checkpoint_path: str | os.PathLike[str], map_location: Any = "cpu", **arguments: Any
+    ) -> LanguageModeling:
+        """Load the model of a checkpoint with the settings that it was trained with.
+
+        What only a run that goes on needs (optimizer, carried rows, replayed windows) is left to ``resume``.
+
+        Args:
+            checkpoint_path: A run directory or a checkpoint file, see `memlm.load`.
+            map_location: The device; None for the CPU.
+            **arguments: Of the constructor, in place of what the checkpoint says.
+
+        Raises:
+            ConfigError: If there is no checkpoint, or it is damaged or not one of memlm.
+        """
+        if wrong := [name for name in arguments if name not in ("settings", "total_steps", "seed", "replay")]:
+            raise ConfigError(
+                f"load_from_checkpoint takes no {wrong[0]}: the model is the one of the checkpoint; for a model alone "
+                "there is memlm.load(path)"
+            )
+        model = load(checkpoint_path)
+        training = {name: value for name, value in model.config["training"].items() if name != "_target_"}
+        own = {"settings": Training(**training), "seed": model.config["seed"], "replay": build_replay(model.config)}
+        return cls(model, **own | arguments).to(map_location or "cpu")
 
     def on_train_start(self) -> None:
         """Bring the carried state to the device of the model."""
@@ -532,7 +585,7 @@ class LanguageModeling(lightning.LightningModule):
         if bad:
             raise NonFiniteLoss(
                 f"the update of step {self.global_step} left numbers that are not finite: {', '.join(bad[:5])}. "
-                f"{_ADVICE}"
+                f"{self._advice()}"
             )
 
     def on_validation_start(self) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from memlm.config import ConfigError
+from memlm.config import ConfigError, check_kind, instantiate
 from memlm.data.stream import Batch
 from memlm.memory.contract import Read as MemoryRead
 from memlm.memory.slots import Slots
@@ -284,9 +284,15 @@ def retrieved(model: LanguageModel, before: Any, after: Any, reads: Mapping[str,
 
 
 def build_replay(config: Mapping[str, Any]) -> Replay | None:
-    """The buffer of ``config["replay"]``; None if there is none."""
-    settings = {name: value for name, value in config["replay"].items() if name != "_target_"}
-    return Replay(**settings, seed=config["seed"]) if settings else None
+    """The buffer of ``config["replay"]``; None if there is none.
+
+    Raises:
+        ConfigError: If its ``_target_`` is no `Replay`, or a setting cannot work.
+    """
+    if not config["replay"]:
+        return None
+    check_kind(config["replay"], "replay", Replay)
+    return instantiate({"seed": config["seed"], **config["replay"]}, "replay")
 
 
 def _spans(ids: np.ndarray, n: int) -> np.ndarray:

@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import errno
 import fcntl
+import io
+import itertools
 import json
+import os
+import re
+import stat
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from memlm.checkpoint import FOLDER, checkpoints, find, read, remove_leftovers
+from memlm.checkpoint import FOLDER, checkpoints, find, read
 from memlm.cli import ERROR
 from memlm.config import ConfigError
-from memlm.data.tokens import atomic_file
+from memlm.files import atomic_file, open_regular, read_json, remove_leftovers
+from memlm.printed import printable
 
 if TYPE_CHECKING:
     from memlm.data.datamodule import TextData
@@ -22,13 +29,18 @@ if TYPE_CHECKING:
 _LOCK = ".lock"  # held by the process that trains a run
 # What makes two runs the same run. The rest (loggers, paths, devices, precision) may change.
 _SAME = ("model", "memory", "data", "curriculum", "training", "replay", "seed")
-_SAME_TRAINER = ("accumulate_grad_batches", "gradient_clip_val")
+_SAME_TRAINER = ("accumulate_grad_batches", "gradient_clip_val", "gradient_clip_algorithm")
+# Where the text is: which text it is its hash tells, see `check_text`.
+_PLACES = ("data.path", "data.name", "data.corpus.path", "data.corpus.name")
 # Settings of these that say how something is computed, not what.
 _FREE = ("data.n_worker", "model.gradient_checkpointing", "training.compile", "memory.ltm.shard")
 # Settings that no two jobs of a sweep differ in if they are the same: where files go, and what is gone on with.
 _ASIDE = ("paths", "logger", "resume")
+_ASIDE_TRAINER = ("max_time",)
 _FINISHED = "finished.json"  # of a run that is trained and measured: its settings, and what it returned
 _EARLIER = "earlier-{}.csv"  # what was logged before a run was resumed, oldest first
+_STEP = re.compile(r"[0-9]{1,18}")
+_IS_EARLIER = re.compile(r"earlier-(\d{1,9})")
 
 
 class Origin(NamedTuple):
@@ -99,60 +111,83 @@ def find_in_sweep(config: Mapping[str, Any], sweep: Path) -> Finished | Origin |
             if _whole(content["config"]) == _whole(config):
                 return Finished(run, content["value"])
         elif not _is_alive(run, config):
-            origin = _newest_of(run, lambda there: _whole(there) == _whole(config))
+            origin = _newest_of(run, config, lambda there: _whole(there) == _whole(config))
             unfinished += [origin] if origin is not None else []
     if not unfinished:
         return None
     furthest = max(unfinished, key=lambda origin: origin.step)
-    remove_leftovers(furthest.run)
+    remove_leftovers(furthest.run / FOLDER)
     return furthest
 
 
 def _finished(run: Path) -> dict[str, Any] | None:
+    """What is written of a run that is finished; one whose file is damaged is taken for unfinished."""
     try:
-        return json.loads((run / _FINISHED).read_text(encoding="utf-8"))
+        content = read_json(run / _FINISHED)
+        config = content.get("config")
+        known = isinstance(config, dict) and isinstance(config.get("trainer"), dict)
+        if not known or not isinstance(content.get("value", ""), float | int | None):
+            raise ConfigError(f"{run / _FINISHED} is not what a finished run writes")
+        return content
     except FileNotFoundError:
         return None
+    except (ConfigError, OSError) as error:
+        _leave_out(error)
+        return None
+
+
+def _leave_out(error: Exception) -> None:
+    """Say that a file is left out, and why."""
+    print(printable(f"left out: {' '.join(str(error).split()) or type(error).__name__}"), file=sys.stderr)
 
 
 def _whole(config: Mapping[str, Any]) -> Any:
     """A configuration as it can be compared with one that was written to a file."""
-    return json.loads(json.dumps({name: node for name, node in config.items() if name not in _ASIDE}))
+    trainer = {name: value for name, value in config["trainer"].items() if name not in _ASIDE_TRAINER}
+    return json.loads(json.dumps({n: node for n, node in config.items() if n not in _ASIDE} | {"trainer": trainer}))
 
 
-def find_origin(resume: str | None, config: Mapping[str, Any], roots: Sequence[Path]) -> Origin | None:
+def find_origin(
+    resume: str | None, config: Mapping[str, Any], roots: Sequence[Path], text: Callable[[], str] | None = None
+) -> Origin | None:
     """The checkpoint that ``resume`` means.
 
     Args:
-        resume: A run directory or checkpoint; ``auto`` for the newest run of this configuration below ``roots``, if
-            it is unfinished (stopped in training, or before it was measured); None for none.
+        resume: A run directory or checkpoint; ``auto`` for the unfinished run of this configuration below ``roots``
+            (stopped in training, or before it was measured) that has made most steps, unless a newer one is finished;
+            None for none.
         config: Plain configuration of this run, steps planned.
         roots: Where runs are kept.
+        text: Gives the hash of this run's text; without it a run of ``auto`` must have its text in the same place.
 
     Returns:
         What to go on from, or None to begin anew.
 
     Raises:
-        ConfigError: If there is no such checkpoint, it belongs to another configuration, or nothing is left to train.
+        ConfigError: If there is no such checkpoint, it belongs to another configuration, lacks something, is of a run
+            that is still being trained, or nothing is left to train.
     """
     if resume is None:
         return None
     if resume == "auto":
-        return _newest(config, roots)
+        return _newest(config, roots, text)
     path = find(resume)
-    origin = _origin(path)
-    if differences := _differences(config, origin.entry["config"]):
+    content = _content(path)
+    if differences := _differences(config, content["memlm"]["config"]):
         more = f" (and {len(differences) - 5} more)" if len(differences) > 5 else ""
         raise ConfigError(
             f"{path} was trained with other settings: {'; '.join(differences[:5])}{more}. "
             "Give the settings of that run, or leave out resume"
         )
+    origin = _origin(path, content, config)
+    if _is_alive(origin.run, config):
+        raise ConfigError(f"{origin.run} is still being trained by another process: wait until it ends, or stop it")
     if origin.step >= config["trainer"]["max_steps"] and _finished(origin.run) is not None:
         raise ConfigError(
             f"{path} has made {origin.step} of {config['trainer']['max_steps']} steps: nothing is left to train. "
             "Set trainer.max_steps higher, or measure it with scripts/evaluate.py"
         )
-    remove_leftovers(origin.run)
+    remove_leftovers(origin.run / FOLDER)
     return origin
 
 
@@ -184,21 +219,34 @@ def keep_earlier_history(run: Path, origin: Origin) -> None:
     if sources and run.resolve() == origin.run.resolve():  # at once: a run killed in between would have it twice
         sources.append(sources.pop().replace(run / "csv" / _EARLIER.format(len(sources))))
     for i, source in enumerate(sources):
-        with open(source, newline="", encoding="utf-8") as file:
-            reader = csv.DictReader(file)
-            columns = list(reader.fieldnames or [])
-            # A process that was killed may have left half a line.
-            rows = [row for row in reader if None not in (*row, *row.values()) and (row.get("step") or "").isdigit()]
+        columns, rows = _logged(source)
         with atomic_file(run / "csv" / _EARLIER.format(i)) as target:
             lines = [columns, *([row[c] for c in columns] for row in rows if int(row["step"]) < origin.step)]
             target.write("".join(",".join(_quoted(cell) for cell in line) + "\n" for line in lines).encode())
 
 
+def _logged(path: Path) -> tuple[list[str], list[dict[str, str]]]:
+    """The columns and whole lines of a file of what was logged."""
+    with open_regular(path) as binary, io.TextIOWrapper(binary, newline="", encoding="utf-8") as file:
+        reader = csv.DictReader(file)
+        try:
+            columns = list(reader.fieldnames or [])
+            # A process that was killed may have left half a line.
+            rows = [
+                row for row in reader if None not in (*row, *row.values()) and _STEP.fullmatch(row.get("step") or "")
+            ]
+        except (UnicodeDecodeError, csv.Error) as error:
+            raise ConfigError(
+                f"{path} cannot be read: it is damaged ({error}); remove it to go on without it"
+            ) from error
+    return columns, rows
+
+
 def history_files(run: Path) -> list[Path]:
     """What a run and those it went on from have logged, oldest first."""
     folder = run / "csv"
-    files = sorted(folder.glob(_EARLIER.format("*")), key=lambda file: int(file.stem.partition("-")[2]))
-    return [*files, *folder.glob("metrics.csv")]
+    earlier = {int(found[1]): file for file in folder.glob("*.csv") if (found := _IS_EARLIER.fullmatch(file.stem))}
+    return [*(earlier[i] for i in sorted(earlier)), *folder.glob("metrics.csv")]
 
 
 def _quoted(cell: str | None) -> str:
@@ -207,10 +255,20 @@ def _quoted(cell: str | None) -> str:
     return '"' + cell.replace('"', '""') + '"' if any(c in cell for c in ',"\n\r') else cell
 
 
-def _origin(path: Path, peek: bool = False) -> Origin:
+def _content(path: Path, peek: bool = False) -> dict[str, Any]:
+    """What a checkpoint holds, if it has a state of training."""
     content = read(path, peek)
     if "global_step" not in content or "optimizer_states" not in content:
         raise ConfigError(f"{path} holds a model but no state of its training: it cannot be resumed")
+    if not isinstance(content["memlm"]["config"], dict):
+        raise ConfigError(f"{path} is not a checkpoint of memlm: the configuration in it is none")
+    return content
+
+
+def _origin(path: Path, content: Mapping[str, Any], config: Mapping[str, Any]) -> Origin:
+    from memlm.training.training_state import check_training_state
+
+    check_training_state(path, content, config)
     return Origin(path, content["global_step"], content["memlm"])
 
 
@@ -222,12 +280,34 @@ def running(run: Path) -> Iterator[None]:
         ConfigError: If another process trains it.
     """
     run.mkdir(parents=True, exist_ok=True)
-    with open(run / _LOCK, "a") as lock:
+    with _open_lock(run, os.O_CREAT) as lock:
         try:
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock: that would live on in loader workers
         except (BlockingIOError, PermissionError):
             raise ConfigError(f"{run} is being trained by another process: give another hydra.run.dir") from None
         yield
+
+
+def _open_lock(run: Path, flags: int = 0) -> io.FileIO:
+    """The file that is held by the process that trains a run; a pipe in its place would hang it for ever."""
+    path = run / _LOCK
+    try:
+        lock = io.FileIO(os.open(path, os.O_RDWR | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC | flags, 0o666), "r+")
+    except OSError as error:
+        if error.errno not in (errno.ELOOP, errno.ENXIO, errno.EISDIR):
+            raise
+    else:
+        if stat.S_ISREG(os.fstat(lock.fileno()).st_mode):
+            return lock
+        lock.close()
+    raise ConfigError(f"{path} is no regular file: remove what is in its place")
+
+
+def remove_leftovers_of_runs(run: Path, roots: Sequence[Path]) -> None:
+    """Remove what runs beside this one have left that were killed while they wrote, which nobody may go on with."""
+    places = [run.parent.glob(f"*/{FOLDER}"), *(root.glob(f"*/*/{FOLDER}") for root in roots)]
+    for folder in itertools.chain(*places):
+        remove_leftovers(folder)
 
 
 def refuse_other_run(run: Path, origin: Origin | None) -> None:
@@ -248,7 +328,7 @@ def _is_alive(run: Path, config: Mapping[str, Any]) -> bool:
     """
     if run.resolve() == Path(config["paths"]["run_dir"]).resolve():
         return False
-    with contextlib.suppress(FileNotFoundError), open(run / _LOCK, "r+") as lock:
+    with contextlib.suppress(OSError, ConfigError), _open_lock(run) as lock:
         try:
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
@@ -256,38 +336,66 @@ def _is_alive(run: Path, config: Mapping[str, Any]) -> bool:
     return False
 
 
-def _newest(config: Mapping[str, Any], roots: Sequence[Path]) -> Origin | None:
-    """The newest whole checkpoint of the newest run with this configuration, unless that run is finished."""
-    newest: dict[Path, float] = {}
+def _newest(config: Mapping[str, Any], roots: Sequence[Path], text: Callable[[], str] | None) -> Origin | None:
+    """The run with this configuration that is furthest, of those that are not finished.
+
+    Runs older than a finished one are left out: it may have gone on from them.
+    """
+    times: dict[Path, float] = {}  # of the newest checkpoint
     for root in roots:
-        for path in root.rglob(f"{FOLDER}/step=*.ckpt"):
-            run = path.parent.parent
-            with contextlib.suppress(FileNotFoundError):  # a run that is alive removes its old ones
-                newest[run] = max(newest.get(run, 0.0), path.stat().st_mtime)
-    for run in sorted(newest, key=newest.__getitem__, reverse=True):
+        for folder in root.rglob(FOLDER):
+            remove_leftovers(folder)
+            for path in folder.glob("step=*.ckpt"):
+                with contextlib.suppress(OSError):  # a run that is alive removes its old ones
+                    times[folder.parent] = max(times.get(folder.parent, 0.0), path.stat().st_mtime)
+    unfinished: list[Origin] = []
+    finished: Path | None = None
+    for run in sorted(times, key=times.__getitem__, reverse=True):
         if _is_alive(run, config):
-            print(f"resume=auto: {run} is still being trained; left alone")
-            continue
-        origin = _newest_of(run, lambda there: _same_run(config, there))
-        if origin is None:
-            continue
-        if origin.step >= config["trainer"]["max_steps"] and _finished(run) is not None:
-            print(f"resume=auto: {run} is finished; beginning anew")
-            return None
-        remove_leftovers(run)
-        return origin
-    print(f"resume=auto: no unfinished run with these settings in {' or '.join(map(str, roots))}; beginning anew")
+            print(printable(f"resume=auto: {run} is still being trained; left alone"))
+        elif (content := _finished(run)) is not None:
+            try:
+                if _same_run(config, content["config"]):
+                    finished = run
+                    break
+            except (AttributeError, KeyError, TypeError) as error:  # no settings that a run has written
+                _leave_out(ConfigError(f"{run / _FINISHED}: {error!r}"))
+        else:
+            origin = _newest_of(run, config, lambda there: _same_run(config, there))
+            if origin is not None and _same_text(config, origin, text):
+                unfinished.append(origin)
+    if unfinished:
+        return max(unfinished, key=lambda origin: origin.step)
+    if finished is not None:
+        print(printable(f"resume=auto: {finished} is finished; beginning anew"))
+    else:
+        print(f"resume=auto: no unfinished run with these settings in {' or '.join(map(str, roots))}; beginning anew")
     return None
 
 
-def _newest_of(run: Path, wanted: Callable[[Mapping[str, Any]], bool]) -> Origin | None:
+def _newest_of(run: Path, config: Mapping[str, Any], wanted: Callable[[Mapping[str, Any]], bool]) -> Origin | None:
     """The newest whole checkpoint of a run, if its configuration is ``wanted``."""
-    for path in reversed(checkpoints(run)):
+    try:
+        found = checkpoints(run)
+    except OSError as error:
+        _leave_out(error)
+        return None
+    for path in reversed(found):
         try:
-            return _origin(path) if wanted(_origin(path, peek=True).entry["config"]) else None
-        except (ConfigError, OSError) as error:
-            print(f"left out: {error}", file=sys.stderr)
+            if not wanted(_content(path, peek=True)["memlm"]["config"]):
+                return None
+            return _origin(path, _content(path), config)
+        except Exception as error:  # a run of anybody: what is in its files may be anything
+            _leave_out(error if isinstance(error, ConfigError | OSError) else ConfigError(f"{path}: {error!r}"))
     return None
+
+
+def _same_text(config: Mapping[str, Any], origin: Origin, text: Callable[[], str] | None) -> bool:
+    """Whether the text is where it was, or is the same elsewhere."""
+    here, there = config["data"]["corpus"], origin.entry["config"]["data"]["corpus"]
+    if all(here.get(name) == there.get(name) for name in ("path", "name")):
+        return True
+    return text is not None and origin.entry.get("text") == text()
 
 
 def _same_run(config: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
@@ -313,7 +421,7 @@ def _what(config: Mapping[str, Any]) -> dict[str, Any]:
         | {"replay": config.get("replay") or {}}
         | {"trainer": {key: trainer.get(key) for key in _SAME_TRAINER}}
     )
-    return {key: value for key, value in _flat(parts).items() if key not in _FREE}
+    return {key: value for key, value in _flat(parts).items() if key not in (*_FREE, *_PLACES)}
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:

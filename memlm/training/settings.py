@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,8 +12,21 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 
-from memlm.config import ConfigError
-from memlm.data.curriculum import Curriculum
+from memlm.config import ConfigError, check_kind, check_settings, did_you_mean, instantiate, whole
+from memlm.data.curriculum import build_curriculum
+from memlm.schema import Checkpoint
+
+# What numbers of the trainer may be, null apart: Lightning takes others too, and fails or goes on for ever.
+_RANGES = {
+    "num_nodes": (1, 10**6),
+    "gradient_clip_val": (0, 10**9),
+    "accumulate_grad_batches": (1, 10**6),
+    "val_check_interval": (1, 10**9),
+    "check_val_every_n_epoch": (1, 10**9),
+    "limit_val_batches": (0, 10**9),
+    "num_sanity_val_steps": (-1, 10**9),
+    "log_every_n_steps": (1, 10**9),
+}
 
 
 @dataclass(frozen=True)
@@ -44,13 +59,15 @@ class Training:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "betas", tuple(self.betas))
-        if not self.lr > 0:
-            raise ConfigError(f"training.lr must be above 0, got {self.lr}")
+        if not 0 < self.lr <= 1000:
+            raise ConfigError(f"training.lr must be above 0 and at most 1000, got {self.lr}")
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise ConfigError(f"training.betas must be two numbers in [0, 1), got {list(self.betas)}")
         for name in ("weight_decay", "warmup_steps", "answer_weight"):
             if not getattr(self, name) >= 0:
                 raise ConfigError(f"training.{name} must not be negative, got {getattr(self, name)}")
+            if getattr(self, name) > 10**9:
+                raise ConfigError(f"training.{name} must be at most {10**9}, got {getattr(self, name)}")
         if self.consolidate_every is not None and self.consolidate_every < 1:
             raise ConfigError(
                 f"training.consolidate_every must be at least 1, or null for never, got {self.consolidate_every}"
@@ -59,21 +76,141 @@ class Training:
             raise ConfigError(f"training.min_lr_ratio must be in 0..1, got {self.min_lr_ratio}")
 
 
+# Arguments of lightning.Trainer that mean in a run what they mean there.
+_TRAINER = (
+    "accelerator", "accumulate_grad_batches", "benchmark", "check_val_every_n_epoch", "detect_anomaly", "deterministic",
+    "devices", "enable_model_summary", "enable_progress_bar", "gradient_clip_algorithm", "gradient_clip_val",
+    "inference_mode", "limit_val_batches", "log_every_n_steps", "max_steps", "max_time", "num_nodes",
+    "num_sanity_val_steps", "precision", "strategy", "val_check_interval",
+)  # fmt: skip
+_NEEDED = (
+    "accelerator", "accumulate_grad_batches", "devices", "enable_progress_bar", "log_every_n_steps", "max_steps",
+    "num_nodes", "precision", "strategy", "val_check_interval",
+)  # fmt: skip
+_NO_EPOCHS = "a run has steps and no epochs: set trainer.max_steps, or the steps of curriculum.phases"
+_BY_NUMBER = "a batch is a function of its number: to train on less set trainer.max_steps, or another data.path"
+_BY_STEP = "batches are the same however often they are loaded"
+_AFTER = "what is measured after training is chosen with experiment="
+# What is set in place of the others.
+_INSTEAD = {
+    "barebones": "set logger=null trainer.enable_progress_bar=false checkpoint.every=NUMBER",
+    "callbacks": "callbacks are those of memlm: from Python, give them to a lightning.Trainer of your own",
+    "default_root_dir": "set hydra.run.dir=DIRECTORY",
+    "enable_autolog_hparams": "all settings are logged; set logger=csv or logger=null for no W&B",
+    "enable_checkpointing": "set checkpoint.every and checkpoint.keep",
+    "fast_dev_run": "set trainer.max_steps=1 trainer.limit_val_batches=1 logger=null",
+    "limit_predict_batches": _AFTER,
+    "limit_test_batches": _AFTER,
+    "limit_train_batches": _BY_NUMBER,
+    "logger": "set logger=csv, logger=wandb, logger=[csv,wandb] or logger=null",
+    "max_epochs": _NO_EPOCHS,
+    "min_epochs": _NO_EPOCHS,
+    "min_steps": "a run makes all of its steps: set trainer.max_steps",
+    "model_registry": "export a trained model with scripts/export.py",
+    "overfit_batches": _BY_NUMBER,
+    "plugins": "plugins are those of memlm: from Python, give them to a lightning.Trainer of your own",
+    "profiler": "run python scripts/benchmark.py train, or torch.profiler around memlm from Python",
+    "reload_dataloaders_every_n_epochs": _BY_STEP,
+    "sync_batchnorm": "no model of memlm has batch normalisation",
+    "use_distributed_sampler": "the rows of each batch are dealt out to processes by memlm",
+}
+
+
+def check_trainer(trainer: Mapping[str, Any]) -> None:
+    """Refuse settings of the trainer that a run would not honour.
+
+    Raises:
+        ConfigError: If one is missing, is not honoured, or has a value that means nothing.
+    """
+    if trainer.get("_target_", "lightning.Trainer") != "lightning.Trainer":
+        raise ConfigError(f"trainer._target_ must be lightning.Trainer, got {trainer['_target_']!r}")
+    for name in trainer:
+        if name in _INSTEAD:
+            raise ConfigError(f"trainer.{name} has no meaning in a run of memlm, leave it out; {_INSTEAD[name]}")
+        if name not in (*_TRAINER, "_target_"):
+            raise ConfigError(
+                f"trainer.{name} is not a setting of a run.{did_you_mean(name, _TRAINER)} Known: {', '.join(_TRAINER)}"
+            )
+    if missing := [name for name in _NEEDED if name not in trainer]:
+        raise ConfigError(f"trainer.{missing[0]} is missing: give it a value")
+    if trainer.get("check_val_every_n_epoch") is not None:
+        raise ConfigError(
+            f"trainer.check_val_every_n_epoch must be null, got {trainer['check_val_every_n_epoch']!r}: {_NO_EPOCHS}; "
+            "how often a run validates is trainer.val_check_interval, in batches"
+        )
+    clip = trainer.get("gradient_clip_val")
+    if clip is not None and not (_is_number(clip) and clip >= 0):
+        raise ConfigError(
+            f"trainer.gradient_clip_val must be a number of at least 0, got {clip!r}; 0 or null does not clip"
+        )
+    if trainer.get("gradient_clip_algorithm") not in (None, "norm", "value"):
+        raise ConfigError(
+            f"trainer.gradient_clip_algorithm must be norm or value, got {trainer['gradient_clip_algorithm']!r}"
+        )
+    sanity = trainer.get("num_sanity_val_steps")
+    if sanity is not None and not (type(sanity) is int and sanity >= -1):
+        raise ConfigError(
+            f"trainer.num_sanity_val_steps must be a whole number of at least 0, or -1 for all, got {sanity!r}"
+        )
+    seconds_of(trainer.get("max_time"))
+
+
+def seconds_of(max_time: Any) -> float | None:
+    """The seconds of ``trainer.max_time``: DD:HH:MM:SS, or numbers by unit such as ``{hours: 8}``; None for null.
+
+    Raises:
+        ConfigError: If it is no time above 0.
+    """
+    units = {"days": 86400.0, "hours": 3600.0, "minutes": 60.0, "seconds": 1.0}
+    if max_time is None:
+        return None
+    parts: dict[str, Any] = {}
+    if isinstance(max_time, str) and re.fullmatch(r"\d+:\d+:\d+:\d+", max_time):
+        parts = dict(zip(units, map(int, max_time.split(":")), strict=True))
+    elif isinstance(max_time, Mapping) and set(max_time) <= set(units):
+        parts = dict(max_time)
+    total = sum(units[unit] * value for unit, value in parts.items() if _is_number(value) and value >= 0)
+    if not all(map(_is_number, parts.values())) or not 0 < total < float("inf"):
+        raise ConfigError(
+            f"trainer.max_time must be a time above 0 as DD:HH:MM:SS, or as {{hours: 8, minutes: 30}}, got {max_time!r}"
+        )
+    return total
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def build_training(config: Mapping[str, Any]) -> Training:
+    """The settings of ``config["training"]``, of the class that its ``_target_`` names.
+
+    Raises:
+        ConfigError: If that is no `Training`, or a value cannot work.
+    """
+    check_kind(config["training"], "training", Training)
+    return instantiate(config["training"], "training")
+
+
 def plan_steps(config: dict[str, Any]) -> dict[str, Any]:
     """``config`` with ``trainer.max_steps`` filled in from the curriculum, and the rest checked.
 
     Raises:
         ConfigError: If a signal is asked for that is not there, or a number is out of range.
     """
+    if not isinstance(config.get("trainer"), Mapping):
+        raise ConfigError("trainer is missing: choose trainer=default, cpu, gpu, ddp or fsdp")
     trainer = dict(config["trainer"])
-    for key in ("checkpoint.every", "checkpoint.keep", "trainer.accumulate_grad_batches", "trainer.log_every_n_steps",
-                "trainer.val_check_interval"):  # fmt: skip
-        node, _, name = key.partition(".")
-        value = config[node][name]
-        if key == "checkpoint.keep" and value is None:
-            continue
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ConfigError(f"{key} must be a whole number of at least 1, got {value!r}")
+    check_settings(config["checkpoint"], Checkpoint, "checkpoint")
+    check_trainer(trainer)
+    for name, (least, most) in _RANGES.items():
+        value = trainer.get(name)
+        if value is not None and not (_is_number(value) and least <= value <= most):
+            raise ConfigError(f"trainer.{name} must be in {least}..{most}, got {value!r}")
+    for name in ("accumulate_grad_batches", "log_every_n_steps", "val_check_interval"):
+        whole(f"trainer.{name}", trainer[name], 1)
+    for kind, node in (config["logger"] or {}).items():
+        if "flush_logs_every_n_steps" in node:
+            whole(f"logger.{kind}.flush_logs_every_n_steps", node["flush_logs_every_n_steps"], 1)
     if not 0 <= config["seed"] < 2**31:
         raise ConfigError(f"seed must be in 0..2147483647, got {config['seed']}")
     for name, node in config["memory"].items():
@@ -83,12 +220,14 @@ def plan_steps(config: dict[str, Any]) -> dict[str, Any]:
                 "none: leave it null (from Python, each call may bring some: model(ids, signals=...))"
             )
     _check_consolidation(config)
-    Training(**{name: value for name, value in config["training"].items() if name != "_target_"})
+    build_training(config)
     if trainer["max_steps"] in (None, -1):
-        batches = Curriculum(config["curriculum"]["phases"], config["curriculum"]["task"]).steps
+        batches = build_curriculum(config).steps
         trainer["max_steps"] = -(-batches // trainer["accumulate_grad_batches"])
     if trainer["max_steps"] < 1:
         raise ConfigError(f"trainer.max_steps must be at least 1, or -1 for the curriculum, got {trainer['max_steps']}")
+    if trainer["max_steps"] > 10**9:
+        raise ConfigError(f"trainer.max_steps must be at most {10**9}, got {trainer['max_steps']}")
     if trainer["precision"] not in ("32-true", "32", 32, "bf16-mixed"):
         raise ConfigError(
             f"trainer.precision must be 32-true or bf16-mixed, got {trainer['precision']!r}: memories keep their "
@@ -99,11 +238,11 @@ def plan_steps(config: dict[str, Any]) -> dict[str, Any]:
 
 def _check_consolidation(config: Mapping[str, Any]) -> None:
     """Refuse to consolidate where no memory outlives a step."""
-    every = config["training"]["consolidate_every"]
+    every = build_training(config).consolidate_every
     if every is None:
         return
     shared = any(node.get("scope") == "shared" for node in config["memory"].values())
-    phases = Curriculum(config["curriculum"]["phases"], config["curriculum"]["task"]).phases
+    phases = build_curriculum(config).phases
     goes_on = any(phase.task is None or phase.n_window > 1 for phase in phases)
     if config["memory"] and not shared and not goes_on:
         raise ConfigError(

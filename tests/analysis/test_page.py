@@ -217,3 +217,11 @@ def test_of_a_memory_without_slots_the_page_tells_what_it_changes(name):
     assert "No memory tells what it reads" in html
     assert html.count("with memory and") == 4 * T - 1
     assert "What memory costs" in html
+
+
+def test_a_page_shows_what_a_browser_would_obey():
+    odd = "a\x00b\u202ec\x1b"
+    html = render(odd, [Chapter(odd, [odd], [Table(odd, [odd], [[odd, 1.5]], [odd]), Listings(odd, [(odd, odd)])])])
+    assert not set("\x00\u202e\x1b") & set(html)
+    assert html.count(r"a\x00b\u202ec\x1b") >= 8
+    assert "1.5" in html

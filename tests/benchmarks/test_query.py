@@ -47,7 +47,7 @@ def test_answers_are_compared_with_those_of_all_slots(
     model, data = run
     untouched = copy.deepcopy(model)
     module = model.memory["ltm"][0]
-    monkeypatch.setattr(memlm.checkpoint, "load_run", lambda path: run)
+    monkeypatch.setattr(memlm.checkpoint, "load_run", lambda path, trust: run)
     cache = f"cache={tmp_path / 'filled'}"
     monkeypatch.setattr(module, "n_probe", 1000)
     result, text = benchmark.run(config(cache))
@@ -68,7 +68,7 @@ def test_answers_are_compared_with_those_of_all_slots(
     store = type(model).store_experience
     monkeypatch.setattr(type(model), "store_experience", lambda own, text: stored.append(text) or store(own, text))
     monkeypatch.setattr(untouched.memory["ltm"][0], "n_probe", 1)
-    monkeypatch.setattr(memlm.checkpoint, "load_run", lambda path: (untouched, data))
+    monkeypatch.setattr(memlm.checkpoint, "load_run", lambda path, trust: (untouched, data))
     few = benchmark.run(config(cache))[0].metrics
     assert len(stored) == 1, "only the facts are stored; the rest comes from the file"
     assert few["new/recall"] < 1
@@ -99,14 +99,14 @@ def test_mistakes_are_told(run: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
     model, data = run
     empty = copy.deepcopy(model)
     without = SimpleNamespace(memory={"stm": None})
-    monkeypatch.setattr(memlm.checkpoint, "load_run", lambda path: (without, data))
+    monkeypatch.setattr(memlm.checkpoint, "load_run", lambda path, trust: (without, data))
     with pytest.raises(ConfigError, match="RUN has stm"):
         benchmark.run(config())
-    monkeypatch.setattr(memlm.checkpoint, "load_run", lambda path: run)
+    monkeypatch.setattr(memlm.checkpoint, "load_run", lambda path, trust: run)
     model.store_experience("This is kept.")
     with pytest.raises(ConfigError, match="RUN has stored text already"):
         benchmark.run(config())
-    monkeypatch.setattr(memlm.checkpoint, "load_run", lambda path: (empty, data))
+    monkeypatch.setattr(memlm.checkpoint, "load_run", lambda path, trust: (empty, data))
     monkeypatch.setattr(empty, "store_experience", lambda text: [])
     with pytest.raises(ConfigError, match="left 2,000 of n_slot=2,000 slots empty"):
         benchmark.run(config())

@@ -52,9 +52,9 @@ def test_keys_are_those_that_a_trained_model_writes(tmp_path: Path, monkeypatch:
     model: Any = Candidate("ltm", setup("default")).model.eval()
     text = torch.randint(model.n_vocab, (1500,), generator=torch.Generator().manual_seed(0)).numpy()
     data = SimpleNamespace(tokens=lambda split: SimpleNamespace(tokens=text if split == "train" else text[::-1].copy()))
-    monkeypatch.setattr(memlm.checkpoint, "load_run", lambda path: (model, data))
+    monkeypatch.setattr(memlm.checkpoint, "load_run", lambda path, trust: (model, data))
     cache = str(tmp_path / "keys.pt")
-    keys = retrieval.trained_keys("RUN", 3000, 100, cache)
+    keys = retrieval.trained_keys("RUN", [], 3000, 100, cache)
     assert (len(keys.key), len(keys.bias), len(keys.query)) == (3000, 3000, 100)
     torch.testing.assert_close(keys.key.norm(dim=1), torch.ones(3000))
     assert len(keys.key.unique(dim=0)) > 2900, "segments come twice"
@@ -68,10 +68,10 @@ def test_keys_are_those_that_a_trained_model_writes(tmp_path: Path, monkeypatch:
     nearest = (own @ keys.key.T).amax(dim=1)
     assert (nearest > 1 - 1e-4).float().mean() > 0.8  # all but those that a later segment settles
     monkeypatch.setattr(memlm.checkpoint, "load_run", None)
-    again = retrieval.trained_keys("RUN", 3000, 100, cache)
+    again = retrieval.trained_keys("RUN", [], 3000, 100, cache)
     assert torch.equal(again.key, keys.key)
     with pytest.raises(ConfigError, match="remove it, or name another cache"):
-        retrieval.trained_keys("RUN", 3001, 100, cache)
+        retrieval.trained_keys("RUN", [], 3001, 100, cache)
 
 
 def test_missing_faiss_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:

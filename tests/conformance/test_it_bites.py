@@ -15,7 +15,7 @@ from memlm.memory import ltm_write, strengths
 from memlm.memory.adaptive import AdaptiveMemory, AdaptiveState
 from memlm.memory.contract import Memory, Mixer, Read, Scanned, Segment, Trace
 from memlm.memory.engrams import Engrams
-from memlm.memory.ltm import LongTermMemory
+from memlm.memory.ltm import LongTermMemory, LongTermState
 from memlm.memory.memoria import MemoriaMemory
 from memlm.memory.slots import Slots
 from tests.conformance import laws
@@ -547,6 +547,65 @@ def test_an_eviction_of_engrams_other_than_declared_is_caught(cls: type[MemoriaM
     else:
         with pytest.raises(AssertionError, match="others than"):
             law(make)
+
+
+class LeavesKeys(LongTermMemory):
+    """Forgets all of a slot but its key, which nothing reads any more."""
+
+    def forget(self, state: LongTermState, slots: Tensor) -> LongTermState:
+        return super().forget(state, slots)._replace(key=state.key)
+
+
+class LeavesCentres(LongTermMemory):
+    """Forgets slots, not the centres of their lists."""
+
+    def forget(self, state: LongTermState, slots: Tensor) -> LongTermState:
+        new = super().forget(state, slots)
+        assert new.lists is not None
+        assert state.lists is not None
+        return new._replace(lists=new.lists._replace(centroid=state.lists.centroid))
+
+
+class KeepsOrigins(LongTermMemory):
+    """Merges slots without a note of whom they came from."""
+
+    def consolidate(
+        self, state: LongTermState, threshold: float = 0.1, *, turn: int = 0
+    ) -> tuple[LongTermState, dict[str, int]]:
+        new, counts = super().consolidate(state, threshold, turn=turn)
+        return new._replace(origins=torch.where(self.filled(new)[..., None], state.origins, new.origins)), counts
+
+
+class KeepsTokens(LongTermMemory):
+    """Forgets all of a slot but its text."""
+
+    def forget(self, state: LongTermState, slots: Tensor) -> LongTermState:
+        return super().forget(state, slots)._replace(tokens=state.tokens)
+
+
+class ForgetsMore(LongTermMemory):
+    """Forgets the slot before, too."""
+
+    def forget(self, state: LongTermState, slots: Tensor) -> LongTermState:
+        return super().forget(state, slots | slots.roll(-1, dims=1) if slots.any() else slots)
+
+
+@pytest.mark.parametrize(
+    ("cls", "memory", "message"),
+    [
+        (LeavesKeys, {}, "left in the memory file"),
+        (LeavesCentres, {"index": "inverted", "n_slot": 24, "n_list": 20, "n_probe": 20}, "left in"),
+        (KeepsOrigins, {}, "a text that was merged with another"),
+        (KeepsTokens, {}, "left in the memory file"),
+        (ForgetsMore, {}, "one of three texts"),
+    ],
+)
+def test_a_memory_that_forgets_by_halves_is_caught(
+    cls: type[LongTermMemory], memory: dict[str, Any], message: str
+) -> None:
+    laws.forgets(laws.builder_of({"ltm": (LongTermMemory, {})}), memory)
+    with pytest.raises(AssertionError, match=message):
+        laws.forgets(laws.builder_of({"ltm": (cls, {})}), memory)
 
 
 def duplicates(memory: AdaptiveMemory, state: AdaptiveState, items: AdaptiveState) -> Tensor:

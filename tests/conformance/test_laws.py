@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from memlm.memory.records import RecordKeeper
 from memlm.memory.slots import Slots
 from tests.conformance import laws
 from tests.conformance.oracles import ORACLES
@@ -156,6 +157,20 @@ def test_11_inspectable(name: str) -> None:
 
 def test_11_inspectable_shared(shareable: laws.Make) -> None:
     laws.inspectable(shareable, scope="shared")
+
+
+def _keep_records(name: str) -> bool:
+    return any(issubclass(laws.class_of(node), RecordKeeper) for node in laws.nodes_of(name).values())
+
+
+# All lists are searched, as those of a model that was never told are others.
+@pytest.mark.parametrize(
+    "index", [{}, {"index": "inverted", "n_slot": 24, "n_list": 12, "n_probe": 12}], ids=["exact", "inverted"]
+)
+@pytest.mark.parametrize("scope", ["sequence", "shared"])
+@pytest.mark.parametrize("name", [name for name in NAMES if _keep_records(name)])
+def test_12_forgets(name: str, scope: str, index: dict[str, Any]) -> None:
+    laws.forgets(make_of(name), {"LongTermMemory.scope": scope} | index)
 
 
 LAWS = [

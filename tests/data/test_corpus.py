@@ -3,6 +3,7 @@ import http.server
 import inspect
 import itertools
 import json
+import os
 import re
 import socket
 import subprocess
@@ -16,7 +17,7 @@ from omegaconf import OmegaConf
 
 from memlm.config import ConfigError
 from memlm.data import corpus as corpus_module
-from memlm.data.corpus import Builtin, Hub, Shakespeare, TextFiles, split_documents
+from memlm.data.corpus import Builtin, Hub, Shakespeare, TextFiles, as_documents, split_documents
 
 SPLITS = ("train", "val", "test")
 CONFIGS = Path(__file__).parents[2] / "configs" / "data"
@@ -294,7 +295,8 @@ def test_parquet_without_the_column_and_with_a_null(tmp_path):
     pyarrow.parquet.write_table(pyarrow.table({"body": ["x", None]}), tmp_path / "a.parquet")
     with pytest.raises(ConfigError, match=r"a\.parquet: no column 'text'; there are: body"):
         TextFiles(str(tmp_path / "a.parquet")).documents("train")
-    with pytest.raises(ConfigError, match=r"row 1: column 'body' must be text, not NoneType"):
+    pyarrow.parquet.write_table(pyarrow.table({"body": pyarrow.nulls(2)}), tmp_path / "a.parquet")
+    with pytest.raises(ConfigError, match=r"a\.parquet' holds no text"):
         TextFiles(str(tmp_path / "a.parquet"), column="body").documents("train")
 
 
@@ -306,6 +308,131 @@ def test_unknown_or_empty_split_and_empty_separator(tmp_path):
         TextFiles(str(tmp_path / "a.txt")).documents("val")
     with pytest.raises(ConfigError, match="document_separator is empty"):
         TextFiles(str(tmp_path / "a.txt"), document_separator="")
+    with pytest.raises(ConfigError, match=r"document_separator '\\n---\\n' occurs nowhere"):
+        TextFiles(str(tmp_path / "a.txt"), document_separator=r"\n---\n").documents("train")
+    with pytest.raises(ConfigError, match="both say where a document ends"):
+        TextFiles(str(tmp_path / "a.txt"), document_separator=" ", document="row")
+    with pytest.raises(ConfigError, match=r"document must be one of auto, row.*Did you mean 'row'"):
+        TextFiles(str(tmp_path / "a.txt"), document="rows")
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r", "\n\r\n"])  # the last one: mixed
+@pytest.mark.parametrize("written", ["\n\n\n", r"\n\n\n", r"\r\n\r\n\r\n"])
+def test_a_separator_is_found_however_it_is_written_and_lines_end(tmp_path, end, written):
+    texts = [f"text {i}\nof two lines" for i in range(40)]
+    ends = itertools.cycle(["\n", "\r\n"] if len(end) == 3 else [end])
+    whole = "".join(next(ends) if letter == "\n" else letter for letter in "\n\n\n".join(texts))
+    (tmp_path / "a.txt").write_bytes(whole.encode())
+    found = documents(TextFiles(str(tmp_path / "a.txt"), document_separator=written))
+    assert sorted(itertools.chain(*found.values())) == sorted(texts)
+
+
+def test_the_separator_of_the_example_in_the_configs_reaches_the_corpus(tmp_path):
+    from memlm.build import build_corpus
+    from memlm.cli import compose, to_dict
+
+    (tmp_path / "a.txt").write_text("\n\n\n".join(f"text {i}" for i in range(40)))
+    (example,) = re.findall(r"e\.g\. '(.*)';", (CONFIGS / "text.yaml").read_text())
+    config = to_dict(
+        compose(["data=text", f"data.path={tmp_path / 'a.txt'}", f"data.corpus.document_separator={example}"])
+    )
+    assert sum(map(len, documents(build_corpus(config)).values())) == 40
+
+
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be", "utf-32-le", "utf-32-be"])
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+def test_wide_encodings_are_named_with_and_without_a_byte_order_mark(tmp_path, encoding, mark):
+    for name in ("a.txt", "a.jsonl"):
+        (tmp_path / name).write_bytes((mark + "A text of Latin letters.\n" * 30).encode(encoding))
+        with pytest.raises(ConfigError, match=rf"looks like {encoding.upper()}, not UTF-8"):
+            TextFiles(str(tmp_path / name)).documents("train")
+    (tmp_path / "b.txt").write_bytes(("лиса и река " * 30).encode("utf-16-le"))
+    with pytest.raises(ConfigError, match="it has 90 NUL characters, the first at byte 9"):
+        TextFiles(str(tmp_path / "b.txt")).documents("train")
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet", "hub"])
+def test_null_rows_are_left_out_and_counted(tmp_path, caplog, hf_cache, kind):
+    import pyarrow
+    import pyarrow.parquet
+
+    texts = [f"text {i}" for i in range(30)]
+    rows = [None, *texts[:9], None, *texts[9:], None]
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": row}) for row in rows))
+    pyarrow.parquet.write_table(pyarrow.table({"text": rows}), tmp_path / "a.parquet")
+    (tmp_path / "hub").mkdir()
+    (tmp_path / "a.jsonl").rename(tmp_path / "hub" / "a.jsonl") if kind == "hub" else None
+    corpus = Hub(str(tmp_path / "hub")) if kind == "hub" else TextFiles(str(tmp_path / f"a.{kind}"))
+    assert sorted(itertools.chain(*documents(corpus).values())) == sorted(texts)
+    assert "3 of 33 rows are null and left out" in caplog.text
+
+
+WIKI = [
+    [f" = Title {i} = ", "", f" First line of {i} . ", " = = Part = = ", "", f" Second line of {i} . "]
+    for i in range(30)
+]
+
+
+@pytest.mark.parametrize("end", ["", "\n"])
+def test_lines_of_wikitext_become_articles(end):
+    rows = [line + end for article in [["", *WIKI[0]], *WIKI[1:]] for line in article]
+    found = as_documents(rows, "auto", "here")
+    assert "".join(found) == "".join(line.removesuffix("\n") + "\n" for line in rows)
+    blank, *articles = [document.split("\n")[0] for document in found]
+    assert blank == ""  # before the first title
+    assert articles == [article[0] for article in WIKI]
+    assert as_documents(rows, "row", "here") == rows
+    assert len(as_documents(rows, "join", "here")) == 1
+
+
+def test_rows_are_joined_only_where_they_are_lines():
+    single = [f"One row of {i}." for i in range(40)]
+    assert as_documents(single, "auto", "here") == single
+    assert as_documents(single, "auto", "here", of_lines=True) == ["\n".join(single) + "\n"]
+    assert len(as_documents([text for text in single for text in (text, "")], "auto", "here")) == 1  # blank ones
+    assert len(as_documents([f"{text}\n" for text in single], "auto", "here")) == 1  # line ends
+    several = [f"{text}\nAnd a second line.\n" for text in single]
+    assert as_documents(several, "auto", "here") == several
+    with pytest.raises(ConfigError, match="no row is a title"):
+        as_documents(single, "heading", "here")
+
+
+def test_lines_of_a_hub_folder_are_joined_unless_told_otherwise(tmp_path, hf_cache):
+    lines = [f"line {i} of the text" for i in range(60)]
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "a.txt").write_text("\n".join(lines))
+    joined = documents(Hub(str(tmp_path / "set")))
+    assert [len(joined[split]) for split in SPLITS] == [1, 1, 1]
+    assert "".join(joined[split][0] for split in SPLITS).split("\n")[:-1] == lines
+    rows = documents(Hub(str(tmp_path / "set"), document="row"))
+    assert sorted(itertools.chain(*rows.values())) == sorted(lines)
+
+
+def test_a_hub_set_of_several_configurations_names_them(tmp_path, hf_cache):
+    for name in "ab":
+        (tmp_path / f"{name}.txt").write_text("some lines\n" * 90)
+    configs = {"small-raw": "a.txt", "large-raw": "b.txt"}
+    head = "".join(f"- config_name: {name}\n  data_files: {file}\n" for name, file in configs.items())
+    (tmp_path / "README.md").write_text(f"---\nconfigs:\n{head}---\n")
+    for config in (None, "smal-raw"):
+        with pytest.raises(ConfigError, match="one of small-raw, large-raw") as error:
+            Hub(str(tmp_path), config=config).documents("train")
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("kind", ["pipe", "socket", "device", "long", "deep"])
+def test_what_is_no_file_neither_waits_nor_fails_otherwise(tmp_path, kind):
+    path = tmp_path / ("a.jsonl" if kind == "deep" else "a.txt")
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "socket":
+        socket.socket(socket.AF_UNIX).bind(str(path))
+    elif kind == "deep":
+        path.write_text('{"text": ' + "[" * 200_000 + "]" * 200_000 + "}")
+    place = {"device": "/dev/zero", "long": "x" * 5000 + ".txt"}.get(kind, str(path))
+    with pytest.raises(ConfigError) as error:
+        TextFiles(place).documents("train")
+    assert len(str(error.value)) < 600
 
 
 # --- Shakespeare and the hub --------------------------------------------------------------------------------------
@@ -432,6 +559,8 @@ def test_hub_errors_name_the_alternatives(tmp_path, hf_cache):
 @pytest.mark.parametrize("name", ["builtin", "shakespeare", "text", "hub"])
 def test_data_configs_build_their_corpus_and_list_every_parameter(name):
     from hydra.utils import instantiate
+
+    import memlm.cli  # noqa: F401 - what the configs resolve with
 
     config = OmegaConf.create({"data": OmegaConf.load(CONFIGS / f"{name}.yaml")})
     for key in ("path", "name"):

@@ -155,6 +155,27 @@ def test_validation_goes_once_through_the_text():
         data[len(data)]
 
 
+@pytest.mark.parametrize("lengths", [[64], [61], [5], [200, 3], [9] * 40, [300] * 3])
+def test_validation_cuts_no_document_for_lack_of_others(lengths):
+    corpus = documents_of(lengths)
+    data = ValidationBatches(corpus, T, 0)
+    n_segment = [-(-n // T) for n in lengths]
+    assert data.n_row <= len(lengths)
+    flags, seen = [], []
+    for step in range(len(data)):
+        batch = data[step]
+        flags.append(torch.zeros(data.n_row, batch.ids.shape[1] // T).bool() if batch.reset is None else batch.reset)
+        seen.append(batch.ids.view(data.n_row, -1, T))
+    reset, ids = torch.cat(flags, dim=1), torch.cat(seen, dim=1)
+    share = sum(n_segment) // data.n_row
+    assert ids.shape[1] == share  # all of it, but for less than a segment of each row
+    begins = np.cumsum([0, *n_segment])
+    for row in range(data.n_row):
+        expected = [k == 0 or row * share + k in begins for k in range(share)]
+        assert reset[row].tolist() == expected
+    assert share > 1 or max(n_segment) == 1
+
+
 def test_curriculum_finds_the_phase_and_moves_settings():
     curriculum = Curriculum(
         [

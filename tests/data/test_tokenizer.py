@@ -1,9 +1,12 @@
 import json
 import os
+import random
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tokenizers
@@ -270,7 +273,7 @@ def test_a_damaged_cached_tokenizer_is_trained_again(tmp_path, damage):
     (file,) = (tmp_path / "tokenizers").iterdir()
     file.write_bytes(damage)
     assert get_tokenizer("word", 20, None, OneText(), tmp_path).fingerprint() == first.fingerprint()
-    assert Tokenizer.from_file(file).fingerprint() == first.fingerprint()
+    assert json.loads(file.read_bytes().partition(b"\ncrc32")[0]) == json.loads(first.to_json())
 
 
 def test_two_processes_at_once_get_the_same_tokenizer(tmp_path):
@@ -290,7 +293,8 @@ print(get_tokenizer("bpe", 400, None, TextFiles({str(tmp_path / "a.txt")!r}), Pa
     ]
     answers = {process.communicate()[0].strip() for process in processes}
     (file,) = (tmp_path / "tokenizers").iterdir()  # and no temporary file is left
-    assert answers == {Tokenizer.from_file(file).fingerprint()}
+    text = file.read_text().partition("\ncrc32")[0]
+    assert answers == {Tokenizer.from_json(text).fingerprint()}
 
 
 # --- errors -------------------------------------------------------------------------------------------------------
@@ -303,9 +307,9 @@ def test_wrong_settings_are_told(tmp_path):
         train_tokenizer("bep", [TEXT], 300)
     with pytest.raises(ConfigError, match=r"unknown tokenizer kind 'words'.*Did you mean 'word'"):
         get_tokenizer("words", 300, None, OneText(), tmp_path)
-    with pytest.raises(ConfigError, match="at least 257 for tokenizer kind 'bpe', not 256"):
+    with pytest.raises(ConfigError, match="must be 257 to 16777216 for tokenizer kind 'bpe', not 256"):
         train_tokenizer("bpe", [TEXT], 256)
-    with pytest.raises(ConfigError, match="at least 3 for tokenizer kind 'word'"):
+    with pytest.raises(ConfigError, match="must be 3 to 16777216 for tokenizer kind 'word'"):
         train_tokenizer("word", [TEXT], 2)
     for kind in ("char", "word"):
         with pytest.raises(ConfigError, match="needs some text"):
@@ -327,3 +331,127 @@ def test_texts_of_tokens_keep_characters_whole():
     assert "".join(tokenizer.decode_each([lone, lone, *ids])).endswith("😀é!")
     assert tokenizer.decode_each(ids[:3]) == ["a", "", "\ufffd"]
     assert tokenizer.decode_each([]) == []
+
+
+# --- what is lost --------------------------------------------------------------------------------------------------
+
+
+def naive(text: str, other: str) -> int:
+    """Longest common subsequence, by the table of a textbook."""
+    row = [0] * (len(other) + 1)
+    for a in text:
+        before = row[:]
+        for j, b in enumerate(other):
+            row[j + 1] = before[j] + 1 if a == b else max(before[j + 1], row[j])
+    return row[-1]
+
+
+def test_common_characters_agree_with_the_textbook():
+    rng = random.Random(0)
+    for _ in range(200):
+        text, other = ("".join(rng.choices("abc \U0001f642", k=rng.randint(0, 12))) for _ in range(2))
+        assert tokenizer_module._n_common(text, other) == naive(text, other)
+
+
+@pytest.mark.parametrize("kind", ["byte", "bpe", "char"])
+def test_tokenizers_trained_here_keep_all_of_their_text(kind):
+    texts = [TEXT, HARD * 50, "x" * 5000, "", "short"]
+    tokenizer = train_tokenizer(kind, texts, 300)
+    assert tokenizer.share_kept(texts) == 1.0
+    assert tokenizer.share_kept([]) == 0.0
+
+
+def test_unknown_words_and_letters_are_lost():
+    tokenizer = train_tokenizer("word", ["fox river " * 50], 10)
+    assert tokenizer.share_kept(["fox river"]) == 1.0
+    assert tokenizer.share_kept(["fox unknown"]) == 3 / 11
+    assert train_tokenizer("char", ["abc"], 0).share_kept(["abcd" * 100]) == 0.75
+    # a byte-pair tokenizer without a token for the unknown drops what it has no letter for
+    vocab = {letter: i for i, letter in enumerate("fox")}
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocab, merges=[]))
+    assert Tokenizer(backend).share_kept(["the fox"] * 4000) == 3 / 7
+
+
+def test_the_sample_is_bounded_and_spread_and_cuts_no_word():
+    documents = [" ".join(f"w{i}x{j}" for j in range(2000)) for i in range(20)]
+    parts = tokenizer_module._sample(documents)
+    assert sum(map(len, parts)) <= tokenizer_module.SAMPLE_CHARS + tokenizer_module._PART_CHARS
+    assert sum(map(len, parts)) > 0.9 * tokenizer_module.SAMPLE_CHARS
+    words = {word for document in documents for word in document.split()}
+    assert {word for part in parts for word in part.split()} <= words
+    assert len({part.split()[0].partition("x")[0] for part in parts}) > 10
+    short = ["one", "two three", ""]
+    assert tokenizer_module._sample(short) == short
+
+
+def test_a_tokenizer_that_cannot_say_unknown_is_told_in_a_sentence():
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel({"fox": 0}, unk_token="<unk>"))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tokenizer = Tokenizer(backend)
+    assert tokenizer.encode("fox fox") == [0, 0]
+    with pytest.raises(
+        ConfigError, match=r"cannot encode the text .*use one that has a token for what it does not know"
+    ):
+        tokenizer.encode("fox river")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"model": {"type": "WordLevel", "vocab": {"a": 2**31, "<unk>": 0}, "unk_token": "<unk>"}},
+        {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"}},
+        {"model": None},
+    ],
+)
+def test_tokenizer_files_that_panic_or_need_gigabytes_are_refused(change):
+    config = json.loads(trained("word").to_json()) | change
+    with pytest.raises(ConfigError, match=r"not a tokenizer\.json") as error:
+        Tokenizer.from_json(json.dumps(config))
+    assert "\n" not in str(error.value)
+
+
+def test_a_word_of_a_million_letters_is_trained_on_in_seconds():
+    genome = "".join(random.Random(0).choices("ACGT", k=1_000_000))
+    begin = time.monotonic()
+    tokenizer = train_tokenizer("bpe", [genome], 270)
+    assert time.monotonic() - begin < 30  # by the square of its length it takes hours
+    assert tokenizer.decode(tokenizer.encode(genome[:50_000])) == genome[:50_000]
+    assert tokenizer.vocab_size == 270
+
+
+def _changed(**parts: Any) -> str:
+    """A tokenizer.json of words, with other parts."""
+    words = {"type": "WordLevel", "vocab": {"<unk>": 0, "a": 1}, "unk_token": "<unk>"}
+    empty = dict.fromkeys(("truncation", "padding", "normalizer", "pre_tokenizer", "post_processor", "decoder"))
+    return json.dumps({"version": "1.0", "added_tokens": [], **empty, "model": words | parts.pop("model", {}), **parts})
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        (_changed(model={"vocab": {"<unk>": 0, "a": 2**31}}), "the id of 'a' is 2147483648, not in 0..4194303"),
+        (_changed(model={"vocab": {"<unk>": 0, "a": -1}}), "the id of 'a' is -1"),
+        (_changed(model={"unk_token": "zz"}), "its unk_token 'zz' is not in the vocabulary"),
+        (_changed(normalizer={"type": "Precompiled", "precompiled_charsmap": "/////wA="}), "normalizer is cut short"),
+        (
+            _changed(normalizer={"type": "Sequence", "normalizers": [{"type": "Precompiled"}]}),
+            "normalizer is cut short",
+        ),
+        (_changed(model={"type": "Evil"}), "not a tokenizer.json"),
+        ("[]", "it has no model"),
+        ("5", "it has no model"),
+        ("[" * 100_000, "nested too deep"),
+    ],
+)
+def test_a_file_on_which_the_library_would_choke_is_refused(text: str, told: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(told)) as caught:
+        Tokenizer.from_json(text)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_regex_that_takes_for_ever_is_told() -> None:
+    split = {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated", "invert": False}
+    tokenizer = Tokenizer.from_json(_changed(pre_tokenizer=split))
+    assert tokenizer.encode("a") == [1]
+    with pytest.raises(ConfigError, match="cannot encode the text"):  # the library panics
+        tokenizer.encode("a" * 40 + "!")

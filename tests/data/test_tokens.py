@@ -1,16 +1,14 @@
-import multiprocessing
 import os
-import signal
-from pathlib import Path
 
 import numpy as np
 import pytest
 
+from memlm import files
 from memlm.config import ConfigError
 from memlm.data import tokens as tokens_module
 from memlm.data.corpus import Corpus
 from memlm.data.tokenizer import train_tokenizer
-from memlm.data.tokens import TokenizedCorpus, atomic_file, cache_dir, tokenize
+from memlm.data.tokens import TokenizedCorpus, tokenize
 
 BYTES = train_tokenizer("byte", [], 0)
 CHARS = train_tokenizer("char", ["abcdefgh é"], 0)
@@ -39,16 +37,37 @@ def test_tokens_and_offsets_by_hand(tmp_path):
             found.document(wrong)
 
 
-def test_the_cache_is_used_memory_mapped_and_read_only(tmp_path, monkeypatch):
+@pytest.mark.parametrize("most", [0, 2**30])  # mapped, read
+def test_the_cache_is_used_and_read_only(tmp_path, monkeypatch, most):
+    monkeypatch.setattr(files, "MOST_IN_MEMORY", most)
     corpus = Fixed("abc", "def")
     first = tokenize(corpus, BYTES, "train", tmp_path)
     monkeypatch.setattr(tokens_module, "_encode", lambda *_: pytest.fail("encoded again"))
     again = tokenize(Fixed("abc", "def"), BYTES, "train", tmp_path)
     for found in (first, again):
-        assert isinstance(found.tokens, np.memmap)
         assert not found.tokens.flags.writeable
-        assert isinstance(found.document(1), np.memmap)
+        assert not found.tokens.flags.owndata
+        assert found.document(1).tolist() == [101, 102, 103]
     assert first.tokens.tolist() == again.tokens.tolist()
+
+
+def test_a_file_that_is_cut_short_while_it_is_used_changes_nothing(tmp_path):
+    found = tokenize(Fixed("abcd" * 5000), BYTES, "train", tmp_path)
+    (file,) = (tmp_path / "tokens").glob("*-tokens.npy")
+    os.truncate(file, 0)
+    assert found.tokens.tolist() == [98, 99, 100, 101] * 5000
+
+
+@pytest.mark.parametrize("which", ["tokens", "offsets"])
+def test_every_flipped_bit_is_noticed(tmp_path, which):
+    expected = tokenize(Fixed("abcd", "ef"), BYTES, "train", tmp_path).tokens.tolist()
+    (file,) = (tmp_path / "tokens").glob(f"*-{which}.npy")
+    whole = file.read_bytes()
+    for place in range(len(whole)):
+        file.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << place % 8]) + whole[place + 1 :])
+        assert tokens_module._load(*sorted((tmp_path / "tokens").iterdir(), reverse=True)) is None, place
+    found = tokenize(Fixed("abcd", "ef"), BYTES, "train", tmp_path)
+    assert (found.tokens.tolist(), file.read_bytes()) == (expected, whole)
 
 
 def test_corpora_tokenizers_and_splits_are_kept_apart(tmp_path):
@@ -71,7 +90,7 @@ def test_a_damaged_cache_is_built_again(tmp_path, which, damage):
     expected = (first.tokens.tolist(), first.offsets.tolist())
     (file,) = (tmp_path / "tokens").glob(f"*-{which}.npy")
     whole = file.read_bytes()
-    file.unlink()  # not overwritten in place: the map of `first` lives on
+    file.unlink()
     if damage == "other":
         np.save(file, np.arange(5, dtype=np.int32 if which == "tokens" else np.int64))
     elif damage != "missing":
@@ -117,61 +136,6 @@ def test_splits_without_text_are_refused(tmp_path):
     with pytest.raises(ConfigError, match="split 'train' of corpus 'fixed' holds no token"):
         tokenize(Fixed("", ""), BYTES, "train", tmp_path)
     assert not (tmp_path / "tokens").exists()
-
-
-def test_atomic_file_appears_whole_or_not_at_all(tmp_path):
-    path = tmp_path / "deep" / "file"
-    with atomic_file(path) as file:
-        file.write(b"one")
-        assert not path.exists()
-    assert path.read_bytes() == b"one"
-
-    def fail():
-        with atomic_file(path) as file:
-            file.write(b"half")
-            raise KeyError("stopped")
-
-    with pytest.raises(KeyError):
-        fail()
-    assert path.read_bytes() == b"one"
-    assert list(path.parent.iterdir()) == [path]
-
-
-def test_what_a_killed_writer_left_is_removed_by_the_next_one(tmp_path):
-    path = tmp_path / "file[1]"
-
-    def write(killed):
-        with atomic_file(path) as file:
-            file.write(b"half")
-            file.flush()
-            if killed:
-                os.kill(os.getpid(), signal.SIGKILL)
-
-    for name in ("file[1].0.tmp", "file1." + "0" * 32 + ".tmp"):  # of others
-        (tmp_path / name).touch()
-        os.utime(tmp_path / name, (0, 0))
-    process = multiprocessing.get_context("fork").Process(target=write, args=(True,))
-    process.start()
-    process.join()
-    (left,) = set(tmp_path.glob("*.tmp")) - {tmp_path / "file[1].0.tmp", tmp_path / ("file1." + "0" * 32 + ".tmp")}
-    write(killed=False)
-    assert left.exists(), "its writer may be about to lock it"
-    os.utime(left, (0, 0))
-    with atomic_file(path) as slow:  # a writer that is alive, however long it takes
-        assert not left.exists()
-        os.utime(slow.name, (0, 0))
-        write(killed=False)
-        slow.write(b"whole")
-    assert path.read_bytes() == b"whole"
-    assert len(list(tmp_path.glob("*.tmp"))) == 2
-
-
-def test_cache_dir_follows_the_environment(monkeypatch):
-    monkeypatch.setenv("MEMLM_CACHE", "~/somewhere")
-    assert cache_dir() == Path.home() / "somewhere"
-    for unset in (lambda: monkeypatch.setenv("MEMLM_CACHE", ""), lambda: monkeypatch.delenv("MEMLM_CACHE")):
-        unset()
-        assert cache_dir() == Path.home() / ".cache" / "memlm"
 
 
 def test_a_tokenized_corpus_is_a_plain_pair():

@@ -307,3 +307,10 @@ def test_style_and_palette_are_offered_here():
         figure = Figure()
         (line,) = figure.subplots().plot([0, 1])
     assert line.get_color() == PALETTE["blue"]
+
+
+def test_a_table_shows_what_a_terminal_would_obey():
+    text = table(["a\x1b[1m", "b"], [["\x1b[31mred\x00", 1], ["\u202eright to left", 2]], "title\x9b")
+    assert text.splitlines()[0] == r"title\x9b"
+    assert not set("\x1b\x00\u202e\x9b") & set(text)
+    assert r"\x1b[31mred\x00" in text

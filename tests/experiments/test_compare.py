@@ -1,6 +1,7 @@
 """Groups, means and ranks of made-up runs against numbers worked out by hand."""
 
 import copy
+import csv
 import math
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 import pytest
 
 from experiments.base import Result, wilson
-from experiments.compare import Comparison, Line, compare, markdown, plot, report, rows
+from experiments.compare import Comparison, Line, compare, markdown, plot, report, rows, write
 from experiments.runs import Run, Trained
 from memlm.cli import compose, to_dict
 from memlm.config import ConfigError
@@ -222,7 +223,7 @@ def test_rows_and_markdown_hold_every_number() -> None:
     text = markdown(found)
     assert "| experiment | number | ltm (2 seeds) | a\\|b (1 seed) |" in text
     assert "| needle | memory on, n = 100 | 85.0 % ± 63.5 \\* | 10.0 % (5.5 to 17.4) |" in text
-    assert "- ltm, seed 1, step 500: `run1`" in text
+    assert "- ltm, seed 1, step 500: run1 " in text
 
 
 def test_the_figure_has_a_panel_for_each_main_number_and_its_controls() -> None:
@@ -251,3 +252,19 @@ def test_rates_and_plain_values_share_no_axis_and_what_is_infinite_has_no_place_
     assert [[*artist.get_ydata()] for artist in plain.get_lines() if len(artist.get_xdata()) == 1] == [[1], [1]]
     assert "inf" in [text.get_text() for text in plain.texts]
     assert rates.get_xlim() == (-0.1, 1.1)
+
+
+def test_names_are_shown_and_not_obeyed(tmp_path: Path) -> None:
+    evil = '=HYPERLINK("x")\x1b[31m\u202e <img src=x>\n$\\frac{$'
+    result = recall(0.9)
+    result.metadata["headline"][0]["label"] = evil  # type: ignore[index]
+    found = compare([run(0, result, changes={"name": evil}), run(0, recall(0.1), changes=NONE)], [evil])
+    write(found, tmp_path)
+    texts = [report(found), markdown(found), (tmp_path / "compare.csv").read_text()]
+    assert not any(sign in text for text in texts for sign in "\x1b\u202e")
+    assert all(r"\x1b[31m" in text.replace("\\[", "[").replace("\\\\", "\\") for text in texts)
+    assert "<img" not in texts[1]
+    with open(tmp_path / "compare.csv", newline="") as file:
+        cells = [cell for line in csv.reader(file) for cell in line]
+    assert not any(cell.startswith("=") for cell in cells)
+    assert any(cell.startswith("'=HYPERLINK") for cell in cells)

@@ -98,7 +98,50 @@ def test_what_is_no_run_is_told(trained: Path, tmp_path: Path) -> None:
     emit(Result("loss", {"nll": 1.0}, (), {"headline": [bare]}), {}, tmp_path / "bare/loss")
     assert "bare/loss/result.json: 'loss' claims a rate (hit) without any control" in told(tmp_path / "bare")
     (tmp_path / "bare/loss/result.json").write_text("{")
-    assert "bare/loss/result.json: " in told(tmp_path / "bare")
+    assert "bare/loss/result.json cannot be read: it is damaged" in told(tmp_path / "bare")
     emit(result(), {}, tmp_path / "bare/loss")
     (tmp_path / "bare/evaluation.json").write_text(json.dumps({"checkpoint": "x"}))
     assert "evaluation.json is not what scripts/evaluate.py writes" in told(tmp_path / "bare")
+
+
+@pytest.mark.parametrize(
+    ("keys", "value"),
+    [
+        (["config"], None), (["config", "model"], []), (["config", "curriculum", "phases"], 5), (["checkpoint"], 5),
+        (["config", "memory"], ["ltm"]), (["config", "trainer", "accumulate_grad_batches"], "x"), (["step"], "3"),
+        (["n_parameter"], 10**400), (["tokenizer"], None), (["memory"], {"ltmm.n_slot": 5}), (["memory"], [1]),
+        (["config", "seed"], [1]), (["config", "curriculum", "phases", 0], None), (["tokens_per_second"], "fast"),
+    ],
+)  # fmt: skip
+def test_an_evaluation_that_says_what_no_run_says_is_told_with_its_file(
+    keys: list[Any], value: Any, trained: Path, tmp_path: Path
+) -> None:
+    emit(result(), {}, tmp_path / "loss")
+    path = write_evaluation(tmp_path, describe(find(trained / "a")))
+    told = json.loads(path.read_text())
+    node = told
+    for key in keys[:-1]:
+        node = node[key]
+    node[keys[-1]] = value
+    path.write_text(json.dumps(told))
+    with pytest.raises(ConfigError, match=rf"^{path}: ") as caught:
+        find_runs([tmp_path])
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("name", None), ("metrics", [1]), ("metrics", {"nll": 10**400}), ("metrics", {"nll": None}), ("rows", 5),
+        ("rows", [5]), ("metadata", []), ("metadata", {"settings": 5}), ("metadata", {"headline": 5}),
+        ("metadata", {"headline": [5]}), ("metadata", {"headline": [{"label": 5}]}),
+    ],
+)  # fmt: skip
+def test_a_result_that_is_none_is_told_with_its_file(key: str, value: Any, trained: Path, tmp_path: Path) -> None:
+    path = tmp_path / "loss" / "result.json"
+    emit(result(), {}, path.parent)
+    write_evaluation(tmp_path, describe(find(trained / "a")))
+    path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
+    with pytest.raises(ConfigError, match=rf"^{path}: ") as caught:
+        find_runs([tmp_path])
+    assert "\n" not in str(caught.value)

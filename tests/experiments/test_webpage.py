@@ -1,11 +1,13 @@
 """Runs as one web page, read by a parser: numbers beside controls, figures, settings, memory."""
 
+import os
 import re
 
 import pytest
 
 from experiments import webpage
 from experiments.base import emit
+from experiments.compare import compare
 from experiments.runs import find_runs, write_evaluation
 from memlm.analysis.page import fewer_colors
 from memlm.config import ConfigError
@@ -87,3 +89,27 @@ def test_figures_that_find_no_room_are_named(trained, monkeypatch):
     monkeypatch.setattr(webpage, "MOST_BYTES", 0)
     text = text_of(page_of(trained, "run")[0])
     assert re.search(r"Not shown, as the page would be too large: \S+/run/needle/recall.png", text)
+
+
+def test_a_figure_that_is_none_or_lies_elsewhere_is_not_handed_on(trained, tmp_path):
+    (tmp_path / "private").write_bytes(b"private")
+    (tmp_path / "own.png").write_bytes(figure())
+    folder = trained / "run" / "needle"
+    odd = {
+        "a private file": lambda path: path.write_bytes(b"private"),
+        "a link": lambda path: path.symlink_to(tmp_path / "private"),
+        "a link to a picture": lambda path: path.symlink_to(tmp_path / "own.png"),
+        "a pipe": os.mkfifo,
+        "half": lambda path: path.write_bytes(figure()[:-100]),
+    }
+    try:
+        for name, put in odd.items():
+            put(folder / f"{name}.png")
+        runs, _ = find_runs([trained / "run"])
+        (part,) = webpage._figures(compare(runs), 10**6).parts
+    finally:
+        for name in odd:
+            (folder / f"{name}.png").unlink()
+    assert [name for name, _ in part.images] == ["needle: recall, ltm, seed 0"]
+    assert len(part.notes) == len(odd)
+    assert all(any(f"Not shown: {folder / name}.png is " in note for note in part.notes) for name in odd)

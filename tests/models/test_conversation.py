@@ -136,6 +136,17 @@ def test_a_loaded_memory_is_not_answered_from_the_context_of_before(tokenizer: A
     assert talk.context == fresh.context  # all that an answer is made from, beside the memory
 
 
+def test_what_is_forgotten_while_one_talks_was_never_told(tokenizer: Any) -> None:
+    talk, fresh = Conversation(reader(tokenizer)), Conversation(reader(tokenizer))
+    for line in (FACT, "ba ce is"):
+        talk.respond(line)  # both are in the context now, the answer too
+    assert "di fo gu" in str(talk.respond("ba ce is"))
+    talk.respond("/forget 0")
+    for question in ("ba ce is", "Who is ba ce?", "di"):
+        assert talk.ask(question) == fresh.ask(question)
+    assert talk.context == fresh.context
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [

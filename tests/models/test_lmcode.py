@@ -486,6 +486,9 @@ def test_shapes_that_do_not_fit_are_refused() -> None:
     for wrong in (torch.zeros(2, 3, dtype=torch.bool), torch.zeros(2, 1, dtype=torch.bool)):
         with pytest.raises(ValueError, match="reset"):  # two segments
             model(ids, reset=wrong)
+    for wrong in (torch.zeros(5, 2, dtype=torch.bool), torch.zeros(2, dtype=torch.bool)):
+        with pytest.raises(ValueError, match=r"breaks must be \(2, segments\)"):
+            model(ids, breaks=wrong)
     with pytest.raises(ValueError, match="reset by segment need"):
         model(ids, state=state, reset=torch.zeros(2, 2, dtype=torch.bool))
 
@@ -495,7 +498,14 @@ def test_shapes_that_do_not_fit_are_refused() -> None:
     [
         ({"max_new_tokens": -1}, "max_new_tokens"),
         ({"temperature": -0.1}, "temperature"),
-        ({"top_k": 0}, "top_k must be at least 1"),
+        ({"top_k": 0}, "top_k.* must be a whole number of at least 1, got 0"),
+        ({"max_new_tokens": None}, "max_new_tokens must be a whole number of at least 0, got None"),
+        ({"temperature": "x"}, "temperature must be 0 .* got 'x'"),
+        ({"temperature": float("nan")}, "temperature .* got nan"),
+        ({"temperature": 1e-300}, "temperature .* got 1e-300"),
+        ({"top_k": 1.5}, "top_k.* got 1.5"),
+        ({"top_p": "x"}, "top_p must be a number in"),
+        ({"state": "x"}, "state must be what a call of this model gave, or None, got str"),
         ({"top_p": 0.0}, "top_p"),
         ({"top_p": 1.1}, "top_p"),
         ({"ids": torch.empty(1, 0, dtype=torch.long)}, "at least one token"),

@@ -1,13 +1,15 @@
 """The inverted file against exact search, and its lists against lists kept in plain Python."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 from memlm.memory.ltm import LongTermMemory, LongTermState
-from memlm.memory.state import tensors
+from memlm.memory.state import map_tensors, tensors
 from memlm.retrieval.exact import Pool, attend
 from memlm.retrieval.inverted import InvertedFile, Lists
 from memlm.tensors import Host
@@ -249,8 +251,10 @@ def bank_with_lists(scope: str = "sequence", index: str = "inverted") -> tuple[L
     memory = LongTermMemory(16, n_slot=20, d_key=8, d_value=8, n_list=4, scope=scope, index=index)  # type: ignore[arg-type]
     key = unit(1, 20, 8)
     key[:, 1] = key[:, 0]
-    state = memory.init_state(1)._replace(
-        key=key, value=key.clone(), log_gate=torch.zeros(1, 20), priority=-torch.arange(20.0)[None],
+    fresh, number = memory.init_state(1), torch.arange(20)[None]
+    state = fresh._replace(
+        key=key, value=key.clone(), log_gate=torch.zeros(1, 20), priority=-number.float(), record=number,
+        document=number, position=number, tokens=torch.zeros_like(fresh.tokens), n_record=torch.tensor([20]),
         n_used=Host(torch.tensor([20])),
     )  # fmt: skip
     if index == "inverted":
@@ -298,3 +302,39 @@ def test_a_shared_bank_that_was_kept_without_lists_is_dealt_out() -> None:
     restored.load_state_dict(memory.state_dict())
     again = restored.bank.first(3).lists
     assert all(torch.equal(a, b) for a, b in zip(tensors(again), tensors(moved.lists), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("field", "place", "value"),
+    [
+        ("centroid", (0, 0, 0), torch.nan), ("centroid", (0, 0), 1.0), ("slot", (0, -1), 3), ("slot", (0, 0), 20),
+        ("key", (0, 0, 0), 0.5), ("place", (0, 0), -1), ("place", (0, 0), 2**30), ("n_held", (0, 0), 99),
+        ("extent", (0, 0), -1), ("extent", (0, 0), 2**40), ("n_list", (0,), 5), ("known_n_list", (0,), 0),
+        ("left", (0,), -1), ("known_left", (0,), 2**40),
+    ],
+)  # fmt: skip
+def test_lists_that_are_not_those_of_the_slots_are_refused(field: str, place: Any, value: float) -> None:
+    memory, state = bank_with_lists()
+    assert state.lists is not None
+    memory.check(state)
+    lists = map_tensors(Tensor.clone, state.lists)
+    part = getattr(lists, field)
+    (part.tensor if isinstance(part, Host) else part)[place] = value
+    with pytest.raises(ValueError, match="lists_"):
+        memory.check(state._replace(lists=lists))
+
+
+@pytest.mark.parametrize("n_left", [0, 5])
+def test_a_memory_of_which_nearly_all_was_forgotten_has_room_for_what_is_written_then(n_left: int) -> None:
+    file, key = InvertedFile(150, 8), unit(1, 150, 8)
+    lists = dealt_out(file, key)
+    used = torch.arange(150)[None] < n_left
+    lists = file.own(file.rebuild(lists, key, used, torch.ones(1, dtype=torch.bool)))
+    slot = torch.arange(n_left, 70)[None]  # fewer than after which all are dealt out
+    file.replace(lists, slot, key[:, n_left:70], torch.ones_like(slot, dtype=torch.bool))
+    used[:, :70] = True
+    lists = file.settle(lists, 70 - n_left, key, used)
+    file.check(lists, key, used)
+    pool = Pool(key, key, torch.zeros(1, 150), used[:, None])
+    _, found = file.search(lists, key[:, :70], torch.tensor(1.0), -1.0, 1, pool)
+    assert found[0, :, 0].tolist() == list(range(70))

@@ -5,11 +5,13 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from experiments.base import emit
 from experiments.runs import write_evaluation
+from memlm.cli import mistakes_told
 from scripts.compare import main
 from tests.experiments.test_compare import NONE, recall, run
 
@@ -53,3 +55,22 @@ def test_help_needs_nothing_slow_and_mistakes_are_a_sentence(tmp_path: Path) -> 
     done = call(str(ROOT / "scripts/compare.py"), "no/such")
     assert (done.returncode, done.stderr) == (2, "error: there is no run at no/such\n")
     assert not list(tmp_path.iterdir())
+
+
+def test_where_nothing_can_be_written_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").touch()
+    for out in ("", str(tmp_path / "file")):
+        with pytest.raises(SystemExit) as left, mistakes_told():
+            main([str(tmp_path), "--out", out])
+        assert left.value.code == 2
+        assert f"error: --out {out!r} is no directory" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", [FileNotFoundError, PermissionError, FileExistsError, NotADirectoryError])
+def test_what_the_system_refuses_is_a_sentence_as_elsewhere(kind: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left, mistakes_told():
+        raise kind(1, "No way", "place\x1b")
+    assert left.value.code == 2
+    assert capsys.readouterr().err.startswith("error: No way: place\\x1b\n")
+    with pytest.raises(RuntimeError), mistakes_told():
+        raise RuntimeError("a mistake of the program")

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import memlm
-from experiments import perplexity
+from experiments import perplexity, recall
 from memlm.analysis.figures import read_history
 from memlm.cli import compose
 from memlm.config import ConfigError
@@ -105,6 +105,15 @@ def test_an_evaluation_says_what_it_measured_and_where(
     assert told["state_bytes"] == states.n_byte(model.init_state(1).memory)
     assert told["config"] == model.config
     assert f"{place}/evaluation.json" in out
+    assert "scope=shared" not in out
+
+
+def test_an_evaluation_of_a_memory_that_all_share_says_so_once(
+    folder: Path, at: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(recall, "is_shared", lambda _: True)
+    command(monkeypatch, f"checkpoint='{folder / 'a=1,b'}'", "experiment=perplexity", "perplexity.limit=300")
+    assert capsys.readouterr().out.count("what one user told may be told to any other") == 1
 
 
 def test_an_evaluation_can_be_logged_to_wandb(

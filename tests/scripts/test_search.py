@@ -1,6 +1,5 @@
 """Searches whose trials are no training runs: what a run returns is a known function of its settings."""
 
-import json
 import sys
 from collections.abc import Sequence
 from math import nan
@@ -11,6 +10,7 @@ import optuna
 import pytest
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
+from experiments.base import Result, emit
 from memlm.cli import compose, config_dir, to_dict
 from memlm.config import ConfigError
 from memlm.training.stopping import Stopped
@@ -115,7 +115,7 @@ def test_a_trial_in_which_the_search_was_stopped_is_made_again(
     calls: list[dict[str, str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def stop(*arguments: Any) -> float:
-        raise Stopped(15)
+        raise Stopped(128 + 15)
 
     with monkeypatch.context() as patch:
         patch.setattr("memlm.training.apart.run_apart", stop)
@@ -127,8 +127,7 @@ def test_a_trial_in_which_the_search_was_stopped_is_made_again(
 
 
 def test_any_number_that_was_measured_may_be_searched_for(tmp_path: Path) -> None:
-    (tmp_path / "perplexity").mkdir()
-    (tmp_path / "perplexity" / "result.json").write_text(json.dumps({"metrics": {"nll/on": 1.5, "nll/off": nan}}))
+    emit(Result("perplexity", {"nll/on": 1.5, "nll/off": nan}), {}, tmp_path / "perplexity")
     assert search.measured(tmp_path, "perplexity/nll/on", None) == 1.5
     with pytest.raises(ConfigError, match=r"search\.metric=perplexity/nll/off is no number"):
         search.measured(tmp_path, "perplexity/nll/off", None)
@@ -143,10 +142,10 @@ def test_any_number_that_was_measured_may_be_searched_for(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("argument", "told"),
     [
-        ("search.direction=up", "search.direction must be maximize or minimize, got 'up'"),
-        ("search.n_trial=0", "search.n_trial must be a whole number of at least 1, got 0"),
+        ("search.direction=up", "search.direction must be 'maximize' or 'minimize', got 'up'"),
+        ("search.n_trial=0", "search.n_trial must be at least 1, got 0"),
         ("training.warmup_steps=1,-1", "training.warmup_steps must not be negative, got -1"),
-        ("search.seed=-1", "search.seed must be a whole number of at least 0, got -1"),
+        ("search.seed=-1", "search.seed must be in 0..2,147,483,647, got -1"),
         ("search.metric=perplexty/nll/on", "but trials measure perplexity, needle. Did you mean 'perplexity'?"),
         ("experiment=perplexity", "search.metric=null is a number of experiment=needle, but trials measure perplexity"),
         ("model.dropout=interval(0.5,0.1)", "search.space: nothing can be drawn from model.dropout=interval(0.5,0.1)"),
@@ -161,3 +160,21 @@ def test_mistakes_are_told_before_the_first_trial(
     assert told in capsys.readouterr().err
     assert calls == []
     assert not Path("found").exists()
+
+
+def test_a_damaged_study_is_told_with_its_file(tmp_path: Path) -> None:
+    settings = {"direction": "maximize", "sampler": "tpe", "seed": 0}
+    (tmp_path / "study.db").write_bytes(b"no study" * 1000)
+    with pytest.raises(ConfigError, match=r"study\.db cannot be read: it is damaged") as caught:
+        search.open_study(tmp_path, settings, {})
+    assert "\n" not in str(caught.value)
+
+
+def test_a_number_that_is_none_does_not_judge_a_trial(tmp_path: Path) -> None:
+    emit(Result("loss", {"nll": nan, "n": 3.0}), {}, tmp_path / "loss")
+    assert search.measured(tmp_path, "loss/n", None) == 3
+    with pytest.raises(ConfigError, match="is no number"):
+        search.measured(tmp_path, "loss/nll", None)
+    (tmp_path / "loss" / "result.json").write_text("{")
+    with pytest.raises(ConfigError, match=r"loss/result\.json cannot be read"):
+        search.measured(tmp_path, "loss/n", None)

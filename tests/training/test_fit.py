@@ -1,26 +1,36 @@
 import errno
+import inspect
 import io
+import os
+import signal
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import lightning
 import pytest
 import torch
+from lightning.pytorch.callbacks import Timer
+from lightning.pytorch.loggers import Logger
 
 import memlm
 from memlm.analysis.figures import read_history
 from memlm.checkpoint import checkpoints
+from memlm.cli import compose, to_dict
 from memlm.config import ConfigError
 from memlm.training import callbacks
+from memlm.training import settings as settings_module
 from memlm.training.callbacks import Progress, Throughput
 from memlm.training.fit import make_trainer, save_last, sync_hint, wandb_logger
 from memlm.training.module import LanguageModeling
-from memlm.training.resume import history_files
-from memlm.training.settings import check_device, plan_steps
+from memlm.training.resume import find_origin, history_files
+from memlm.training.settings import check_device, check_trainer, plan_steps, seconds_of
 from tests.training.small import FACTS, PLAIN, SHORT, config, curve, fit
 from tests.training.wandb_file import history, records
+
+WANDB = "lightning.pytorch.loggers.WandbLogger"
 
 # --- plans -----------------------------------------------------------------------------------------------------------
 
@@ -38,8 +48,8 @@ def test_steps_come_from_the_curriculum(tmp_path: Path) -> None:
         "trainer.accelerator=gpu": "asks for CUDA, but torch finds none",
         "trainer.max_steps=0": "trainer.max_steps must be at least 1",
         "trainer.val_check_interval=0.5": "trainer.val_check_interval must be a whole number of at least 1",
-        "checkpoint.every=0": "checkpoint.every must be a whole number of at least 1",
-        "checkpoint.keep=x": "checkpoint.keep must be a whole number of at least 1, got 'x'",
+        "checkpoint.every=0": "checkpoint.every must be at least 1",
+        "checkpoint.keep=x": "checkpoint.keep must be an int or null, got 'x'",
         "seed=-1": "seed must be in",
         "training.lr=-1": "training.lr must be above 0",
     }.items(),
@@ -48,6 +58,42 @@ def test_impossible_plans_are_refused(setting: str, told: str, tmp_path: Path, m
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ConfigError, match=told):
         check_device(config(tmp_path, "a", setting))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "told"),
+    [
+        ("max_epochs", 1, "has no meaning in a run of memlm, leave it out; a run has steps and no epochs"),
+        ("limit_train_batches", 2, "a batch is a function of its number"),
+        ("fast_dev_run", True, r"trainer\.max_steps=1"),
+        ("callbacks", [], "callbacks are those of memlm"),
+        ("check_val_every_n_epoch", 1, "must be null"),
+        ("gradient_clip_val", -1, r"must be a number of at least 0, got -1"),
+        ("gradient_clip_algorithm", "x", "must be norm or value"),
+        ("num_sanity_val_steps", -2, "must be a whole number of at least 0"),
+        ("max_time", "10:00", r"must be a time above 0 as DD:HH:MM:SS"),
+        ("max_time", {"hours": -1}, "must be a time above 0"),
+        ("max_tim", 1, r"is not a setting of a run\. Did you mean 'max_time'"),
+    ],
+)
+def test_settings_that_a_run_would_not_honour_are_refused(name: str, value: Any, told: str) -> None:
+    trainer = to_dict(compose([]))["trainer"]
+    check_trainer(trainer)
+    with pytest.raises(ConfigError, match=rf"trainer\.{name} .*{told}|trainer\.{name} {told}") as caught:
+        check_trainer(trainer | {name: value})
+    assert "\n" not in str(caught.value)
+
+
+def test_every_argument_of_the_trainer_is_honoured_or_refused() -> None:
+    """A newer Lightning may have more."""
+    known = {*settings_module._TRAINER, *settings_module._INSTEAD}
+    assert known == set(inspect.signature(lightning.Trainer).parameters)
+
+
+def test_time_is_read_as_lightning_reads_it() -> None:
+    for given in ("00:00:01:30", "01:02:03:04", {"hours": 8, "minutes": 30}, {"seconds": 5}):
+        assert seconds_of(given) == Timer(given).time_remaining("train")
+    assert seconds_of(None) is None
 
 
 def test_signals_that_no_data_has_are_refused(tmp_path: Path) -> None:
@@ -201,8 +247,15 @@ def test_a_full_disk_is_told_in_a_sentence(tmp_path: Path) -> None:
     def full(module: Any, batch: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    with pytest.raises(ConfigError, match=r"no space is left in .*resume=auto"):
+    with pytest.raises(ConfigError, match=r"no space is left in .*no checkpoint was written yet"):
         fit(config(tmp_path, "a"), before_step=full)
+
+    def full_later(module: Any, batch: Any) -> None:
+        if batch.step == 4:
+            full(module, batch)
+
+    with pytest.raises(ConfigError, match=r"no space is left in .*what was saved is whole, go on with resume=auto"):
+        fit(config(tmp_path, "b"), before_step=full_later)
 
 
 # --- the console -----------------------------------------------------------------------------------------------------
@@ -283,7 +336,115 @@ def test_processes_but_the_first_show_nothing(capsys: pytest.CaptureFixture[str]
     assert capsys.readouterr() == ("", "")
 
 
+def test_lines_that_nobody_reads_stop_a_run_after_its_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """And no other process is said to be gone."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w") as closed, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", closed)
+        with pytest.raises(SystemExit) as left:
+            fit(config(tmp_path, "a", "trainer.enable_progress_bar=true", "trainer.max_steps=20"))
+    assert left.value.code == 128 + signal.SIGPIPE
+    assert [path.name for path in checkpoints(tmp_path / "a")] == ["step=1.ckpt"]
+    told = capfd.readouterr().err
+    assert "stopped after step 1, as its output cannot be written" in told
+    assert "another process" not in told
+
+
+# --- loggers ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("node", "told"),
+    [
+        ({"_target_": "os.getcwd"}, r"logger\.x\._target_ must be a logger of Lightning, got os.getcwd"),
+        ({"_target_": "no.such.Logger"}, "no.such.Logger cannot be imported here"),
+        ({"save_dir": "x"}, r"logger\.x must be the settings of a logger, with its _target_"),
+        ({"_target_": WANDB, "prefix": "x"}, r"logger\.x\.prefix is not a setting of a run"),
+        ({"_target_": WANDB, "mode": "online"}, r"logger\.x\.mode .*set logger\.wandb\.offline"),
+        ({"_target_": WANDB, "projct": "x"}, "Did you mean 'project'"),
+    ],
+)
+def test_loggers_that_a_run_would_not_honour_are_refused(node: Any, told: str, tmp_path: Path) -> None:
+    settings = config(tmp_path, "a")
+    settings["logger"]["x"] = node
+    with pytest.raises(ConfigError, match=told), make_trainer(settings, tmp_path / "a"):
+        pass
+
+
+def test_a_logger_is_made_by_its_target_whatever_its_name(tmp_path: Path) -> None:
+    settings = config(tmp_path, "a", "trainer.max_steps=2")
+    settings["logger"] = {"mine": settings["logger"]["csv"], "other": {"_target_": f"{__name__}.Lines", "n": 1}}
+    _, _, rows = fit(settings)
+    assert sorted(curve(rows)) == [0, 1]
+    assert Lines.steps == [0, 1]
+
+
+class Lines(Logger):
+    """A logger of somebody's own."""
+
+    steps: ClassVar[list[int]] = []
+    name, version = "lines", "0"
+
+    def __init__(self, n: int) -> None:
+        super().__init__()
+
+    def log_metrics(self, metrics: Any, step: int | None = None) -> None:
+        if "train/loss" in metrics:
+            self.steps.append(step or 0)
+
+    def log_hyperparams(self, *arguments: Any) -> None:
+        pass
+
+
+@pytest.mark.parametrize("lines", [["logger=null"], ["logger=[]"]])
+def test_no_logger(lines: list[str], tmp_path: Path) -> None:
+    settings = config(tmp_path, "a", "trainer.max_steps=2")
+    assert compose(lines).get("logger") is None
+    del settings["logger"]
+    fit(settings)
+    assert not (tmp_path / "a" / "csv").exists()
+
+
 # --- weights and biases ----------------------------------------------------------------------------------------------
+
+
+def test_environment_variables_win_over_defaults_but_not_over_settings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import wandb
+
+    for name in ("PROJECT", "NAME", "RUN_ID", "RUN_GROUP", "TAGS"):
+        monkeypatch.setenv(f"WANDB_{name}", f"env-{name.lower()}")
+    wandb.teardown()  # which read the environment before
+    try:
+        fit(config(tmp_path, "a", "trainer.max_steps=1", logger="wandb"))
+        own = ["project=own", "tags=[own]", "id=own", "group=own"]
+        more = [f"logger.wandb.{setting}" for setting in own]
+        fit(config(tmp_path, "b", "trainer.max_steps=1", "name=own", *more, logger="wandb"))
+        found = [next(r.run for r in records(tmp_path / run) if r.HasField("run")) for run in ("a", "b")]
+    finally:
+        monkeypatch.undo()
+        wandb.teardown()
+    told = [[run.project, run.display_name, run.run_id, run.run_group, *run.tags] for run in found]
+    assert told == [["env-project", "env-name", "env-run_id", "env-run_group", "env-tags"], ["own"] * 5]
+
+
+def test_the_line_that_uploads_a_run_names_each_part_once(tmp_path: Path) -> None:
+    import wandb
+
+    fit(config(tmp_path, "a", "trainer.max_steps=2", logger="wandb"))
+    (first,) = (tmp_path / "a").glob("wandb/offline-run-*")
+    settings = config(tmp_path, "a", "trainer.max_steps=2", f"resume={tmp_path / 'a'}", logger="wandb")
+    origin = find_origin(settings["resume"], settings, [])
+    time.sleep(1.1)  # the names of these directories are seconds
+    with make_trainer(settings, tmp_path / "a", origin) as (trainer, _):
+        hint = sync_hint(wandb_logger(trainer.loggers), origin)
+    assert wandb.run is None
+    (second,) = {*(tmp_path / "a").glob("wandb/offline-run-*")} - {first}
+    assert hint == f"wandb sync {first} {second}"
 
 
 def test_an_offline_run_has_steps_a_name_and_goes_on_when_resumed(

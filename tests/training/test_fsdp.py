@@ -116,3 +116,24 @@ def test_what_is_watched_need_not_be_the_same_in_all_processes(tmp_path: Path) -
     found = [row for file in history_files(tmp_path / "two") for row in read_history(file)]
     assert sorted(expected) == [1, 3, 5]
     assert curve(found, "watched") == pytest.approx(expected, abs=1e-3)
+
+
+@pytest.mark.parametrize(("value", "algorithm"), [(0.0, None), (0.001, "value"), (0.01, "norm")])
+def test_gradients_of_dealt_layers_are_clipped_as_those_of_one_process(
+    value: float, algorithm: str | None, tmp_path: Path
+) -> None:
+    more = [*SAME[:3], "trainer.max_steps=4"]
+    plain = config(tmp_path, "plain", *more)
+    plain["trainer"]["gradient_clip_val"] = 1e9
+    curves = [curve(fit(plain)[2])]
+    for run, train in (("one", fit), ("two", fit_dealt)):
+        settings = config(tmp_path, run, *more)
+        settings["trainer"] |= {"gradient_clip_val": value, "gradient_clip_algorithm": algorithm}
+        train(settings)
+        curves.append(curve([row for file in history_files(tmp_path / run) for row in read_history(file)]))
+    assert curves[2] == pytest.approx(curves[1], abs=1e-4)
+    weights = [memlm.load(tmp_path / run).state_dict() for run in ("one", "two", "plain")]
+    for name, one in weights[0].items():
+        torch.testing.assert_close(weights[1][name], one, rtol=1e-3, atol=1e-4, msg=name)
+    if value == 0:  # no clipping at all
+        assert curves[1] == pytest.approx(curves[0], abs=1e-6)

@@ -461,3 +461,22 @@ def test_accumulated_batches_are_one_step_to_consolidation(tmp_path: Path, monke
     settings = ["memory.ltm.scope=shared", "training.consolidate_every=2", "trainer.max_steps=4"]
     fit(config(tmp_path, "a", *settings, "trainer.accumulate_grad_batches=3"), before_step=look)
     assert seen == [5, 11]  # with the last batch of the second and of the fourth step
+
+
+def test_a_module_is_loaded_outside_of_a_trainer(tmp_path: Path) -> None:
+    fit(config(tmp_path, "a", "trainer.max_steps=2", "training.lr=0.01", "seed=3"))
+    module = LanguageModeling.load_from_checkpoint(tmp_path / "a")
+    expected = memlm.load(tmp_path / "a").state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in module.model.state_dict().items())
+    assert (module.settings.lr, module.seed, module.replay) == (0.01, 3, None)
+    again = LanguageModeling.load_from_checkpoint(checkpoints(tmp_path / "a")[-1], seed=5)
+    assert again.seed == 5
+    with pytest.raises(ConfigError, match=r"takes no model: .*memlm\.load"):
+        LanguageModeling.load_from_checkpoint(tmp_path / "a", model=module.model)
+
+
+def test_no_checkpoint_is_told_of_where_none_was_written(tmp_path: Path) -> None:
+    with pytest.raises(NonFiniteLoss) as caught:
+        fit(config(tmp_path, "a", "training.lr=1e30", "checkpoint.every=100"))
+    assert "checkpoint is kept" not in str(caught.value)
+    assert "Lower training.lr" in str(caught.value)

@@ -4,6 +4,7 @@ import random
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +14,18 @@ import torch
 from memlm.analysis.figures import read_history
 from memlm.checkpoint import checkpoints, read, write
 from memlm.config import ConfigError
+from memlm.files import unfinished
 from memlm.training.resume import (
     Origin,
     find_in_sweep,
     find_origin,
     history_files,
+    keep_earlier_history,
     mark_finished,
-    remove_leftovers,
+    remove_leftovers_of_runs,
     running,
 )
+from memlm.training.stopping import answering
 from tests.training.small import CURRICULA, FACTS, PLAIN, SHORT, config, curve, fit, fit_until_killed, write_text
 
 
@@ -144,6 +148,77 @@ def test_another_vocabulary_or_text_is_refused(tmp_path: Path) -> None:
         fit(settings)
 
 
+def whole_and_changed(folder: Path, change: Any) -> dict[str, Any]:
+    """A run with a checkpoint of step 4, and one of step 5 that is changed; returns settings to go on with it."""
+    phases = [FACTS]
+    more = ["checkpoint.every=1", "checkpoint.keep=null"]
+    fit(config(folder, "a", *more, phases=phases, replay="reservoir"))
+    for path in checkpoints(folder / "a"):
+        if path.name not in ("step=4.ckpt", "step=5.ckpt"):
+            path.unlink()
+    content = read(folder / "a" / "checkpoints" / "step=5.ckpt")
+    change(content)
+    write(content, folder / "a" / "checkpoints" / "step=5.ckpt")
+    return config(folder, "b", *more, phases=phases, replay="reservoir")
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda c: c.update(optimizer_states=[]), "optimizer_states is not the state of one optimizer"),
+        (lambda c: c["optimizer_states"][0]["state"].pop(3), "lacks moments of weights"),
+        (lambda c: c["optimizer_states"][0]["state"][2].update(exp_avg=torch.zeros(3)), r"exp_avg has shape \(3,\)"),
+        (lambda c: c.update(lr_schedulers=[]), "lr_schedulers is not"),
+        (lambda c: c.pop("loops"), "loops lacks"),
+        (lambda c: c.update(global_step=10**9), "which is not the place of step 1000000000"),
+        (lambda c: c["state_dict"].update(extra=torch.zeros(1)), "state_dict holds extra, which this run has not"),
+        (lambda c: c["state_dict"]["model.embedding.weight"].fill_(torch.nan), "numbers that are not finite"),
+        (lambda c: c.pop("carried"), "carried is missing"),
+        (lambda c: c["carried"]["local"].update(ids=c["carried"]["local"]["ids"][:1]), r"ids has shape \(1, 20\)"),
+        (lambda c: c.pop("replay"), "replay is missing"),
+        (lambda c: c["memlm"].update(version="99.0"), "was written by memlm '99.0'"),
+        (lambda c: c.update({"pytorch-lightning_version": "99.0"}), "was written by lightning '99.0'"),
+    ],
+)
+def test_changed_training_state_is_refused(
+    change: Any, told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In a sentence, and ``auto`` says it and takes the checkpoint before."""
+    settings = whole_and_changed(tmp_path, change)
+    with pytest.raises(ConfigError, match=rf"step=5\.ckpt .*{told}") as caught:
+        find_origin(str(tmp_path / "a"), settings, [])
+    assert "\n" not in str(caught.value)
+    origin = find_origin("auto", settings, [tmp_path])
+    assert origin is not None
+    assert origin.path.name == "step=4.ckpt"
+    assert str(caught.value) in capsys.readouterr().err
+
+
+def test_auto_takes_the_run_that_is_further_whatever_the_clock_says(tmp_path: Path) -> None:
+    fit_until_killed(config(tmp_path, "far"), step=8)
+    fit_until_killed(config(tmp_path, "near"), step=5)
+    for path in checkpoints(tmp_path / "far"):
+        os.utime(path, (1e9, 1e9))
+    origin = find_origin("auto", config(tmp_path, "on"), [tmp_path])
+    assert origin is not None
+    assert (origin.run, origin.step) == (tmp_path / "far", 6)
+    # What a finished run may have gone on from is not begun again.
+    settings = config(tmp_path, "done")
+    fit(settings)
+    mark_finished(tmp_path / "done", settings, None)
+    assert find_origin("auto", settings, [tmp_path]) is None
+
+
+def test_a_damaged_mark_of_a_finished_run_counts_as_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    settings = config(tmp_path, "a", "trainer.max_steps=3")
+    fit(settings)
+    (tmp_path / "a" / "finished.json").write_text('{"config"')
+    origin = find_origin("auto", settings, [tmp_path])
+    assert origin is not None
+    assert origin.step == 3
+    assert "finished.json cannot be read: it is damaged" in capsys.readouterr().err
+
+
 class _Code:
     def __init__(self, marker: Path) -> None:
         self.marker = marker
@@ -179,23 +254,19 @@ def test_damaged_checkpoints_are_refused(kind: str, tmp_path: Path) -> None:
     assert not marker.exists()
 
 
-def test_leftovers_of_a_killed_writer_are_removed(tmp_path: Path) -> None:
-    import platform
-
-    folder = tmp_path / "checkpoints"
-    folder.mkdir()
+def test_leftovers_of_killed_runs_are_removed_by_the_next_one_beside_them(tmp_path: Path) -> None:
     child = os.fork()
     if child == 0:
         os._exit(0)
     os.waitpid(child, 0)
-    dead, alive, far = (
-        folder / f".step=1.ckpt.{host}.{pid}.tmp"
-        for host, pid in ((platform.node(), child), (platform.node(), os.getpid()), ("elsewhere", child))
-    )
-    for path in (dead, alive, far):
+    left = []
+    for place in ("runs/a", "root/kind/b"):  # beside the run, and below the root
+        path = tmp_path / place / "checkpoints" / unfinished(Path("step=3.ckpt")).name
+        path.parent.mkdir(parents=True)
         path.touch()
-    remove_leftovers(tmp_path)
-    assert [path.exists() for path in (dead, alive, far)] == [False, True, True]
+        left.append(path.rename(path.with_name(path.name.replace(f".{os.getpid()}.", f".{child}."))))
+    remove_leftovers_of_runs(tmp_path / "runs/new", [tmp_path / "root"])
+    assert not any(path.exists() for path in left)
 
 
 def test_no_memory_is_saved_where_none_is_carried(tmp_path: Path) -> None:
@@ -203,6 +274,23 @@ def test_no_memory_is_saved_where_none_is_carried(tmp_path: Path) -> None:
         fit(config(tmp_path, name, "trainer.max_steps=4", "checkpoint.every=4", phases=[phase]))
         content = read(checkpoints(tmp_path / name)[-1])
         assert (content["carried"] is not None) == carried, name
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"), [("key", torch.nan, "key is not finite"), ("n_record", -1, "number of records")]
+)
+def test_a_carried_memory_that_no_text_led_to_is_refused(
+    field: str, value: float, message: str, tmp_path: Path
+) -> None:
+    constant = "training.min_lr_ratio=1"
+    fit(config(tmp_path, "run", constant, "trainer.max_steps=4"))
+    path = checkpoints(tmp_path / "run")[-1]
+    content = read(path)
+    assert content["carried"] is not None
+    content["carried"]["memory"]["ltm"][0][field][:] = value
+    write(content, path)
+    with pytest.raises(ConfigError, match=f"carries a state of the memory 'ltm' that no text can .*{message}"):
+        fit(config(tmp_path, "longer", constant, f"resume={path}"))
 
 
 def test_history_survives_half_a_line(tmp_path: Path) -> None:
@@ -217,6 +305,7 @@ def test_a_run_that_is_alive_is_left_alone(tmp_path: Path, capsys: pytest.Captur
     fit_until_killed(config(tmp_path, "first"), step=8)
     code = f"""
 import sys
+import time
 from pathlib import Path
 from memlm.training.resume import running
 with running(Path({str(tmp_path / "first")!r})):
@@ -230,6 +319,8 @@ with running(Path({str(tmp_path / "first")!r})):
         assert other.stdout.readline() == "on\n"
         assert find_origin("auto", settings, [tmp_path]) is None
         assert "is still being trained" in capsys.readouterr().out
+        with pytest.raises(ConfigError, match=r"first is still being trained by another process"):
+            find_origin(str(tmp_path / "first"), settings, [])
         # In its own directory its first process has marked it before the others look.
         for found in (
             find_origin("auto", config(tmp_path, "first"), [tmp_path]),
@@ -261,7 +352,7 @@ def fit_until_asked(settings: dict[str, Any], step: int, signum: int = signal.SI
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2])
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2])
 def test_asked_to_stop_writes_a_checkpoint_to_go_on_from(
     signum: int, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -273,6 +364,50 @@ def test_asked_to_stop_writes_a_checkpoint_to_go_on_from(
     fit(config(tmp_path, "on", f"resume={tmp_path / 'stopped'}"))
     whole = curve(fit(config(tmp_path, "whole"))[2])
     assert curve([row for file in history_files(tmp_path / "on") for row in read_history(file)]) == whole
+
+
+def test_a_run_that_was_told_to_outlive_its_terminal_does(tmp_path: Path) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    try:
+        assert fit_until_asked(config(tmp_path, "a"), 4, signal.SIGHUP) == 1  # as where nothing is asked
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert checkpoints(tmp_path / "a")[-1].name == "step=9.ckpt"
+
+
+def test_a_run_whose_time_is_over_goes_on_later(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    settings = ["checkpoint.every=100", "training.min_lr_ratio=1"]
+    stopped = config(tmp_path, "stopped", *settings)
+    stopped["trainer"]["max_time"] = {"seconds": 1}
+    with pytest.raises(SystemExit) as left:
+        fit(stopped, before_step=lambda *_: time.sleep(0.3))
+    assert left.value.code == 124
+    assert "as trainer.max_time is over, with a checkpoint: resume=auto goes on" in capfd.readouterr().err
+    (made,) = checkpoints(tmp_path / "stopped")
+    assert 1 <= read(made)["global_step"] <= 4
+    fit(config(tmp_path, "on", *settings, f"resume={tmp_path / 'stopped'}"))
+    whole = curve(fit(config(tmp_path, "whole", *settings))[2])
+    assert curve([row for file in history_files(tmp_path / "on") for row in read_history(file)]) == whole
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_asked_to_stop_outside_of_training_says_what_is_left(signum: int, capsys: pytest.CaptureFixture[str]) -> None:
+
+    def asked() -> None:
+        with answering() as answer:
+            answer.text = "resume=RUN measures it"
+            os.kill(os.getpid(), signum)
+
+    before = signal.getsignal(signum)
+    signal.signal(signum, signal.default_int_handler if signum == signal.SIGINT else signal.SIG_DFL)
+    try:
+        with pytest.raises(SystemExit) as left:
+            asked()
+        assert left.value.code == 128 + signum
+        assert "resume=RUN measures it" in capsys.readouterr().err
+        assert signal.getsignal(signum) in (signal.SIG_DFL, signal.default_int_handler)
+    finally:
+        signal.signal(signum, before)
 
 
 def test_asked_to_stop_within_accumulated_gradients_finishes_the_step(tmp_path: Path) -> None:
@@ -378,3 +513,87 @@ def test_a_directory_holds_one_run(tmp_path: Path) -> None:
     assert checkpoints(tmp_path / "a") == before
     fit(config(tmp_path, "a", f"resume={tmp_path / 'a'}"))  # in its own directory
     assert checkpoints(tmp_path / "a")[-1].name == "step=9.ckpt"
+
+
+def test_what_is_damaged_beside_a_run_is_left_out_with_a_word(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = config(tmp_path, "mine", "trainer.max_steps=3")
+    fit(settings)
+    newest = checkpoints(tmp_path / "mine")[-1]
+    os.utime(newest, (1, 1))  # the others are looked at first
+    cyclic: dict[str, Any] = {}
+    cyclic["model"] = cyclic
+    for name, odd in {"list": [], "null": None, "cyclic": cyclic, "part": {**settings, "trainer": 5}}.items():
+        content = read(newest)
+        content["memlm"]["config"] = odd
+        write(content, tmp_path / name / "checkpoints" / newest.name)
+    for name, put in {"pipe": os.mkfifo, "loop": lambda path: os.symlink(path, path), "folder": os.mkdir}.items():
+        path = tmp_path / name / "checkpoints" / newest.name
+        path.parent.mkdir(parents=True)
+        put(path)
+    os.mkfifo(tmp_path / "null" / ".lock")
+    origin = find_origin("auto", config(tmp_path, "new", "trainer.max_steps=3"), [tmp_path])
+    assert origin is not None
+    assert origin.run.name == "mine"
+    told = capsys.readouterr().err
+    assert all(f"left out: {tmp_path / name}" in told for name in ("list", "null", "cyclic", "part", "pipe"))
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"[]", b'{"config": [], "value": 1}', b'{"config": {}, "value": "x"}', b"\xff"]
+)
+def test_a_damaged_mark_of_the_end_makes_no_job_of_a_sweep_fail(
+    content: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "0"
+    (run / "checkpoints").mkdir(parents=True)
+    mark_finished(run, {"seed": 1, "trainer": {}, "paths": {"run_dir": "x"}}, 0.5)
+    settings = {"seed": 1, "trainer": {}, "paths": {"run_dir": "y"}}
+    assert find_in_sweep(settings, tmp_path) == (run, 0.5)
+    (run / "finished.json").write_bytes(content)
+    assert find_in_sweep(settings, tmp_path) is None
+    assert f"left out: {run / 'finished.json'}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", [b"step\n\xff\n", b"step,a\n1," + b"x" * 200_000 + b"\n"])
+def test_a_damaged_log_of_a_run_is_told_with_its_file(content: bytes, tmp_path: Path) -> None:
+    file = tmp_path / "csv" / "metrics.csv"
+    file.parent.mkdir()
+    file.write_bytes(content)
+    with pytest.raises(ConfigError, match=r"csv/(metrics|earlier-0)\.csv cannot be read: it is damaged"):
+        keep_earlier_history(tmp_path / "new", Origin(tmp_path / "checkpoints" / "step=1.ckpt", 1, {}))
+    assert file.read_bytes() == content
+
+
+@pytest.mark.parametrize("put", [os.mkfifo, os.mkdir, lambda path: os.symlink("/dev/zero", path)])
+def test_a_lock_that_is_no_file_is_refused(put: Any, tmp_path: Path) -> None:
+    put(tmp_path / ".lock")
+    with pytest.raises(ConfigError, match=r"\.lock is no regular file"), running(tmp_path):
+        pass
+
+
+def test_the_same_text_in_another_place_is_gone_on_with(tmp_path: Path) -> None:
+    whole, *_ = fit(config(tmp_path, "whole", phases=[PLAIN]))
+    fit(config(tmp_path, "a", "trainer.max_steps=3", phases=[PLAIN]))
+    moved, other = tmp_path / "moved.txt", tmp_path / "other.txt"
+    (tmp_path / "text.txt").rename(moved)
+    other.write_text(moved.read_text().replace("a", "e"))
+    for resume in (str(tmp_path / "a"), "auto"):
+        again = config(tmp_path, f"b-{resume == 'auto'}", f"resume={resume}", "trainer.max_steps=9", phases=[PLAIN])
+        for node in (again["data"], again["data"]["corpus"]):
+            node["path"] = str(moved)
+        if resume == "auto":
+            again["trainer"]["max_steps"] = 3
+            origin = find_origin(
+                resume, again, [tmp_path], lambda: read(checkpoints(tmp_path / "a")[-1])["memlm"]["text"]
+            )
+            assert origin is not None
+            assert origin.run == tmp_path / "a"
+            assert find_origin(resume, again, [tmp_path], lambda: "another") is None
+            continue
+        trainer, _, _ = fit(again)
+        assert trainer.global_step == whole.global_step
+        again["data"]["corpus"]["path"] = str(other)
+        with pytest.raises(ConfigError, match=r"another (vocabulary|text)"):
+            fit(again | {"resume": str(tmp_path / "a"), "paths": again["paths"] | {"run_dir": str(tmp_path / "c")}})
