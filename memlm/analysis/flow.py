@@ -358,7 +358,9 @@ def draw_flow(flow: Flow) -> Figure:
             _draw_reads(upper, flow, key, read, figure)
             _draw_strips(lower, flow, key, read)
         if not flow.reads:
-            axes[0].text(0.5, 0.5, "no memory was read", ha="center", va="center", transform=axes[0].transAxes)
+            axes[0].text(
+                0.5, 0.5, "no memory tells what it reads", ha="center", va="center", transform=axes[0].transAxes
+            )
             axes[0].set_yticks([])
         axes[-1].set_xlabel("token of the text")
         axes[-1].xaxis.set_major_locator(MaxNLocator(nbins=10, integer=True))

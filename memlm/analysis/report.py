@@ -120,9 +120,12 @@ def memory_parts(
         contexts, about = passage(model, data)
     flow = memory_flow(model, contexts)
     parts.append(token_view(flow, about))
-    if slots:
-        parts.append(Figures("What flows through memory", [(_CAPTION, png(draw_flow(flow)))]))
-        parts.append(slot_table(model, flow, n_slot))
+    if not slots:
+        return [
+            "No memory of this model has slots: what it reads and holds cannot be told, only what it changes."
+        ], parts
+    parts.append(Figures("What flows through memory", [(_CAPTION, png(draw_flow(flow)))]))
+    parts.append(slot_table(model, flow, n_slot))
     return [], parts
 
 

@@ -60,13 +60,17 @@ class Sizes(NamedTuple):
     Attributes:
         d_model: Width of the stream.
         n_head: Heads of a layer; 1 if it has no attention.
+        n_layer: Layers of the model.
         segment_len: Tokens per segment.
+        overlap: Tokens of the segment before that a mixer still sees.
         n_vocab: Size of the vocabulary.
     """
 
     d_model: int
     n_head: int
+    n_layer: int
     segment_len: int
+    overlap: int
     n_vocab: int
 
 

@@ -97,7 +97,9 @@ class SegmentModel(ExperienceModel):
             ValueError: If a memory asks for what this model cannot give.
         """
         self.memory = nn.ModuleDict()
-        self.sizes = sizes = Sizes(self.d_model, max(self.layers[0].n_head, 1), self.segment_len, self.n_vocab)
+        n_head = max(self.layers[0].n_head, 1)
+        sizes = Sizes(self.d_model, n_head, self.n_layer, self.segment_len, self.overlap, self.n_vocab)
+        self.sizes = sizes
         for name, make in memories.items():
             first = _made(make, sizes)
             rest = [_made(make, sizes) for _ in self.memory_layers[1:]] if first.around == "layer" else []

@@ -210,6 +210,15 @@ def test_what_is_no_data_is_refused(data):
         generate_memory_report(tiny(TOKENIZER, "ltm"), data)
 
 
+@pytest.mark.parametrize("name", ["cache", "rmt"])
+def test_of_a_memory_without_slots_the_page_tells_what_it_changes(name):
+    html = generate_memory_report(tiny(TOKENIZER, name), DATA, ["1 2 3 4 " * T])
+    assert "No memory of this model has slots" in html
+    assert "No memory tells what it reads" in html
+    assert html.count("with memory and") == 4 * T - 1
+    assert "What memory costs" in html
+
+
 def test_a_page_shows_what_a_browser_would_obey():
     odd = "a\x00b\u202ec\x1b"
     html = render(odd, [Chapter(odd, [odd], [Table(odd, [odd], [[odd, 1.5]], [odd]), Listings(odd, [(odd, odd)])])])

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from memlm.memory.records import RecordKeeper
+from memlm.memory.slots import Slots
 from tests.conformance import laws
 from tests.conformance.oracles import ORACLES
 
@@ -15,6 +16,10 @@ REMEMBERS = [name for name in NAMES if laws.nodes_of(name)]
 
 def make_of(name: str) -> laws.Make:
     return laws.builder(laws.nodes_of(name))
+
+
+# Memories of which each part has slots.
+SLOTS = [n for n in REMEMBERS if all(issubclass(laws.class_of(node), Slots) for node in laws.nodes_of(n).values())]
 
 
 @pytest.fixture(params=NAMES)
