@@ -56,7 +56,7 @@ class Train:
     training: Node
     replay: dict[str, Any]
     trainer: Node
-    logger: dict[str, Node] | None
+    logger: dict[str, Node] | None = None
     paths: Paths
     name: str | None
     n_parameter: Annotated[int, Range(1, 10**12)] | None

@@ -83,9 +83,11 @@ def test_what_cannot_fit_is_refused_before_it_is_built(tmp_path: Path, monkeypat
     with pytest.raises(ConfigError, match=r"needs at least .* can be had: make smaller .*memory\.ltm\.n_slot=1000"):
         check_model(settings)
     monkeypatch.setattr(build, "available_memory", lambda: 2**30)
-    for more in ({"d_model": 10**6}, {"d_model": 10**18}, {"n_layer": 10**9}, {"segment_len": 10**7}):
+    for more in ({"d_model": 10**6}, {"n_layer": 10**9}, {"segment_len": 10**6}):
         with pytest.raises(ConfigError, match=f"{next(iter(more))}=10"):
             check_model(settings | {"model": settings["model"] | more})
+    with pytest.raises(ConfigError, match=r"model\.d_model must be at most 1048576, got 10"):
+        check_model(settings | {"model": settings["model"] | {"d_model": 10**18}})
 
 
 def test_initial_weights_depend_on_the_seed_alone(tmp_path: Path) -> None:
