@@ -208,7 +208,7 @@ def plan_steps(config: dict[str, Any]) -> dict[str, Any]:
             raise ConfigError(f"trainer.{name} must be in {least}..{most}, got {value!r}")
     for name in ("accumulate_grad_batches", "log_every_n_steps", "val_check_interval"):
         whole(f"trainer.{name}", trainer[name], 1)
-    for kind, node in (config["logger"] or {}).items():
+    for kind, node in (config.get("logger") or {}).items():
         if "flush_logs_every_n_steps" in node:
             whole(f"logger.{kind}.flush_logs_every_n_steps", node["flush_logs_every_n_steps"], 1)
     if not 0 <= config["seed"] < 2**31:
