@@ -49,6 +49,7 @@ class Checkpoint:
 class Train:
     """`train.py`."""
 
+    logger: dict[str, Node] | None = None
     model: Node
     memory: dict[str, Node]
     data: Data
@@ -56,7 +57,6 @@ class Train:
     training: Node
     replay: dict[str, Any]
     trainer: Node
-    logger: dict[str, Node] | None = None
     paths: Paths
     name: str | None
     n_parameter: Annotated[int, Range(1, 10**12)] | None

@@ -130,7 +130,7 @@ class MixerModel(SegmentModel):
         As in `LMCode`: embeddings dominate the stream at first.
         """
         nn.init.normal_(self.embedding.weight, std=self.d_model**-0.5)
-        for layer in self.layers:
+        for layer in cast("list[MixerLayer]", list(self.layers)):
             nn.init.normal_(layer.conv, std=len(layer.conv) ** -0.5)
             nn.init.normal_(layer.gate.weight, std=(2 * self.n_layer * self.d_model) ** -0.5)
             nn.init.zeros_(layer.gate.bias)
