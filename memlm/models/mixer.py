@@ -14,7 +14,7 @@ width.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -130,12 +130,13 @@ class MixerModel(SegmentModel):
         As in `LMCode`: embeddings dominate the stream at first.
         """
         nn.init.normal_(self.embedding.weight, std=self.d_model**-0.5)
-        for layer in cast("list[MixerLayer]", list(self.layers)):
+        for layer in cast("list[Layer]", list(self.layers)):
             nn.init.normal_(layer.conv, std=len(layer.conv) ** -0.5)
             nn.init.normal_(layer.gate.weight, std=(2 * self.n_layer * self.d_model) ** -0.5)
             nn.init.zeros_(layer.gate.bias)
             if isinstance(layer.feed_forward, nn.Sequential):
-                into, out = layer.feed_forward[1], layer.feed_forward[3]
+                parts: Any = layer.feed_forward  # whose items torch types as bare modules
+                into, out = parts[1], parts[3]
                 nn.init.normal_(into.weight, std=into.in_features**-0.5)
                 nn.init.normal_(out.weight, std=(2 * self.n_layer * out.in_features) ** -0.5)
 
