@@ -13,7 +13,7 @@ from memlm.config import ConfigError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from experiments.base import Result
+    from memlm.evaluation.result import Result
 
 
 def run(
@@ -46,7 +46,7 @@ def run(
         )
     import torch
 
-    from experiments.base import Result
+    from memlm.evaluation.result import Result
 
     settings = {"duplicates": duplicates, "similarity": similarity, "cluster": cluster, "passes": passes,
                 "d_key": d_key, "d_value": d_value}  # fmt: skip
@@ -171,7 +171,7 @@ def _forget_peak_rss() -> float:
 
 def report(result: Result) -> str:
     """The table and the conditions, to print."""
-    from experiments.base import table
+    from memlm.evaluation.table import table
 
     metrics, settings = result.metrics, result.metadata["settings"]
     lines = []

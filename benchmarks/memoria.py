@@ -25,7 +25,7 @@ from memlm.config import ConfigError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from experiments.base import Result
+    from memlm.evaluation.result import Result
 
 MEMORIA_PEER = "memoria-pytorch"
 MEMORIA = Peer("memoria", f"{MEMORIA_PEER} needs it", f"{MEMORIA_PEER} out of candidates")
@@ -64,7 +64,7 @@ def run(
         peer_library(MEMORIA)
     import torch
 
-    from experiments.base import Result
+    from memlm.evaluation.result import Result
     from memlm.memory.memoria import MemoriaMemory
 
     settings = {
@@ -193,7 +193,7 @@ class EngramSteps:
 
 def report(result: Result) -> str:
     """The table and the conditions, to print."""
-    from experiments.base import table
+    from memlm.evaluation.table import table
 
     metrics, settings = result.metrics, result.metadata["settings"]
     lines = []

@@ -14,7 +14,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from memlm.build import build as build
+    from memlm.assemble import build as build
     from memlm.checkpoint import load as load
     from memlm.config import ConfigError as ConfigError
 

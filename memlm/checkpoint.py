@@ -4,7 +4,7 @@ A checkpoint is Lightning's, with an entry ``memlm`` that holds the configuratio
 
 It may come from a stranger. It is read with ``weights_only=True``, so no code in it is run; of what its configuration
 names only classes of memlm are imported and built, and those of packages that the caller trusts
-(`memlm.build.check_saved`).
+(`memlm.assemble.check_saved`).
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def load_run(
     Raises:
         ConfigError: Also if the text it was trained on cannot be read here, or ``text`` is another one.
     """
-    from memlm.build import build_data
+    from memlm.assemble import build_data
 
     path = find(path)
     content = read(path)
@@ -369,7 +369,7 @@ def blank(path: Path, content: Mapping[str, Any], trust: Trust = None, *, data: 
     Raises:
         ConfigError: If it names what is not trusted, or the weights are not of the model that it describes.
     """
-    from memlm.build import build_model, check_saved
+    from memlm.assemble import build_model, check_saved
     from memlm.data.tokenizer import Tokenizer
 
     entry, config = content["memlm"], content["memlm"]["config"]
@@ -386,7 +386,7 @@ def blank(path: Path, content: Mapping[str, Any], trust: Trust = None, *, data: 
 
 def _restore(path: Path, content: Mapping[str, Any], trust: Trust, data: bool = False) -> LanguageModel:
     """The model of a checkpoint; with ``data``, what its data is built of is checked too."""
-    from memlm.build import build_model
+    from memlm.assemble import build_model
 
     sizes = blank(path, content, trust, data=data)
     with _told(path, content["memlm"]["version"]):

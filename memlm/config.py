@@ -3,9 +3,9 @@
 - `validate`: does every `_target_` node fit the signature of what it names?
 - `instantiate`: build the object of a node.
 
-Both take plain dicts, as a checkpoint holds them, so that a trained model is loaded without Hydra; `memlm.cli` composes
-them. Every mistake is a `ConfigError`: one sentence with the full name of the setting, what was given, what was
-expected. Whatever needs torch or lightning is imported only when a node that names it is checked.
+Both take plain dicts, as a checkpoint holds them, so that a trained model is loaded without Hydra; `memlm.app.cli`
+composes them. Every mistake is a `ConfigError`: one sentence with the full name of the setting, what was given, what
+was expected. Whatever needs torch or lightning is imported only when a node that names it is checked.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def validate(
     Nodes of packages that take seconds to import are checked last.
 
     Args:
-        config: a plain config or a part of it, see `memlm.cli.to_dict`.
+        config: a plain config or a part of it, see `memlm.compose.to_dict`.
         key: the full name of `config`, for the errors.
         injected: required parameters that the code passes when it builds the node.
         skip: full names of top-level parts that are not looked at.
@@ -90,7 +90,7 @@ def validate(
         ConfigError: naming the setting, what was given and what was expected.
     """
     if isinstance(config, Mapping) and not isinstance(config, dict):
-        raise TypeError(f"validate takes a plain config, made by memlm.cli.to_dict, not a {type(config).__name__}")
+        raise TypeError(f"validate takes a plain config, made by memlm.compose.to_dict, not a {type(config).__name__}")
     nodes = [(k, node) for k, node in _nodes(config, key) if k.partition(".")[0] not in skip]
     for full_key, node in sorted(nodes, key=lambda item: _is_slow(item[1])):
         _check_node(full_key, node, frozenset(injected))

@@ -20,26 +20,39 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from memlm.config import ConfigError
+from memlm.config import (
+    ConfigError,
+)
 from memlm.machine import written_to
 from memlm.printed import one_line
 
+ERROR = "error.txt"
+
+
+"""File in the directory of a failed job: one sentence, and the traceback if it was no mistake of the user."""
+
+
 log = logging.getLogger(__name__)
 
+
 MOST_IN_MEMORY = 2**30
+
+
 """Bytes of a checked file above which it is mapped instead of read."""
 
+
 _UNFINISHED = re.compile(r"\..*\.([\w-]*)\.(\d+)\.[0-9a-f]{8}\.tmp")  # name, machine, process, anything
+
+
 _A_DAY = 24 * 3600  # seconds after which a file that another machine has not touched is taken for left
+
+
 _SEAL = b"\ncrc32 %08x\n"  # the end of a checked file
 
 
 def cache_dir() -> Path:
     """Return the folder for everything that can be built again: `$MEMLM_CACHE`, or else `~/.cache/memlm`."""
     return Path(os.path.expanduser(os.environ.get("MEMLM_CACHE") or "~/.cache/memlm"))
-
-
-# ------------------------------------------------------------------------------------------------------------ writing
 
 
 @contextmanager
@@ -118,9 +131,6 @@ def _is_left(path: Path, machine: str, process: int) -> bool:
 
 def _machine() -> str:
     return re.sub(r"[^\w-]", "-", platform.node())[:30]
-
-
-# ------------------------------------------------------------------------------------------------------------ reading
 
 
 def regular(path: Path) -> Path:

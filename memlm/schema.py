@@ -1,7 +1,7 @@
 """The settings that belong to no `_target_`: of `train.py` and of each script, by the name of its primary config.
 
 `configs/` has their values, this file what they may be: an annotation for each key that code reads, a class for each
-section. Other keys are refused (`memlm.cli`), but for those that another setting refers to, as `${data.path}`.
+section. Other keys are refused (`memlm.app.cli`), but for those that another setting refers to, as `${data.path}`.
 """
 
 from __future__ import annotations

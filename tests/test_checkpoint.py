@@ -18,7 +18,7 @@ import torch
 
 import memlm
 from memlm import files as files_module
-from memlm.build import build_data, build_model, build_tokenizer
+from memlm.assemble import build_data, build_model, build_tokenizer
 from memlm.checkpoint import checkpoints, describe, export, find, load_run, read, write
 from memlm.config import ConfigError
 from memlm.machine import no_space
@@ -380,7 +380,7 @@ def _changed(trained: Any, path: Path, **parts: Any) -> Path:
         ("memlm.checkpoint.os.mkdir", "cannot be imported here"),
         ("memlm.checkpoint.write", "must name a Memory, which memlm.checkpoint.write is not"),
         ("memlm.memory.contract.Memory", "must name a Memory"),
-        ("memlm.data.corpus.Builtin", "must name a Memory"),
+        ("memlm.data.corpora.builtin.Builtin", "must name a Memory"),
         ("memlm.memory.ltm.nn.Identity", "cannot be imported here"),
         ("memlm.memory.ltm.Tensor", "must name a Memory"),
         ("memlm..Memory", "must be the dotted name of a class"),

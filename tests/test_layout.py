@@ -28,7 +28,7 @@ FLOORS = [
     {"memlm.retrieval"},
     {"memlm.memory"},
     {"memlm.models", "memlm.data"},
-    {"memlm.cli"},
+    {"memlm.app.cli"},
     {"memlm.build"},
     {"memlm.training", "memlm.analysis", "memlm.checkpoint"},
     {"memlm"},
@@ -40,7 +40,7 @@ OURS = {"memlm", "experiments", "benchmarks", "scripts", "train"}
 # A trained model is loaded and used without what trains it: that holds for the floors up to `memlm.build` but for two
 # of their modules, for `memlm.checkpoint`, and for all that these import when they are imported.
 TRAINING = {"hydra", "omegaconf", "lightning", "lightning_fabric", "pytorch_lightning", "wandb"}
-NOT_LOADED = {"memlm.cli", "memlm.data.datamodule"}
+NOT_LOADED = {"memlm.app.cli", "memlm.data.datamodule"}
 
 
 def floor(module: str) -> int:
@@ -105,14 +105,14 @@ def test_violations_are_seen() -> None:
     assert violations("from memlm.models.lmcode import LmCode", "memlm.memory.ltm")
     assert violations("from memlm import build", "memlm.models.lmcode")
     assert violations("from memlm.memory.state import detach", "memlm.retrieval.exact")
-    assert violations("def f():\n    import experiments.base", "memlm.training.module")
+    assert violations("def f():\n    import memlm.evaluation.result", "memlm.training.module")
     assert violations("from ..training import module", "memlm.memory.ltm")
     assert violations("from .training import module", "memlm.memory", is_package=False)
-    assert violations("from memlm.cli import compose", "memlm.models.lmcode")
+    assert violations("from memlm.app.cli import compose", "memlm.models.lmcode")
     assert violations("from memlm.compat.lmcode import LMCODE", "experiments.needle")
     assert not violations("from memlm.config import ConfigError", "memlm.memory.ltm")
     assert not violations("from .contract import Memory\nfrom ..retrieval import exact", "memlm.memory.ltm")
-    assert not violations("from experiments.base import Result", "scripts.evaluate")
+    assert not violations("from memlm.evaluation.result import Result", "scripts.evaluate")
 
 
 def ways_to_training(start: str, sources: Mapping[str, str], packages: Collection[str] = ()) -> list[str]:
@@ -144,12 +144,12 @@ def test_ways_to_training_are_seen() -> None:
     texts = {
         "memlm.config": "import hydra.errors",
         "memlm.build": "from memlm.config import compose\ntry:\n    from . import cli\nfinally:\n    pass",
-        "memlm.cli": "class A:\n    from lightning.pytorch import Trainer",
+        "memlm.app.cli": "class A:\n    from lightning.pytorch import Trainer",
         "memlm.checkpoint": "if TYPE_CHECKING:\n    import lightning\ndef load():\n    import memlm.build",
     }
     assert ways_to_training("memlm.build", texts) == [
         "memlm.build > memlm.config > hydra.errors",
-        "memlm.build > memlm.cli > lightning.pytorch.Trainer",
+        "memlm.build > memlm.app.cli > lightning.pytorch.Trainer",
     ]
     assert ways_to_training("memlm.checkpoint", texts) == []
 

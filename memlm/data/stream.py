@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from memlm.data.curriculum import Curriculum
-from memlm.data.task import Task
+from memlm.data.tasks.base import Task
 from memlm.data.tokens import TokenizedCorpus
 
 

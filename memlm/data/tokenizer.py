@@ -23,7 +23,7 @@ from memlm.printed import one_line
 if TYPE_CHECKING:
     import tokenizers
 
-    from memlm.data.corpus import Corpus
+    from memlm.data.corpora.base import Corpus
 
 log = logging.getLogger(__name__)
 

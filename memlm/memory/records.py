@@ -46,7 +46,7 @@ class RecordKeeper(Slots):
     """A memory of slots that knows of each which record it belongs to.
 
     Every complete segment makes one record more, and ``consolidate`` takes a ``threshold`` (see
-    `memlm.models.experience`).
+    `memlm.store.operations`).
     """
 
     def places(self, state: State) -> Tensor:

@@ -24,9 +24,9 @@ from memlm.memory.contract import Memory, Sizes
 from memlm.memory.slots import Slots
 from memlm.memory.state import State, select_rows, where_rows
 from memlm.models import arguments, generation, schedule
-from memlm.models.experience import ExperienceModel
 from memlm.models.grid import closing_grid, lay_out
 from memlm.models.state import LocalState, ModelState, Output, shapes
+from memlm.store.operations import ExperienceModel
 from memlm.tensors import Host
 
 _WIDEST = 2**20  # of a model, and of its segments

@@ -73,7 +73,7 @@ def _check_versions(path: Path, content: Mapping[str, Any]) -> None:
 
 def _blank_model(config: Mapping[str, Any], tokenizer: str) -> Any:
     """The model of a configuration, without its numbers."""
-    from memlm.build import build_model
+    from memlm.assemble import build_model
     from memlm.data.tokenizer import Tokenizer
 
     try:
@@ -173,7 +173,7 @@ def _check_loops(loops: Any, step: int, n_batch: int) -> None:
     """What Lightning says of the place of a run, which is a function of its step."""
     import lightning
 
-    from memlm.training.fit import quiet
+    from memlm.training.told import quiet
 
     with quiet():
         trainer = lightning.Trainer(max_steps=1, logger=False, enable_checkpointing=False, accelerator="cpu")

@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 import torch
 
+from memlm import laws
 from memlm.analysis.efficiency import compute_memory_efficiency
-from memlm.analysis.flow import draw_flow, memory_flow, visualize_memory_flow
-from memlm.analysis.report import slot_table
+from memlm.analysis.flow import memory_flow
+from memlm.analysis.flow_figure import draw_flow, visualize_memory_flow
+from memlm.analysis.memory_page import slot_table
 from memlm.analysis.usage import banks
 from memlm.memory import state as states
-from tests.conformance import laws
 from tests.experiments.tiny import T, tiny
 
 V = 30

@@ -20,9 +20,9 @@ import torch
 
 import memlm
 from memlm.analysis.efficiency import Efficiency
-from memlm.cli import compose, to_dict
 from memlm.compat import lmcode
 from memlm.compat.lmcode import LMCODE, LMCODEConfig, MemoryDataset
+from memlm.compose import compose, to_dict
 from memlm.config import ConfigError
 from tests.training.small import write_text
 

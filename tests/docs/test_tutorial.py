@@ -49,8 +49,8 @@ def run(house: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def laws(house: Path, names: str) -> tuple[int, str]:
-    """Exit code and output of `pytest tests/conformance -k <names>`."""
-    done = run(house, "-m", "pytest", "tests/conformance", "-k", names, "-q", "-n", "0", "-p", "no:cacheprovider")
+    """Exit code and output of `pytest tests/laws -k <names>`."""
+    done = run(house, "-m", "pytest", "tests/laws", "-k", names, "-q", "-n", "0", "-p", "no:cacheprovider")
     return done.returncode, done.stdout + done.stderr
 
 
@@ -67,7 +67,7 @@ def test_its_memory_keeps_every_law(house: Path, name: str) -> None:
 )
 def test_a_law_sees_what_it_breaks(house: Path, page: str, name: str, law: str) -> None:
     (diff,) = (body for kind, _, body in BLOCK.findall(TEXTS[page]) if kind == "diff")
-    (names,) = re.findall(r"^`pytest tests/conformance -k \"(.+)\"` now fails", TEXTS[page], re.MULTILINE)
+    (names,) = re.findall(r"^`pytest tests/laws -k \"(.+)\"` now fails", TEXTS[page], re.MULTILINE)
     old, new = (line[1:] for line in diff.splitlines())
     path = house / f"memlm/memory/{name}.py"
     source = path.read_text()

@@ -10,27 +10,17 @@ import pytest
 import torch
 from torch import nn
 
-from experiments import modern_facts
-from experiments.base import ALONE, Result, Share
-from experiments.modern_facts import (
-    CONDITIONS,
-    CUES,
-    FACTS,
-    HEADLINE,
-    ModernFacts,
-    check,
-    lay_out,
-    load,
-    look,
-    plot,
-    run,
-    summarise,
-)
-from experiments.recall import Haystack
-from memlm.cli import compose
+from experiments.modern_facts import experiment
+from experiments.modern_facts.experiment import CONDITIONS, HEADLINE, ModernFacts, look, run, summarise
+from experiments.modern_facts.facts import CUES, FACTS, check, lay_out, load
+from experiments.modern_facts.figures import plot
+from memlm.compose import compose
 from memlm.config import ConfigError
 from memlm.data.tokenizer import train_tokenizer
 from memlm.data.tokens import TokenizedCorpus
+from memlm.evaluation.recall.haystack import Haystack
+from memlm.evaluation.result import Result
+from memlm.evaluation.share import ALONE, Share
 from memlm.memory.delta import DeltaMemory
 from memlm.memory.ltm import LongTermMemory
 from memlm.memory.stm import ShortTermMemory
@@ -74,7 +64,7 @@ def data():
 def few(monkeypatch):
     """A fifth of the facts, which is faster; the first two of them stand in the training text."""
     rows = file_rows()[:30]
-    monkeypatch.setattr(modern_facts, "rows_of_file", lambda: rows)
+    monkeypatch.setattr(experiment, "rows_of_file", lambda: rows)
     return len(rows)
 
 
@@ -201,10 +191,10 @@ def test_part_of_a_word_is_no_value():
 
 
 def test_levels_of_cues():
-    assert modern_facts.level("Python was created by") == "trained"
-    assert modern_facts.level("Who created Python?") == "trained"
-    assert modern_facts.level("The one who created Python is") == "new_phrasing"  # held out from training
-    assert modern_facts.level("Chemists write gold as") == "new_phrasing"
+    assert experiment.level("Python was created by") == "trained"
+    assert experiment.level("Who created Python?") == "trained"
+    assert experiment.level("The one who created Python is") == "new_phrasing"  # held out from training
+    assert experiment.level("Chemists write gold as") == "new_phrasing"
 
 
 # --- documents and controls -------------------------------------------------------------------------------------------
@@ -367,7 +357,7 @@ def test_any_memory_runs_and_the_model_is_left_as_it_was(data, memory, monkeypat
         "delta": {"delta": lambda d: DeltaMemory(d, d_key=4, d_value=4)},
     }[memory]  # fmt: skip
     rows = file_rows()[:8]
-    monkeypatch.setattr(modern_facts, "rows_of_file", lambda: rows)
+    monkeypatch.setattr(experiment, "rows_of_file", lambda: rows)
 
     def make(seed):
         torch.manual_seed(seed)
@@ -377,7 +367,7 @@ def test_any_memory_runs_and_the_model_is_left_as_it_was(data, memory, monkeypat
 
     model = make(0)
     model.config, model.tokenizer = {"seed": 0}, data.tokenizer
-    monkeypatch.setattr(modern_facts, "untrained", lambda model: make(1).eval())
+    monkeypatch.setattr(experiment, "untrained", lambda model: make(1).eval())
     before = {name: value.clone() for name, value in model.state_dict().items()}
     model.train()
     random.seed(0)
@@ -434,7 +424,7 @@ def test_a_tokenizer_that_cannot_write_the_facts_is_refused():
 
 def test_yaml_and_settings_agree():
     node = dict(compose(["checkpoint=x", "experiment=modern_facts"], "evaluate").modern_facts)
-    assert node.pop("_target_") == "experiments.modern_facts.ModernFacts"
+    assert node.pop("_target_") == "experiments.modern_facts.experiment.ModernFacts"
     assert ModernFacts(**node) == ModernFacts()
     assert set(node) == set(ModernFacts.__dataclass_fields__)
 

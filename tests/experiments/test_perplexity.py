@@ -11,13 +11,15 @@ import torch
 from torch import nn
 
 from experiments import perplexity
-from experiments.base import ALONE, Result, Share, mean_interval
 from experiments.perplexity import CONDITIONS, Perplexity, plot, run, summarise
-from memlm.cli import compose
+from memlm.compose import compose
 from memlm.config import ConfigError
 from memlm.data.tokens import TokenizedCorpus
+from memlm.evaluation.result import Result
+from memlm.evaluation.share import ALONE, Share
 from memlm.memory.ltm import LongTermMemory
 from memlm.models.lmcode import LMCode
+from memlm.statistics import mean_interval
 from tests.experiments.shares import check_shares
 
 T = 16

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from memlm.build import build_model
+from memlm.assemble import build_model
 
 T = 16
 MEMORIES: dict[str, dict[str, Any]] = {

@@ -110,7 +110,7 @@ def preload() -> None:
     for folder in ("experiments", "benchmarks"):
         for path in (CHECKOUT / folder).glob("*.py"):
             importlib.import_module(f"{folder}.{path.stem}")
-    for name in ("memlm.build", "memlm.checkpoint", "memlm.cli", "memlm.training.fit", "train"):
+    for name in ("memlm.build", "memlm.checkpoint", "memlm.app.cli", "memlm.training.fit", "train"):
         importlib.import_module(name)
     Plugins.instance()  # looks through all packages
     torch.set_num_threads(1)

@@ -16,14 +16,15 @@ from safetensors.torch import save
 from torch import Tensor
 
 from memlm import checkpoint
-from memlm.analysis.capacity import analyze_memory_capacity
-from memlm.analysis.flow import memory_flow, visualize_memory_flow
+from memlm.analysis.filling import analyze_memory_capacity
+from memlm.analysis.flow import memory_flow
+from memlm.analysis.flow_figure import visualize_memory_flow
 from memlm.config import ConfigError
 from memlm.data.tokenizer import Tokenizer, train_tokenizer
 from memlm.memory.records import MANY
-from memlm.models import memory_file
-from memlm.models.conversation import Conversation
-from memlm.models.memory_file import MemoryFile
+from memlm.store import memory_file
+from memlm.store.conversation import Conversation
+from memlm.store.memory_file import MemoryFile
 from tests.experiments.tiny import tiny
 from tests.hostile.base import Case, Silent
 
@@ -255,7 +256,7 @@ def _of_another(**settings: Any) -> None:
 
 def _of_layers() -> None:
     """Other numbers of records in two layers."""
-    from tests.models.test_experience import build
+    from tests.store.test_operations import build
 
     model = build(_tokenizer(), layers="all")
     model.store_experience(TEXTS[0])

@@ -547,7 +547,7 @@ def _ignored() -> None:
 
 
 def _while_starting(signum: int) -> None:
-    import memlm.build
+    import memlm.assemble
 
     original, memlm.build.build_corpus = memlm.build.build_corpus, _kill(signum)  # type: ignore[assignment]
     code = _exit_of()
@@ -558,7 +558,7 @@ def _while_starting(signum: int) -> None:
 
 
 def _while_measuring(signum: int) -> None:
-    from experiments import runner
+    from memlm.evaluation import runner
 
     original, runner.run_all = runner.run_all, _kill(signum)  # type: ignore[assignment]
     code = _exit_of()
@@ -700,7 +700,8 @@ def _not_finite() -> None:
 
 def _same_directory_twice() -> None:
     """The wandb sync line of a run that went on in its own directory names each part once."""
-    from memlm.training.fit import make_trainer, sync_hint, wandb_logger
+    from memlm.training.fit import make_trainer
+    from memlm.training.loggers import sync_hint, wandb_logger
 
     settings = config(Path.cwd(), "run", "trainer.max_steps=2", logger="wandb")
     fit(settings)

@@ -22,9 +22,9 @@ import torch
 
 import memlm
 from memlm import checkpoint
-from memlm.build import build_model, build_tokenizer
+from memlm.assemble import build_model, build_tokenizer
 from memlm.checkpoint import load_run
-from memlm.cli import compose, to_dict
+from memlm.compose import compose, to_dict
 from memlm.config import ConfigError
 from tests.hostile.base import CANARY, Case, Silent, command
 from tests.training.small import FACTS, config, fit, overrides
@@ -113,22 +113,22 @@ ACTS: dict[str, dict[str, Any]] = {
     "memlm.checkpoint.os.mkdir": {"path": CANARY},
     "memlm.config.importlib.import_module": {"name": "acting"},
     "memlm.training.apart.subprocess.Popen": {"args": SH},
-    "memlm.cli.shutil.copy": {"src": "acting.py", "dst": CANARY},
+    "memlm.app.cli.shutil.copy": {"src": "acting.py", "dst": CANARY},
     "memlm.checkpoint.write": {"content": {}, "path": CANARY},
     "memlm.checkpoint.export": {"model": None, "directory": CANARY},
     "memlm.checkpoint.torch.save": {"obj": 1, "f": CANARY},
     "memlm.checkpoint.tempfile.mkdtemp": {"prefix": CANARY, "dir": "."},
     "memlm.checkpoint.Path.mkdir": {"self": CANARY},
     "memlm.data.tokens.atomic_file": {"path": CANARY},
-    "memlm.data.corpus.urllib.request.urlretrieve": {"url": "file:acting.py", "filename": CANARY},
+    "memlm.data.corpora.base.urllib.request.urlretrieve": {"url": "file:acting.py", "filename": CANARY},
     "memlm.config.instantiate": {"node": {"_target_": "os.mkdir", "path": CANARY}, "key": "x"},
     "memlm.import_module": {"name": "acting"},
     "memlm.load": {"path": "acting.pickle"},
     "memlm.build": {},
-    "memlm.models.memory_file.write": {"path": CANARY, "content": {}},
+    "memlm.store.memory_file.write": {"path": CANARY, "content": {}},
     "memlm.training.resume.mark_finished": {"run": ".", "config": {}, "value": 1},
     # of memlm, but not what is built there, or no classes to be built at all
-    "memlm.data.corpus.Builtin": {},
+    "memlm.data.corpora.builtin.Builtin": {},
     "memlm.config.ConfigError": {},
     "memlm.memory.contract.Memory": {},
     "memlm.memory.contract.nn.Identity": {},
@@ -140,13 +140,13 @@ ACTS: dict[str, dict[str, Any]] = {
         "overlap": 4,
         "memory_layers": "middle",
     },
-    "memlm.models.experience.ExperienceModel": {},
-    "memlm.data.corpus.Corpus": {},
+    "memlm.store.operations.ExperienceModel": {},
+    "memlm.data.corpora.base.Corpus": {},
     "memlm.no_such.Memory": {},
     "memlm.memory.ltm.NoSuch": {},
     "memlm": {},
     "memlm.": {},
-    "experiments.base.emit": {"result": None, "figures": {}, "directory": CANARY},
+    "memlm.evaluation.emit.emit": {"result": None, "figures": {}, "directory": CANARY},
     "benchmarks.base.in_own_process": {"function": None, "name": "x"},
     "tests.hostile.trust.act": {},
 }
@@ -455,7 +455,7 @@ def _nested() -> Iterator[Case]:
         "a phase": _at("curriculum.phases", [evil]),
         "a task of a phase": _at("curriculum.phases", [{"steps": 1, "n_row": 1, "n_segment": 1, "task": evil}]),
         "memories of a phase": _at("curriculum.phases", [{"steps": 1, "n_row": 1, "n_segment": 1, "memory": evil}]),
-        "a task without document": _at("curriculum.task", {"_target_": "memlm.data.corpus.Builtin"}),
+        "a task without document": _at("curriculum.task", {"_target_": "memlm.data.corpora.builtin.Builtin"}),
         "the path of the text": _at("data.corpus.path", evil),
         "the column of the text": _at("data.corpus.column", evil),
         "_args_": lambda c: c["memlm"]["config"]["memory"]["ltm"].update(_args_=[evil]),
@@ -502,7 +502,7 @@ OWN = """
 from pathlib import Path
 Path("IMPORTED").touch()
 from memlm.memory.ltm import LongTermMemory
-from memlm.data.facts import Facts
+from memlm.data.tasks.facts import Facts
 class Own(LongTermMemory): pass
 class OwnFacts(Facts): pass
 def make(*arguments, **settings): return Own(*arguments, **settings)
@@ -636,7 +636,7 @@ def _touches() -> Iterator[Case]:
     }
     for name, path in texts.items():
         yield Case(f"load_run: the text is {name}", lambda path=path: _load_run(_at("data.corpus.path", path)))
-    hub = {"_target_": "memlm.data.corpus.Hub", "name": "."}
+    hub = {"_target_": "memlm.data.corpora.hub.Hub", "name": "."}
 
     def script() -> None:
         _acting()

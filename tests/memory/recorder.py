@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from memlm import laws
 from memlm.memory.state import detach, tensors
 from memlm.models.lmcode import LMCode
 from memlm.models.lstm import LSTM
 from memlm.models.segments import SegmentModel
-from tests.conformance import laws
 
 FILE = Path(__file__).with_name("recorded.json")
 T = laws.T

@@ -9,12 +9,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import memlm
+from memlm import laws
 from memlm.memory import strengths
 from memlm.memory.adaptive import AdaptiveMemory, AdaptiveState, policy_gradient
 from memlm.memory.contract import Flags, Segment
 from memlm.models.lmcode import LMCode
-from tests.conformance import laws
-from tests.conformance.oracles import adaptive_store, items_of, same_items
+from tests.laws.oracles import adaptive_store, items_of, same_items
 
 D = 8
 SMALL: dict[str, Any] = {"n_slot": 5, "n_short": 4, "d_key": 6, "d_value": 7, "top_k": 3, "write_budget": 4}

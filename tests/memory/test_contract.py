@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from memlm import laws
 from memlm.analysis.usage import banks, check_slots
 from memlm.config import ConfigError
 from memlm.memory.contract import Context, Memory, Mixer, Needs, Read, Sizes
 from memlm.memory.stm import ShortTermMemory
 from memlm.models.lmcode import LMCode
 from memlm.models.lstm import LSTM
-from tests.conformance import laws
 from tests.memory import guests
 
 GUESTS: list[type[Memory]] = [

@@ -12,20 +12,20 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from memlm import laws
 from memlm.memory import delta
 from memlm.memory.contract import Flags, Segment
 from memlm.memory.delta import DeltaMemory, DeltaState, chunks_of, decay_between
 from memlm.memory.state import n_byte
 from memlm.models.mixers import Done
-from tests.conformance import laws
-from tests.conformance.test_laws import LAWS
+from tests.laws.test_laws import LAWS
 from tests.memory.segments import segment_of
 
 RULES = [
     {"rule": rule, "decay": decay, "within": within}
     for rule, decay, within in itertools.product(("delta", "linear"), (False, True), (False, True))
 ]
-# Beside the default, which tests/conformance tests: each rule in both forms, two of them with decay.
+# Beside the default, which tests/laws tests: each rule in both forms, two of them with decay.
 OTHERS: list[dict[str, Any]] = [
     {"decay": True, "within": True},
     {"rule": "linear", "within": True},

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from memlm import laws
 from memlm.compat.memoria import MemoriaOfSource, SourceGraph
 from memlm.memory.engrams import EMPTY, LONG_TERM, SHORT_TERM, WORKING, EngramGraph, Engrams
 from memlm.memory.memoria import MemoriaMemory, MemoriaState
 from memlm.memory.state import tensors
-from tests.conformance import laws
 from tests.memory import memoria_source
 from tests.memory.segments import segment_of
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from memlm.cli import compose, to_dict
-from tests.conformance import laws
+from memlm import laws
+from memlm.compose import compose, to_dict
 from tests.training.small import overrides
 
 ROOT = Path(__file__).resolve().parents[2]

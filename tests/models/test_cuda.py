@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from memlm import laws
 from memlm.memory import state as states
 from memlm.models.lmcode import LMCode
 from memlm.models.lstm import LSTM
 from memlm.models.segments import SegmentModel
 from memlm.models.state import ModelState
 from memlm.training.loss import linear_cross_entropy
-from tests.conformance import laws
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 

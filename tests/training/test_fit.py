@@ -16,14 +16,15 @@ from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.loggers import Logger
 
 import memlm
-from memlm.analysis.figures import read_history
+from memlm.analysis.run_log import read_history
 from memlm.checkpoint import checkpoints
-from memlm.cli import compose, to_dict
+from memlm.compose import compose, to_dict
 from memlm.config import ConfigError
 from memlm.training import callbacks
 from memlm.training import settings as settings_module
 from memlm.training.callbacks import Progress, Throughput
-from memlm.training.fit import make_trainer, save_last, sync_hint, wandb_logger
+from memlm.training.fit import make_trainer, save_last
+from memlm.training.loggers import sync_hint, wandb_logger
 from memlm.training.module import LanguageModeling
 from memlm.training.resume import find_origin, history_files
 from memlm.training.settings import check_device, check_trainer, plan_steps, seconds_of

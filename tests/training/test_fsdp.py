@@ -11,9 +11,9 @@ import torch
 from lightning.pytorch.utilities import rank_zero_only
 
 import memlm
-from memlm.analysis.figures import read_history
+from memlm.analysis.run_log import read_history
 from memlm.checkpoint import FOLDER
-from memlm.cli import compose, to_dict
+from memlm.compose import compose, to_dict
 from memlm.training.resume import history_files
 from tests.training.small import FACTS, SHORT, config, curve, fit
 

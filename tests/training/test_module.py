@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 import memlm
-from memlm.build import build_data, build_model, build_tokenizer
+from memlm.assemble import build_data, build_model, build_tokenizer
 from memlm.checkpoint import checkpoints, read
 from memlm.config import ConfigError
 from memlm.memory import state as states
 from memlm.memory.ltm import LongTermMemory
-from memlm.training import loss
+from memlm.training import callbacks, loss
 from memlm.training.module import LanguageModeling, NonFiniteLoss, decay_groups, memory_settings
 from memlm.training.settings import Training
 from tests.training.small import FACTS, PLAIN, SHORT, config, curve, fit
@@ -362,15 +362,14 @@ def test_weights_that_are_not_finite_are_never_written(where: str, tmp_path: Pat
                 target[0] = float("inf")
 
     settings = config(tmp_path, "a")
-    from memlm.training import fit as fit_module
 
-    original = fit_module.Throughput
-    fit_module.Throughput = type("Both", (original, Spoil), {})  # type: ignore[misc]
+    original = callbacks.Throughput
+    callbacks.Throughput = type("Both", (original, Spoil), {})  # type: ignore[misc]
     try:
         with pytest.raises(NonFiniteLoss, match="not finite"):
             fit(settings)
     finally:
-        fit_module.Throughput = original  # type: ignore[misc]
+        callbacks.Throughput = original  # type: ignore[misc]
     assert [path.name for path in checkpoints(tmp_path / "a")] == ["step=3.ckpt"]
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from memlm.analysis.figures import read_history
+from memlm.analysis.run_log import read_history
 from memlm.checkpoint import checkpoints, read_plain
 from memlm.config import ConfigError
 from memlm.data.stream import Batch
