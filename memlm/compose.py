@@ -157,6 +157,7 @@ def compose_with(
     searchpath: Sequence[str | Path],
     schema: type | None = None,
 ) -> DictConfig:
+    """Compose within a `session`; every override names what exists, or says with + that it adds."""
     parsed = parse_overrides(overrides, loader)
     for override in parsed:
         if override.is_sweep_override():
@@ -235,6 +236,7 @@ def _told_in_a_sentence() -> Iterator[None]:
 
 
 def parse_overrides(overrides: Sequence[str], loader: ConfigLoader | None = None) -> list[Override]:
+    """The overrides of a command line, parsed."""
     parser = OverridesParser.create(config_loader=loader)
     parsed = []
     for line in overrides:
@@ -254,6 +256,7 @@ def parse_overrides(overrides: Sequence[str], loader: ConfigLoader | None = None
 
 
 def options_of(loader: ConfigLoader, group: str, extra: list[str], config_name: str | None) -> list[str]:
+    """The options of a group of configs."""
     with _told_in_a_sentence():
         return sorted(set(loader.get_group_options(group, config_name=config_name, overrides=extra)))
 
@@ -268,6 +271,7 @@ def _groups(loader: ConfigLoader, config_name: str, extra: list[str]) -> list[st
 
 
 def check_choice(override: Override, options: list[str]) -> None:
+    """Raise ConfigError unless an override chooses an option that exists."""
     group, value = override.key_or_group, override.value()
     for choice in value if isinstance(value, list) else [value]:
         if override.is_delete() and choice in (None, ""):
@@ -305,6 +309,7 @@ def _check_key(config: DictConfig, override: Override, groups: Callable[[], list
 
 
 def check_missing(config: DictConfig) -> None:
+    """Raise ConfigError if a required setting has no value."""
     # Not OmegaConf.missing_keys, which follows references, and fails at one to a missing value.
     if missing := sorted(_missing(OmegaConf.to_container(config, resolve=False))):
         raise ConfigError(_required(missing[0]))

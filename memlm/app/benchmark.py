@@ -80,7 +80,8 @@ def main(cfg: DictConfig) -> None:
     print("\nWritten:", *(f"  {path}" for path in written), sep="\n")
 
 
-if __name__ == "__main__":
+def start() -> None:
+    """What the command line runs."""
     with mistakes_told():
         sys.argv[1:] = name_command(sys.argv[1:])
     main()

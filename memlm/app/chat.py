@@ -49,5 +49,6 @@ def main(cfg: DictConfig) -> None:
         print()
 
 
-if __name__ == "__main__":
+def start() -> None:
+    """What the command line runs."""
     main()

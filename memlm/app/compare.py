@@ -43,6 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print("\nWritten:", *(f"  {path}" for path in written), sep="\n")
 
 
-if __name__ == "__main__":
+def start() -> None:
+    """What the command line runs."""
     with mistakes_told():
         main()

@@ -101,6 +101,7 @@ def main(cfg: DictConfig) -> None:
         print("\n" + not_measured(skipped))
 
 
-if __name__ == "__main__":
+def start() -> None:
+    """What the command line runs."""
     sys.argv[1:] = name_all(sys.argv[1:])
     main()

@@ -18,5 +18,6 @@ def main(cfg: DictConfig) -> None:
     print(f"\nIn Python: memlm.load({str(cfg.output)!r})")
 
 
-if __name__ == "__main__":
+def start() -> None:
+    """What the command line runs."""
     main()

@@ -78,5 +78,6 @@ def main(cfg: DictConfig) -> str:
     return text
 
 
-if __name__ == "__main__":
+def start() -> None:
+    """What the command line runs."""
     main()

@@ -50,6 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(f"Written:\n  {out}")
 
 
-if __name__ == "__main__":
+def start() -> None:
+    """What the command line runs."""
     with mistakes_told():
         main()

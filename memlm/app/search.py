@@ -228,6 +228,7 @@ def main(cfg: DictConfig) -> None:
         raise ConfigError("no trial came to an end")
 
 
-if __name__ == "__main__":
+def start() -> None:
+    """What the command line runs."""
     sys.argv[1:] = apart(sys.argv[1:])
     main()

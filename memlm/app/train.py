@@ -118,5 +118,6 @@ def _train(cfg: DictConfig, answer: Answer) -> float | None:
     return recall
 
 
-if __name__ == "__main__":
+def start() -> None:
+    """What the command line runs."""
     main()

@@ -15,6 +15,7 @@ from numbers import Integral, Real
 from typing import Any
 
 from memlm.config import ConfigError
+from memlm.evaluation.experiment import name_of
 
 Row = dict[str, Any]
 
@@ -100,14 +101,14 @@ def check_settings(settings: Any, least: Mapping[str, float]) -> None:
     """Check what the settings of many experiments have in common.
 
     Args:
-        settings: Of an experiment, whose name is that of its module.
+        settings: Of an experiment.
         least: By name of a setting, the least it may be; None is always right.
 
     Raises:
         ConfigError: If one is less, or so much that it would not end, ``facts_per_segment`` is not positive, or
             ``split`` is text of training.
     """
-    name = type(settings).__module__.rpartition(".")[2]
+    name = name_of(settings)
     _check_most(name, vars(settings))
     for key, number in least.items():
         given = getattr(settings, key)

@@ -13,6 +13,7 @@ from typing import Any
 from experiments.needle import Needle
 from memlm.config import ConfigError
 from memlm.evaluation.emit import emit
+from memlm.evaluation.experiment import home_of
 from memlm.evaluation.headline import headline
 from memlm.evaluation.recall.rates import CONDITIONS
 from memlm.evaluation.result import Result
@@ -69,7 +70,7 @@ def run_all(
             if result is None or not first:
                 continue
             results.append(result)
-            written += emit(result, _module(settings).plot(result), directory / name, logger=logger)
+            written += emit(result, home_of(settings).plot(result), directory / name, logger=logger)
     return results, written, skipped
 
 
@@ -162,7 +163,7 @@ def watch(experiments: Mapping[str, Any], data: Any) -> Callable[[Any], dict[str
 
 def _run(model: Any, data: Any, settings: Any, progress: Callable[[float], None] | None = None) -> Result | None:
     """The result of an experiment; None where it is left to another process."""
-    run, share = _module(settings).run, Share.here()
+    run, share = home_of(settings).run, Share.here()
     if "share" in inspect.signature(run).parameters:
         return run(model, data, settings, progress=progress, share=share)
     return run(model, data, settings, progress=progress) if share.rank == 0 else None
@@ -187,7 +188,3 @@ def _settings(node: Mapping[str, Any]) -> Any:
     module, _, name = str(node["_target_"]).rpartition(".")
     values = {key: value for key, value in node.items() if key != "_target_"}
     return getattr(importlib.import_module(module), name)(**values)
-
-
-def _module(settings: Any) -> Any:
-    return importlib.import_module(type(settings).__module__)

@@ -139,7 +139,7 @@ def _recall(result: Result) -> str:
 
 
 def _axes(result: Result) -> list[str]:
-    """What varies within a result, in the order of the names of its metrics: see `memlm.evaluation.recall.rates.tabulate`."""
+    """What varies within a result, in the order of the names of its metrics, as `tabulate` has them."""
     settings = result.metadata.get("settings", {})
     varying = {name: settings.get(key) for name, key in (("facts", "kind"), ("others", "n_other"))}
     varying["distance"] = result.metadata.get("distances")

@@ -57,6 +57,7 @@ def nodes_of(name: str) -> Nodes:
 
 
 def class_of(node: Mapping[str, Any]) -> type[Memory]:
+    """The class that a node names."""
     module, _, name = node["_target_"].rpartition(".")
     return getattr(importlib.import_module(module), name)
 

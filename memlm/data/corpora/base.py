@@ -182,6 +182,7 @@ def _cut_near(text: str, share: float) -> int:
 
 
 def content_hash(splits: dict[str, list[str]]) -> str:
+    """A fingerprint of all documents and of how they are split."""
     digest = hashlib.sha256()
     for split in SPLITS:
         for document in splits[split]:

@@ -194,5 +194,6 @@ def checked(value: Any, where: str, column: str) -> str | None:
 
 
 def no_column(where: str, column: str, columns: Iterable[str]) -> str:
+    """The sentence for a column that a table lacks."""
     columns = list(columns)
     return f"{where}: no column {column!r}; there are: {', '.join(columns) or 'none'}.{did_you_mean(column, columns)}"

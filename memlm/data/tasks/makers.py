@@ -409,6 +409,7 @@ as they are in the text; English sentences."""
 
 
 def check_kind(kind: str) -> None:
+    """Raise ConfigError unless there are facts of this kind."""
     if kind not in KINDS:
         raise ConfigError(
             f"there are no facts of kind {kind!r}: expected one of {', '.join(KINDS)}.{did_you_mean(kind, KINDS)}"

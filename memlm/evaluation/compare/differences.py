@@ -114,4 +114,5 @@ def _short(key: str) -> str:
 
 
 def seeds_of(group: Group) -> str:
+    """How many seeds a group has, in words."""
     return f"{len(group.runs)} seed{'s' if len(group.runs) > 1 else ''}"
