@@ -32,7 +32,7 @@ from memlm.evaluation.headline import recall_entries
 from memlm.evaluation.recall.asking import ask
 from memlm.evaluation.recall.figures import COLORS, draw_rates
 from memlm.evaluation.recall.haystack import Document, Haystack, tell
-from memlm.evaluation.recall.rates import LABELS, tabulate
+from memlm.evaluation.recall.rates import CONDITIONS, LABELS, tabulate
 from memlm.evaluation.recall.reading import Consolidation, is_shared, part_of, visit
 from memlm.evaluation.result import Result, Row, check_settings, evaluating
 from memlm.evaluation.share import ALONE, Share
@@ -285,6 +285,17 @@ def summarise(rows: Sequence[Row]) -> dict[str, float]:
         ``.../<n_other>``, ``.../<distance>``, in this order and only for what varies.
     """
     return tabulate(rows, _AXES)
+
+
+def applies(data: Any) -> bool:
+    """Whether facts are planted in the text that a model is trained on."""
+    return data.curriculum.has_task
+
+
+def logged(result: Result) -> dict[str, float]:
+    """The rates by the names under which they are logged while a model is trained: ``recall/<condition>``."""
+    rates = {f"recall/{condition}": result.metrics[f"exact_match/{condition}"] for condition in CONDITIONS}
+    return rates | {"recall/n": result.metrics["n/on"], "recall/chance": result.metrics["chance"]}
 
 
 def plot(result: Result) -> dict[str, Figure]:

@@ -61,6 +61,7 @@ class Train:
     name: str | None
     n_parameter: Annotated[int, Range(1, 10**12)] | None
     seed: Seed
+    optimized_metric: str
     resume: str | None
     checkpoint: Checkpoint
     watch: dict[str, Node | None] | None
@@ -70,7 +71,6 @@ class Space:
     """What is searched over, and how."""
 
     n_trial: Count
-    metric: str | None
     direction: Literal["maximize", "minimize"]
     sampler: Literal["tpe", "random"]
     seed: Seed

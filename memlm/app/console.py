@@ -45,6 +45,7 @@ def main() -> None:
         print(f"error: there is no command {name!r}.{hint} There are: {', '.join(COMMANDS)}.", file=sys.stderr)
         raise SystemExit(2)
     else:
+        sys.path.append("")  # a memory of one's own may lie where the command is given
         module = import_module(f"memlm.app.{name}")
         # What starts the command again in other processes, as Lightning does, finds it by the first word.
         sys.argv = [str(module.__file__), *sys.argv[2:]]

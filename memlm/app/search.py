@@ -25,7 +25,6 @@ from memlm.app.cli import cli
 from memlm.app.command_line import check_command_line
 from memlm.compose import run_dir, to_dict
 from memlm.config import ConfigError, did_you_mean
-from memlm.files import read_json
 from memlm.printed import one_line, printable
 from memlm.quoting import quoted
 
@@ -89,27 +88,19 @@ def distributions(space: Mapping[str, str]) -> dict[str, Any]:
     return found
 
 
-def measured(run: Path, metric: str | None, returned: float | None) -> float:
+def measured(metric: str, returned: float | None) -> float:
     """The number that a trial is judged by.
 
     Raises:
         ConfigError: If it was not measured, or is no number.
     """
-    if metric is None:
-        if returned is None:
-            raise ConfigError("no facts were asked for: measure experiment=needle, or name a number as search.metric")
-        return returned
-    from memlm.evaluation.result import Result
-
-    experiment, _, name = metric.partition("/")
-    path = run / experiment / "result.json"
-    metrics = Result.from_dict(read_json(path)).metrics if path.is_file() else {}
-    if name not in metrics:
-        known = ", ".join(f"{experiment}/{key}" for key in metrics) or f"nothing of {experiment!r}"
-        raise ConfigError(f"search.metric={metric} was not measured; there is {known}")
-    if math.isnan(metrics[name]):
-        raise ConfigError(f"search.metric={metric} is no number (nan)")
-    return metrics[name]
+    if returned is None:
+        raise ConfigError(
+            f"optimized_metric={metric} was not measured: choose a number of an experiment that trials run"
+        )
+    if math.isnan(returned):
+        raise ConfigError(f"optimized_metric={metric} is no number (nan)")
+    return returned
 
 
 def open_study(directory: Path, settings: Mapping[str, Any], about: Mapping[str, Any]) -> Any:
@@ -162,20 +153,20 @@ def check(cfg: DictConfig) -> None:
     if not search["space"]:
         raise ConfigError("there is nothing to search over: give a setting several values, or hparams_search=NAME")
     distributions(search["space"])
-    _check_metric(search["metric"], cfg)
+    _check_metric(to_dict(cfg)["optimized_metric"], cfg)
     train.check(cfg)
 
 
-def _check_metric(metric: str | None, cfg: DictConfig) -> None:
+def _check_metric(metric: str, cfg: DictConfig) -> None:
     """Refuse a number of an experiment that no trial would run."""
     from memlm.evaluation import runner
 
     names = runner.chosen(to_dict(cfg))
-    experiment = "needle" if metric is None else metric.partition("/")[0]
+    experiment = metric.partition("/")[0]
     if experiment not in names:
         raise ConfigError(
-            f"search.metric={'null' if metric is None else metric} is a number of experiment={experiment}, but trials "
-            f"measure {', '.join(names) or 'nothing'}.{did_you_mean(experiment, names)} Name another search.metric, or "
+            f"optimized_metric={metric} is a number of experiment={experiment}, but trials "
+            f"measure {', '.join(names) or 'nothing'}.{did_you_mean(experiment, names)} Name another number, or "
             "choose that experiment"
         )
 
@@ -190,13 +181,13 @@ def main(cfg: DictConfig) -> None:
     from memlm.training.resume import running
 
     settings, directory = to_dict(cfg)["search"], Path(run_dir())
-    space = settings["space"]
+    space, metric = settings["space"], to_dict(cfg)["optimized_metric"]
     fixed = [line for line in HydraConfig.get().overrides.task
              if not line.lstrip("+").startswith(("search.", "hparams_search="))]  # fmt: skip
     drawn_from = distributions(space)
     places = config_dirs()
     check_command_line(["-m", *places, *fixed, *(f"{name}={text}" for name, text in space.items())], check=train.check)
-    about = {"settings": sorted(fixed), **{name: settings[name] for name in ("space", "metric", "direction")}}
+    about = {"settings": sorted(fixed), **{name: settings[name] for name in ("space", "direction")}}
 
     with running(directory):
         study = open_study(directory, settings, about)
@@ -211,7 +202,7 @@ def main(cfg: DictConfig) -> None:
             lines += [f"paths.root={quoted(str(directory))}", "resume=auto"]
             try:
                 returned = run_apart(train.__file__, [*places, *fixed, *lines], run)
-                study.tell(trial, measured(run, settings["metric"], returned))
+                study.tell(trial, measured(metric, returned))
             except (ConfigError, RuntimeError) as error:
                 failed[trial.number] = str(error)
                 trial.set_user_attr("error", str(error))
@@ -219,7 +210,6 @@ def main(cfg: DictConfig) -> None:
                 print(printable(f"error: trial {trial.number}: {error}"), file=sys.stderr)
     ranked = sorted((trial for trial in study.trials if trial.value is not None), key=lambda trial: trial.value,
                     reverse=settings["direction"] == "maximize")  # fmt: skip
-    metric = settings["metric"] or "recalled"
     rows = [[trial.number, trial.value, *(trial.params[name] for name in space)] for trial in ranked[:10]]
     print("\n" + table(["trial", metric, *space], rows, f"The best of {len(ranked)} trials in {directory}"))
     if failed:

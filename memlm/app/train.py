@@ -37,7 +37,7 @@ def main(cfg: DictConfig) -> float | None:
     """Compose, validate, build, fit, report.
 
     Returns:
-        The share of planted facts that is recalled, for a hyperparameter search; None if it is not measured.
+        The number that ``optimized_metric`` names, for a hyperparameter search; None if it is not measured.
     """
     from memlm.training.stopping import answering
 
@@ -106,8 +106,11 @@ def _train(cfg: DictConfig, answer: Answer) -> float | None:
             return None
         files += emit(*training_result(model, data, history()), run / "training", logger)
         hint = sync_hint(logger, origin)
-    recall = next((result.metrics.get("exact_match/on") for result in results if result.name == "needle"), None)
-    mark_finished(run, config, recall)  # before what is printed, which may go nowhere
+    experiment, _, metric = config["optimized_metric"].partition("/")
+    value = next((result.metrics.get(metric) for result in results if result.name == experiment), None)
+    if value is None and any(result.name == experiment for result in results):
+        print(f"\noptimized_metric={experiment}/{metric} was not measured; see result.json for the names of numbers")
+    mark_finished(run, config, value)  # before what is printed, which may go nowhere
     if results:
         print("\n" + summary(results))
     if skipped:
@@ -115,7 +118,7 @@ def _train(cfg: DictConfig, answer: Answer) -> float | None:
     print("\nWritten:", *(f"  {path}" for path in [*written, *files]), sep="\n")
     if hint:
         print(f"\nW&B ran offline. To upload: {hint}")
-    return recall
+    return value
 
 
 def start() -> None:

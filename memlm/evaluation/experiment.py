@@ -1,6 +1,11 @@
-"""What an experiment is: a module, or a folder of modules, that has settings, ``run`` and ``plot``.
+"""What an experiment is: a module, or a folder of modules, with settings, ``run`` and ``plot``.
 
-The settings are a class that a ``_target_`` names, so an experiment of somebody's own may live in any package.
+- The settings are a class that a ``_target_`` names.
+- ``run(model, data, settings, progress=None, share=ALONE) -> Result`` touches no files, loggers or global random state.
+- ``plot(result) -> dict[str, Figure]`` draws it.
+- ``applies(data) -> bool``, if there is one, says whether it is worth measuring while a model is trained on this data.
+- ``logged(result) -> dict[str, float]``, if there is one, names the numbers that are logged while a model is trained,
+  where the experiment is watched under its own name.
 """
 
 from __future__ import annotations

@@ -7,15 +7,14 @@ import inspect
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from experiments.needle import Needle
 from memlm.config import ConfigError
 from memlm.evaluation.emit import emit
-from memlm.evaluation.experiment import home_of
+from memlm.evaluation.experiment import home_of, name_of
 from memlm.evaluation.headline import headline
-from memlm.evaluation.recall.rates import CONDITIONS
 from memlm.evaluation.result import Result
 from memlm.evaluation.share import Share
 from memlm.printed import printable
@@ -131,18 +130,17 @@ def watch(experiments: Mapping[str, Any], data: Any) -> Callable[[Any], dict[str
 
     Args:
         experiments: Settings by name, see `watched`.
-        data: The data of the run; without planted facts the needle is left out.
+        data: The data of the run; what says that it does not apply to it is left out.
 
     Returns:
-        A function from the model to numbers by the names under which they are logged: ``recall/<condition>`` of
-        ``needle``; of any other name ``<name>/<metric>``, the headline and what stands behind it. An experiment that
-        does not apply to the model is left out from then on, with a printed sentence. None if there is nothing to
-        measure.
+        A function from the model to numbers by the names under which they are logged: those that the experiment
+        gives them, else ``<name>/<metric>``, the headline and what stands behind it. An experiment that does not
+        apply to the model is left out from then on, with a printed sentence. None if there is nothing to measure.
     """
     left = {
         name: settings
         for name, settings in experiments.items()
-        if data.curriculum.has_task or not isinstance(settings, Needle)
+        if getattr(home_of(settings), "applies", lambda data: True)(data)
     }
     if not left:
         return None
@@ -152,7 +150,7 @@ def watch(experiments: Mapping[str, Any], data: Any) -> Callable[[Any], dict[str
         for name, settings in list(left.items()):
             try:
                 result = _run(model, data, settings)
-                numbers |= {} if result is None else _logged(name, result)
+                numbers |= {} if result is None else _names_of_log(name, settings)(result)
             except ConfigError as error:
                 del left[name]
                 print(printable(f"watch.{name} is left out: {error}"))
@@ -169,15 +167,17 @@ def _run(model: Any, data: Any, settings: Any, progress: Callable[[float], None]
     return run(model, data, settings, progress=progress) if share.rank == 0 else None
 
 
+def _names_of_log(name: str, settings: Any) -> Callable[[Result], dict[str, float]]:
+    """What names the numbers of a result: the experiment itself, where it is watched under its own name."""
+    own = getattr(home_of(settings), "logged", None) if name == name_of(settings) else None
+    return own or partial(_logged, name)
+
+
 def _logged(name: str, result: Result) -> dict[str, float]:
     """Numbers of a result by the names under which they are logged during training."""
-    metrics = result.metrics
-    if name == "needle":
-        rates = {f"recall/{condition}": metrics[f"exact_match/{condition}"] for condition in CONDITIONS}
-        return rates | {"recall/n": metrics["n/on"], "recall/chance": metrics["chance"]}
     headline(result)  # refuses a rate without controls
     names = [entry[key] for entry in result.metadata.get("headline", ()) for key in ("metric", "low", "high", "n")]
-    return {f"{name}/{metric}": metrics[metric] for metric in names if metric is not None}
+    return {f"{name}/{metric}": result.metrics[metric] for metric in names if metric is not None}
 
 
 def _is_experiment(node: Any) -> bool:

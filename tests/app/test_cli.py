@@ -13,11 +13,12 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
-from memlm import compose, files, quoting
+from memlm import quoting
 from memlm.app import cli
 from memlm.app.command_line import check_command_line
-from memlm.compose import compose, to_dict
+from memlm.compose import compose, config_dir, device_of_job, run_dir, to_dict
 from memlm.config import ConfigError, schema_hints, validate
+from memlm.files import ERROR
 from memlm.schema import SCHEMAS
 from tests.targets import HERE, error
 
@@ -214,7 +215,7 @@ def test_cli_runs_the_function(tree: Path, monkeypatch: pytest.MonkeyPatch) -> N
     seen = []
 
     def main(cfg: Any) -> None:
-        seen.append((list(cfg.memory), compose.run_dir(), os.environ.get("HYDRA_FULL_ERROR")))
+        seen.append((list(cfg.memory), run_dir(), os.environ.get("HYDRA_FULL_ERROR")))
 
     run(tree, monkeypatch, main, "memory=stm")
     assert seen == [(["stm"], f"{tree}/out", None)]
@@ -305,7 +306,7 @@ def test_cli_sweep_goes_on_after_a_failed_job(
         run(tree, monkeypatch, lambda cfg: 1 / (cfg.seed - 3), "-m", "seed=1,2,3")
     stderr = capsys.readouterr().err
     assert f"error: 1 of the jobs in {tree}/out failed:\n  {tree}/out/2: division by zero\n" in stderr
-    assert "ZeroDivisionError" in (tree / "out" / "2" / files.ERROR).read_text()
+    assert "ZeroDivisionError" in (tree / "out" / "2" / ERROR).read_text()
 
 
 def test_a_fault_in_a_job_is_no_mistake_of_the_user(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -368,7 +369,7 @@ def test_what_a_constructor_refuses_is_told_before_the_first_job(
 
 
 def _parallel(tree: Path) -> None:
-    write(tree, {"hydra/launcher/parallel": (compose.config_dir() / "hydra/launcher/parallel.yaml").read_text()})
+    write(tree, {"hydra/launcher/parallel": (config_dir() / "hydra/launcher/parallel.yaml").read_text()})
 
 
 def test_jobs_side_by_side(tree: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -415,7 +416,7 @@ def test_devices_are_dealt_out_by_the_number_of_the_job(
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 3)
-    assert [compose.device_of_job(num) for num in range(3)] == found
+    assert [device_of_job(num) for num in range(3)] == found
 
 
 def test_a_launcher_that_is_not_installed_is_told(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -433,7 +434,7 @@ def test_shipped_launchers() -> None:
     """Every key of ours is one of the library's, which refuses others when it is composed."""
     import hydra
 
-    with hydra.initialize_config_dir(str(compose.config_dir()), version_base="1.3"):
+    with hydra.initialize_config_dir(str(config_dir()), version_base="1.3"):
         for name, target in {
             "parallel": "JoblibLauncher",
             "slurm": "SlurmLauncher",
@@ -453,8 +454,8 @@ def test_cli_shows_the_traceback_on_request(tree: Path, monkeypatch: pytest.Monk
 
 def test_script(tree: Path) -> None:
     """Help of a real program: quick, complete and without torch."""
-    write(tree, {"hydra/default": (compose.config_dir() / "hydra" / "default.yaml").read_text()})
-    write(tree, {"paths/default": (compose.config_dir() / "paths" / "default.yaml").read_text()})
+    write(tree, {"hydra/default": (config_dir() / "hydra" / "default.yaml").read_text()})
+    write(tree, {"paths/default": (config_dir() / "paths" / "default.yaml").read_text()})
     text = (tree / "train.yaml").read_text().replace("  - _self_", "  - _self_\n  - paths: default\n  - hydra: default")
     (tree / "train.yaml").write_text(text)
     script = tree.parent / "train.py"
@@ -474,7 +475,7 @@ def test_script(tree: Path) -> None:
                 print("slow imports:", [m for m in ("torch", "lightning", "wandb") if m in sys.modules])
             """)
     )
-    root = str(Path(cli.__file__).parents[1])
+    root = str(Path(cli.__file__).parents[2])
     env = {**os.environ, "PYTHONPATH": root}
     help_ = subprocess.run([sys.executable, script, "--help"], capture_output=True, text=True, env=env, check=True)
     assert "memory: broken, ltm, none, stm" in help_.stdout
@@ -496,7 +497,7 @@ def test_shipped_scripts_configs() -> None:
 
 @pytest.mark.parametrize("name", ["default", "cpu", "gpu"])
 def test_shipped_trainers(tmp_path: Path, name: str) -> None:
-    here = compose.config_dir()
+    here = config_dir()
     write(
         tmp_path,
         {"main": f"defaults:\n  - _self_\n  - trainer: {name}\n  - logger: default\n  - paths: default\nname: null"},

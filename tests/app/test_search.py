@@ -127,17 +127,11 @@ def test_a_trial_in_which_the_search_was_stopped_is_made_again(
     assert float(calls[0]["training.lr"]) == stopped.params["training.lr"]
 
 
-def test_any_number_that_was_measured_may_be_searched_for(tmp_path: Path) -> None:
-    emit(Result("perplexity", {"nll/on": 1.5, "nll/off": nan}), {}, tmp_path / "perplexity")
-    assert search.measured(tmp_path, "perplexity/nll/on", None) == 1.5
-    with pytest.raises(ConfigError, match=r"search\.metric=perplexity/nll/off is no number"):
-        search.measured(tmp_path, "perplexity/nll/off", None)
-    assert search.measured(tmp_path, None, 0.5) == 0.5
-    for metric, told in {"perplexity/x": "there is perplexity/nll/on", "needle/x": "nothing of 'needle'"}.items():
-        with pytest.raises(ConfigError, match=told):
-            search.measured(tmp_path, metric, None)
-    with pytest.raises(ConfigError, match="measure experiment=needle"):
-        search.measured(tmp_path, None, None)
+def test_a_trial_is_judged_by_a_number() -> None:
+    assert search.measured("needle/exact_match/on", 0.5) == 0.5
+    for value, told in {None: "was not measured", nan: "is no number"}.items():
+        with pytest.raises(ConfigError, match=f"optimized_metric=perplexity/nll/on {told}"):
+            search.measured("perplexity/nll/on", value)
 
 
 @pytest.mark.parametrize(
@@ -147,8 +141,8 @@ def test_any_number_that_was_measured_may_be_searched_for(tmp_path: Path) -> Non
         ("search.n_trial=0", "search.n_trial must be at least 1, got 0"),
         ("training.warmup_steps=1,-1", "training.warmup_steps must not be negative, got -1"),
         ("search.seed=-1", "search.seed must be in 0..2,147,483,647, got -1"),
-        ("search.metric=perplexty/nll/on", "but trials measure perplexity, needle. Did you mean 'perplexity'?"),
-        ("experiment=perplexity", "search.metric=null is a number of experiment=needle, but trials measure perplexity"),
+        ("optimized_metric=perplexty/nll/on", "but trials measure perplexity, needle. Did you mean 'perplexity'?"),
+        ("experiment=perplexity", "exact_match/on is a number of experiment=needle, but trials measure perplexity"),
         ("model.dropout=interval(0.5,0.1)", "search.space: nothing can be drawn from model.dropout=interval(0.5,0.1)"),
         ("training.warmup_steps=range(9,5)", "search.space: nothing can be drawn from training.warmup_steps="),
         ("seed=3", "nothing to search over"),
