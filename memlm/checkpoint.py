@@ -352,7 +352,7 @@ def write(content: dict[str, Any], path: str | os.PathLike[str]) -> None:
 
 def describe(model: LanguageModel) -> dict[str, Any]:
     """The ``memlm`` entry of a checkpoint of ``model``."""
-    from memlm import __version__
+    from memlm.version import __version__
 
     return {"version": __version__, "config": model.config, "tokenizer": model.tokenizer.to_json()}
 

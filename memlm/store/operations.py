@@ -266,7 +266,7 @@ class ExperienceModel(LanguageModel):
         Args:
             path: The file, which is replaced if there is one. It appears whole or not at all.
         """
-        from memlm import __version__
+        from memlm.version import __version__
 
         kept = self._kept("save_memory")
         parts = {part.name: part.module.bank.state() for part in kept}
