@@ -33,14 +33,14 @@ FLOORS = [
     {"memlm"},
     {"memlm.evaluation"},
     {"experiments", "benchmarks", "memlm.app"},
-    {"scripts", "train", "memlm.compat"},
+    {"scripts", "train", "memlm.compat", "memlm.__main__"},
 ]
 OURS = {"memlm", "experiments", "benchmarks", "scripts", "train"}
 
 # A trained model is loaded and used without what trains it: that holds for the floors up to `memlm.assemble` but for two
 # of their modules, for `memlm.checkpoint`, and for all that these import when they are imported.
 TRAINING = {"hydra", "omegaconf", "lightning", "lightning_fabric", "pytorch_lightning", "wandb"}
-NOT_LOADED = {"memlm.app.cli", "memlm.data.datamodule"}
+NOT_LOADED = {"memlm.compose", "memlm.data.datamodule", "memlm.__main__"}
 
 
 def floor(module: str) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from importlib import import_module
 
@@ -22,10 +23,12 @@ COMMANDS = {
 }
 """The commands, each a module of `memlm.app` with a function ``start``, and what they do."""
 
+_WITHOUT_HYDRA = ("compare", "report")  # their arguments are paths, which a shell completes itself
 _USAGE = (
     "usage: memlm COMMAND [arguments]\n\n"
     + "".join(f"  {name:<10} {what}\n" for name, what in COMMANDS.items())
-    + "\nmemlm COMMAND --help tells more."
+    + "\nmemlm COMMAND --help tells more. "
+    'Completion in bash: eval "$(memlm -sc install=bash)"'
 )
 
 
@@ -40,6 +43,8 @@ def main() -> None:
         print(_USAGE)
     elif name == "--version":
         print(f"memlm {__version__}")
+    elif name in ("-sc", "--shell-completion"):
+        _complete(sys.argv[2:])
     elif name not in COMMANDS:
         hint = did_you_mean(name, COMMANDS)
         print(f"error: there is no command {name!r}.{hint} There are: {', '.join(COMMANDS)}.", file=sys.stderr)
@@ -50,3 +55,19 @@ def main() -> None:
         # What starts the command again in other processes, as Lightning does, finds it by the first word.
         sys.argv = [str(module.__file__), *sys.argv[2:]]
         module.start()
+
+
+def _complete(arguments: list[str]) -> None:
+    """Do what Hydra's completion does, for a command line whose first word is a command."""
+    line = os.environ.get("COMP_LINE", "").split(" ")
+    name = "train"  # any command of Hydra's can install its completion
+    if arguments and arguments[0].startswith("query"):
+        if len(line) < 3:
+            print(*(word for word in COMMANDS if word.startswith(line[-1] if len(line) > 1 else "")))
+            return
+        name = line[1]
+        if name not in COMMANDS or name in _WITHOUT_HYDRA:
+            return
+        os.environ["COMP_LINE"] = " ".join([line[0], *line[2:]])
+    sys.argv = ["memlm", "-sc", *arguments]
+    import_module(f"memlm.app.{name}").start()

@@ -66,12 +66,13 @@ class Verdict(NamedTuple):
     why: str | None
 
 
-def judge(nodes: Nodes, model_class: type[SegmentModel] = LMCode) -> Iterator[Verdict]:
+def judge(nodes: Nodes, model_class: type[SegmentModel] = LMCode, written: Nodes | None = None) -> Iterator[Verdict]:
     """Put memories before every law, one after the other.
 
     Args:
         nodes: Settings of each memory by name, with ``_target_``, as in ``configs/memory/*.yaml``.
         model_class: The model around them.
+        written: Settings as the YAML has them, for law 10; by default ``nodes``.
 
     Yields:
         A verdict for each law, as soon as it is known; those of shared banks only for memories with ``scope``.
@@ -84,7 +85,7 @@ def judge(nodes: Nodes, model_class: type[SegmentModel] = LMCode) -> Iterator[Ve
             yield _verdict(law.number, f"{law.title}; shared bank", partial(law.holds, make, scope="shared"))
     whole = builder(nodes, shrink=False, model_class=model_class)
     yield _verdict(9, "useful: beats a wiped and another row's memory", partial(learning.useful, whole))
-    yield _verdict(10, "described: YAML, constructor and documentation agree", partial(described, nodes))
+    yield _verdict(10, "described: YAML, constructor and documentation agree", partial(described, written or nodes))
 
 
 def n_verdict(nodes: Nodes, model_class: type[SegmentModel] = LMCode) -> int:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 import benchmarks
-from benchmarks import train
+from benchmarks import candidates
 from memlm.app import benchmark
 from memlm.compose import compose, config_dir, to_dict
 from memlm.config import ConfigError
@@ -34,7 +34,7 @@ def test_command_line_writes_the_result(command: None, tmp_path: Path, capsys: p
 def test_what_a_benchmark_refuses_to_report_is_told(
     command: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(train, "fill", lambda model, setup: model.init_state(setup.n_row))
+    monkeypatch.setattr(candidates, "fill", lambda model, setup: model.init_state(setup.n_row))
     with pytest.raises(SystemExit) as end:
         benchmark.main()
     assert end.value.code == 2
