@@ -195,7 +195,7 @@ def read(path: Path, peek: bool = False) -> dict[str, Any]:
 
 def _check_version(version: str, path: Path) -> None:
     """Refuse what another version has written that comes after this one."""
-    from memlm import __version__
+    from memlm.version import __version__
 
     found, own = (re.match(r"\d{1,4}(?:\.\d{1,4}){1,3}(?!\d)", text) for text in (version, __version__))
     if found is None or own is None or len(version) > 30 or not version.isprintable():
@@ -409,7 +409,7 @@ def _restore(path: Path, content: Mapping[str, Any], trust: Trust, data: bool = 
 @contextmanager
 def _told(path: Path, version: str | None = None) -> Iterator[None]:
     """Tell in a sentence what is wrong with the contents of a file."""
-    from memlm import __version__
+    from memlm.version import __version__
 
     try:
         yield

@@ -362,4 +362,5 @@ def to_dict(config: Any) -> Any:
 
 
 def brief(text: str | None) -> str:
+    """A value as it is shown in an error, cut short."""
     return repr(text) if len(str(text)) <= 80 else f"{str(text)[:77]!r}..."

@@ -17,6 +17,7 @@ from memlm.config import (
 
 
 def unknown(config: DictConfig, parent: str, name: str, names: Sequence[str]) -> str:
+    """The sentence for a setting that does not exist."""
     prefix = f"{parent}." if parent else ""
     hint = did_you_mean(name, names)
     if places := [k for k in _walk_keys(config) if k.rpartition(".")[2] == name and k != f"{prefix}{name}"]:

@@ -37,8 +37,8 @@ FLOORS = [
 ]
 OURS = {"memlm", "experiments", "benchmarks", "scripts", "train"}
 
-# A trained model is loaded and used without what trains it: that holds for the floors up to `memlm.assemble` but for two
-# of their modules, for `memlm.checkpoint`, and for all that these import when they are imported.
+# A trained model is loaded and used without what trains it: that holds for the floors up to `memlm.assemble` but for
+# a few of their modules, for `memlm.checkpoint`, and for all that these import when they are imported.
 TRAINING = {"hydra", "omegaconf", "lightning", "lightning_fabric", "pytorch_lightning", "wandb"}
 NOT_LOADED = {"memlm.compose", "memlm.data.datamodule", "memlm.__main__"}
 

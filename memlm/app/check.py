@@ -38,8 +38,8 @@ def main(cfg: DictConfig) -> None:
         raise ConfigError(f"memory: {error}") from error
     sources = HydraConfig.get().runtime.config_sources
     places = [source.path for source in sources if source.provider == "command-line"]
-    choice = f"memory={HydraConfig.get().runtime.choices.memory}"
-    written = to_dict(compose([choice], "check", searchpath=places).memory)
+    choice = f"memory={HydraConfig.get().runtime.choices['memory']}"
+    written = to_dict(compose([choice], "check", searchpath=places))["memory"]
     verdicts = []
     with Progress(transient=True) as bar:
         task = bar.add_task("laws", total=n_verdict(config["memory"], model_class))

@@ -110,10 +110,12 @@ def again(sweep: str) -> str:
 
 
 def wants_traceback() -> bool:
+    """Whether tracebacks are asked for."""
     return any(os.environ.get(name, "0") not in ("", "0") for name in ("HYDRA_FULL_ERROR", "MEMLM_TRACEBACK"))
 
 
 def is_sweep() -> bool:
+    """Whether this is a job of a sweep."""
     return HydraConfig.initialized() and HydraConfig.get().mode is RunMode.MULTIRUN
 
 
@@ -146,6 +148,7 @@ def _message(error: BaseException) -> str:
 
 
 def report(error: BaseException, prefix: str = "") -> None:
+    """Print what an error says, on one line."""
     sys.stdout.flush()
     print(f"error: {prefix}{_message(error)}", file=sys.stderr)
     if not isinstance(_root(error), ConfigError):

@@ -24,12 +24,12 @@ from memlm.laws.builders import (
     names,
     nodes_of,
     same_memory,
-    segments_outside,
     settings_of,
-    slow_process,
+    slow_scan,
     small,
     takes,
     text,
+    windows_of,
     windows_of_documents,
 )
 from memlm.laws.causality import (
@@ -45,6 +45,7 @@ from memlm.laws.causality import (
     schedules_agree,
 )
 from memlm.laws.described import described
+from memlm.laws.forgetting import Letters, forgets
 from memlm.laws.judge import LAWS, Law, Verdict, judge
 from memlm.laws.learning import every_parameter_learns, learn_recall, reach, recall_batch, recall_scores, useful
 from memlm.laws.state import admits, bounded, inspectable, pure, resets, round_trip
@@ -54,6 +55,7 @@ __all__ = [
     "MODEL",
     "N_VOCAB",
     "Law",
+    "Letters",
     "Make",
     "Nodes",
     "T",
@@ -73,6 +75,7 @@ __all__ = [
     "empty_segments",
     "every_parameter_learns",
     "filled",
+    "forgets",
     "generates_as_parallel",
     "inspectable",
     "isolated",
@@ -91,12 +94,12 @@ __all__ = [
     "round_trip",
     "same_memory",
     "schedules_agree",
-    "segments_outside",
     "settings_of",
-    "slow_process",
+    "slow_scan",
     "small",
     "takes",
     "text",
     "useful",
+    "windows_of",
     "windows_of_documents",
 ]

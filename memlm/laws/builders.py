@@ -105,7 +105,8 @@ def builder_of(
             own = {key: value for of, _, key, value in split if key in known and of in ("", cls.__name__)}
             constructors[name] = partial(cls, **((small(cls, settings) if shrink else settings) | own))
         sizes = {key: value for key, value in (MODEL | model).items() if key in accepted or key not in MODEL}
-        built = model_class(n_vocab, constructors, **sizes)
+        make_model: Any = model_class  # whose constructors differ
+        built = make_model(n_vocab, constructors, **sizes)
         if perturb:
             generator = torch.Generator().manual_seed(1)
             with torch.no_grad():

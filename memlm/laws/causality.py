@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 
 import torch
@@ -135,23 +136,21 @@ def ragged(make: Make) -> None:
             same_memory(model.select_rows(now, torch.tensor([row])), alone.state, f"row {row}")
     # A document that ends in padding: closing it writes its tokens and nothing of the padding the model computed.
     model = make()
-    state, ids, mask = (
-        filled(model),
-        text(3, 2 * T, seed=1),
-        torch.arange(2 * T) < torch.tensor([T + 3, T + 7, 5])[:, None],
-    )
+    start, padded = filled(model), text(3, 2 * T, seed=1)
+    held = torch.arange(2 * T) < torch.tensor([T + 3, T + 7, 5])[:, None]
     no_reset = torch.zeros(3, 2, dtype=torch.bool)
     with torch.no_grad():
         closed = [
-            model.new_context(model(padded, state=state, mask=mask, reset=reset).state)
-            for padded in (ids, torch.where(mask, ids, (ids + 7) % N_VOCAB))
+            model.new_context(model(part, state=start, mask=held, reset=reset).state)
+            for part in (padded, torch.where(held, padded, (padded + 7) % N_VOCAB))
             for reset in (None, no_reset)
         ]
-        row = model.select_rows(state, torch.tensor([1]))
-        alone = model.new_context(model(ids[1:2, : T + 7], state=row).state)
-    for other in closed[1:]:
-        same_memory(closed[0], other, "a segment closed before it was full")
-    same_memory(model.select_rows(closed[-1], torch.tensor([1])), alone, "a segment closed before it was full, alone")
+        one = model.select_rows(start, torch.tensor([1]))
+        closed_alone = model.new_context(model(padded[1:2, : T + 7], state=one).state)
+    what = "a segment closed before it was full"
+    for after in closed[1:]:
+        same_memory(closed[0], after, what)
+    same_memory(model.select_rows(closed[-1], torch.tensor([1])), closed_alone, f"{what}, alone")
 
 
 def generates_as_parallel(make: Make) -> None:
@@ -187,6 +186,8 @@ def loss_of(model: SegmentModel, ids: Tensor, out: Output, mask: Tensor) -> Tens
 
 def _by_slot(read: Read) -> Tensor:
     """Read weights by number of the slot, (B, N, 1000); slots of weight 0 may have any number."""
+    assert read.slots is not None
+    assert read.weights is not None
     slots = read.slots.masked_fill(read.weights == 0, 0)
     return torch.zeros(*slots.shape[:2], 1000).scatter_add(2, slots, read.weights.detach())
 
@@ -198,7 +199,7 @@ def schedules_agree(make: Make) -> None:
     """
     model = make(memory_layers="all")
     results = {}
-    changes = {
+    changes: dict[str, Callable[[SegmentModel], AbstractContextManager[None]]] = {
         "segments outside": partial(windows_of, 1),
         "windows of two": partial(windows_of, 2),
         "windows of four": partial(windows_of, 4),
@@ -216,7 +217,7 @@ def schedules_agree(make: Make) -> None:
                     torch.rand(ids.shape, generator=torch.manual_seed(5)) < 0.7,
                 )
             model.zero_grad()
-            with change(model) if change else contextmanager(lambda: iter([None]))():
+            with nullcontext() if change is None else change(model):
                 first = model(ids, state=state, reset=reset, mask=mask)
                 second_ids = text(len(ids), 3 * T, seed=6)  # a second window, in which the writes of the first are read
                 new = torch.zeros(3, dtype=torch.bool)

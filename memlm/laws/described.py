@@ -32,7 +32,7 @@ def described(nodes: Nodes) -> None:
             )
         assert cls.__doc__, f"{cls.__name__} has no description"
         for key in expected:
-            assert f"{key}:" in inspect.getdoc(cls), f"{cls.__name__} does not describe {key}"
+            assert f"{key}:" in (inspect.getdoc(cls) or ""), f"{cls.__name__} does not describe {key}"
     model = builder(nodes)()
     empty, full = model.init_state(2), filled(model, n_row=2)
     for name, modules in model.memory.items():

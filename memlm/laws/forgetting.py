@@ -25,9 +25,11 @@ class Letters:
     letters = " abcdefghijklmnopqrstuvwxyz0123456789.,\n"
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        """Ids of letters."""
         return [[self.letters.index(letter) for letter in text] for text in texts]
 
     def fingerprint(self) -> str:
+        """Always the same."""
         return "letters"
 
 

@@ -6,9 +6,11 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import NamedTuple
 
-from memlm.laws import causality, learning, state
-from memlm.laws.builders import Nodes, builder, takes
+from memlm.laws import causality, forgetting, learning, state
+from memlm.laws.builders import Make, Nodes, builder, takes
 from memlm.laws.described import described
+from memlm.memory.records import RecordKeeper
+from memlm.memory.slots import Slots
 from memlm.models.lmcode import LMCode
 from memlm.models.segments import SegmentModel
 
@@ -21,12 +23,14 @@ class Law(NamedTuple):
         title: What holds.
         holds: Raises AssertionError where it does not; called with a builder.
         shared: Whether it holds for banks that all rows share, too.
+        of: What a memory has that the law speaks of; None for any memory.
     """
 
     number: int
     title: str
     holds: Callable[..., None]
     shared: bool = False
+    of: type | None = None
 
 
 LAWS = (
@@ -47,7 +51,8 @@ LAWS = (
     Law(7, "bounded: constant bytes, finite", state.bounded),
     Law(7, "bounded: a full memory admits", state.admits),
     Law(8, "round trip: save, load, go on", state.round_trip, shared=True),
-    Law(11, "inspectable: one vector per slot, forgotten alone", state.inspectable, shared=True),
+    Law(11, "inspectable: one vector per slot, forgotten alone", state.inspectable, shared=True, of=Slots),
+    Law(12, "forgets: stored and forgotten is as never stored", forgetting.forgets, of=RecordKeeper),
 )
 """Laws of a small model with the memory; law 9 (useful) and law 10 (described) are asked otherwise, see `judge`."""
 
@@ -78,10 +83,10 @@ def judge(nodes: Nodes, model_class: type[SegmentModel] = LMCode, written: Nodes
         A verdict for each law, as soon as it is known; those of shared banks only for memories with ``scope``.
     """
     make = builder(nodes, model_class=model_class)
-    shares = takes(make, "scope")
-    for law in LAWS:
-        yield _verdict(law.number, law.title, partial(law.holds, make))
-        if law.shared and shares:
+    for law, shared in _asked(make):
+        if not shared:
+            yield _verdict(law.number, law.title, partial(law.holds, make))
+        else:
             yield _verdict(law.number, f"{law.title}; shared bank", partial(law.holds, make, scope="shared"))
     whole = builder(nodes, shrink=False, model_class=model_class)
     yield _verdict(9, "useful: beats a wiped and another row's memory", partial(learning.useful, whole))
@@ -90,8 +95,15 @@ def judge(nodes: Nodes, model_class: type[SegmentModel] = LMCode, written: Nodes
 
 def n_verdict(nodes: Nodes, model_class: type[SegmentModel] = LMCode) -> int:
     """How many verdicts `judge` gives."""
-    n_shared = sum(law.shared for law in LAWS) if takes(builder(nodes, model_class=model_class), "scope") else 0
-    return len(LAWS) + n_shared + 2
+    return len(_asked(builder(nodes, model_class=model_class))) + 2
+
+
+def _asked(make: Make) -> list[tuple[Law, bool]]:
+    """The laws that speak of what the memories are, each with whether of a shared bank."""
+    modules = [modules[0] for modules in make().memory.values()]
+    ways = (False, True) if takes(make, "scope") else (False,)
+    laws = [law for law in LAWS if law.of is None or all(isinstance(module, law.of) for module in modules)]
+    return [(law, shared) for law in laws for shared in ways if law.shared or not shared]
 
 
 def _verdict(number: int, title: str, holds: Callable[[], None]) -> Verdict:

@@ -28,6 +28,7 @@ def reach(make: Make) -> None:
         probe = torch.randn(out.hidden[:, -T:].shape, generator=torch.Generator().manual_seed(3))
         (out.hidden[:, -T:] * probe).sum().backward()  # no logits: the head is tied to the embedding
         gradients = model.embedding.weight.grad
+        assert gradients is not None
         return gradients[:half].abs().max().item()
 
     inside = gradient(model(torch.cat([early, late], dim=1), logits=False))

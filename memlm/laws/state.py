@@ -12,7 +12,6 @@ from torch import Tensor
 
 from memlm.laws.builders import Make, T, close, filled, logits, named_tensors, text
 from memlm.memory import state as states
-from memlm.memory.contract import Memory
 from memlm.models.segments import SegmentModel
 from memlm.models.state import ModelState
 
@@ -140,7 +139,7 @@ def inspectable(make: Make, scope: str = "sequence") -> None:
     def forget(part: Callable[[Tensor], Tensor]) -> ModelState:
         """``part`` says which of the slots' numbers (B, n_slot) are forgotten."""
 
-        def of(module: Memory, held: Any) -> Any:
+        def of(module: Any, held: Any) -> Any:
             slots = module.filled(held)
             return module.forget(held, part(torch.arange(slots.shape[1]).expand_as(slots)))
 

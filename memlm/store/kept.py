@@ -65,8 +65,10 @@ def n_record_of(kept: list[Kept]) -> Tensor:
 
 
 def n_filled(kept: list[Kept]) -> int:
+    """How many slots of all banks hold something."""
     return sum(int(part.module.filled(part.module.bank.state()).sum()) for part in kept)
 
 
 def documents_of(module: RecordKeeper) -> list[int]:
+    """Numbers of the documents that the bank holds something of."""
     return module.records(module.bank.state()).document.unique().tolist()

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from memlm import __version__
 from memlm.config import ConfigError
 from memlm.data.curriculum import Curriculum
 from memlm.tensors import Host
+from memlm.version import __version__
 
 
 class _Unfit(Exception):

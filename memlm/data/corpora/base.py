@@ -132,6 +132,7 @@ def _of_lines(texts: Sequence[str], known: bool) -> bool:
 
 
 def check_document(document: str) -> None:
+    """Raise ConfigError unless there is such a way to make documents of rows."""
     options = get_args(Document)
     if document not in options:
         raise ConfigError(
@@ -240,4 +241,5 @@ def unescaped(separator: str) -> str:
 
 
 def first_line(error: Exception) -> str:
+    """The first line of what an error says."""
     return next(iter(str(error).splitlines()), type(error).__name__).rstrip(".")

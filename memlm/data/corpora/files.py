@@ -65,8 +65,8 @@ class TextFiles(Corpus):
         documents = [document for path in paths for document in self._read(path)]
         if self._separator is not None and not self._separated:
             raise ConfigError(
-                f"document_separator {self._separator!r} occurs nowhere in {shown_path(self.name)}: write it as it stands "
-                "in the .txt files, or give null for a document per file."
+                f"document_separator {self._separator!r} occurs nowhere in {shown_path(self.name)}: write it as it "
+                "stands in the .txt files, or give null for a document per file."
             )
         return split_documents(documents)
 
