@@ -13,7 +13,7 @@ from memlm.config import ConfigError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from experiments.base import Result
+    from memlm.evaluation.result import Result
 
 
 def run(
@@ -46,7 +46,7 @@ def run(
         )
     import torch
 
-    from experiments.base import Result
+    from memlm.evaluation.result import Result
 
     settings = {"duplicates": duplicates, "similarity": similarity, "cluster": cluster, "passes": passes,
                 "d_key": d_key, "d_value": d_value}  # fmt: skip
@@ -83,6 +83,7 @@ def near_duplicates(
     from torch.nn import functional as F
 
     from memlm.memory.ltm import LongTermMemory
+    from memlm.tensors import Host
 
     generator = torch.Generator().manual_seed(seed)
     memory = LongTermMemory(d_key, n_slot, d_key, d_value)
@@ -115,7 +116,7 @@ def near_duplicates(
         position=torch.arange(n_slot)[None],
         tokens=torch.zeros_like(bank.tokens, memory_format=torch.contiguous_format),
         n_record=torch.ones(1, dtype=torch.long),
-        host_used=torch.tensor([n_slot]),
+        n_used=Host(torch.tensor([n_slot])),
     )
     return memory, state, n_pair
 
@@ -170,7 +171,7 @@ def _forget_peak_rss() -> float:
 
 def report(result: Result) -> str:
     """The table and the conditions, to print."""
-    from experiments.base import table
+    from memlm.evaluation.table import table
 
     metrics, settings = result.metrics, result.metadata["settings"]
     lines = []

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.base import check_least, conditions, quartiles, surroundings
-from benchmarks.train import Candidate, Setup, fill, size_config
+from benchmarks.candidates import Candidate, Setup, fill, size_config
 
 if TYPE_CHECKING:
-    from experiments.base import Result
+    from memlm.evaluation.result import Result
 
 
 def run(
@@ -30,7 +30,7 @@ def run(
 
     from torch import multiprocessing
 
-    from experiments.base import Result
+    from memlm.evaluation.result import Result
 
     given = {"n_process": n_process, "n_row": n_row, "n_segment": n_segment, "warmup": warmup, "rounds": rounds}
     check_least(given, {"n_process": 2, "n_row": n_process, "n_segment": 2})
@@ -72,9 +72,9 @@ def _exchange_steps(rank: int, n_rank: int, setup: Setup, warmup: int, rounds: i
     candidate = Candidate("ltm", setup)
     for module in candidate.model.memory["ltm"]:
         module.over_ranks = True
-        module.deal(rank, n_rank)
+        module.shard_bank(rank, n_rank)
     candidate.state = fill(candidate.model, setup)
-    for name in ("all_gather", "all_to_all_single"):  # what `memlm.memory.ranks` sends with
+    for name in ("all_gather", "all_to_all_single"):  # what `memlm.distributed` sends with
         setattr(distributed, name, timed(getattr(distributed, name)))
     rows = []
     for i in range(warmup + rounds):
@@ -90,7 +90,7 @@ def _exchange_steps(rank: int, n_rank: int, setup: Setup, warmup: int, rounds: i
 
 def report(result: Result) -> str:
     """The shares and the conditions, to print."""
-    from experiments.base import table
+    from memlm.evaluation.table import table
 
     lines = [
         [key, *(f"{100 * result.metrics[f'{key}{part}']:.1f} %" for part in ("", "_low", "_high"))]

@@ -25,7 +25,7 @@ from memlm.config import ConfigError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from experiments.base import Result
+    from memlm.evaluation.result import Result
 
 MEMORIA_PEER = "memoria-pytorch"
 MEMORIA = Peer("memoria", f"{MEMORIA_PEER} needs it", f"{MEMORIA_PEER} out of candidates")
@@ -64,7 +64,7 @@ def run(
         peer_library(MEMORIA)
     import torch
 
-    from experiments.base import Result
+    from memlm.evaluation.result import Result
     from memlm.memory.memoria import MemoriaMemory
 
     settings = {
@@ -128,13 +128,14 @@ class EngramSteps:
         name: ``memoria-pytorch``, ``memlm``, ``memlm compiled`` or ``memlm as 1.1.0``.
         n_row: Rows.
         d_model: Width of an engram.
-        settings: Of `memlm.memory.memoria.EngramGraph`.
+        settings: Of `memlm.memory.engrams.EngramGraph`.
     """
 
     def __init__(self, name: str, n_row: int, d_model: int, settings: Mapping[str, int]) -> None:
         import torch
 
-        from memlm.memory.memoria import EngramGraph
+        from memlm.compat.memoria import SourceGraph
+        from memlm.memory.engrams import EngramGraph
 
         self.peer: Any = None
         if name == MEMORIA_PEER:
@@ -146,7 +147,7 @@ class EngramSteps:
                 num_final_ltms=settings["n_reminded_ltm"],
             )
             return
-        graph = EngramGraph(**settings, compat="1.1.0" if name == "memlm as 1.1.0" else "none")
+        graph = SourceGraph("1.1.0", **settings) if name == "memlm as 1.1.0" else EngramGraph(**settings)
         self.engrams: Any = graph.empty(n_row, d_model)
         self.reminded: Any = None
 
@@ -192,7 +193,7 @@ class EngramSteps:
 
 def report(result: Result) -> str:
     """The table and the conditions, to print."""
-    from experiments.base import table
+    from memlm.evaluation.table import table
 
     metrics, settings = result.metrics, result.metadata["settings"]
     lines = []

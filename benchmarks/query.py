@@ -12,8 +12,8 @@ from benchmarks.base import SHIFT, check_least, conditions, quartiles, surroundi
 from memlm.config import ConfigError
 
 if TYPE_CHECKING:
-    from experiments.base import Result
     from memlm.data.datamodule import TextData
+    from memlm.evaluation.result import Result
 
 KINDS = {
     "told": "cues of facts that were stored with the text, in the words they were told in",
@@ -65,11 +65,11 @@ def run(
             "checkpoint must name a run directory of a model with memory=ltm, such as one of python train.py "
             "recipe=needle: what a model that learned nothing reads says nothing about searches."
         )
-    from experiments.base import Result
+    from memlm.evaluation.result import Result
     from memlm.training.module import check_memory_settings, memory_settings
 
     model, data = trained_with_ltm(checkpoint, trust)
-    if model.memory["ltm"][0].has_bank:
+    if model.memory["ltm"][0].bank.exists:
         raise ConfigError(
             f"checkpoint must name a model with an empty memory of its own; {checkpoint} has stored text already, or "
             "its memory is shared by all text (memory.ltm.scope=shared)"
@@ -102,7 +102,7 @@ def _fill(model: Any, data: TextData, n_slot: int, cache: str | None) -> None:
         # Some tokens write no slot: the last of a passage have none after them to be the value of.
         text = model.tokenizer.decode(tokens[begin : begin + left + left // 50 + model.segment_len].tolist())
         model.store_experience(text)
-        before, left = left, n_slot - int(module.filled(module.bank()).sum())
+        before, left = left, n_slot - int(module.filled(module.bank.state()).sum())
         if left == before:
             raise ConfigError(
                 f"storing the training text left {left:,} of n_slot={n_slot:,} slots empty, and again: the model "
@@ -117,7 +117,7 @@ def _queries(model: Any, data: TextData, n_query: int, seed: int) -> list[_Query
     """``n_query`` of each kind. Stores the facts that are asked for."""
     import numpy as np
 
-    from memlm.data.facts import Facts
+    from memlm.data.tasks.facts import Facts
 
     rng = np.random.default_rng(seed)
     facts = Facts(model.tokenizer, data.tokens("train")).maker_of("natural").draw(rng, n_query, "evaluation")
@@ -183,7 +183,7 @@ def _ask(model: Any, queries: list[_Query], top_k: int) -> tuple[dict[str, float
 
 def report(result: Result) -> str:
     """The table and the conditions of `run`, to print."""
-    from experiments.base import table
+    from memlm.evaluation.table import table
 
     metrics, settings = result.metrics, result.metadata["settings"]
     top_k = settings["top_k"]

@@ -30,7 +30,7 @@ from memlm.config import ConfigError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from experiments.base import Result
+    from memlm.evaluation.result import Result
 
 FAISS = Peer("faiss", "faiss needs the library faiss-cpu", "faiss out with candidates=[exact,inverted,torch]")
 
@@ -69,7 +69,7 @@ def run(
     if min(sizes) < max(top_k, n_list or 1):
         raise ConfigError(f"sizes must be at least top_k ({top_k}) and n_list ({n_list}), got {min(sizes)}.")
     faiss = peer_library(FAISS) if any(name.startswith("faiss") for name in candidates) else None
-    from experiments.base import Result
+    from memlm.evaluation.result import Result
 
     with torch_threads(threads) as n_thread:
         if faiss is not None:
@@ -326,7 +326,7 @@ def _search_in_turn(
 
 def report(result: Result) -> str:
     """The tables and the conditions, to print."""
-    from experiments.base import table
+    from memlm.evaluation.table import table
 
     metrics, settings = result.metrics, result.metadata["settings"]
     texts = []

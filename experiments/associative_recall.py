@@ -1,6 +1,6 @@
 """Associative recall: key-value pairs told once at the beginning of a document, and asked for later (MQAR).
 
-The documents are those of `memlm.data.mqar`, where the definition and its source are. The text is read segment by
+The documents are those of `memlm.data.tasks.mqar`, where the definition and its source are. The text is read segment by
 segment, each in a context of its own, so a question whose pair was told in an earlier segment can be answered from
 memory alone: the accuracy of those is the headline. Questions in the same segment as their pair, which attention can
 answer, are counted apart (`inside`). A question is answered when the likeliest next token is the value.
@@ -30,11 +30,13 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from experiments.base import ALONE, PALETTE, Result, Row, Share, check_settings, evaluating, style, wilson
-from experiments.recall import device_of, n_row_of
-from memlm.analysis.figures import CONTROLS
+from memlm.analysis.style import CONTROLS, PALETTE, style
 from memlm.config import ConfigError
-from memlm.data.mqar import MQAR, Recall
+from memlm.data.tasks.mqar import MQAR, Recall
+from memlm.evaluation.recall.reading import device_of, n_row_of
+from memlm.evaluation.result import Result, Row, check_settings, evaluating
+from memlm.evaluation.share import ALONE, Share
+from memlm.statistics import wilson
 
 LABELS = {"on": "memory on", **CONTROLS, "unseen": "key never told"}
 """The memory as it is, then its controls, and what a figure calls them."""

@@ -4,8 +4,8 @@ A document tells the sentences of several stories in their order, after random g
 At its end each story is asked about. People, places and objects of a story are its own within a document. In the
 `closed` vocabulary they are words that played such parts in training, in the `open` one words that never did.
 
-For how questions are asked, and the controls, see `experiments.recall`. Chance is the rate of one who knows which words
-are answers of this kind in the story (its six places, say) and guesses.
+For how questions are asked, and the controls, see `memlm.evaluation.recall.asking`. Chance is the rate of one who knows
+which words are answers of this kind in the story (its six places, say) and guesses.
 """
 
 from __future__ import annotations
@@ -20,13 +20,18 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter, StrMethodFormatter
 
-from experiments.base import ALONE, PALETTE, Result, Row, Share, check_settings, evaluating, style
-from experiments.headline import recall_entries
-from experiments.recall import CONDITIONS, Document, Haystack, ask, draw_interval, part_of, rates, tell, visit
-from memlm.analysis.figures import CONTROLS
+from memlm.analysis.style import CONTROLS, PALETTE, style
 from memlm.config import ConfigError
-from memlm.data.babi import N_WORD, TASKS, Question, Story
-from memlm.data.babi import Babi as Task
+from memlm.data.tasks.babi import N_WORD, TASKS, Question, Story
+from memlm.data.tasks.babi import Babi as Task
+from memlm.evaluation.headline import recall_entries
+from memlm.evaluation.recall.asking import ask
+from memlm.evaluation.recall.figures import draw_interval
+from memlm.evaluation.recall.haystack import Document, Haystack, tell
+from memlm.evaluation.recall.rates import CONDITIONS, rates
+from memlm.evaluation.recall.reading import part_of, visit
+from memlm.evaluation.result import Result, Row, check_settings, evaluating
+from memlm.evaluation.share import ALONE, Share
 
 VOCABULARIES: dict[str, Literal["train", "evaluation"]] = {"open": "evaluation", "closed": "train"}
 """Vocabularies of stories, and which words they have."""
@@ -78,7 +83,7 @@ class Babi:
 
 
 class Asked(NamedTuple):
-    """A question, as `experiments.recall.ask` takes it.
+    """A question, as `memlm.evaluation.recall.asking.ask` takes it.
 
     Attributes:
         task: Number of the task.
@@ -132,7 +137,8 @@ def run(
     Returns:
         One row per vocabulary, noise length, condition, document and question: ``task``, ``n_support`` statements that
         the answer follows from, ``candidates`` (words of the story that are answers of this kind); for the rest see
-        `experiments.recall.ask`, where the fact is the statement that says the answer. For metrics see `summarise`.
+        `memlm.evaluation.recall.asking.ask`, where the fact is the statement that says the answer. For metrics see
+        `summarise`.
 
     Raises:
         ConfigError: If the model was not trained on stories.
@@ -141,7 +147,7 @@ def run(
     if not isinstance(task, Task):
         raise ConfigError(
             "experiment=babi asks about stories, which this model was not trained on: expected a run whose curriculum "
-            "has the task memlm.data.babi.Babi; train one with recipe=babi"
+            "has the task memlm.data.tasks.babi.Babi; train one with recipe=babi"
         )
     text = data.tokens(cfg.split).tokens
     rows: list[Row] = []
@@ -268,7 +274,7 @@ def summarise(rows: Sequence[Row]) -> dict[str, float]:
     """Metrics of the rows.
 
     Returns:
-        For each task, vocabulary and noise length those of `experiments.recall.rates`,
+        For each task, vocabulary and noise length those of `memlm.evaluation.recall.rates.rates`,
         ``.../qa<task>/<vocabulary>/<noise>``, with ``chance`` as this experiment has it. Without an ending: those of
         the first task at the longest noise, in the open vocabulary if it was asked.
     """

@@ -1,10 +1,10 @@
 """Capacity: how many facts a memory holds at 95 % recall, in all and per KB of state.
 
 Documents tell ever more facts. As soon as all of a document are told, some of them, drawn at random from all places,
-are asked for: see `experiments.needle`, which this is with no further distance, and `experiments.recall` for the
-controls. The capacity is the largest number of facts told of which at least 95 % are recalled, and more than by any
-control (95 % Wilson intervals apart); 0 if there is none. Strictly, the lower end of the interval must reach 95 % too.
-Where the largest number that was told is still held, the capacity is a lower bound.
+are asked for: see `experiments.needle`, which this is with no further distance, and `memlm.evaluation.recall.asking`
+for the controls. The capacity is the largest number of facts told of which at least 95 % are recalled, and more than by
+any control (95 % Wilson intervals apart); 0 if there is none. Strictly, the lower end of the interval must reach 95 %
+too. Where the largest number that was told is still held, the capacity is a lower bound.
 
 What a memory costs are the bytes of its state for one row of text, full or not.
 """
@@ -17,13 +17,16 @@ from typing import Any, Literal
 
 from matplotlib.figure import Figure
 
-from experiments.base import ALONE, PALETTE, Result, Row, Share, check_settings, style
-from experiments.headline import recall_entries
 from experiments.needle import Needle
 from experiments.needle import run as run_needle
-from experiments.recall import CONDITIONS, above_controls, draw_rates, is_shared, part_of, rates
-from memlm.analysis.figures import CONTROLS
+from memlm.analysis.style import CONTROLS, PALETTE, style
 from memlm.config import ConfigError
+from memlm.evaluation.headline import recall_entries
+from memlm.evaluation.recall.figures import draw_rates
+from memlm.evaluation.recall.rates import CONDITIONS, above_controls, rates
+from memlm.evaluation.recall.reading import is_shared, part_of
+from memlm.evaluation.result import Result, Row, check_settings
+from memlm.evaluation.share import ALONE, Share
 from memlm.memory import state as states
 
 THRESHOLD = 0.95
@@ -75,7 +78,7 @@ def run(
 
     Returns:
         One row per question, by number of facts told, condition, document and fact asked for: see
-        `experiments.recall.ask`. For metrics see `summarise`.
+        `memlm.evaluation.recall.asking.ask`. For metrics see `summarise`.
     """
     rows: list[Row] = []
     repetition = 0.0
@@ -115,10 +118,10 @@ def summarise(rows: Sequence[Row], n_byte: int) -> dict[str, float]:
         n_byte: Bytes of the state of one row of text.
 
     Returns:
-        For each number of facts told those of `experiments.recall.rates`, ``.../<n_fact>``, with ``chance`` 1 /
-        ``n_fact``; without a number: those of the most facts. ``capacity/<condition>``, and of the memory ``on`` its
-        strict one, ``capacity_strict/on``; ``censored/on`` and ``censored_strict/on``, 1 where these are lower bounds,
-        else 0; ``state_bytes``; and ``facts_per_kb/on``, capacity per 1,024 bytes, NaN without any bytes.
+        For each number of facts told those of `memlm.evaluation.recall.rates.rates`, ``.../<n_fact>``, with ``chance``
+        1 / ``n_fact``; without a number: those of the most facts. ``capacity/<condition>``, and of the memory ``on``
+        its strict one, ``capacity_strict/on``; ``censored/on`` and ``censored_strict/on``, 1 where these are lower
+        bounds, else 0; ``state_bytes``; and ``facts_per_kb/on``, capacity per 1,024 bytes, NaN without any bytes.
     """
     n_facts = sorted({row["n_fact"] for row in rows})
     metrics: dict[str, float] = {}

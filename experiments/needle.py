@@ -2,7 +2,7 @@
 
 Facts are told between passages of text that the model was not trained on: by default near the beginning, followed by
 text until every fact lies at least `distance` tokens back; with `spread` all over a haystack of that length. For how
-they are asked for, and the controls, see `experiments.recall`.
+they are asked for, and the controls, see `memlm.evaluation.recall.asking`.
 
 Kinds of facts, by what could give a needle away without memory:
 
@@ -25,24 +25,17 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from experiments.base import ALONE, PALETTE, Result, Row, Share, check_settings, evaluating, style
-from experiments.headline import recall_entries
-from experiments.recall import (
-    COLORS,
-    LABELS,
-    Consolidation,
-    Document,
-    Haystack,
-    ask,
-    draw_rates,
-    is_shared,
-    part_of,
-    tabulate,
-    tell,
-    visit,
-)
+from memlm.analysis.style import PALETTE, style
 from memlm.config import ConfigError
-from memlm.data.facts import Fact, FactMaker, SentenceMaker
+from memlm.data.tasks.makers import Fact, FactMaker, SentenceMaker
+from memlm.evaluation.headline import recall_entries
+from memlm.evaluation.recall.asking import ask
+from memlm.evaluation.recall.figures import COLORS, draw_rates
+from memlm.evaluation.recall.haystack import Document, Haystack, tell
+from memlm.evaluation.recall.rates import CONDITIONS, LABELS, tabulate
+from memlm.evaluation.recall.reading import Consolidation, is_shared, part_of, visit
+from memlm.evaluation.result import Result, Row, check_settings, evaluating
+from memlm.evaluation.share import ALONE, Share
 
 _AXES: dict[str, Callable[[list[Any]], Any]] = {"kind": itemgetter(0), "n_other": min, "distance": max}
 # What a list of settings varies, and whose rates are the main ones.
@@ -67,7 +60,7 @@ class Needle:
         seed: Of facts, gaps and passages.
         n_row: Documents read at once; the result does not depend on it. One at a time with a shared memory.
         consolidate_every: Segments of a document after which similar slots of memories are merged
-            (`memlm.memory.base.Memory.consolidate`); None for never.
+            (`memlm.memory.contract.Memory.consolidate`); None for never.
 
     Raises:
         ConfigError: If a setting cannot work.
@@ -130,7 +123,8 @@ def run(
     Returns:
         One row per question, by kind, number of other facts, length, condition, document and fact: ``distance`` is the
         setting, ``merged`` (with ``consolidate_every``) how many slots of the document's memory were merged into
-        others, for the rest see `experiments.recall.ask`. For metrics see `summarise`; ``merged`` is a mean.
+        others, for the rest see `memlm.evaluation.recall.asking.ask`. For metrics see `summarise`; ``merged`` is a
+        mean.
     """
     plans = _plans(cfg)
     drawn = [draw(data, cfg, model.segment_len, plan) for plan in plans]
@@ -286,11 +280,22 @@ def summarise(rows: Sequence[Row]) -> dict[str, float]:
     """Metrics of the rows.
 
     Returns:
-        Those of `experiments.recall.rates`, for the longest distance, the fewest other facts and the first kind. With
-        several distances, numbers of other facts or kinds, those of each combination too: ``.../<kind>``,
+        Those of `memlm.evaluation.recall.rates.rates`, for the longest distance, the fewest other facts and the first
+        kind. With several distances, numbers of other facts or kinds, those of each combination too: ``.../<kind>``,
         ``.../<n_other>``, ``.../<distance>``, in this order and only for what varies.
     """
     return tabulate(rows, _AXES)
+
+
+def applies(data: Any) -> bool:
+    """Whether facts are planted in the text that a model is trained on."""
+    return data.curriculum.has_task
+
+
+def logged(result: Result) -> dict[str, float]:
+    """The rates by the names under which they are logged while a model is trained: ``recall/<condition>``."""
+    rates = {f"recall/{condition}": result.metrics[f"exact_match/{condition}"] for condition in CONDITIONS}
+    return rates | {"recall/n": result.metrics["n/on"], "recall/chance": result.metrics["chance"]}
 
 
 def plot(result: Result) -> dict[str, Figure]:

@@ -6,8 +6,8 @@ local context is dropped, and each fact is asked for by its name in a fresh cont
 counts when greedy decoding gives the whole value that was told last. Where it does not, it is compared with every older
 value of the fact: `stale` is the rate at which one of these is given whole.
 
-For how facts are asked for, and the controls, see `experiments.recall`. Chance is 1 / (updates + 1), the rate of one
-who knows all values that a fact ever had and guesses which is the latest.
+For how facts are asked for, and the controls, see `memlm.evaluation.recall.asking`. Chance is 1 / (updates + 1), the
+rate of one who knows all values that a fact ever had and guesses which is the latest.
 """
 
 from __future__ import annotations
@@ -20,14 +20,20 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from experiments.base import ALONE, PALETTE, Result, Row, Share, check_settings, evaluating, style, wilson
-from experiments.headline import recall_entries
-from experiments.recall import CONDITIONS, Document, Haystack, answer, ask, draw_interval, rates, tell, visit
-from memlm.analysis.figures import CONTROLS
+from memlm.analysis.style import CONTROLS, PALETTE, style
 from memlm.config import ConfigError
-from memlm.data.facts import Fact
-from memlm.data.overwrite import Overwrite as Task
-from memlm.data.overwrite import retell
+from memlm.data.tasks.makers import Fact
+from memlm.data.tasks.overwrite import Overwrite as Task
+from memlm.data.tasks.overwrite import retell
+from memlm.evaluation.headline import recall_entries
+from memlm.evaluation.recall.asking import answer, ask
+from memlm.evaluation.recall.figures import draw_interval
+from memlm.evaluation.recall.haystack import Document, Haystack, tell
+from memlm.evaluation.recall.rates import CONDITIONS, rates
+from memlm.evaluation.recall.reading import visit
+from memlm.evaluation.result import Result, Row, check_settings, evaluating
+from memlm.evaluation.share import ALONE, Share
+from memlm.statistics import wilson
 
 
 @dataclass(frozen=True)
@@ -78,7 +84,7 @@ def run(
     Returns:
         One row per condition, document and fact: ``n_update``; ``stale``, with the memory on, how many updates ago the
         value was told that was given instead of the latest (None if none of the fact's); for the rest see
-        `experiments.recall.ask`, where a fact is its latest telling. For metrics see `summarise`.
+        `memlm.evaluation.recall.asking.ask`, where a fact is its latest telling. For metrics see `summarise`.
 
     Raises:
         ConfigError: If the model was not trained on facts that change.
@@ -86,7 +92,7 @@ def run(
     if not isinstance(getattr(data, "task", None), Task):
         raise ConfigError(
             "experiment=overwrite asks for the latest of several values, which this model was not trained for: use "
-            "a run whose curriculum has the task memlm.data.overwrite.Overwrite; train one with recipe=overwrite"
+            "a run whose curriculum has the task memlm.data.tasks.overwrite.Overwrite; train one with recipe=overwrite"
         )
     documents, older, unseen = draw(data, cfg, model.segment_len)
     length = max(len(document.head) for document in documents) + cfg.distance
@@ -167,8 +173,8 @@ def summarise(rows: Sequence[Row]) -> dict[str, float]:
     """Metrics of the rows.
 
     Returns:
-        For each number of updates those of `experiments.recall.rates` for the latest value, ``.../<updates>``;
-        ``stale/on/<updates>`` with ``stale_low`` and ``stale_high``, the rate of an older value; and
+        For each number of updates those of `memlm.evaluation.recall.rates.rates` for the latest value,
+        ``.../<updates>``; ``stale/on/<updates>`` with ``stale_low`` and ``stale_high``, the rate of an older value; and
         ``chance/<updates>``. Without a number: those of the most updates.
     """
     updates = sorted({row["n_update"] for row in rows})

@@ -18,9 +18,12 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from experiments.base import ALONE, PALETTE, Result, Row, Share, check_settings, evaluating, mean_interval, style
+from memlm.analysis.style import PALETTE, style
 from memlm.config import ConfigError
 from memlm.data.stream import Batch, ValidationBatches
+from memlm.evaluation.result import Result, Row, check_settings, evaluating
+from memlm.evaluation.share import ALONE, Share
+from memlm.statistics import mean_interval
 from memlm.training.loss import token_nll
 
 CONDITIONS = {"on": "memory on", "off": "reads off", "wiped": "memory wiped"}

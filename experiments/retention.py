@@ -2,9 +2,9 @@
 
 A memory writes at the end of each segment. A document tells facts in held-out text; then segments follow that have
 nothing to do with them, of text alone or of text that tells other facts, which a memory has reason to keep. After each
-number of such segments the facts are asked for: see `experiments.recall`, also for the controls. All documents of a
-measurement tell their last fact in the same segment, from whose end writes are counted; a fact told before it is older
-by as many segments.
+number of such segments the facts are asked for: see `memlm.evaluation.recall.asking`, also for the controls. All
+documents of a measurement tell their last fact in the same segment, from whose end writes are counted; a fact told
+before it is older by as many segments.
 
 The half-life is the number of writes after which recall is half of what it was after none, read off the straight lines
 between the measured points with log(1 + writes) as the axis. Where recall never falls so far it is infinite, which
@@ -23,23 +23,17 @@ from typing import Any, Literal
 import numpy as np
 from matplotlib.figure import Figure
 
-from experiments.base import ALONE, PALETTE, Result, Row, Share, check_settings, evaluating, style
-from experiments.headline import recall_entries
-from experiments.recall import (
-    CONDITIONS,
-    Document,
-    Haystack,
-    above_controls,
-    ask,
-    draw_rates,
-    is_shared,
-    part_of,
-    tabulate,
-    tell,
-    visit,
-)
+from memlm.analysis.style import PALETTE, style
 from memlm.config import ConfigError
-from memlm.data.facts import Fact
+from memlm.data.tasks.makers import Fact
+from memlm.evaluation.headline import recall_entries
+from memlm.evaluation.recall.asking import ask
+from memlm.evaluation.recall.figures import draw_rates
+from memlm.evaluation.recall.haystack import Document, Haystack, tell
+from memlm.evaluation.recall.rates import CONDITIONS, above_controls, tabulate
+from memlm.evaluation.recall.reading import is_shared, part_of, visit
+from memlm.evaluation.result import Result, Row, check_settings, evaluating
+from memlm.evaluation.share import ALONE, Share
 
 FILLERS = {"text": "text", "facts": "text that tells other facts"}
 """What is written after the facts, and how it is called."""
@@ -103,8 +97,8 @@ def run(
 
     Returns:
         One row per question, by filler, number of writes, condition, document and fact: ``n_write`` is the setting,
-        ``writes`` are the segments that ended after the fact's own; for the rest see `experiments.recall.ask`. For
-        metrics see `summarise`.
+        ``writes`` are the segments that ended after the fact's own; for the rest see
+        `memlm.evaluation.recall.asking.ask`. For metrics see `summarise`.
     """
     rows: list[Row] = []
     n_haystack = 0
@@ -164,11 +158,11 @@ def summarise(rows: Sequence[Row]) -> dict[str, float]:
     """Metrics of the rows.
 
     Returns:
-        Those of `experiments.recall.rates` for each number of writes, ``.../<n_write>``, without a number those of the
-        most; ``half_life`` in writes with ``half_life_low`` and ``half_life_high``, a 95 % interval over documents;
-        ``half_life_censored``, 1 where recall never falls to half, so that the half-life is more than ``most_writes``,
-        else 0 (NaN where there is none); and ``n_document``. All of the first filler; with several, those of each too:
-        ``.../<filler>``, before the number of writes.
+        Those of `memlm.evaluation.recall.rates.rates` for each number of writes, ``.../<n_write>``, without a number
+        those of the most; ``half_life`` in writes with ``half_life_low`` and ``half_life_high``, a 95 % interval over
+        documents; ``half_life_censored``, 1 where recall never falls to half, so that the half-life is more than
+        ``most_writes``, else 0 (NaN where there is none); and ``n_document``. All of the first filler; with several,
+        those of each too: ``.../<filler>``, before the number of writes.
     """
     metrics = tabulate(rows, {"filler": itemgetter(0), "n_write": max})
     fillers = list(dict.fromkeys(row["filler"] for row in rows))

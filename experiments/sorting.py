@@ -1,7 +1,7 @@
 """Sorting: does a memory hold how often each symbol of a long sequence occurred?
 
-The documents are those of `memlm.data.sorting`, where the definition and its source are: a sequence of symbols over
-many segments, then, in a fresh context, the question; the answer names all symbols, most frequent first. No single
+The documents are those of `memlm.data.tasks.sorting`, where the definition and its source are: a sequence of symbols
+over many segments, then, in a fresh context, the question; the answer names all symbols, most frequent first. No single
 token has to be recalled, but a statistic of all of them.
 
 Three numbers say how well: `accuracy`, the share of places at which the likeliest symbol is the right one, given the
@@ -34,22 +34,14 @@ from matplotlib.figure import Figure
 
 from experiments.associative_recall import LABELS as RECALL_LABELS
 from experiments.associative_recall import Points, curves
-from experiments.base import (
-    ALONE,
-    PALETTE,
-    Result,
-    Row,
-    Share,
-    check_settings,
-    evaluating,
-    mean_interval,
-    style,
-    wilson,
-)
-from experiments.recall import device_of, n_row_of
+from memlm.analysis.style import PALETTE, style
 from memlm.config import ConfigError
-from memlm.data.sorting import Sequence as Symbols
-from memlm.data.sorting import Sorting as Task
+from memlm.data.tasks.sorting import Sequence as Symbols
+from memlm.data.tasks.sorting import Sorting as Task
+from memlm.evaluation.recall.reading import device_of, n_row_of
+from memlm.evaluation.result import Result, Row, check_settings, evaluating
+from memlm.evaluation.share import ALONE, Share
+from memlm.statistics import mean_interval, wilson
 
 LABELS = {name: RECALL_LABELS[name] for name in ("on", "off", "wiped")} | {"swapped": "another sequence's memory"}
 """The memory as it is, then its controls, and what a figure calls them."""
@@ -96,7 +88,7 @@ def run(
 
     Args:
         model: A language model; it is left as it was.
-        data: What gives the ``task``, which must be a `memlm.data.sorting.Sorting`.
+        data: What gives the ``task``, which must be a `memlm.data.tasks.sorting.Sorting`.
         cfg: Settings.
         progress: Called now and then with the share of the text that is read, in 0..1.
         share: What of it this process does, if several run it together.

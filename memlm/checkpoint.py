@@ -4,7 +4,7 @@ A checkpoint is Lightning's, with an entry ``memlm`` that holds the configuratio
 
 It may come from a stranger. It is read with ``weights_only=True``, so no code in it is run; of what its configuration
 names only classes of memlm are imported and built, and those of packages that the caller trusts
-(`memlm.build.check_saved`).
+(`memlm.assemble.check_saved`).
 """
 
 from __future__ import annotations
@@ -28,11 +28,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
 from memlm.config import ConfigError
-from memlm.files import atomic_file, open_regular
+from memlm.files import atomic_file, open_regular, parse_json, regular
 from memlm.machine import no_space, written_to
 from memlm.memory import state as states
+from memlm.memory.records import RecordKeeper
 from memlm.printed import one_line
-from memlm.saved import check_size, parse_json, plain, regular
+from memlm.saved import check_size, plain
 
 if TYPE_CHECKING:
     from memlm.data.datamodule import TextData
@@ -87,7 +88,7 @@ def load_run(
     Raises:
         ConfigError: Also if the text it was trained on cannot be read here, or ``text`` is another one.
     """
-    from memlm.build import build_data
+    from memlm.assemble import build_data
 
     path = find(path)
     content = read(path)
@@ -194,7 +195,7 @@ def read(path: Path, peek: bool = False) -> dict[str, Any]:
 
 def _check_version(version: str, path: Path) -> None:
     """Refuse what another version has written that comes after this one."""
-    from memlm import __version__
+    from memlm.version import __version__
 
     found, own = (re.match(r"\d{1,4}(?:\.\d{1,4}){1,3}(?!\d)", text) for text in (version, __version__))
     if found is None or own is None or len(version) > 30 or not version.isprintable():
@@ -351,7 +352,7 @@ def write(content: dict[str, Any], path: str | os.PathLike[str]) -> None:
 
 def describe(model: LanguageModel) -> dict[str, Any]:
     """The ``memlm`` entry of a checkpoint of ``model``."""
-    from memlm import __version__
+    from memlm.version import __version__
 
     return {"version": __version__, "config": model.config, "tokenizer": model.tokenizer.to_json()}
 
@@ -368,7 +369,7 @@ def blank(path: Path, content: Mapping[str, Any], trust: Trust = None, *, data: 
     Raises:
         ConfigError: If it names what is not trusted, or the weights are not of the model that it describes.
     """
-    from memlm.build import build_model, check_saved
+    from memlm.assemble import build_model, check_saved
     from memlm.data.tokenizer import Tokenizer
 
     entry, config = content["memlm"], content["memlm"]["config"]
@@ -385,7 +386,7 @@ def blank(path: Path, content: Mapping[str, Any], trust: Trust = None, *, data: 
 
 def _restore(path: Path, content: Mapping[str, Any], trust: Trust, data: bool = False) -> LanguageModel:
     """The model of a checkpoint; with ``data``, what its data is built of is checked too."""
-    from memlm.build import build_model
+    from memlm.assemble import build_model
 
     sizes = blank(path, content, trust, data=data)
     with _told(path, content["memlm"]["version"]):
@@ -408,7 +409,7 @@ def _restore(path: Path, content: Mapping[str, Any], trust: Trust, data: bool = 
 @contextmanager
 def _told(path: Path, version: str | None = None) -> Iterator[None]:
     """Tell in a sentence what is wrong with the contents of a file."""
-    from memlm import __version__
+    from memlm.version import __version__
 
     try:
         yield
@@ -446,19 +447,19 @@ def _check_fit(model: LanguageModel, weights: Mapping[str, torch.Tensor]) -> Non
     for name, modules in model.memory.items():
         for i, module in enumerate(modules):
             start = f"memory.{name}.{i}."
-            has_bank = any(found.startswith(f"{start}bank_") for found in weights)
-            if has_bank != module.has_bank:
-                if module.has_bank or not module.keeps_records:
+            has_bank = any(found.startswith(f"{start}bank.") and found != f"{start}bank.slot_uses" for found in weights)
+            if has_bank != module.bank.exists:
+                if module.bank.exists or not isinstance(module, RecordKeeper):
                     raise ConfigError(
                         f"memory.{name}.scope is {module.scope} in the configuration, but {'a' if has_bank else 'no'} "
                         "shared bank is among the weights: they were trained with another scope"
                     )
-                module.keep_bank()
-            if f"{start}slot_uses" in weights:
-                module.uses()
+                module.bank.create()
+            if f"{start}bank.slot_uses" in weights:
+                module.bank.uses()
     own = model.state_dict()
     parts = {
-        "lacking are": [name for name in own if name not in weights and ".bank_" not in name],
+        "lacking are": [name for name in own if name not in weights and ".bank." not in name],
         "not of the model are": [name for name in weights if name not in own],
         "of another size or type are": [
             name

@@ -3,9 +3,9 @@
 - `validate`: does every `_target_` node fit the signature of what it names?
 - `instantiate`: build the object of a node.
 
-Both take plain dicts, as a checkpoint holds them, so that a trained model is loaded without Hydra; `memlm.cli` composes
-them. Every mistake is a `ConfigError`: one sentence with the full name of the setting, what was given, what was
-expected. Whatever needs torch or lightning is imported only when a node that names it is checked.
+Both take plain dicts, as a checkpoint holds them, so that a trained model is loaded without Hydra; `memlm.app.cli`
+composes them. Every mistake is a `ConfigError`: one sentence with the full name of the setting, what was given, what
+was expected. Whatever needs torch or lightning is imported only when a node that names it is checked.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from typing import Annotated, Any, Literal, NamedTuple, NewType, TypeVar, Union
 
 # Constructor parameters that the code supplies, so that no YAML has to: the width of the model for its memories,
 # the size of the vocabulary for the model, what one built object hands to the next.
-INJECTED = frozenset({"d_model", "memories", "model", "n_vocab", "tokenizer", "train"})
+INJECTED = frozenset({"d_model", "memories", "model", "n_vocab", "sizes", "tokenizer", "train"})
 
 # Packages that take seconds to import.
 _SLOW = ("lightning", "pytorch_lightning", "wandb")
@@ -81,7 +81,7 @@ def validate(
     Nodes of packages that take seconds to import are checked last.
 
     Args:
-        config: a plain config or a part of it, see `memlm.cli.to_dict`.
+        config: a plain config or a part of it, see `memlm.compose.to_dict`.
         key: the full name of `config`, for the errors.
         injected: required parameters that the code passes when it builds the node.
         skip: full names of top-level parts that are not looked at.
@@ -90,7 +90,7 @@ def validate(
         ConfigError: naming the setting, what was given and what was expected.
     """
     if isinstance(config, Mapping) and not isinstance(config, dict):
-        raise TypeError(f"validate takes a plain config, made by memlm.cli.to_dict, not a {type(config).__name__}")
+        raise TypeError(f"validate takes a plain config, made by memlm.compose.to_dict, not a {type(config).__name__}")
     nodes = [(k, node) for k, node in _nodes(config, key) if k.partition(".")[0] not in skip]
     for full_key, node in sorted(nodes, key=lambda item: _is_slow(item[1])):
         _check_node(full_key, node, frozenset(injected))
@@ -217,14 +217,21 @@ def check_arguments(target: str, given: Mapping[str, Any], key: str, supplied: C
     _check_node(key, {"_target_": target, "_partial_": True, **given}, frozenset(supplied))
 
 
-def instantiate(node: Mapping[str, Any], key: str, *arguments: Any, **injected: Any) -> Any:
-    """Call the ``_target_`` of a plain node; what a constructor refuses is told with the node's name."""
+def instantiate(
+    node: Mapping[str, Any], key: str, *arguments: Any, offered: Mapping[str, Any] | None = None, **injected: Any
+) -> Any:
+    """Call the ``_target_`` of a plain node; what a constructor refuses is told with the node's name.
+
+    Of what is ``offered`` it gets what it has a parameter for, by name.
+    """
     settings = {name: value for name, value in node.items() if name != "_target_"}
     module, _, name = node["_target_"].rpartition(".")
     try:
         constructor = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:  # such as a checkpoint of somebody's own mechanism
         raise ConfigError(f"{key}._target_: {node['_target_']} cannot be imported here: {error}") from error
+    if offered:
+        injected |= {name: part for name, part in offered.items() if name in inspect.signature(constructor).parameters}
     try:
         return constructor(*arguments, **injected, **settings)
     except ConfigError:

@@ -20,25 +20,39 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from memlm.config import ConfigError
+from memlm.config import (
+    ConfigError,
+)
 from memlm.machine import written_to
+from memlm.printed import one_line
+
+ERROR = "error.txt"
+
+
+"""File in the directory of a failed job: one sentence, and the traceback if it was no mistake of the user."""
+
 
 log = logging.getLogger(__name__)
 
+
 MOST_IN_MEMORY = 2**30
+
+
 """Bytes of a checked file above which it is mapped instead of read."""
 
+
 _UNFINISHED = re.compile(r"\..*\.([\w-]*)\.(\d+)\.[0-9a-f]{8}\.tmp")  # name, machine, process, anything
+
+
 _A_DAY = 24 * 3600  # seconds after which a file that another machine has not touched is taken for left
+
+
 _SEAL = b"\ncrc32 %08x\n"  # the end of a checked file
 
 
 def cache_dir() -> Path:
     """Return the folder for everything that can be built again: `$MEMLM_CACHE`, or else `~/.cache/memlm`."""
     return Path(os.path.expanduser(os.environ.get("MEMLM_CACHE") or "~/.cache/memlm"))
-
-
-# ------------------------------------------------------------------------------------------------------------ writing
 
 
 @contextmanager
@@ -58,7 +72,7 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
         ConfigError: If a directory is in its place.
     """
     if path.is_dir():
-        raise _special(path)
+        raise _special(path, stat.S_IFDIR)
     path.parent.mkdir(parents=True, exist_ok=True)
     remove_leftovers(path.parent)
     temporary = unfinished(path)
@@ -119,40 +133,62 @@ def _machine() -> str:
     return re.sub(r"[^\w-]", "-", platform.node())[:30]
 
 
-# ------------------------------------------------------------------------------------------------------------ reading
-
-
-def refuse_special(path: Path) -> None:
-    """Refuse a pipe or a device, which would hang its reader for ever.
+def regular(path: Path) -> Path:
+    """Return the path of a file to read.
 
     Raises:
-        ConfigError: If something is there that is neither a file nor a directory, nor a link to one.
+        ConfigError: It is a directory, a pipe, a device or a socket: reading it could take for ever.
+        FileNotFoundError: There is nothing.
     """
-    if path.exists() and not (path.is_file() or path.is_dir()):
-        raise _special(path)
+    try:
+        mode = os.stat(path).st_mode
+    except FileNotFoundError as error:
+        if os.path.islink(path):
+            raise ConfigError(f"{one_line(path)} is a link that leads nowhere") from error
+        raise
+    except (OSError, ValueError) as error:  # such as a link to itself, too long a name
+        raise ConfigError(f"{one_line(path)} cannot be read: {getattr(error, 'strerror', None) or error}") from error
+    if not stat.S_ISREG(mode):
+        raise _special(path, mode)
+    return path
 
 
 def open_regular(path: Path) -> BinaryIO:
     """Open a file for reading.
 
     Raises:
-        ConfigError: If it is a pipe, a device or a directory.
+        ConfigError: If it is a pipe, a device, a socket or a directory.
         OSError: If it is missing or cannot be read.
     """
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
         if error.errno in (errno.ELOOP, errno.ENXIO):  # a link to itself, a socket
-            raise _special(path) from error
+            regular(path)
         raise
-    if stat.S_ISREG(os.fstat(descriptor).st_mode):
+    mode = os.fstat(descriptor).st_mode
+    if stat.S_ISREG(mode):
         return open(descriptor, "rb")
     os.close(descriptor)
-    raise _special(path)
+    raise _special(path, mode)
 
 
-def _special(path: Path) -> ConfigError:
-    return ConfigError(f"{path} is no regular file: a file is expected there; remove what is in its place")
+def _special(path: Path, mode: int) -> ConfigError:
+    kinds = {stat.S_IFDIR: "a directory", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
+    kind = kinds.get(stat.S_IFMT(mode), "a device")
+    return ConfigError(f"{one_line(path)} is {kind}: a regular file is expected there; remove what is in its place")
+
+
+def parse_json(text: str | bytes) -> Any:
+    """Return the value of a JSON text.
+
+    Raises:
+        ValueError: It is not JSON, not UTF-8, too deep, or has a number of thousands of digits.
+    """
+    try:
+        return json.loads(text if isinstance(text, str) else str(text, "utf-8"))
+    except RecursionError:
+        raise ValueError("lists and mappings are nested too deep") from None
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -165,8 +201,8 @@ def read_json(path: Path) -> dict[str, Any]:
     with open_regular(path) as file:
         content = file.read()
     try:
-        found = json.loads(content.decode())
-    except (ValueError, RecursionError) as error:  # ValueError: no UTF-8, no JSON, a number of thousands of digits
+        found = parse_json(content)
+    except ValueError as error:
         raise ConfigError(f"{path} cannot be read: it is damaged or no JSON ({error})") from error
     if not isinstance(found, dict):
         raise ConfigError(f"{path} cannot be read: it must hold a JSON object, got {type(found).__name__}")

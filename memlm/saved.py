@@ -1,7 +1,6 @@
 """What comes out of a file that somebody else may have written: nothing but data, until it was looked at.
 
-- `regular`: is it a file at all?
-- `parse_json`, `plain`, `check_size`: is it as small and as flat as it should be?
+- `plain`, `check_size`: is it as small and as flat as it should be?
 - `find_class`: may what its configuration names be built?
 
 Nothing that a file names is imported or called before its name was found to be of memlm, or of a trusted package.
@@ -11,13 +10,9 @@ from __future__ import annotations
 
 import importlib
 import itertools
-import json
-import os
 import re
 import reprlib
-import stat
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from memlm.config import ConfigError
@@ -35,40 +30,6 @@ TRUST = "package, beside memlm, of which files may name classes: its code is the
 _MOST_CHARACTERS = 10_000_000  # of a configuration
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*(\.[A-Za-z_][A-Za-z0-9_]*)*")
 _OURS = "memlm"
-
-
-def regular(path: Path) -> Path:
-    """Return the path of a file to read.
-
-    Raises:
-        ConfigError: It is a directory, a pipe, a device or a socket: reading it could take for ever.
-        FileNotFoundError: There is nothing.
-    """
-    try:
-        mode = os.stat(path).st_mode
-    except FileNotFoundError as error:
-        if os.path.islink(path):
-            raise ConfigError(f"{one_line(path)} is a link that leads nowhere") from error
-        raise
-    except (OSError, ValueError) as error:  # such as a link to itself, too long a name
-        raise ConfigError(f"{one_line(path)} cannot be read: {getattr(error, 'strerror', None) or error}") from error
-    if not stat.S_ISREG(mode):
-        kinds = {stat.S_IFDIR: "a directory", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
-        kind = kinds.get(stat.S_IFMT(mode), "a device")
-        raise ConfigError(f"{one_line(path)} is {kind}: a regular file is expected there")
-    return path
-
-
-def parse_json(text: str | bytes) -> Any:
-    """Return the value of a JSON text.
-
-    Raises:
-        ValueError: It is not JSON, not UTF-8, or too deep.
-    """
-    try:
-        return json.loads(text)
-    except RecursionError:
-        raise ValueError("lists and mappings are nested too deep") from None
 
 
 def check_size(value: Any) -> None:

@@ -1,7 +1,7 @@
 """The settings that belong to no `_target_`: of `train.py` and of each script, by the name of its primary config.
 
 `configs/` has their values, this file what they may be: an annotation for each key that code reads, a class for each
-section. Other keys are refused (`memlm.cli`), but for those that another setting refers to, as `${data.path}`.
+section. Other keys are refused (`memlm.app.cli`), but for those that another setting refers to, as `${data.path}`.
 """
 
 from __future__ import annotations
@@ -49,6 +49,7 @@ class Checkpoint:
 class Train:
     """`train.py`."""
 
+    logger: dict[str, Node] | None = None
     model: Node
     memory: dict[str, Node]
     data: Data
@@ -56,11 +57,11 @@ class Train:
     training: Node
     replay: dict[str, Any]
     trainer: Node
-    logger: dict[str, Node] | None = None
     paths: Paths
     name: str | None
     n_parameter: Annotated[int, Range(1, 10**12)] | None
     seed: Seed
+    optimized_metric: str
     resume: str | None
     checkpoint: Checkpoint
     watch: dict[str, Node | None] | None
@@ -70,7 +71,6 @@ class Space:
     """What is searched over, and how."""
 
     n_trial: Count
-    metric: str | None
     direction: Literal["maximize", "minimize"]
     sampler: Literal["tpe", "random"]
     seed: Seed
@@ -94,11 +94,11 @@ class Evaluate:
 
     logger: dict[str, Node] | None = None
     paths: Paths
+    data: Moved
     checkpoint: str
     trust: list[str] | str | None
     name: str | None
     seed: Seed
-    data: Moved
     change: dict[str, Any] | None
     device: str
     skip_inapplicable: bool

@@ -1,50 +1,6 @@
 """Talk with a model and its memory: `python scripts/chat.py checkpoint=RUN`."""
 
-import sys
-from collections.abc import Iterator
-from typing import Any
-
-from omegaconf import DictConfig
-
-from memlm.cli import cli, to_dict
-from memlm.printed import printable
-
-
-def lines() -> Iterator[str]:
-    """What is typed, or comes through a pipe."""
-    if sys.stdin is None:  # closed
-        return
-    if sys.stdin.isatty():
-        import readline  # noqa: F401  # lines can then be edited
-
-        while True:
-            yield input("> ")
-    stdin: Any = sys.stdin
-    if hasattr(stdin, "reconfigure"):
-        stdin.reconfigure(errors="replace")
-    for line in stdin:
-        print(f"> {line.rstrip()}")
-        yield line
-
-
-@cli("chat")
-def main(cfg: DictConfig) -> None:
-    """Answer line after line."""
-    from memlm.checkpoint import load, place
-    from memlm.models.conversation import HELP, Conversation
-
-    model: Any = place(load(cfg.checkpoint, trust=to_dict(cfg.trust)), cfg.device)
-    conversation = Conversation(model)
-    print(HELP)
-    try:
-        for line in lines():
-            reply = conversation.respond(line)
-            if reply is None:
-                break
-            print(printable(reply), flush=True)
-    except (EOFError, KeyboardInterrupt):
-        print()
-
+from memlm.app.chat import start
 
 if __name__ == "__main__":
-    main()
+    start()

@@ -21,15 +21,17 @@ import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from memlm.cli import cli, compose, quoted, to_dict
+from memlm.app.cli import cli
+from memlm.compose import compose, to_dict
 from memlm.config import ConfigError
+from memlm.quoting import quoted
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from omegaconf import DictConfig
 
-    from experiments.base import Result
+    from memlm.evaluation.result import Result
 
 _POLL = 0.0005  # seconds between two looks at a process
 _CLOCKS = ("train/tokens_per_second",)  # what is logged of time, and no part of what is trained
@@ -89,8 +91,8 @@ def survive(overrides: Sequence[str], n_kill: int, workers: Sequence[int], seed:
     Raises:
         ConfigError: If a setting cannot work, or the run without a stop fails.
     """
-    from experiments.base import Result
     from memlm.checkpoint import checkpoints
+    from memlm.evaluation.result import Result
 
     if n_kill < 1:
         raise ConfigError(f"n_kill must be at least 1, got {n_kill}")
@@ -149,9 +151,14 @@ def train(overrides: Sequence[str], run: Path, moment: Moment | None = None) -> 
     """
     import torch
 
-    from train import main as training
+    from memlm.app.train import main as training
 
-    for name in ("experiments.perplexity", "experiments.training", "memlm.training.fit", "memlm.training.module"):
+    for name in (
+        "experiments.perplexity",
+        "memlm.evaluation.run_figures",
+        "memlm.training.fit",
+        "memlm.training.module",
+    ):
         importlib.import_module(name)  # before the fork, and once
 
     torch.set_num_threads(1)  # threads do not survive a fork
@@ -190,7 +197,7 @@ def train(overrides: Sequence[str], run: Path, moment: Moment | None = None) -> 
 
 def differences(run: Path, other: Path) -> list[str]:
     """Where the last checkpoints and the logs of two runs are not the same, bit for bit."""
-    from memlm.analysis.figures import read_history
+    from memlm.analysis.run_log import read_history
     from memlm.checkpoint import checkpoints, read
     from memlm.training.resume import history_files
 
@@ -244,7 +251,8 @@ def _differing(one: Any, other: Any, name: str) -> Iterator[str]:
 @cli("survival")
 def main(cfg: DictConfig) -> None:
     """Kill, resume, compare, report."""
-    from experiments.base import emit, table
+    from memlm.evaluation.emit import emit
+    from memlm.evaluation.table import table
 
     config = to_dict(cfg)
     out = Path(config["out"])

@@ -18,7 +18,7 @@ import torch
 
 import memlm
 from memlm import files as files_module
-from memlm.build import build_data, build_model, build_tokenizer
+from memlm.assemble import build_data, build_model, build_tokenizer
 from memlm.checkpoint import checkpoints, describe, export, find, load_run, read, write
 from memlm.config import ConfigError
 from memlm.machine import no_space
@@ -336,7 +336,7 @@ def test_what_has_no_checksums_or_is_no_file_is_refused(tmp_path: Path) -> None:
         read(tmp_path / "step=1.ckpt")
     os.mkfifo(tmp_path / "step=2.ckpt")
     for path in (tmp_path, tmp_path / "step=2.ckpt"):
-        with pytest.raises(ConfigError, match=r"step=2\.ckpt is no regular file"):
+        with pytest.raises(ConfigError, match=r"step=2\.ckpt is a pipe: a regular file"):
             memlm.load(path)
 
 
@@ -379,8 +379,8 @@ def _changed(trained: Any, path: Path, **parts: Any) -> Path:
         ("acting.Memory", r"names acting\.Memory, which is no part of memlm, .* say so with trust=\[acting\]"),
         ("memlm.checkpoint.os.mkdir", "cannot be imported here"),
         ("memlm.checkpoint.write", "must name a Memory, which memlm.checkpoint.write is not"),
-        ("memlm.memory.base.Memory", "must name a Memory"),
-        ("memlm.data.corpus.Builtin", "must name a Memory"),
+        ("memlm.memory.contract.Memory", "must name a Memory"),
+        ("memlm.data.corpora.builtin.Builtin", "must name a Memory"),
         ("memlm.memory.ltm.nn.Identity", "cannot be imported here"),
         ("memlm.memory.ltm.Tensor", "must name a Memory"),
         ("memlm..Memory", "must be the dotted name of a class"),

@@ -6,6 +6,7 @@ import os
 import platform
 import random
 import signal
+import socket
 import subprocess
 import sys
 import zlib
@@ -22,6 +23,7 @@ from memlm.files import (
     open_regular,
     read_checked,
     read_json,
+    regular,
     remove_leftovers,
     unfinished,
 )  # fmt: skip
@@ -120,9 +122,23 @@ def test_a_checked_file_ends_with_its_checksum_and_any_damage_is_noticed(
 
 def test_what_is_no_file_is_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
-    for path in (tmp_path / "pipe", Path("/dev/null"), tmp_path):
-        with pytest.raises(ConfigError, match="is no regular file"):
-            open_regular(path)
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "astray").symlink_to("nowhere")
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(tmp_path / "socket"))
+    for path, told in (
+        (tmp_path / "pipe", "is a pipe"), (tmp_path / "socket", "is a socket"), (Path("/dev/null"), "is a device"),
+        (tmp_path, "is a directory"),
+    ):  # fmt: skip
+        for function in (open_regular, regular):
+            with pytest.raises(ConfigError, match=f"{told}: a regular file is expected there"):
+                function(path)
+    with pytest.raises(ConfigError, match="loop cannot be read"):
+        open_regular(tmp_path / "loop")
+    with pytest.raises(ConfigError, match="leads nowhere"):
+        regular(tmp_path / "astray")
+    with pytest.raises(FileNotFoundError):
+        open_regular(tmp_path / "nothing")
     assert read_checked(tmp_path / "pipe") is None
     with checked_file(tmp_path / "pipe") as file:
         file.write(b"x")

@@ -3,42 +3,44 @@
 import ast
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
-from types import ModuleType
-
-import pytest
-
-import memlm
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# From the ground up; a module imports from its own floor and from the floors below it. `memlm` itself is the roof of
-# the package: it names what lies below without importing it. Nothing uses `memlm.compat`, which may use all.
+# From the ground up; a module imports from its own room and from the floors below it. `memlm` itself is the roof of the
+# package: it names what lies below without importing it. Nothing uses `memlm.compat`, which may use all.
 FLOORS = [
     {
         "memlm.config",
+        "memlm.distributed",
         "memlm.files",
-        "memlm.printed",
-        "memlm.schema",
         "memlm.machine",
+        "memlm.output",
+        "memlm.printed",
+        "memlm.quoting",
         "memlm.saved",
-        "memlm.__version__",
+        "memlm.schema",
+        "memlm.statistics",
+        "memlm.tensors",
+        "memlm.version",
     },
-    {"memlm.memory", "memlm.retrieval"},
-    {"memlm.models", "memlm.data"},
-    {"memlm.cli"},
-    {"memlm.build"},
-    {"memlm.training", "memlm.analysis", "memlm.checkpoint"},
+    {"memlm.data", "memlm.retrieval", "memlm.compose", "memlm.known"},
+    {"memlm.memory"},
+    {"memlm.models", "memlm.store"},
+    {"memlm.assemble"},
+    {"memlm.analysis", "memlm.laws"},
+    {"memlm.checkpoint"},
+    {"memlm.training"},
     {"memlm"},
-    {"experiments"},
-    {"benchmarks"},
-    {"scripts", "train", "memlm.compat"},
+    {"memlm.evaluation"},
+    {"experiments", "benchmarks", "memlm.app"},
+    {"scripts", "train", "memlm.compat", "memlm.__main__"},
 ]
 OURS = {"memlm", "experiments", "benchmarks", "scripts", "train"}
 
-# A trained model is loaded and used without what trains it: that holds for the floors up to `memlm.build` but for two
-# of their modules, for `memlm.checkpoint`, and for all that these import when they are imported.
+# A trained model is loaded and used without what trains it: that holds for the floors up to `memlm.assemble` but for
+# a few of their modules, for `memlm.checkpoint`, and for all that these import when they are imported.
 TRAINING = {"hydra", "omegaconf", "lightning", "lightning_fabric", "pytorch_lightning", "wandb"}
-NOT_LOADED = {"memlm.cli", "memlm.data.datamodule"}
+NOT_LOADED = {"memlm.compose", "memlm.data.datamodule", "memlm.__main__"}
 
 
 def floor(module: str) -> int:
@@ -102,14 +104,15 @@ def test_imports_point_down_only() -> None:
 def test_violations_are_seen() -> None:
     assert violations("from memlm.models.lmcode import LmCode", "memlm.memory.ltm")
     assert violations("from memlm import build", "memlm.models.lmcode")
-    assert violations("def f():\n    import experiments.base", "memlm.training.module")
+    assert violations("from memlm.memory.state import detach", "memlm.retrieval.exact")
+    assert violations("def f():\n    import memlm.evaluation.result", "memlm.training.module")
     assert violations("from ..training import module", "memlm.memory.ltm")
     assert violations("from .training import module", "memlm.memory", is_package=False)
-    assert violations("from memlm.cli import compose", "memlm.models.lmcode")
+    assert violations("from memlm.app.cli import compose", "memlm.models.lmcode")
     assert violations("from memlm.compat.lmcode import LMCODE", "experiments.needle")
     assert not violations("from memlm.config import ConfigError", "memlm.memory.ltm")
-    assert not violations("from .base import Memory\nfrom ..retrieval import exact", "memlm.memory.ltm")
-    assert not violations("from experiments.base import Result", "scripts.evaluate")
+    assert not violations("from .contract import Memory\nfrom ..retrieval import exact", "memlm.memory.ltm")
+    assert not violations("from memlm.evaluation.result import Result", "scripts.evaluate")
 
 
 def ways_to_training(start: str, sources: Mapping[str, str], packages: Collection[str] = ()) -> list[str]:
@@ -130,9 +133,15 @@ def ways_to_training(start: str, sources: Mapping[str, str], packages: Collectio
 def test_a_model_is_loaded_without_what_trains_it() -> None:
     texts = {name: path.read_text() for path, name in sources()}
     packages = {name for path, name in sources() if path.name == "__init__.py"}
-    loaded = {name for name in texts if name.split(".")[0] == "memlm" and floor(name) <= floor("memlm.build")}
+    loaded = {name for name in texts if name.split(".")[0] == "memlm" and floor(name) <= floor("memlm.assemble")}
     loaded = loaded - NOT_LOADED | {"memlm", "memlm.checkpoint"}
-    assert loaded > {"memlm.config", "memlm.memory.ltm", "memlm.models.lmcode", "memlm.data.tokenizer", "memlm.build"}
+    assert loaded > {
+        "memlm.config",
+        "memlm.memory.ltm",
+        "memlm.models.lmcode",
+        "memlm.data.tokenizer",
+        "memlm.assemble",
+    }
     found = [way for name in sorted(loaded) for way in ways_to_training(name, texts, packages)]
     assert not found, "\n".join(found)
 
@@ -155,10 +164,45 @@ def test_no_catch_all_modules() -> None:
     assert not [name for _, name in sources() if name.split(".")[-1] in ("utils", "helpers", "misc", "common")]
 
 
-def test_build_is_both_a_module_and_a_function(monkeypatch: pytest.MonkeyPatch) -> None:
-    module = ModuleType("memlm.build")
-    vars(module)["build"] = lambda *overrides: overrides
-    monkeypatch.setitem(vars(memlm), "build", None)  # put back afterwards whatever is there
-    memlm.build = module  # type: ignore[assignment]  # as the import system does
-    assert memlm.build("a", "b") == ("a", "b")
-    assert memlm.build.build("c") == ("c",)  # type: ignore[attr-defined]
+def circles(imported: Mapping[str, set[str]]) -> list[list[str]]:
+    """Groups of modules that import each other, by Tarjan's algorithm."""
+    place: dict[str, int] = {}
+    least: dict[str, int] = {}
+    stack: list[str] = []
+    found: list[list[str]] = []
+
+    def visit(module: str) -> None:
+        place[module] = least[module] = len(place)
+        stack.append(module)
+        for other in sorted(imported[module]):
+            if other not in place:
+                visit(other)
+                least[module] = min(least[module], least[other])
+            elif other in stack:
+                least[module] = min(least[module], place[other])
+        if least[module] == place[module]:
+            group = stack[stack.index(module) :]
+            del stack[stack.index(module) :]
+            if len(group) > 1:
+                found.append(sorted(group))
+
+    for module in imported:
+        if module not in place:
+            visit(module)
+    return found
+
+
+def test_no_modules_import_each_other() -> None:
+    texts = {name: (path.read_text(), path.name == "__init__.py") for path, name in sources()}
+    imported: dict[str, set[str]] = {}
+    for module, (source, is_package) in texts.items():
+        names = (name for _, name in imports(ast.parse(source), module, is_package))
+        known = ({name, name.rpartition(".")[0]} & texts.keys() for name in names)
+        # `memlm` names what it offers for type checkers; a folder offers what its modules hold
+        imported[module] = set() if is_package else {max(found, key=len) for found in known if found} - {module}
+    assert not circles(imported)
+
+
+def test_circles_are_seen() -> None:
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}}) == [["a", "b", "c"]]
+    assert not circles({"a": {"b", "c"}, "b": {"c"}, "c": set()})

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-from memlm.cli import is_user_error
+from memlm.app.errors import is_user_error
 from memlm.files import atomic_file
 from memlm.machine import available_memory, no_space, refusal
 

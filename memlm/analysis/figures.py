@@ -8,46 +8,20 @@ A *history* is a list of rows, each a dict from column to value, as Lightning's 
 `memory/read_gate` and more. A row seldom holds every column: absent, None and NaN all mean "not measured here".
 """
 
-import csv
-import io
+from __future__ import annotations
+
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from os import PathLike
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import matplotlib as mpl
 import numpy as np
-from cycler import cycler
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.ticker import MaxNLocator, PercentFormatter, StrMethodFormatter
 
-from memlm.config import ConfigError
-from memlm.files import open_regular
-
-History = Sequence[Mapping[str, Any]]
-
-PALETTE = {
-    "blue": "#0072B2",
-    "vermillion": "#D55E00",
-    "green": "#009E73",
-    "purple": "#CC79A7",
-    "orange": "#E69F00",
-    "sky": "#56B4E9",
-    "black": "#000000",
-    "yellow": "#F0E442",  # last: hard to see on white
-}
-"""The Okabe-Ito colours (Okabe and Ito, "Color Universal Design", 2008), told apart by colour-blind readers."""
-
-CONTROLS = {
-    "off": "reads off",
-    "wiped": "memory wiped",
-    "swapped": "another document's memory",
-    "unseen": "fact never shown",
-}
-"""The controls of a recall rate: what follows `recall/` in a column name, and how a figure calls it."""
+from memlm.analysis.run_log import History, series_of
+from memlm.analysis.style import CONTROLS, PALETTE, style
+from memlm.statistics import effective, wilson
 
 _UNITS = {
     "write_gate": "mean gate",
@@ -57,122 +31,9 @@ _UNITS = {
     "filled": "share of slots",
     "state_bytes": "bytes",
 }
+
+
 """Units of numbers that any memory has, by the last part of the column's name."""
-
-_RC: dict[Any, Any] = {
-    "text.parse_math": False,  # a label is not a formula, whatever is in it
-    "figure.figsize": (7.0, 4.2),
-    "figure.dpi": 100,
-    "figure.facecolor": "white",
-    "figure.constrained_layout.use": True,
-    "figure.constrained_layout.w_pad": 0.1,
-    "figure.constrained_layout.h_pad": 0.08,
-    "savefig.dpi": 150,
-    "font.size": 11,
-    "axes.titlesize": 12,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.titlepad": 10,
-    "axes.labelsize": 11,
-    "xtick.labelsize": 10,
-    "ytick.labelsize": 10,
-    "legend.fontsize": 10,
-    "legend.frameon": False,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.axisbelow": True,
-    "axes.grid": True,
-    "axes.grid.axis": "y",
-    "grid.color": "#DDDDDD",
-    "grid.linewidth": 0.8,
-    "lines.linewidth": 2.0,
-    "lines.markersize": 5,
-    "image.cmap": "cividis",
-    "axes.prop_cycle": cycler(color=list(PALETTE.values())),
-}
-
-
-@contextmanager
-def style() -> Iterator[None]:
-    """Draws every figure made inside the block in the project's style.
-
-    Okabe-Ito colours, legible type, a light horizontal grid, no top and right spines. Settings go back to what they
-    were when the block ends.
-    """
-    with mpl.rc_context(_RC):
-        yield
-
-
-def wilson(k: float, n: int, z: float = 1.959963984540054) -> tuple[float, float]:
-    """Wilson score interval of a rate: honest near 0 and 1, where the normal interval collapses to a point.
-
-    Args:
-        k: Number of successes, 0 <= k <= n.
-        n: Number of trials; with none the interval is (0, 1), as nothing is known.
-        z: Normal quantile of the coverage; the default covers 95 %.
-
-    Returns:
-        Lower and upper bound, both within [0, 1].
-
-    Raises:
-        ValueError: If k is not between 0 and n.
-
-    Source: E. B. Wilson, "Probable inference, the law of succession, and statistical inference", JASA 1927.
-    """
-    if not 0 <= k <= n:
-        raise ValueError(f"wilson(k={k}, n={n}): k counts successes among n trials, so 0 <= k <= n is expected")
-    if n == 0:
-        return 0.0, 1.0
-    rate = k / n
-    scale = 1 + z * z / n
-    centre = (rate + z * z / (2 * n)) / scale
-    half = z * math.sqrt(rate * (1 - rate) / n + z * z / (4 * n * n)) / scale
-    # At the ends the bound is exactly 0 or 1; subtraction would leave a rounding error there.
-    low = 0.0 if k == 0 else max(0.0, centre - half)
-    high = 1.0 if k == n else min(1.0, centre + half)
-    return low, high
-
-
-def effective(weights: np.ndarray) -> float:
-    """How many equal shares would be spread as evenly: exp of the entropy of ``weights`` (>= 0); 0 if all are 0."""
-    share = weights[weights > 0] / weights.sum() if weights.sum() > 0 else np.empty(0)
-    return math.exp(-float((share * np.log(share)).sum())) if len(share) else 0.0
-
-
-def read_history(metrics_csv: str | PathLike[str]) -> list[dict[str, Any]]:
-    """Reads the `metrics.csv` that Lightning's `CSVLogger` writes.
-
-    Args:
-        metrics_csv: Path of the file.
-
-    Returns:
-        One dict per line: `step` and `epoch` as int, other numbers as float, empty fields as None, other text as is.
-        Empty list for an empty file.
-
-    Raises:
-        ConfigError: If it is no text, a line has more fields than the header names, or a step is not a number.
-    """
-    history = []
-    with open_regular(Path(metrics_csv)) as binary, io.TextIOWrapper(binary, newline="", encoding="utf-8") as file:
-        reader = csv.DictReader(file)
-        for row in _lines(reader, metrics_csv):
-            if None in row:
-                raise ConfigError(
-                    f"{metrics_csv}, line {reader.line_num}: {len(row[None])} more field(s) than the header names; "
-                    "expected a metrics.csv written by one CSVLogger"
-                )
-            try:
-                history.append({column: _number(column, text) for column, text in row.items()})
-            except ValueError as error:
-                raise ConfigError(f"{metrics_csv}, line {reader.line_num}: {error}") from None
-    return history
-
-
-def _lines(reader: Iterable[dict[Any, Any]], path: str | PathLike[str]) -> Iterator[dict[Any, Any]]:
-    try:
-        yield from reader
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise ConfigError(f"{path} is no CSV file: {error}; expected a metrics.csv written by one CSVLogger") from error
 
 
 def loss_curve(history: History, into: SubFigure | None = None) -> Figure | None:
@@ -188,8 +49,8 @@ def loss_curve(history: History, into: SubFigure | None = None) -> Figure | None
     Raises:
         ValueError: If a row holds a value but no step.
     """
-    train = _series(history, "train/loss") or _series(history, "train/loss_step")
-    val = _series(history, "val/nll")
+    train = series_of(history, "train/loss") or series_of(history, "train/loss_step")
+    val = series_of(history, "val/nll")
     if not train and not val:
         return None
     with style():
@@ -239,7 +100,7 @@ def recall_curve(
         chance = next(iter(_rates(history, "recall/chance").values()), None)
     if n is not None and n < 1:
         raise ValueError(f"recall_curve: n={n} items behind each rate; expected at least 1")
-    n_at = {step: int(count) for step, count in _series(history, "recall/n").items()}
+    n_at = {step: int(count) for step, count in series_of(history, "recall/n").items()}
     with style():
         figure: Any = into or Figure(figsize=(7.0, 4.6))
         axes = figure.subplots()
@@ -410,7 +271,7 @@ def memory_curves(history: History) -> Figure | None:
     panels: dict[str, dict[str, dict[int, float]]] = {}
     for column in dict.fromkeys(column for row in history for column in row if column.startswith("memory/")):
         parts = column.split("/")
-        if series := _series(history, column):
+        if series := series_of(history, column):
             panels.setdefault(parts[-1], {})["/".join(parts[1:-1])] = series
     if not panels:
         return None
@@ -440,43 +301,9 @@ def memory_curves(history: History) -> Figure | None:
     return figure
 
 
-def _number(column: str, text: str | None) -> Any:
-    """The value of one CSV field: None, int, float, or the text itself when it is no number."""
-    if text is None or text.strip() == "":
-        return None
-    if column in ("step", "epoch"):
-        try:
-            return int(float(text))
-        except (ValueError, OverflowError):
-            raise ValueError(f"{column} is {text!r}; expected a number") from None
-    try:
-        return float(text)
-    except ValueError:
-        return text
-
-
-def _series(history: History, column: str) -> dict[int, float]:
-    """Measured values of a column by ascending step; where a resumed run repeats a step the later row counts."""
-    series = {}
-    for i, row in enumerate(history):
-        value = row.get(column)
-        if value is None:
-            continue
-        try:
-            if math.isnan(value):
-                continue
-        except TypeError:
-            raise ValueError(f"row {i} of the history holds {value!r} as {column!r}; expected a number") from None
-        step = row.get("step")
-        if step is None or math.isnan(step):
-            raise ValueError(f"row {i} of the history holds {column!r} but no 'step'; expected both in one row")
-        series[int(step)] = float(value)
-    return dict(sorted(series.items()))
-
-
 def _rates(history: History, column: str) -> dict[int, float]:
     """Like `_series`, for values in [0, 1]; forgives rounding at the ends."""
-    series = _series(history, column)
+    series = series_of(history, column)
     for step, value in series.items():
         if not -1e-6 <= value <= 1 + 1e-6:
             raise ValueError(f"{column!r} is {value} at step {step}; expected a rate between 0 and 1")

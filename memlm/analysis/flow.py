@@ -15,22 +15,23 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 from torch import Tensor
 
-from memlm.analysis.figures import PALETTE, style
-from memlm.analysis.usage import banks, slot_changes
+from memlm.analysis.usage import banks, slot_changes, slot_reads
 from memlm.config import ConfigError, whole
-from memlm.memory.base import Memory
+from memlm.memory.slots import Slots
 from memlm.models.base import LanguageModel
-from memlm.models.segments import ModelState
+from memlm.models.state import ModelState
 
 Text = str | Sequence[int] | Tensor
+
+
 """A text, or its token ids, (N,) or (1, N)."""
 
-_FAINT = 0.01  # weight times gate up to which a read is not drawn
+
+FAINT = 0.01  # weight times gate up to which a read is not drawn
+
+
 _AROUND = 4  # tokens of the text shown on either side of the place that a slot comes from
 
 
@@ -122,7 +123,8 @@ class Flow:
     @property
     def strength(self) -> np.ndarray:
         """How strongly memory was read at each token, the most of all layers, (N,)."""
-        return np.max([read.strength for read in self.reads.values()], axis=0, initial=0.0)
+        nothing = np.zeros(len(self.ids))  # where no memory tells what it reads
+        return np.max([nothing, *(read.strength for read in self.reads.values())], axis=0)
 
 
 def check_texts(name: str, texts: Any) -> None:
@@ -216,7 +218,7 @@ class _Walk:
 
     def context(self, ids: Tensor) -> None:
         """Read a context, (1, L), and drop it."""
-        start, opened = 0, int(self.state.local.host_open[0])
+        start, opened = 0, int(self.state.local.n_open.tensor[0])
         hidden, without = [], []
         while start < ids.shape[1]:
             part = ids[:, start : start + self.model.segment_len - opened]
@@ -247,12 +249,13 @@ class _Walk:
 
     def _keep_reads(self, reads: dict[str, Any], n: int) -> None:
         held = banks(self.model, self.state)
-        for key, read in reads.items():
+        for key in slot_reads(reads):
+            read = reads[key]
             weights, order = read.weights[0].float().masked_fill(read.slots[0] < 0, 0).sort(dim=1, descending=True)
             slots = read.slots[0].gather(1, order).masked_fill(weights == 0, -1)
             mass, gate = weights.sum(dim=1), read.gate[0].float()
             told = slots[:, : self.top].cpu()
-            parts = (told, weights[:, : self.top], gate, gate * mass, read.values[0].float().norm(dim=1))
+            parts = (told, weights[:, : self.top], gate, gate * mass, read.value[0].float().norm(dim=1))
             self.reads.setdefault(key, []).append(tuple(part.cpu() for part in parts))
             label = key if key in held else key.partition("/")[0]
             slots_read = told[told >= 0].unique()
@@ -268,7 +271,7 @@ class _Walk:
             self.writes[label].written.append(self._origins(label, module, part, written.nonzero()[:, 0]))
             self.writes[label].n_filled.append(int(module.filled(part)[0].sum()))
 
-    def _origins(self, label: str, module: Memory, part: Any, slots: Tensor) -> list[Origin]:
+    def _origins(self, label: str, module: Slots, part: Any, slots: Tensor) -> list[Origin]:
         return origins(self.model, self.ids, self.begin, module, part, slots, self.last[label])
 
     def flow(self) -> Flow:
@@ -293,7 +296,7 @@ class _Walk:
 
 
 def origins(
-    model: LanguageModel, ids: Sequence[int], begin: int, module: Memory, part: Any, slots: Tensor, last: Tensor
+    model: LanguageModel, ids: Sequence[int], begin: int, module: Slots, part: Any, slots: Tensor, last: Tensor
 ) -> list[Origin]:
     """Where slots of a bank come from.
 
@@ -327,90 +330,3 @@ def _stack(parts: Sequence[Tensor]) -> np.ndarray:
     k = max(part.shape[1] for part in parts)
     fill = 0 if parts[0].is_floating_point() else -1
     return torch.cat([torch.nn.functional.pad(part, (0, k - part.shape[1]), value=fill) for part in parts]).numpy()
-
-
-def visualize_memory_flow(model: LanguageModel, text: Text, state: Any = None) -> Figure:
-    """Draw what each layer with memory reads, from where, how strongly, and what is written and evicted.
-
-    Args:
-        model: A language model; it is left as it was.
-        text: The text, or its token ids.
-        state: State of one row before the text; None for the beginning.
-    """
-    return draw_flow(memory_flow(model, [text], state))
-
-
-def draw_flow(flow: Flow) -> Figure:
-    """The figure of a flow: for each layer a map of its reads, and below it gate, writes and evictions.
-
-    In the map a dot says that a token (across) read what comes from an earlier token (up), or a slot where a memory
-    does not tell where its slots come from; the darker and larger, the stronger. Dotted lines are segments, solid ones
-    the beginnings of contexts.
-    """
-    n_row = max(2 * len(flow.reads), 1)
-    with style():
-        figure = Figure(figsize=(11.0, max(2.2, 4.4 * len(flow.reads))))
-        grid = figure.subplots(n_row, 1, sharex=True, squeeze=False, height_ratios=([2.6, 1] * len(flow.reads)) or [1])
-        axes: list[Axes] = list(grid[:, 0])
-        for (key, read), upper, lower in zip(flow.reads.items(), axes[::2], axes[1::2], strict=False):
-            _draw_reads(upper, flow, key, read, figure)
-            _draw_strips(lower, flow, key, read)
-        if not flow.reads:
-            axes[0].text(0.5, 0.5, "no memory was read", ha="center", va="center", transform=axes[0].transAxes)
-            axes[0].set_yticks([])
-        axes[-1].set_xlabel("token of the text")
-        axes[-1].xaxis.set_major_locator(MaxNLocator(nbins=10, integer=True))
-        axes[-1].xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
-        axes[-1].set_xlim(-0.5, len(flow.ids) - 0.5)
-    return figure
-
-
-def _draw_reads(axes: Axes, flow: Flow, key: str, read: BankFlow, figure: Figure) -> None:
-    x, y, strength, told = [], [], [], True
-    for token, (slots, weights) in enumerate(zip(read.slots, read.weights, strict=True)):
-        for slot, weight in zip(slots, weights, strict=True):
-            if slot >= 0 and weight * read.gate[token] > _FAINT:
-                origin = read.origins[flow.segment[token]][int(slot)]
-                told = told and origin.place is not None
-                x.append(token)
-                y.append((origin.place, int(slot)))
-                strength.append(float(weight * read.gate[token]))
-    heights = [place if told else slot for place, slot in y]
-    order = np.argsort(strength)
-    dots = axes.scatter(
-        np.array(x)[order] if x else [], np.array(heights)[order] if x else [],
-        c=np.array(strength)[order] if x else [], s=4 + 40 * np.array(strength)[order] if x else [],
-        cmap="viridis_r", vmin=0, vmax=max([*strength, 1e-3]), linewidths=0,
-    )  # fmt: skip
-    axes.set_title(f"Reads of {key}")
-    axes.set_ylabel("made from token" if told else "slot")
-    axes.yaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
-    _boundaries(axes, flow)
-    if not x:
-        axes.text(0.5, 0.5, "nothing was read", ha="center", va="center", transform=axes.transAxes)
-        axes.set_yticks([])
-    else:
-        figure.colorbar(dots, ax=axes, pad=0.01, label="weight x gate").outline.set_visible(False)
-
-
-def _draw_strips(axes: Axes, flow: Flow, key: str, read: BankFlow) -> None:
-    """Gate and strength as lines; tokens whose slots were written, and where tokens were evicted, as marks."""
-    n = np.arange(len(flow.ids))
-    axes.plot(n, read.gate, color=PALETTE["sky"], linewidth=1, label="gate")
-    axes.plot(n, read.strength, color=PALETTE["blue"], linewidth=1.2, label="gate x weight on slots")
-    writes = flow.writes.get(key) or flow.writes[key.partition("/")[0]]
-    written = [origin.place for part in writes.written for origin in part if origin.place is not None]
-    evicted = [origin.place for part in writes.evicted for origin in part if origin.place is not None]
-    axes.plot(written, np.full(len(written), -0.12), "|", color=PALETTE["green"], markersize=6, label="written")
-    axes.plot(
-        evicted, np.full(len(evicted), -0.28), "x", color=PALETTE["vermillion"], markersize=5, label="evicted later"
-    )
-    axes.set(ylabel="share", ylim=(-0.42, 1.05), yticks=[0, 0.5, 1])
-    axes.legend(loc="lower left", bbox_to_anchor=(0, 1.0), ncols=4, fontsize=9, borderaxespad=0.2)
-    _boundaries(axes, flow)
-
-
-def _boundaries(axes: Axes, flow: Flow) -> None:
-    for parts, line in ((flow.segment, ":"), (flow.context, "-")):
-        for x in np.flatnonzero(np.diff(parts)):
-            axes.axvline(x + 0.5, color="#999999", linewidth=0.8, linestyle=line, zorder=0)

@@ -11,7 +11,9 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from memlm.analysis.figures import History, gates, loss_curve, read_history, recall_curve, style
+from memlm.analysis.figures import gates, loss_curve, recall_curve
+from memlm.analysis.run_log import History, read_history
+from memlm.analysis.style import style
 from memlm.config import ConfigError
 
 
@@ -19,7 +21,7 @@ def plot_training_history(history: History | Mapping[str, Sequence[Any]] | str |
     """Loss, recall beside its controls and gates of a run, one below the other; None if there is nothing to draw.
 
     Args:
-        history: Rows as `memlm.analysis.figures.read_history` gives them; columns, as lists of one value per step; or
+        history: Rows as `memlm.analysis.run_log.read_history` gives them; columns, as lists of one value per step; or
             the path of a run, or of its ``metrics.csv``.
 
     Raises:

@@ -8,23 +8,50 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from memlm.config import ConfigError
 from memlm.data.stream import ValidationBatches
-from memlm.memory.base import Memory, Residual
+from memlm.memory.contract import Read
+from memlm.memory.slots import Slots
+from memlm.models.base import placed
 
 
-def banks(model: Any, state: Any) -> dict[str, tuple[Memory, Any]]:
-    """Every memory module with its state, by ``memory/layer``; by ``memory`` if it serves all attached layers."""
-    found = {}
-    for name, modules in model.memory.items():
-        labels = [f"{name}/{layer}" for layer in model.memory_layers] if modules[0].layerwise else [name]
-        for label, module, part in zip(labels, modules, state.memory[name], strict=True):
-            found[label] = (module, part)
-    return found
+def banks(model: Any, state: Any) -> dict[str, tuple[Slots, Any]]:
+    """Every memory module that has slots, with its state, by its label (see `Placed`)."""
+    return {
+        label: (module, state.memory[name][number])
+        for label, name, number, _, module in placed(model)
+        if isinstance(module, Slots)
+    }
 
 
-def read_weights(
-    model: Any, reads: Mapping[str, Residual], state: Any, mask: Tensor | None = None
-) -> dict[str, Tensor]:
+def check_slots(model: Any, what: str) -> None:
+    """Refuse a model one of whose memories has no slots to look into.
+
+    Args:
+        model: A language model.
+        what: What wants to look, for the error.
+
+    Raises:
+        ConfigError: If there is such a memory.
+    """
+    without = sorted({part.name for part in placed(model) if not isinstance(part.module, Slots)})
+    if without:
+        raise ConfigError(
+            f"{what} looks into the slots of a memory, but {', '.join(without)} has none: choose a memory of slots, "
+            "such as memory=ltm"
+        )
+
+
+def slot_reads(reads: Mapping[str, Read]) -> dict[str, tuple[Tensor, Tensor]]:
+    """Slots and weights of the reads that tell them, by the names of the reads, (B, N, k) each."""
+    return {
+        name: (read.slots, read.weights)
+        for name, read in reads.items()
+        if read.slots is not None and read.weights is not None
+    }
+
+
+def read_weights(model: Any, reads: Mapping[str, Read], state: Any, mask: Tensor | None = None) -> dict[str, Tensor]:
     """Total weight with which each slot was read.
 
     Args:
@@ -38,13 +65,13 @@ def read_weights(
     """
     total = {label: torch.zeros_like(module.filled(part), dtype=torch.float32)
              for label, (module, part) in banks(model, state).items()}  # fmt: skip
-    for key, read in reads.items():
+    for key, (number, weight) in slot_reads(reads).items():
         label = key if key in total else key.partition("/")[0]
-        known = read.slots >= 0 if mask is None else (read.slots >= 0) & mask[..., None]
-        weights = torch.where(known, read.weights, 0.0).float().flatten(1)  # (B, N * k)
+        known = number >= 0 if mask is None else (number >= 0) & mask[..., None]
+        weights = torch.where(known, weight, 0.0).float().flatten(1)  # (B, N * k)
         if len(total[label]) == 1:  # a shared bank, read by all rows
             weights = weights.flatten()[None]
-        slots = read.slots.clamp(min=0).view_as(weights)
+        slots = number.clamp(min=0).view_as(weights)
         total[label] = total[label].scatter_add(1, slots, weights)
     return total
 
@@ -64,18 +91,21 @@ def memory_numbers(out: Any) -> dict[str, Tensor]:
         f"memory/{name}/{key}": value.mean() for name, trace in out.trace.items() for key, value in trace.items()
     }
     for name, read in out.reads.items():
+        if read.gate is not None:
+            numbers[f"memory/{name}/read_gate"] = read.gate.mean()
+        if read.weights is None:
+            continue
         mass = read.weights.sum(dim=-1)
         share = read.weights / mass.clamp(min=1e-9)[..., None]
         entropy = -(share * share.clamp(min=1e-9).log()).sum(dim=-1)
         numbers |= {
-            f"memory/{name}/read_gate": read.gate.mean(),
             f"memory/{name}/read_mass": mass.mean(),
             f"memory/{name}/read_entropy": (entropy * mass).sum() / mass.sum().clamp(min=1e-9),
         }
     return numbers
 
 
-def slot_fields(module: Memory, state: Any) -> dict[str, Tensor]:
+def slot_fields(module: Slots, state: Any) -> dict[str, Tensor]:
     """The numbers that a memory keeps of each slot, by the names its state gives them, (B, n_slot) each."""
     shape = module.filled(state).shape
     return {name: part for name, part in _named(state) if part.shape == shape}
@@ -90,10 +120,10 @@ def _named(state: Any) -> Iterator[tuple[str, Tensor]]:
             yield from _named(part)
 
 
-def slot_changes(module: Memory, before: Any, after: Any) -> tuple[Tensor, Tensor]:
+def slot_changes(module: Slots, before: Any, after: Any) -> tuple[Tensor, Tensor]:
     """Which slots a write filled anew, and which lost what they held.
 
-    Where a memory tells the places of its tokens (`Memory.places`), a slot is *written* if it holds a token that the
+    Where a memory tells the places of its tokens (`Slots.places`), a slot is *written* if it holds a token that the
     memory did not hold, and *evicted* if the memory no longer holds its token, wherever it may have moved. A shared
     bank has such places of many documents, so there slots are compared one by one. Other memories blend the new into
     the old: their slots are written over and over, and evicted only when they become empty.

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import memlm
 from memlm.memory.auto import AutoMemory, AutoState
-from memlm.memory.base import Segment
+from memlm.memory.contract import Flags, Segment
 
 
 class AutoMemoryModule(nn.Module):
@@ -54,7 +54,7 @@ class AutoMemoryModule(nn.Module):
                 'several at once use memlm.build("model=lstm", "memory=auto")'
             )
         state = self._state(memory_context)
-        new, _ = self.memory.write(_sentence(embedded_tokens, self.memory.n_slot), state, [])
+        new, _ = self.memory.write(_sentence(embedded_tokens, self.memory.n_slot), state)
         kept = self.memory.filled(new)[0]
         return new.hidden[0, kept], new.score[0, kept]
 
@@ -77,8 +77,9 @@ def _sentence(embedded: Tensor, first_id: int) -> Segment:
     yes = torch.ones(1, 1, dtype=torch.bool, device=embedded.device)
     ids = first_id + torch.arange(embedded.shape[1], device=embedded.device)[None]
     return Segment(
-        ids=ids, embeddings=embedded, hidden=embedded, valid=torch.ones_like(ids, dtype=torch.bool), complete=yes,
-        continues=~yes, closes=yes, reset=None, position=ids[:, :1], document=yes.long(), signals=None, lookback=0,
+        ids=ids, embeddings=embedded, hidden=embedded, valid=torch.ones_like(ids, dtype=torch.bool),
+        flags=Flags(yes, ~yes, yes, None, ids[:, :1], yes.long()), signals=None, lookback=0,
+        columns=slice(0, ids.shape[1]),
     )  # fmt: skip
 
 

@@ -24,9 +24,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import memlm
-from memlm.analysis import capacity, efficiency, flow, monitor, report
-from memlm.analysis.figures import read_history
+from memlm.analysis import efficiency, filling, flow_figure, memory_page, monitor
 from memlm.analysis.history import plot_training_history
+from memlm.analysis.run_log import read_history
 from memlm.config import ConfigError, did_you_mean
 from memlm.data.curriculum import Curriculum
 from memlm.data.stream import TrainingBatches, ValidationBatches
@@ -39,7 +39,7 @@ from memlm.training.settings import Training
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from memlm.models.experience import Remembered
+    from memlm.store.remembered import Remembered
 
 __all__ = [
     "LMCODE",
@@ -118,12 +118,12 @@ class LongTermMemory:
         Returns:
             How many slots were merged into another.
         """
-        bank, merged = self._module.bank(), 0
+        bank, merged = self._module.bank.state(), 0
         for turn in range(self._module.n_turn):
             bank, counts = self._module.consolidate(bank, threshold, turn=turn)
             merged += counts["merged"]
         if merged:
-            self._module.commit(bank)
+            self._module.bank.commit(bank)
         return merged
 
 
@@ -193,7 +193,7 @@ class LMCODE(nn.Module):
         return self.model.generate(input_ids, new, temperature, top_k, top_p)
 
     def store_experience(self, text: str) -> list[int]:
-        """Store a text in long-term memory; ids of its records. See `memlm.models.experience.ExperienceModel`."""
+        """Store a text in long-term memory; ids of its records. See `memlm.store.operations.ExperienceModel`."""
         return self.model.store_experience(text)
 
     def query_memory(self, text: str, top_k: int = 5) -> tuple[list[Remembered], list[int]]:
@@ -392,9 +392,9 @@ class MemoryMonitor(monitor.MemoryMonitor):
         super().__init__(model.model)
 
 
-def analyze_memory_capacity(model: LMCODE, test_sequences: Sequence[Any] | Tensor) -> capacity.Capacity:
-    """How slots fill while texts or token ids are read; see `memlm.analysis.capacity.analyze_memory_capacity`."""
-    return capacity.analyze_memory_capacity(model.model, test_sequences)
+def analyze_memory_capacity(model: LMCODE, test_sequences: Sequence[Any] | Tensor) -> filling.Capacity:
+    """How slots fill while texts or token ids are read; see `memlm.analysis.filling.analyze_memory_capacity`."""
+    return filling.analyze_memory_capacity(model.model, test_sequences)
 
 
 def compute_memory_efficiency(model: LMCODE) -> efficiency.Efficiency:
@@ -403,14 +403,14 @@ def compute_memory_efficiency(model: LMCODE) -> efficiency.Efficiency:
 
 
 def generate_memory_report(model: LMCODE, dataset: MemoryDataset, path: str | PathLike[str] | None = None) -> str:
-    """A web page about the memory; see `memlm.analysis.report.generate_memory_report`.
+    """A web page about the memory; see `memlm.analysis.memory_page.generate_memory_report`.
 
     Its text is the first sequence, read twice with the local context gone in between, so that the second reading shows
     what memory has kept of the first.
     """
-    return report.generate_memory_report(model.model, dataset, [dataset[0], dataset[0]], path)
+    return memory_page.generate_memory_report(model.model, dataset, [dataset[0], dataset[0]], path)
 
 
 def visualize_memory_flow(model: LMCODE, input_sequence: str | Sequence[int] | Tensor) -> Figure:
-    """What each token reads and from where; see `memlm.analysis.flow.visualize_memory_flow`."""
-    return flow.visualize_memory_flow(model.model, input_sequence)
+    """What each token reads and from where; see `memlm.analysis.flow_figure.visualize_memory_flow`."""
+    return flow_figure.visualize_memory_flow(model.model, input_sequence)

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from memlm.cli import cli
+from memlm.app.cli import cli
 
 SETTINGS = (
     "recipe=imm",
@@ -36,7 +36,7 @@ PLOTS = {
 @cli("train")
 def main(cfg: DictConfig) -> None:
     """Train, measure, and put the plots into the current directory."""
-    from train import main as train
+    from memlm.app.train import main as train
 
     train(cfg)
     run = Path(cfg.paths.run_dir)

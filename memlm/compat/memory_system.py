@@ -17,7 +17,8 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from memlm.cli import cli, to_dict
+from memlm.app.cli import cli
+from memlm.compose import to_dict
 
 SETTINGS = ("recipe=preferences", "experiment=[preferences]")
 """The source's simulation, in memlm's settings."""
@@ -26,9 +27,9 @@ SETTINGS = ("recipe=preferences", "experiment=[preferences]")
 @cli("train")
 def main(cfg: DictConfig) -> None:
     """Simulate, and print what was learned, ignored, forgotten and retrieved."""
-    from experiments import runner
-    from experiments.report import summary
-    from memlm.build import build_model, build_tokenizer
+    from memlm.assemble import build_model, build_tokenizer
+    from memlm.evaluation import runner
+    from memlm.evaluation.summary import summary
 
     config = to_dict(cfg)
     model = build_model(config, build_tokenizer(config))

@@ -40,7 +40,7 @@ class Curriculum:
 
     Args:
         phases: Settings of each `Phase`, in order.
-        task: Node (with its ``_target_``) of the `memlm.data.task.Task` that phases may train; None for none.
+        task: Node (with its ``_target_``) of the `memlm.data.tasks.base.Task` that phases may train; None for none.
 
     Raises:
         ConfigError: If there is no phase, or one has an unknown or impossible setting.

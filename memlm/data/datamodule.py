@@ -12,11 +12,12 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch.utils.data import DataLoader, Sampler
 
 from memlm.config import ConfigError, instantiate
-from memlm.data.corpus import Corpus
+from memlm.data.corpora.base import Corpus
 from memlm.data.curriculum import Curriculum
-from memlm.data.facts import FactMaker, Facts, Maker
 from memlm.data.stream import Batch, TextStream, TrainingBatches, ValidationBatches
-from memlm.data.task import Task
+from memlm.data.tasks.base import Task
+from memlm.data.tasks.facts import Facts
+from memlm.data.tasks.makers import FactMaker, Maker
 from memlm.data.tokenizer import Tokenizer
 from memlm.data.tokens import TokenizedCorpus, tokenize
 
@@ -93,7 +94,7 @@ class TextData(lightning.LightningDataModule):
         return self.facts.maker
 
     def maker_of(self, kind: str) -> Maker:
-        """Where planted facts of a kind come from; see `memlm.data.facts.KINDS`."""
+        """Where planted facts of a kind come from; see `memlm.data.tasks.makers.KINDS`."""
         return self.facts.maker_of(kind)
 
     @property

@@ -8,7 +8,7 @@ Shapes: B rows, S segments of a window, T tokens per segment, N = S * T.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from memlm.data.curriculum import Curriculum
-from memlm.data.task import Task
+from memlm.data.tasks.base import Task
 from memlm.data.tokens import TokenizedCorpus
 
 
@@ -34,7 +34,6 @@ class Batch(NamedTuple):
         fresh: Whether every row begins a new document.
         ends: Whether every row's document ends with this window, so that no state need be carried on.
         step: Number of the batch.
-        memory: Settings of memories at this step, by ``name.attribute``.
     """
 
     ids: Tensor
@@ -47,7 +46,6 @@ class Batch(NamedTuple):
     fresh: bool
     ends: bool
     step: int
-    memory: dict[str, Any]
 
 
 class TextStream:
@@ -143,10 +141,9 @@ class TrainingBatches(Dataset[Batch]):
         index, phase, within = self.curriculum.at(step)
         n_row = phase.n_row // self.n_rank
         rows = [self.rank * n_row + i for i in range(n_row)]
-        memory = self.curriculum.memory_settings(step)
         if phase.task is None:
             parts = [self.stream.window(row, phase.n_row, within * phase.n_segment, phase.n_segment) for row in rows]
-            return _text_batch(parts, step, memory, first=within == 0)
+            return _text_batch(parts, step, first=within == 0)
         assert self.task is not None
         n_token = phase.n_segment * self.segment_len
         document, window = divmod(within, phase.n_window)
@@ -174,7 +171,6 @@ class TrainingBatches(Dataset[Batch]):
             fresh=window == 0,
             ends=window == phase.n_window - 1,
             step=step,
-            memory=memory,
         )
 
 
@@ -212,10 +208,10 @@ class ValidationBatches(Dataset[Batch]):
         first = step * self.n_segment
         n_segment = min(self.n_segment, self.stream.n_segment // self.n_row - first)
         parts = [self.stream.window(row, self.n_row, first, n_segment) for row in range(self.n_row)]
-        return _text_batch(parts, step, {}, first=step == 0)
+        return _text_batch(parts, step, first=step == 0)
 
 
-def _text_batch(parts: list[tuple[np.ndarray, ...]], step: int, memory: dict[str, Any], first: bool) -> Batch:
+def _text_batch(parts: list[tuple[np.ndarray, ...]], step: int, first: bool) -> Batch:
     """A batch of plain text from the windows of its rows."""
     ids, targets, weight, mask = (torch.from_numpy(np.stack([part[i] for part in parts])).flatten(1) for i in range(4))
     reset = torch.from_numpy(np.stack([part[4] for part in parts]))
@@ -231,7 +227,6 @@ def _text_batch(parts: list[tuple[np.ndarray, ...]], step: int, memory: dict[str
         fresh=first,
         ends=False,
         step=step,
-        memory=memory,
     )
 
 

@@ -17,14 +17,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from memlm.config import ConfigError, did_you_mean
-from memlm.files import checked_file, read_checked
+from memlm.files import checked_file, open_regular, parse_json, read_checked
 from memlm.printed import one_line
-from memlm.saved import parse_json
 
 if TYPE_CHECKING:
     import tokenizers
 
-    from memlm.data.corpus import Corpus
+    from memlm.data.corpora.base import Corpus
 
 log = logging.getLogger(__name__)
 
@@ -94,10 +93,13 @@ class Tokenizer:
             ConfigError: The file is missing or is not a tokenizer.json.
         """
         path = Path(os.path.expanduser(path))
-        if not os.path.isfile(path):
-            raise ConfigError(f"tokenizer file {str(path)!r} does not exist; give the path of a tokenizer.json.")
         try:
-            return cls.from_json(path.read_text(encoding="utf-8"))
+            with open_regular(path) as file:
+                return cls.from_json(str(file.read(), "utf-8"))
+        except FileNotFoundError:
+            raise ConfigError(
+                f"tokenizer file {str(path)!r} does not exist; give the path of a tokenizer.json."
+            ) from None
         except (ValueError, OSError) as error:  # ConfigError, or bytes that are not UTF-8
             raise ConfigError(f"tokenizer file {str(path)!r} cannot be read: {error}") from None
 

@@ -18,15 +18,21 @@ from memlm.config import ConfigError
 from memlm.files import checked_file, read_checked
 
 if TYPE_CHECKING:
-    from memlm.data.corpus import Corpus
+    from memlm.data.corpora.base import Corpus
     from memlm.data.tokenizer import Tokenizer
+
 
 log = logging.getLogger(__name__)
 
+
 # Raise it when the meaning of the cached arrays changes: old files are then ignored.
 FORMAT = 1
+
+
 # Characters encoded in one go: bounds the memory that the encodings need.
 BATCH_CHARS = 2_000_000
+
+
 # Below this many characters encoding is over before a progress bar is read.
 PROGRESS_CHARS = 20_000_000
 

@@ -1,1 +1,1 @@
-"""Memory mechanisms: one file each, all under the contract of `memlm.memory.base`."""
+"""Memory mechanisms: one file each, all under the contract of `memlm.memory.contract`."""

@@ -21,28 +21,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from memlm.memory.base import Memory, Residual, Segment, Trace
+from memlm.memory import strengths
+from memlm.memory.contract import Needs, Read, Segment, Trace
+from memlm.memory.slots import Slots
 from memlm.memory.state import where_rows
+from memlm.memory.strengths import AdaptiveState, like
 
 _WRITTEN = 0.5  # importance above which an item is written, when nothing is left to chance
 
 Controller = Literal["policy", "straight_through", "always", "never"]
-
-
-class AdaptiveState(NamedTuple):
-    """Slots of one layer, short-term ones first.
-
-    Attributes:
-        key: Unit keys, (B, M, d_key).
-        value: Contents, (B, M, d_value).
-        strength: How firmly each is remembered, in 0..1, (B, M); 0 if empty.
-        position: When each was last met: place of its cue in the document, (B, M); -1 if empty.
-    """
-
-    key: Tensor
-    value: Tensor
-    strength: Tensor
-    position: Tensor
 
 
 class Decision(NamedTuple):
@@ -61,7 +48,7 @@ class Decision(NamedTuple):
     entropy: Tensor
 
 
-class AdaptiveMemory(Memory):
+class AdaptiveMemory(Slots):
     """Short-term and long-term slots with strengths, filled by a learned controller.
 
     Args:
@@ -87,8 +74,6 @@ class AdaptiveMemory(Memory):
     Raises:
         ValueError: If a setting cannot work; the message names it.
     """
-
-    lookback = 1
 
     def __init__(
         self,
@@ -143,6 +128,7 @@ class AdaptiveMemory(Memory):
         self.match_threshold, self.promote_at = match_threshold, promote_at
         self.retrieval_threshold, self.gate_penalty, self.exploration = retrieval_threshold, gate_penalty, exploration
         self.signals = dict(signals or {})
+        self.needs = Needs(lookback=1, signals=self.signals)
 
         self.cue_norm = nn.RMSNorm(d_model)
         self.content_norm = nn.RMSNorm(d_model)
@@ -201,61 +187,7 @@ class AdaptiveMemory(Memory):
             items: What the segment offers: K items, of strength 0 where not written.
             rows: Rows whose segment is complete, (B,); others keep their state.
         """
-        return where_rows(rows, self._placed(*self._settle(state, items)), state)
-
-    def _settle(self, state: AdaptiveState, items: AdaptiveState) -> tuple[AdaptiveState, Tensor]:
-        """Slots and items (B, M + K) after decay and reinforcement, and which of them each slot is to hold, (B, M)."""
-        n, n_item = state.strength.shape[1], items.strength.shape[1]
-        strength = state.strength * self.decay  # (B, M)
-        chosen = items.strength > 0  # (B, K)
-        joins = self._joins(state._replace(strength=strength), items) * chosen[..., None]  # (B, K, M + K)
-        touched = joins.any(dim=1)[..., None]
-        gained = torch.einsum("bk,bkn->bn", torch.log1p(-items.strength.clamp(max=1 - 1e-6)), joins)
-        held = F.pad(strength, (0, n_item))  # (B, M + K)
-        weight = (joins * items.strength[..., None]).transpose(1, 2)  # (B, M + K, K)
-        total = held[..., None] + weight.sum(dim=2, keepdim=True)
-        old_key, old_value = (F.pad(part, (0, 0, 0, n_item)) for part in (state.key, state.value))
-        key = F.normalize(held[..., None] * old_key + weight @ items.key, dim=-1)
-        value = (held[..., None] * old_value + weight @ items.value) / total.clamp(min=1e-9)
-        met = torch.where(joins > 0, items.position[..., None], -1).amax(dim=1)
-        everything = AdaptiveState(
-            key=torch.where(touched, key, old_key),
-            value=torch.where(touched, value, old_value),
-            strength=1 - (1 - held) * gained.exp(),
-            position=torch.maximum(F.pad(state.position, (0, n_item), value=-1), met),
-        )
-        alive = everything.strength > 0
-        is_long = (torch.arange(n + n_item, device=strength.device) >= self.n_short).expand_as(alive).clone()
-        is_long[:, n:] = False
-        is_long = is_long | (everything.strength >= self.promote_at)
-        short = _keep((everything.position + 1) * (alive & ~is_long), 0, self.n_short)
-        long = _keep(everything.strength.detach() * (alive & is_long), self.n_short, self.n_slot)
-        return everything, torch.cat([short, long], dim=1)
-
-    def _placed(self, everything: AdaptiveState, source: Tensor) -> AdaptiveState:
-        """What `_settle` found, put into slots."""
-        new = [
-            torch.where(_like(source >= 0, part), part.gather(1, _like(source.clamp(min=0), part)), empty)
-            for part, empty in zip(everything, self.init_state(len(source)), strict=True)
-        ]
-        return AdaptiveState(*new)
-
-    @torch.no_grad()
-    def _joins(self, state: AdaptiveState, items: AdaptiveState) -> Tensor:
-        """Where each item goes, one-hot over the slots and the items themselves, (B, K, M + K)."""
-        n, n_item = state.strength.shape[1], items.strength.shape[1]
-        number = torch.arange(n_item, device=state.strength.device)
-        chosen = items.strength > 0
-        of_slot = _similarity(items, state).masked_fill(state.strength[:, None] <= 0, -1)  # (B, K, M)
-        slot = of_slot.max(dim=2)
-        repeats = (_similarity(items, items) >= self.match_threshold) & chosen[:, None]
-        repeats = repeats & (number < number[:, None])  # of earlier items
-        item = torch.where(repeats.any(dim=2), repeats.int().argmax(dim=2), number) + n
-        target = torch.where(slot.values >= self.match_threshold, slot.indices, item)  # (B, K)
-        for _ in range(n_item.bit_length()):  # each round doubles how far a chain of repeats is followed
-            followed = target.gather(1, (target - n).clamp(min=0))
-            target = torch.where(target >= n, followed, target)
-        return F.one_hot(target, n + n_item).to(items.strength.dtype)
+        return where_rows(rows, strengths.placed(self, *strengths.settle(self, state, items)), state)
 
     def retrieve(self, x: Tensor, state: AdaptiveState) -> tuple[Tensor, Tensor]:
         """Scores of all slots for queries.
@@ -354,26 +286,26 @@ class AdaptiveMemory(Memory):
         strength = strength * decision.chosen
         order = strength.detach().sort(dim=1, descending=True, stable=True).indices
         best = order[:, : self.write_budget].sort(dim=1).values
-        return AdaptiveState(*(part.gather(1, _like(best, part)) for part in (key, value, strength, position)))
+        return AdaptiveState(*(part.gather(1, like(best, part)) for part in (key, value, strength, position)))
 
     # --- in a language model -----------------------------------------------------------------------------------------
 
-    def read(self, x: Tensor, recalled: AdaptiveState, layer: int) -> Residual:
+    def read(self, y: Tensor, prepared: AdaptiveState) -> Read:
         """Soft attention over the best slots and a null slot that holds nothing; see `Memory.read`."""
-        gate = self.read_gate(x).sigmoid()  # (B, T, 1)
-        with torch.autocast(x.device.type, enabled=False):
-            score, slots = self.retrieve(x.float(), recalled)
+        gate = self.read_gate(y).sigmoid()  # (B, T, 1)
+        with torch.autocast(y.device.type, enabled=False):
+            score, slots = self.retrieve(y.float(), prepared)
             temperature = self.log_temperature.exp()
             null = self.null_score.expand(*score.shape[:2], 1)
             every = torch.cat([null, score], dim=2)
             hidden = every == -torch.inf
             scaled = (temperature * every.masked_fill(hidden, 0.0)).masked_fill(hidden, -torch.inf)  # no inf x gradient
             weight = scaled.softmax(dim=2)[..., 1:]  # (B, T, M)
-            found = weight @ recalled.value
+            found = weight @ prepared.value
         weights = weight.gather(2, slots.clamp(min=0)) * (slots >= 0)
-        return Residual(gate * self.to_output(found.to(x.dtype)), slots, weights, gate[..., 0])
+        return Read(gate * self.to_output(found.to(y.dtype)), slots, weights, gate[..., 0])
 
-    def write(self, segment: Segment, state: AdaptiveState, reads: list[Residual]) -> tuple[AdaptiveState, Trace]:
+    def write(self, segment: Segment, state: AdaptiveState) -> tuple[AdaptiveState, Trace]:
         """Store what the controller chooses of the segment's tokens with a successor; see `Memory.write`.
 
         The trace has, by row, the mean log-probability of the choices and the reward that was expected.
@@ -384,9 +316,11 @@ class AdaptiveMemory(Memory):
             cue, content = segment.hidden[:, :-1].float(), segment.embeddings[:, 1:].float()
             key, value, logit = self.encode(cue, content, segment.signals)
             decision = self.decide(logit, valid)
-            written = segment.complete[:, 0] & segment.valid[:, self.lookback :].any(dim=1)  # an empty segment is none
-            everything, source = self._settle(state, self.items(key, value, decision, position))
-            new = where_rows(written, self._placed(everything, source), state)
+            written = segment.complete[:, 0] & segment.valid[:, segment.lookback :].any(
+                dim=1
+            )  # an empty segment is none
+            everything, source = strengths.settle(self, state, self.items(key, value, decision, position))
+            new = where_rows(written, strengths.placed(self, everything, source), state)
             n_valid = valid.sum(dim=1).clamp(min=1)  # (B,)
             trace: Trace = {
                 "write_gate": (decision.importance * valid).sum() / n_valid.sum(),
@@ -460,31 +394,3 @@ def policy_gradient(reward: Tensor, log_prob: Tensor, baseline: Tensor) -> dict[
     reward = reward.detach()
     advantage = reward - baseline.detach()
     return {"policy": -(advantage * log_prob).mean(), "baseline": (baseline - reward).square().mean()}
-
-
-def _similarity(a: AdaptiveState, b: AdaptiveState) -> Tensor:
-    """Cosine of keys or of values, whichever is less, (B, K, N)."""
-    value = F.normalize(a.value, dim=-1) @ F.normalize(b.value, dim=-1).transpose(1, 2)
-    return torch.minimum(a.key @ b.key.transpose(1, 2), value)
-
-
-def _keep(rank: Tensor, first: int, n: int) -> Tensor:
-    """What the ``n`` places from ``first`` on hold: the best of ``rank`` (B, N), those of rank 0 left out, (B, n).
-
-    What already has one of these places keeps it, the rest goes to the free ones; -1 where a place stays empty.
-    """
-    best = rank.topk(n, dim=1)
-    kept = torch.zeros_like(rank, dtype=torch.uint8).scatter(1, best.indices, (best.values > 0).to(torch.uint8))
-    stays = kept[:, first : first + n]
-    comes = kept.clone()
-    comes[:, first : first + n] = 0
-    newcomers = comes.argsort(dim=1, descending=True, stable=True)[:, :n]
-    number = torch.arange(n, device=rank.device)
-    newcomers = torch.where(number < comes.sum(dim=1, keepdim=True), newcomers, -1)
-    free = stays.argsort(dim=1, stable=True)  # free places first
-    return torch.where(stays > 0, first + number, torch.zeros_like(free).scatter(1, free, newcomers))
-
-
-def _like(index: Tensor, part: Tensor) -> Tensor:
-    """``index`` (B, N) spread over the trailing dimensions of ``part`` (B, M, ...)."""
-    return index.view(*index.shape, *[1] * (part.dim() - 2)).expand(*index.shape, *part.shape[2:])

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from memlm.memory.base import Memory, Residual, Segment, Trace
+from memlm.memory.contract import Read, Segment, Trace
+from memlm.memory.slots import Slots
 
 
 class AutoState(NamedTuple):
@@ -35,7 +36,7 @@ class AutoState(NamedTuple):
     position: Tensor
 
 
-class AutoMemory(Memory):
+class AutoMemory(Slots):
     """Kept tokens that the tokens of later segments attend to.
 
     After each segment a network scores its tokens and those kept so far, given what is kept. A token stays if its score
@@ -96,21 +97,21 @@ class AutoMemory(Memory):
         hidden = torch.zeros(n_row, self.n_slot, weight.shape[1], device=weight.device)
         return AutoState(hidden, score, nowhere, nowhere.clone())
 
-    def recall(self, state: AutoState) -> tuple[Tensor, Tensor, Tensor]:
+    def prepare(self, state: AutoState) -> tuple[Tensor, Tensor, Tensor]:
         """Keys and values of the kept tokens, (B, M, D) each, and what is added to their read scores, (B, M)."""
         normed = self.norm(state.hidden)
         bias = state.score.clamp(min=1e-6).log().masked_fill(~self.filled(state), -torch.inf)
         return self.to_key(normed), self.to_value(normed), bias
 
-    def read(self, x: Tensor, recalled: tuple[Tensor, Tensor, Tensor], layer: int) -> Residual:
+    def read(self, y: Tensor, prepared: tuple[Tensor, Tensor, Tensor]) -> Read:
         """Attention over the kept tokens, weighted by their scores, or over nothing; see `Memory.read`."""
-        key, value, bias = recalled
-        score = self.to_query(self.norm(x)) @ key.transpose(1, 2) / key.shape[-1] ** 0.5 + bias[:, None]  # (B, T, M)
+        key, value, bias = prepared
+        score = self.to_query(self.norm(y)) @ key.transpose(1, 2) / key.shape[-1] ** 0.5 + bias[:, None]  # (B, T, M)
         weights = F.pad(score, (1, 0)).softmax(dim=-1)[..., 1:]  # beside a slot of score 0 that holds nothing
-        gate = self.read_gate(x).sigmoid() * bias.isfinite().any(dim=1)[:, None, None]  # (B, T, 1)
-        slots = torch.arange(self.n_slot, device=x.device).expand_as(weights)
+        gate = self.read_gate(y).sigmoid() * bias.isfinite().any(dim=1)[:, None, None]  # (B, T, 1)
+        slots = torch.arange(self.n_slot, device=y.device).expand_as(weights)
         slots = slots.masked_fill(bias.isinf()[:, None], -1)
-        return Residual(gate * self.to_output(weights @ value), slots, weights, gate[..., 0])
+        return Read(gate * self.to_output(weights @ value), slots, weights, gate[..., 0])
 
     def scores(self, hidden: Tensor, kept: Tensor, filled: Tensor) -> Tensor:
         """Importance of tokens, (B, K), in 0..1.
@@ -125,7 +126,7 @@ class AutoMemory(Memory):
         context = context[:, None].expand(-1, hidden.shape[1], -1)
         return self.score_net(torch.cat([self.norm(hidden), context], dim=-1))[..., 0].sigmoid()
 
-    def write(self, segment: Segment, state: AutoState, reads: list[Residual]) -> tuple[AutoState, Trace]:
+    def write(self, segment: Segment, state: AutoState) -> tuple[AutoState, Trace]:
         """Keep the best of the kept tokens and the segment's; see `Memory.write`."""
         valid = segment.valid[:, segment.lookback :]  # (B, T)
         fresh, ids = segment.hidden[:, segment.lookback :], segment.ids[:, segment.lookback :]

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from memlm.memory.base import Memory, Residual, Segment, Trace
+from memlm.memory.contract import Read, Segment, Trace
+from memlm.memory.slots import Slots
 
 
 class ImplicitState(NamedTuple):
@@ -31,7 +32,7 @@ class ImplicitState(NamedTuple):
     n_written: Tensor
 
 
-class ImplicitMemory(Memory):
+class ImplicitMemory(Slots):
     """A few slots that drift towards the tokens most similar to them.
 
     Write: every token is dealt out among the slots by its similarity to them, and each slot moves a little towards the
@@ -78,7 +79,7 @@ class ImplicitMemory(Memory):
         if norm not in ("layer", "none"):
             raise ValueError(f"norm must be 'layer' or 'none', got {norm!r}")
         self.n_slot, self.update_rate, self.reset_every = n_slot, update_rate, reset_every
-        self.layerwise = not shared_layers
+        self.around = "layers" if shared_layers else "layer"
         self.start = nn.Parameter(0.01 * torch.randn(n_slot, d_model))
         self.log_temperature = nn.Parameter(torch.tensor(temperature).log())
         self.norm = nn.LayerNorm(d_model) if norm == "layer" else nn.Identity()
@@ -94,14 +95,14 @@ class ImplicitMemory(Memory):
         written = torch.zeros(n_row, self.n_slot, dtype=torch.bool, device=slot.device)
         return ImplicitState(slot, written, torch.zeros(n_row, dtype=torch.long, device=slot.device))
 
-    def read(self, x: Tensor, recalled: ImplicitState, layer: int) -> Residual:
+    def read(self, y: Tensor, prepared: ImplicitState) -> Read:
         """Similarities to the slots, and what they hold; see `Memory.read`.
 
         The weight of a slot is its share in the magnitudes of what all slots add; with ``content_read`` the mean of
         that and of its share in what is read of the contents.
         """
-        unit, written = F.normalize(recalled.slot, dim=-1), recalled.written[:, None]  # (B, n, D), (B, 1, n)
-        similarity = (F.normalize(self.norm(x), dim=-1) @ unit.transpose(1, 2)).masked_fill(~written, 0.0)  # (B, T, n)
+        unit, written = F.normalize(prepared.slot, dim=-1), prepared.written[:, None]  # (B, n, D), (B, 1, n)
+        similarity = (F.normalize(self.norm(y), dim=-1) @ unit.transpose(1, 2)).masked_fill(~written, 0.0)  # (B, T, n)
         read = self.similarity_to_output(similarity)  # (B, T, D)
         loud = similarity.abs() * self.similarity_to_output.weight.norm(dim=0)
         weights = loud / loud.sum(dim=-1, keepdim=True).clamp(min=1e-12)
@@ -111,14 +112,14 @@ class ImplicitMemory(Memory):
             share = score.softmax(dim=-1) * written  # (B, T, n), 0 if nothing is written
             read = read + self.content_to_output(share @ unit * unit.shape[-1] ** 0.5)
             weights = (weights + share) / 2
-        gate = self.read_gate(x).sigmoid() * written.any(dim=2, keepdim=True)  # (B, T, 1)
-        slots = torch.arange(self.n_slot, device=x.device).expand_as(weights)
-        return Residual(gate * read, slots, weights, gate[..., 0])
+        gate = self.read_gate(y).sigmoid() * written.any(dim=2, keepdim=True)  # (B, T, 1)
+        slots = torch.arange(self.n_slot, device=y.device).expand_as(weights)
+        return Read(gate * read, slots, weights, gate[..., 0])
 
-    def write(self, segment: Segment, state: ImplicitState, reads: list[Residual]) -> tuple[ImplicitState, Trace]:
+    def write(self, segment: Segment, state: ImplicitState) -> tuple[ImplicitState, Trace]:
         """Move every slot towards its tokens, by the hidden states of one layer after the other; see `Memory.write`."""
         hidden = segment.hidden[:, segment.lookback :]
-        layers = [hidden] if self.layerwise else list(hidden.unbind(dim=2))[hidden.shape[2] // 2 :]
+        layers = [hidden] if hidden.dim() == 3 else list(hidden.unbind(dim=2))[hidden.shape[2] // 2 :]
         valid = segment.valid[:, segment.lookback :, None]  # (B, T, 1)
         wrote = segment.complete[:, 0] & valid.any(dim=1)[:, 0]  # (B,)
         slot, n_written = state.slot, state.n_written

@@ -1,8 +1,8 @@
 """Generic functions over memory states.
 
 A state is a value: a (possibly nested) NamedTuple, tuple or dict of fixed-shape tensors whose leading dimension is
-rows. Fields whose name starts with ``host_`` hold bookkeeping that the program must know without waiting for an
-accelerator; they stay on the CPU when a state moves.
+rows. A `memlm.tensors.Host` among them holds bookkeeping that the program must know without waiting for an accelerator;
+it stays on the CPU when a state moves.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from memlm.tensors import Host
 
 State = Any
 
@@ -23,19 +25,14 @@ def map_tensors(function: Callable[..., Tensor], state: State, *others: State, h
         function: Called with one tensor of each state.
         state: The state that gives the structure.
         others: States of the same structure.
-        host: Whether ``host_`` fields are mapped too; if not, they are passed through unchanged.
+        host: Whether each `Host` is mapped too; if not, it is passed through unchanged.
     """
     if isinstance(state, Tensor):
         return function(state, *others)
-    if state is None:
-        return None
+    if state is None or (isinstance(state, Host) and not host):
+        return state
     if isinstance(state, dict):
-        return {
-            key: value
-            if not host and key.startswith("host_")
-            else map_tensors(function, value, *(o[key] for o in others), host=host)
-            for key, value in state.items()
-        }
+        return {k: map_tensors(function, part, *(o[k] for o in others), host=host) for k, part in state.items()}
     if hasattr(state, "_fields"):
         fields = map_tensors(function, state._asdict(), *(o._asdict() for o in others), host=host)
         return type(state)(**fields)
@@ -62,7 +59,7 @@ def detach(state: State) -> State:
 
 
 def move(state: State, device: torch.device | str) -> State:
-    """``state`` on ``device``; ``host_`` fields stay on the CPU."""
+    """``state`` on ``device``; each `Host` stays on the CPU."""
     return map_tensors(lambda tensor: tensor.to(device), state, host=False)
 
 
@@ -73,11 +70,6 @@ def where_rows(mask: Tensor, chosen: State, other: State) -> State:
         return torch.where(mask.to(a.device).view(-1, *[1] * (a.dim() - 1)), a, b)
 
     return map_tensors(pick, chosen, other)
-
-
-def take(part: Tensor, index: Tensor) -> Tensor:
-    """``part`` (B, M, ...) at ``index`` (B, K): (B, K, ...)."""
-    return part.gather(1, index.view(*index.shape, *[1] * (part.dim() - 2)).expand(*index.shape, *part.shape[2:]))
 
 
 def select_rows(state: State, index: Tensor) -> State:
@@ -91,38 +83,36 @@ def n_byte(state: State) -> int:
 
 
 def named_tensors(state: State, prefix: str = "") -> dict[str, Tensor]:
-    """Every tensor of a state of NamedTuples by its path, the names of fields joined by ``_``.
-
-    What is on the CPU keeps ``host_`` in front of its last name.
-    """
+    """Every tensor of a state of NamedTuples by its path, the names of fields joined by ``_``."""
     found: dict[str, Tensor] = {}
     for name, part in state._asdict().items():
-        if isinstance(part, Tensor):
-            found[prefix + name] = part
+        if isinstance(part, Tensor | Host):
+            found[prefix + name] = part.tensor if isinstance(part, Host) else part
         elif part is not None:
             found |= named_tensors(part, f"{prefix}{name}_")
     return found
 
 
 def with_tensors(state: State, named: dict[str, Tensor], prefix: str = "") -> State:
-    """``state`` with the tensors of ``named`` in place of its own; see `named_tensors`."""
-    parts = state._asdict().items()
-    return type(state)(
-        **{
-            name: named[prefix + name]
-            if isinstance(part, Tensor)
-            else None
-            if part is None
-            else with_tensors(part, named, f"{prefix}{name}_")
-            for name, part in parts
-        }
-    )
+    """``state`` with the tensors of ``named`` in place of its own; see `named_tensors`. Each `Host` is on the CPU."""
+
+    def of(name: str, part: Any) -> Any:
+        if isinstance(part, Host):
+            tensor = named[prefix + name]
+            return Host(tensor if tensor.is_meta else tensor.cpu())  # a model without its numbers has none to bring
+        if isinstance(part, Tensor):
+            return named[prefix + name]
+        return None if part is None else with_tensors(part, named, f"{prefix}{name}_")
+
+    return type(state)(**{name: of(name, part) for name, part in state._asdict().items()})
 
 
 def to_dict(state: State) -> Any:
     """``state`` as plain dicts and lists of tensors, loadable with ``weights_only=True``."""
     if isinstance(state, Tensor) or state is None:
         return state
+    if isinstance(state, Host):
+        return state.tensor
     if hasattr(state, "_fields"):
         return {key: to_dict(value) for key, value in state._asdict().items()}
     if isinstance(state, dict):
@@ -145,6 +135,8 @@ def from_dict(plain: Any, like: State) -> State:
         return plain
     if like is None:
         return None
+    if isinstance(like, Host):
+        return Host(from_dict(plain, like.tensor))
     if hasattr(like, "_fields") or isinstance(like, dict):
         fields = like._asdict() if hasattr(like, "_fields") else like
         absent = {key for key, value in fields.items() if value is None}  # what a state lacks need not be saved

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from memlm.memory.base import Memory, Residual, Segment, Trace
+from memlm.memory.contract import Read, Segment, Trace
+from memlm.memory.slots import Slots
 
 
 class ShortTermState(NamedTuple):
@@ -28,7 +29,7 @@ class ShortTermState(NamedTuple):
     n_written: Tensor
 
 
-class ShortTermMemory(Memory):
+class ShortTermMemory(Slots):
     """Recurrent slots with update gates.
 
     After each segment every slot attends to the segment's tokens (write projections), and moves towards what it found:
@@ -74,22 +75,22 @@ class ShortTermMemory(Memory):
         zero = torch.zeros(n_row, n_slot, d_model, device=self.address.device)
         return ShortTermState(zero, torch.zeros(n_row, dtype=torch.long, device=self.address.device))
 
-    def recall(self, state: ShortTermState) -> tuple[Tensor, Tensor, Tensor]:
+    def prepare(self, state: ShortTermState) -> tuple[Tensor, Tensor, Tensor]:
         """Keys and values of the slots, (B, n, D) each, and which rows hold anything, (B,)."""
         content = self.slot_norm(state.slot)
         return self.read_key(content + self.address), self.read_value(content), state.n_written > 0
 
-    def read(self, x: Tensor, recalled: tuple[Tensor, Tensor, Tensor], layer: int) -> Residual:
+    def read(self, y: Tensor, prepared: tuple[Tensor, Tensor, Tensor]) -> Read:
         """Multi-head attention of tokens over slots; rows that hold nothing read nothing. See `Memory.read`."""
-        key, value, filled = recalled
-        gate = self.read_gate(x).sigmoid() * filled[:, None, None]  # (B, T, 1)
-        weight = self._weights(self.read_query(self.norm(x)), key)  # (B, H, T, n)
+        key, value, filled = prepared
+        gate = self.read_gate(y).sigmoid() * filled[:, None, None]  # (B, T, 1)
+        weight = self._weights(self.read_query(self.norm(y)), key)  # (B, H, T, n)
         read = (weight @ self._heads(value)).transpose(1, 2).flatten(2)  # (B, T, D)
-        slots = torch.arange(self.n_slot, device=x.device).expand(*x.shape[:2], -1)
+        slots = torch.arange(self.n_slot, device=y.device).expand(*y.shape[:2], -1)
         weights = weight.mean(dim=1) * filled[:, None, None]
-        return Residual(gate * self.to_output(read), slots, weights, gate[..., 0])
+        return Read(gate * self.to_output(read), slots, weights, gate[..., 0])
 
-    def write(self, segment: Segment, state: ShortTermState, reads: list[Residual]) -> tuple[ShortTermState, Trace]:
+    def write(self, segment: Segment, state: ShortTermState) -> tuple[ShortTermState, Trace]:
         """Move each slot towards what it finds in the segment; see `Memory.write`."""
         x = self.norm(segment.hidden[:, segment.lookback :])  # (B, T, D)
         valid = segment.valid[:, segment.lookback :]

@@ -3,12 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor, nn
 
+from memlm.memory.contract import Memory, Sizes
+
 if TYPE_CHECKING:
     from memlm.data.tokenizer import Tokenizer
+
+
+class Placed(NamedTuple):
+    """A memory module and where it stands.
+
+    Attributes:
+        label: ``name/layer``; ``name`` if it serves all attached layers or stands around the stack.
+        name: Name of the memory.
+        number: Number of the module, and of its state, among those of the memory.
+        reads: Names of its reads in the output of a call.
+        module: The module.
+    """
+
+    label: str
+    name: str
+    number: int
+    reads: list[str]
+    module: Memory
 
 
 class LanguageModel(nn.Module):
@@ -21,6 +41,7 @@ class LanguageModel(nn.Module):
         memory: By name, the `Memory` modules of each memory: one per layer with memory, or one for all of them.
         memory_layers: Indices of the layers with memory.
         segment_len: Tokens per segment.
+        sizes: What memories are told of the model.
         tokenizer: What encodes and decodes text; set by `memlm.build`.
         config: The plain configuration the model was built from; set by `memlm.build`.
     """
@@ -28,6 +49,7 @@ class LanguageModel(nn.Module):
     memory: Any  # nn.ModuleDict of nn.ModuleList of Memory, whose items torch types as bare modules
     memory_layers: list[int]
     segment_len: int
+    sizes: Sizes
     tokenizer: Tokenizer
     config: dict[str, Any]
 
@@ -66,13 +88,13 @@ class LanguageModel(nn.Module):
             breaks: As in ``forward``.
 
         Returns:
-            The state after the text, to absorb more or for `new_context`. Its local context may be incomplete: text
-            that goes on from it in ``forward`` may have outputs that are NaN.
+            The state after the text, to absorb more or for `new_context`. Its local context may be incomplete:
+            ``forward`` then refuses to go on from it.
         """
         return self(ids, state=state, read=read, mask=mask, breaks=breaks, logits=False).state
 
     def places(self, state: Any) -> list[Tensor]:
-        """Places in the document of the tokens that memories hold, (B, n_slot) each: see `Memory.places`."""
+        """Places in the document of the tokens that memories hold, (B, n_slot) each: see `Slots.places`."""
         return []
 
     def map_memory(self, function: Callable[[Any, Any], Any], state: Any) -> Any:
@@ -90,3 +112,16 @@ class LanguageModel(nn.Module):
     def select_rows(self, state: Any, index: Tensor) -> Any:
         """Rows ``index`` (N,) of ``state``."""
         raise NotImplementedError
+
+
+def placed(model: Any) -> list[Placed]:
+    """Every memory module of a language model and where it stands."""
+    found = []
+    for name, modules in model.memory.items():
+        layers = [f"{name}/{layer}" for layer in model.memory_layers]
+        if modules[0].around == "layer":
+            found += [Placed(label, name, i, [label], modules[i]) for i, label in enumerate(layers)]
+        else:
+            reads = layers if modules[0].around == "layers" else [name]
+            found.append(Placed(name, name, 0, reads, modules[0]))
+    return found

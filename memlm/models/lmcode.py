@@ -11,19 +11,21 @@ E width of a head.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from memlm.memory.base import Memory
-from memlm.models.segments import Grid, SegmentLayer, SegmentModel
+from memlm.memory.contract import Context, Heads, Memory
+from memlm.models.grid import Grid
+from memlm.models.mixers import SegmentLayer
+from memlm.models.segments import SegmentModel
 
 
 class Attention(nn.Module):
-    """Causal self-attention over a segment and the end of the one before."""
+    """Causal self-attention over a segment and the end of the one before, and over contexts that memories give."""
 
     causal: Tensor
     own: Tensor
@@ -38,34 +40,43 @@ class Attention(nn.Module):
         # Query in column c sees the cells up to its own: (T, O + T).
         self.register_buffer("causal", place <= place[overlap:, None], persistent=False)
         self.register_buffer("own", place >= overlap, persistent=False)  # cells of the segment itself, (O + T,)
-        angle = place[:, None] / 10_000 ** (torch.arange(0, d_model // n_head, 2) / (d_model // n_head))
-        table = torch.stack([angle.cos(), angle.sin()]) if rope else None
+        table = _rotation(place, d_model // n_head) if rope else None
         self.register_buffer("rotation", table, persistent=False)  # (2, O + T, E / 2)
 
-    def forward(self, x: Tensor, cache: Tensor, grid: Grid) -> tuple[Tensor, Tensor, Tensor]:
+    def project(self, x: Tensor) -> Tensor:
+        """Queries, keys and values of normalised hidden states (..., D): (..., 3, H, E)."""
+        return self.to_qkv(x).unflatten(-1, (3, self.n_head, -1))
+
+    def forward(
+        self, qkv: Tensor, cache: Tensor, grid: Grid, contexts: Sequence[Context] = ()
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Attend.
 
         Args:
-            x: Normalised hidden states, (B, S, Q, D).
+            qkv: What `project` gives, (B, S, Q, 3, H, E).
             cache: Keys and values of the segment before and of the open one, (B, O + T, 2, H, E).
             grid: Where the tokens lie.
+            contexts: What is seen beside, with R rows.
 
         Returns:
-            Output (B, S, Q, D); keys and values of the grid (B, S, T, 2, H, E); and of the ends of the segments before
-            each segment (B, S, O, 2, H, E).
+            What was found (B * S, H, Q, E); keys and values of the grid (B, S, T, 2, H, E); and of the ends of the
+            segments before each segment (B, S, O, 2, H, E).
         """
-        n_row, n_segment, n_query, _ = x.shape
-        qkv = self.to_qkv(x).unflatten(-1, (3, self.n_head, -1))  # (B, S, Q, 3, H, E)
         query, kv = qkv[..., 0, :, :], qkv[..., 1:, :, :]
         tail, opened = cache[:, : self.overlap], cache[:, self.overlap :]
         kv = grid.fill(kv, opened)  # (B, S, T, 2, H, E)
         before = torch.cat([tail[:, None], kv[:, :-1, kv.shape[2] - self.overlap :]], dim=1)  # (B, S, O, 2, H, E)
         key, value = torch.cat([before, kv], dim=2).flatten(0, 1).unbind(2)  # (B * S, O + T, H, E)
         query = query.flatten(0, 1)  # (B * S, Q, H, E)
+        mask = self.causal[grid.columns] & (grid.flags.continues[..., None, None] | self.own)  # (B, S, Q, O + T)
+        if contexts or not query.shape[1]:
+            place = torch.arange(-self.overlap, kv.shape[2], device=kv.device)
+            own = Context(key.transpose(1, 2), value.transpose(1, 2), mask.flatten(0, 1), place=place)
+            out = self.attend_to(query.transpose(1, 2), [own, *contexts], place[self.overlap :][grid.columns])
+            return out, kv, before
         if self.rotation is not None:
             query = _rotate(query, self.rotation[:, self.overlap :][:, grid.columns])
             key = _rotate(key, self.rotation)
-        mask = self.causal[grid.columns] & (grid.continues[..., None, None] | self.own)  # (B, S, Q, O + T)
         out = F.scaled_dot_product_attention(
             query.transpose(1, 2),
             key.transpose(1, 2),
@@ -73,8 +84,41 @@ class Attention(nn.Module):
             mask.flatten(0, 1)[:, None],
             dropout_p=self.dropout if self.training else 0.0,
         )
-        out = out.transpose(1, 2).reshape(n_row, n_segment, n_query, -1)
-        return self.to_output(out), kv, before
+        return out, kv, before
+
+    def attend_to(self, query: Tensor, contexts: Sequence[Context], place: Tensor | None = None) -> Tensor:
+        """What queries (R, H, L, E) find in contexts, in one softmax over all of them: (R, H, L, E)."""
+        turned, scores = self._at(query, place), []
+        for context in contexts:
+            q, key = (query, context.key) if context.place is None else (turned, self._at(context.key, context.place))
+            score = q @ key.transpose(2, 3) if key.dim() == 4 else (key @ q[..., None])[..., 0]  # (R, H, L, M)
+            score = score * query.shape[-1] ** -0.5
+            if context.bias is not None:
+                score = score + context.bias
+            if context.mask is not None:
+                mask = context.mask[:, None] if context.mask.dim() == 3 else context.mask[:, None, None]
+                score = score.masked_fill(~mask, -torch.inf)
+            scores.append(score)
+        weights = F.dropout(torch.cat(scores, dim=3).softmax(dim=3), self.dropout, self.training)
+        found = query.new_zeros(())
+        for weight, context in zip(weights.split([s.shape[3] for s in scores], dim=3), contexts, strict=True):
+            value = context.value
+            found = found + (weight @ value if value.dim() == 4 else (weight[..., None, :] @ value)[..., 0, :])
+        return found
+
+    def _at(self, x: Tensor, place: Tensor | None) -> Tensor:
+        """Queries or keys (..., L, E) at ``place`` (L,) of the segment."""
+        if place is None or self.rotation is None:
+            return x
+        cos, sin = _rotation(place + self.overlap, x.shape[-1]).to(x.dtype)
+        a, b = x.chunk(2, dim=-1)
+        return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
+
+
+def _rotation(place: Tensor, width: int) -> Tensor:
+    """Cosines and sines by which heads of a ``width`` are turned at each ``place`` (L,), (2, L, E / 2)."""
+    angle = place[:, None] / 10_000 ** (torch.arange(0, width, 2, device=place.device) / width)
+    return torch.stack([angle.cos(), angle.sin()])
 
 
 def _rotate(x: Tensor, rotation: Tensor) -> Tensor:
@@ -91,6 +135,7 @@ class Layer(SegmentLayer):
         self, d_model: int, n_head: int, d_ff: int, segment_len: int, overlap: int, rope: bool, dropout: float
     ) -> None:
         super().__init__()
+        self.n_head = n_head
         self.attention_norm = nn.RMSNorm(d_model)
         self.attention = Attention(d_model, n_head, segment_len, overlap, rope, dropout)
         self.feed_forward = nn.Sequential(
@@ -112,13 +157,47 @@ class Layer(SegmentLayer):
         shape = (n_row, n_cell, 2, attention.n_head, width)
         return torch.zeros(shape, dtype=weight.dtype, device=weight.device)  # no part of a weight that is dealt out
 
-    def mix(self, x: Tensor, cache: Tensor, grid: Grid) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    def mix(
+        self, x: Tensor, cache: Tensor, grid: Grid, contexts: Sequence[Context] = ()
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """Self-attention with its residual; see `Attention`."""
-        out, kv, before = self.attention(self.attention_norm(x), cache, grid)
-        return x + self.dropout(out), (kv, before)
+        found, kv, before = self.attention(self.attention.project(self.attention_norm(x)), cache, grid, contexts)
+        return self.out(found, x), (kv, before)
 
-    def carry(self, kept: tuple[Tensor, Tensor], stays_open: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-        """See `SegmentLayer.carry`."""
+    def heads(self, x: Tensor) -> Heads:
+        """See `SegmentLayer.heads`."""
+        query, key, value = self.attention.project(self.attention_norm(x)).movedim(2, 0).transpose(2, 3)
+        return Heads(query, key, value)
+
+    def attend(
+        self, heads: Heads, cache: Tensor, grid: Grid, contexts: Sequence[Context] = ()
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """See `SegmentLayer.attend`."""
+        parts = [part.transpose(1, 2).reshape(*grid.new.shape[:2], grid.n_column, *part.shape[1::2]) for part in heads]
+        found, kv, before = self.attention(torch.stack(parts, dim=3), cache, grid, contexts)
+        return found, (kv, before)
+
+    def attend_to(self, query: Tensor, contexts: Sequence[Context], place: Tensor | None = None) -> Tensor:
+        """See `SegmentLayer.attend_to`."""
+        return self.attention.attend_to(query, contexts, place)
+
+    def out(self, mixed: Tensor, x: Tensor) -> Tensor:
+        """See `SegmentLayer.out`."""
+        return x + self.dropout(self.attention.to_output(mixed.transpose(1, 2).reshape(x.shape)))
+
+    def seen(self, kept: tuple[Tensor, Tensor], grid: Grid) -> list[Context]:
+        """See `SegmentLayer.seen`."""
+        kv, before = kept
+        place = torch.arange(-before.shape[2], kv.shape[2], device=kv.device)
+        found = []
+        masks = (grid.flags.continues[..., None].expand(-1, -1, before.shape[2]), grid.valid)
+        for part, mask, at in zip((before, kv), masks, place.split([before.shape[2], kv.shape[2]]), strict=True):
+            key, value = part.flatten(0, 1).transpose(1, 3).unbind(2)  # (R, H, L, E)
+            found.append(Context(key, value, mask.flatten(0, 1), place=at))
+        return found
+
+    def next_cache(self, kept: tuple[Tensor, Tensor], stays_open: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        """See `SegmentLayer.next_cache`."""
         kv, before = kept
         tail = stays_open(before, kv[:, -1, kv.shape[2] - self.attention.overlap :])
         return torch.cat([tail, stays_open(kv, torch.zeros_like(kv[:, 0]))], dim=1)
@@ -186,7 +265,7 @@ class LMCode(SegmentModel):
     def _initialise(self) -> None:
         """All initial values of the transformer; memories have their own.
 
-        Embeddings enter with unit variance (`_embed` scales them) and so dominate the stream at first; weights have
+        Embeddings enter with unit variance (`embed` scales them) and so dominate the stream at first; weights have
         variance 1 / fan-in, residual outputs less.
         """
         nn.init.normal_(self.embedding.weight, std=self.d_model**-0.5)
@@ -198,6 +277,6 @@ class LMCode(SegmentModel):
             for linear in (layer.attention.to_output, layer.feed_forward[3]):
                 nn.init.normal_(linear.weight, std=(2 * self.n_layer * linear.in_features) ** -0.5)
 
-    def _enter(self, embeddings: Tensor, columns: slice) -> Tensor:
+    def enter(self, embeddings: Tensor, columns: slice) -> Tensor:
         """Embeddings, with learned positions if there are any."""
         return embeddings if self.position_embedding is None else embeddings + self.position_embedding.weight[columns]

@@ -14,14 +14,16 @@ the recurrent state.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from memlm.memory.base import Memory
-from memlm.models.segments import Grid, SegmentLayer, SegmentModel
+from memlm.memory.contract import Context, Memory
+from memlm.models.grid import Grid
+from memlm.models.mixers import SegmentLayer
+from memlm.models.segments import SegmentModel
 
 
 class LSTMCache(NamedTuple):
@@ -37,7 +39,7 @@ class LSTMCache(NamedTuple):
 
 
 class Kept(NamedTuple):
-    """What `Layer.mix` leaves for `Layer.carry`.
+    """What `Layer.mix` leaves for `Layer.next_cache`.
 
     Attributes:
         inputs: Normalised inputs of the grid, (B, S, T, D).
@@ -74,12 +76,12 @@ class Layer(SegmentLayer):
         zeros = functools.partial(torch.zeros, dtype=weight.dtype, device=weight.device)
         return LSTMCache(zeros(n_row, self.segment_len, weight.shape[0]), zeros(n_row, 2, self.d_hidden))
 
-    def mix(self, x: Tensor, cache: LSTMCache, grid: Grid) -> tuple[Tensor, Kept]:
+    def mix(self, x: Tensor, cache: LSTMCache, grid: Grid, contexts: Sequence[Context] = ()) -> tuple[Tensor, Kept]:
         """The LSTM with its residual; see `SegmentLayer.mix`."""
         normed = self.norm(x)  # (B, S, Q, D)
         inputs = grid.fill(normed, cache.inputs)  # (B, S, T, D)
-        after_end = self._after_end(inputs[:, :-1]) * grid.continues[:, 1:, None, None]
-        anew = grid.new[:, 0, 0] & ~grid.continues[:, 0]  # a context that begins with the first segment
+        after_end = self._after_end(inputs[:, :-1]) * grid.flags.continues[:, 1:, None, None]
+        anew = grid.new[:, 0, 0] & ~grid.flags.continues[:, 0]  # a context that begins with the first segment
         first = torch.where(anew[:, None, None], 0.0, cache.recurrent)
         start = torch.cat([first[:, None], after_end], dim=1).flatten(0, 1)  # (B * S, 2, H)
         run = self._run if grid.fresh and not any(grid.open_len) else self._run_masked
@@ -88,8 +90,8 @@ class Layer(SegmentLayer):
         kept = Kept(inputs, recurrent.view(*inputs.shape[:2], 2, self.d_hidden), all_complete)
         return x + self.dropout(self.to_output(out)).view_as(x), kept
 
-    def carry(self, kept: Kept, stays_open: Callable[[Tensor, Tensor], Tensor]) -> LSTMCache:
-        """See `SegmentLayer.carry`."""
+    def next_cache(self, kept: Kept, stays_open: Callable[[Tensor, Tensor], Tensor]) -> LSTMCache:
+        """See `SegmentLayer.next_cache`."""
         beyond = kept.recurrent[:, 0]
         if kept.all_complete:
             beyond = self._after_end(kept.inputs[:, -1:])[:, 0]

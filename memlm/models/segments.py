@@ -2,191 +2,34 @@
 
 Attention, or whatever else mixes the tokens of a segment, sees the current segment and the last ``overlap`` tokens of
 the one before; everything older reaches the model only through memory. A call may hold any number of tokens: the model
-lays them out on a grid of segments, the first of which may have been begun by an earlier call.
+lays them out on a grid of segments (`memlm.models.grid`) and runs layers and memories over it
+(`memlm.models.schedule`).
 
-Shapes: B rows, L tokens of a call, S segments of the grid, T tokens per segment, Q columns computed, O overlap,
-C lookback, N = S * T cells, D model width, V vocabulary.
+Shapes: B rows, L tokens of a call, S segments of the grid, T tokens per segment, Q columns computed, D model width,
+V vocabulary.
 """
 
 from __future__ import annotations
 
+import inspect
 import reprlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from memlm.config import ConfigError
-from memlm.memory.base import Memory, Residual, Segment, Trace, join_reads, mean_trace
-from memlm.memory.state import State, map_tensors, select_rows, tensors, where_rows
-from memlm.models import arguments
-from memlm.models.experience import ExperienceModel
+from memlm.memory.contract import Memory, Sizes
+from memlm.memory.slots import Slots
+from memlm.memory.state import State, select_rows, where_rows
+from memlm.models import arguments, generation, schedule
+from memlm.models.grid import closing_grid, lay_out
+from memlm.models.state import LocalState, ModelState, Output, shapes
+from memlm.store.operations import ExperienceModel
+from memlm.tensors import Host
 
 _WIDEST = 2**20  # of a model, and of its segments
-WINDOW = 2**12
-"""Tokens of a row that go through the layers together where no gradients are asked for, if a segment has fewer."""
-
-
-class LocalState(NamedTuple):
-    """What the model itself carries between calls; dropped by `SegmentModel.new_context`.
-
-    Attributes:
-        cache: By layer, what it has to know of the segment before and of the open one: see `SegmentLayer`.
-        hidden: Input of each memory layer for the open segment and the tokens before it that writes need,
-            (B, n_memory_layer, C + T, D).
-        ids: Token ids of the same cells, (B, C + T).
-        continues: Whether the open segment has a segment before it, (B,).
-        position: Place of the next token in its document, (B,).
-        document: Number of the document within the row, (B,).
-        host_open: Tokens in the open segment, (B,), on the CPU.
-    """
-
-    cache: tuple[State, ...]
-    hidden: Tensor
-    ids: Tensor
-    continues: Tensor
-    position: Tensor
-    document: Tensor
-    host_open: Tensor
-
-
-class ModelState(NamedTuple):
-    """Everything the model knows of the text so far.
-
-    Attributes:
-        memory: By name of the memory, one state per module (one per layer if layerwise).
-        local: Local context.
-    """
-
-    memory: dict[str, tuple[State, ...]]
-    local: LocalState
-
-
-class Output(NamedTuple):
-    """Result of a call.
-
-    Attributes:
-        logits: (B, L, V); None if the head was not asked for.
-        state: State after the call; None if it was not to be carried.
-        hidden: Output of the last layer, normalised, (B, L, D).
-        reads: What each memory read, by ``name/layer``, over the cells of the grid.
-        trace: Scalars about reads and writes, by memory name.
-    """
-
-    logits: Tensor | None
-    state: ModelState | None
-    hidden: Tensor
-    reads: dict[str, Residual]
-    trace: dict[str, Trace]
-
-
-class Grid(NamedTuple):
-    """Where the tokens of a call lie among segments.
-
-    Attributes:
-        ids: Token ids, (B, N).
-        new: Cells computed by this call, (B, S, T).
-        valid: Cells that hold a token after it, (B, S, T).
-        complete: Segments that end now, (B, S).
-        continues: Segments whose context goes on from the segment before, (B, S).
-        closes: Segments after which the context ends, (B, S).
-        reset: Segments that begin a new document, (B, S); None if there is none.
-        position: Place of the segment's first token in its document, (B, S).
-        document: Number of the document within its row, (B, S).
-        n_complete: Complete segments of each row.
-        open_len: Tokens of each row in the segment that stays open.
-        opened: Tokens of each row in the first segment that an earlier call brought.
-        columns: Columns that are computed; all unless ``S`` is 1.
-        cell: Cell of each token of the call, (B, L); None if they lie in order from cell 0.
-    """
-
-    ids: Tensor
-    new: Tensor
-    valid: Tensor
-    complete: Tensor
-    continues: Tensor
-    closes: Tensor
-    reset: Tensor | None
-    position: Tensor
-    document: Tensor
-    n_complete: list[int]
-    open_len: list[int]
-    opened: list[int]
-    columns: slice
-    cell: Tensor | None
-
-    @property
-    def fresh(self) -> bool:
-        """Whether no cell was filled by an earlier call."""
-        return not any(self.opened)
-
-    def fill(self, computed: Tensor, opened: Tensor) -> Tensor:
-        """All cells (B, S, T, ...): those ``computed`` (B, S, Q, ...), and what was ``opened`` before, (B, T, ...)."""
-        new = self.new.view(*self.new.shape, *[1] * (opened.dim() - 2))
-        cells = opened[:, None]  # (B, 1, T, ...)
-        if computed.shape[2] < self.new.shape[2]:
-            here, start, stop = self.columns, self.columns.start, self.columns.stop
-            computed = torch.where(new[:, :, here], computed, cells[:, :, here])
-            return torch.cat([cells[:, :, :start], computed, cells[:, :, stop:]], dim=2)
-        if self.fresh:
-            return computed
-        return torch.cat([torch.where(new[:, :1], computed[:, :1], cells), computed[:, 1:]], dim=1)
-
-
-class _Window(NamedTuple):
-    """What comes of segments that go through the layers together; as in `Output`, but ``x``.
-
-    Attributes:
-        x: Output of the last layer over the cells, (B, N, D).
-        state: State after them.
-        reads: See `Output`.
-        trace: See `Output`.
-    """
-
-    x: Tensor
-    state: ModelState
-    reads: dict[str, Residual]
-    trace: dict[str, Trace]
-
-
-class SegmentLayer(nn.Module):
-    """A layer of a `SegmentModel`: it mixes the tokens of a segment; memories follow; then its feed-forward.
-
-    Attributes:
-        feed_forward: What is added to the stream after the memories.
-    """
-
-    feed_forward: nn.Module
-
-    def init_cache(self, n_row: int) -> State:
-        """What `mix` knows where no text came before."""
-        raise NotImplementedError
-
-    def mix(self, x: Tensor, cache: State, grid: Grid) -> tuple[Tensor, Any]:
-        """Let the tokens of each segment, and the ``overlap`` last ones of the segment before, reach later ones.
-
-        Args:
-            x: Hidden states, (B, S, Q, D).
-            cache: What is known of the segment before and of the open one.
-            grid: Where the tokens lie.
-
-        Returns:
-            The new hidden states (B, S, Q, D), and what `carry` needs.
-        """
-        raise NotImplementedError
-
-    def carry(self, kept: Any, stays_open: Callable[[Tensor, Tensor], Tensor]) -> State:
-        """The cache after the grid.
-
-        Args:
-            kept: What `mix` kept.
-            stays_open: Picks for each row the part (B, ...) of the segment that is not complete, of parts (B, S, ...);
-                the second argument (B, ...) is for rows whose segments are all complete.
-        """
-        raise NotImplementedError
 
 
 class SegmentModel(ExperienceModel):
@@ -203,10 +46,15 @@ class SegmentModel(ExperienceModel):
         memory_layers: Layers with memory: ``middle``, ``all``, or a list of indices from 0.
         gradient_checkpointing: Recompute activations in the backward pass, to save memory.
 
+    Attributes:
+        n_together: Segments that layers run over together, at most; None for as many as fit. With 1, a call is run as
+            the definition says.
+
     Raises:
         ValueError: If a setting cannot work; the message names it.
     """
 
+    n_together: int | None = None
     embedding: nn.Embedding
     layers: Any  # nn.ModuleList of SegmentLayer, whose items torch types as bare modules
     norm: nn.Module
@@ -242,59 +90,61 @@ class SegmentModel(ExperienceModel):
         """Make the modules of each memory.
 
         Args:
-            memories: By name, a constructor of one memory module, called with ``d_model``.
+            memories: By name, a constructor of one memory module, called with ``d_model``, and with ``sizes`` (see
+                `memlm.memory.contract.Sizes`) if it has a parameter of that name.
 
         Raises:
-            ValueError: If a memory needs more tokens before a segment than a segment has.
+            ValueError: If a memory asks for what this model cannot give.
         """
         self.memory = nn.ModuleDict()
+        n_head = max(self.layers[0].n_head, 1)
+        sizes = Sizes(self.d_model, n_head, self.n_layer, self.segment_len, self.overlap, self.n_vocab)
+        self.sizes = sizes
         for name, make in memories.items():
-            first = make(self.d_model)
-            rest = [make(self.d_model) for _ in self.memory_layers[1:]] if first.layerwise else []
+            first = _made(make, sizes)
+            rest = [_made(make, sizes) for _ in self.memory_layers[1:]] if first.around == "layer" else []
             self.memory[name] = nn.ModuleList([first, *rest])
-            if first.lookback > self.segment_len:
-                raise ValueError(
-                    f"memory {name!r} looks back {first.lookback} tokens, more than a segment: "
-                    f"set model.segment_len to at least {first.lookback}, got {self.segment_len}"
-                )
             if first.scope == "shared":
                 for module in self.memory[name]:
-                    module.keep_bank()
-        self.lookback = max((modules[0].lookback for modules in self.memory.values()), default=0)
-        self._shapes = _shapes(self._no_context(1))
+                    module.bank.create()
+        _check_needs(self)
+        self.lookback = max((modules[0].needs.lookback for modules in self.memory.values()), default=0)
+        self._shapes = shapes(self.no_context(1))
 
-    def _embed(self, ids: Tensor) -> Tensor:
+    def embed(self, ids: Tensor) -> Tensor:
         """Token embeddings of unit variance, (..., D)."""
         return self.embedding(ids) * self.d_model**0.5
 
-    def _enter(self, embeddings: Tensor, columns: slice) -> Tensor:
+    def enter(self, embeddings: Tensor, columns: slice) -> Tensor:
         """What the first layer gets, (B, S, Q, D), of the embeddings of the ``columns`` of each segment."""
         return embeddings
 
     # --- state ---------------------------------------------------------------------------------------------------
 
     def init_state(self, n_row: int) -> ModelState:
-        """State before any text: fresh memories (a copy of the persistent bank where there is one), no context."""
-        memory = {name: tuple(module.first_state(n_row) for module in modules) for name, modules in self.memory.items()}
-        return ModelState(memory, self._no_context(n_row))
+        """State before any text: fresh memories (the persistent bank where there is one), no context."""
+        memory = {name: tuple(module.bank.first(n_row) for module in modules) for name, modules in self.memory.items()}
+        return ModelState(memory, self.no_context(n_row))
 
     def bank_state(self) -> ModelState:
         """See `ExperienceModel.bank_state`."""
-        memory = {name: tuple(module.bank() for module in modules) for name, modules in self.memory.items()}
-        return ModelState(memory, self._no_context(1))
+        memory = {name: tuple(module.bank.state() for module in modules) for name, modules in self.memory.items()}
+        return ModelState(memory, self.no_context(1))
 
-    def _no_context(self, n_row: int) -> LocalState:
+    def no_context(self, n_row: int) -> LocalState:
+        """A local state before any text."""
         weight = self.embedding.weight
-        kept = self.lookback + self.segment_len
-        n_memory_layer = len(self.memory_layers) if self.memory else 0
+        n_cell = self.lookback + self.segment_len
         return LocalState(
             cache=tuple(layer.init_cache(n_row) for layer in self.layers),
-            hidden=weight.new_zeros(n_row, n_memory_layer, kept, self.d_model),
-            ids=torch.zeros(n_row, kept, dtype=torch.long, device=weight.device),
+            streams={
+                name: weight.new_zeros(n_row, n, n_cell, self.d_model) for name, n in _n_stream(self).items() if n
+            },
+            ids=torch.zeros(n_row, n_cell, dtype=torch.long, device=weight.device),
             continues=torch.zeros(n_row, dtype=torch.bool, device=weight.device),
             position=torch.zeros(n_row, dtype=torch.long, device=weight.device),
             document=torch.zeros(n_row, dtype=torch.long, device=weight.device),
-            host_open=torch.zeros(n_row, dtype=torch.long),
+            n_open=Host(torch.zeros(n_row, dtype=torch.long)),
         )
 
     def map_memory(self, function: Callable[[Memory, State], State], state: ModelState) -> ModelState:
@@ -307,7 +157,7 @@ class SegmentModel(ExperienceModel):
 
     def wipe(self, state: ModelState) -> ModelState:
         """``state`` with all memories as new; the local context stays."""
-        n_row = len(state.local.host_open)
+        n_row = state.local.n_row
         return self.map_memory(lambda module, _: module.init_state(n_row), state)
 
     def places(self, state: ModelState) -> list[Tensor]:
@@ -316,6 +166,7 @@ class SegmentModel(ExperienceModel):
             module.places(part)
             for name, modules in self.memory.items()
             for module, part in zip(modules, state.memory[name], strict=True)
+            if isinstance(module, Slots)
         ]
         return [part for part in found if part is not None]
 
@@ -335,44 +186,39 @@ class SegmentModel(ExperienceModel):
             state: Any state.
             write: Whether the open segment is written.
         """
-        rows = torch.ones(len(state.local.host_open), dtype=torch.bool)
-        return self._close(state, rows, write)
+        return self._close(state, torch.ones(state.local.n_row, dtype=torch.bool), write)
 
     def _close(self, state: ModelState, rows: Tensor, write: bool) -> ModelState:
-        """`new_context` for the given ``rows`` (B,)."""
+        """`new_context` for the given ``rows`` (B,), on the CPU."""
         local = state.local
-        n_row, device = len(rows), local.ids.device
         if write and self.memory:
-            one = rows.to(device)[:, None]
-            open_len = local.host_open.to(device)[:, None]
-            grid = Grid(
-                ids=local.ids[:, self.lookback :],
-                new=torch.zeros(n_row, 1, self.segment_len, dtype=torch.bool, device=device),
-                valid=(torch.arange(self.segment_len, device=device) < open_len)[:, None],
-                complete=one,
-                continues=local.continues[:, None],
-                closes=one,
-                reset=None,
-                position=local.position[:, None] - open_len,
-                document=local.document[:, None],
-                n_complete=rows.long().tolist(),
-                open_len=[0] * n_row,
-                opened=[0] * n_row,
-                columns=slice(0, 0),
-                cell=None,
-            )
-            hidden = [local.hidden[:, i] for i in range(len(self.memory_layers))]
-            embeddings = self._embed(local.ids)
-            memory = {}
-            for name, modules in self.memory.items():
-                layers = hidden if modules[0].layerwise else [torch.stack(hidden, dim=2)]
-                memory[name] = tuple(
-                    module.write(self._segment(grid, local, embeddings, h, module), part, [])[0]
-                    for module, h, part in zip(modules, layers, state.memory[name], strict=True)
-                )
+            embeddings = self.embed(local.ids)
+            memory = {name: self._closed(name, state, rows, embeddings) for name in self.memory}
             state = state._replace(memory=memory)
-        fresh = self._no_context(n_row)._replace(position=local.position, document=local.document)
-        return state._replace(local=where_rows(rows, fresh, local))
+        fresh = self.no_context(len(rows))._replace(position=local.position, document=local.document)
+        return state._replace(local=_renewed(local, fresh, rows))
+
+    def _closed(self, name: str, state: ModelState, rows: Tensor, embeddings: Tensor) -> tuple[State, ...]:
+        """The states of a memory after the open segment of ``rows`` was written."""
+        local, modules = state.local, self.memory[name]
+        grid = closing_grid(local, rows, self.lookback)
+        module: Any = modules[0]
+        if module.around == "stack":
+            how = schedule.How(read=True, write=True, keep_state=False, closing=True)
+            return schedule.at_once(self, grid, state, how).state.memory[name]
+        hidden = local.streams[schedule.stream_of(module)]  # (B, n_layer, C + T, D)
+        output = local.streams.get("output", hidden)  # not looked at unless the memory needs it
+        cells = (local.ids, embeddings)
+        if module.around == "layers":
+            streams = hidden.transpose(1, 2), output.transpose(1, 2)
+            segment = schedule.segment_of(self, module, local, grid, *cells, *streams)
+            return (module.write(segment, state.memory[name][0])[0],)
+        closed = []
+        for place, (module, part) in enumerate(zip(modules, state.memory[name], strict=True)):
+            streams, layer = (hidden[:, place], output[:, place]), self.layers[self.memory_layers[place]]
+            segment = schedule.segment_of(self, module, local, grid, *cells, *streams, layer)
+            closed.append(module.write(segment, part)[0])
+        return tuple(closed)
 
     # --- the forward pass ------------------------------------------------------------------------------------------
 
@@ -387,7 +233,7 @@ class SegmentModel(ExperienceModel):
         mask: Tensor | None = None,
         breaks: Tensor | None = None,
         logits: bool = True,
-        carry: bool = True,
+        keep_state: bool = True,
     ) -> Output:
         """Go on with the text.
 
@@ -403,7 +249,8 @@ class SegmentModel(ExperienceModel):
             breaks: Segments that begin a new context within their document, as `new_context` does between calls,
                 (B, S); only where ``reset`` may be given by segment.
             logits: Whether to apply the language-model head.
-            carry: Whether the text goes on after this call; if not, no state is worked out (``out.state`` is None).
+            keep_state: Whether the text goes on after this call; if not, no state is worked out (``out.state`` is
+                None).
 
         Returns:
             An `Output`.
@@ -415,61 +262,41 @@ class SegmentModel(ExperienceModel):
         n_row = ids.shape[0]
         for name, flags in (("mask", mask), ("reset", reset), ("breaks", breaks)):
             arguments.flags(name, flags)
-        self._check_signals(signals or {}, n_row)
-        if state is None:
-            state = self.init_state(n_row)
-        elif not isinstance(state, ModelState):
-            raise ConfigError(f"state must be what a call of this model gave, or None, got {type(state).__name__}")
-        elif len(state.local.host_open) != n_row:
-            raise ConfigError(f"ids have {n_row} rows, but the state has {len(state.local.host_open)}")
-        elif _shapes(state.local) != self._shapes or set(state.memory) != set(self.memory):
-            raise ConfigError("the state is of another model: its layers, widths, segments or memories differ")
+        _check_signals(self, signals or {}, n_row)
+        state = _state_for(self, state, n_row)
         if breaks is not None and (breaks.dim() != 2 or len(breaks) != n_row):
             raise ConfigError(f"breaks must be ({n_row}, segments), got {tuple(breaks.shape)}")
         if mask is not None and mask.shape != ids.shape:
             raise ConfigError(f"mask must have the shape of ids {tuple(ids.shape)}, got {tuple(mask.shape)}")
-        together = any(modules[0].over_ranks for modules in self.memory.values())
+        together = any(getattr(modules[0], "over_ranks", False) for modules in self.memory.values())
         if together and reset is None and breaks is None:  # other processes may have some, and all have to write
             reset = torch.zeros(n_row, -(-ids.shape[1] // self.segment_len), dtype=torch.bool, device=ids.device)
-        if reset is not None:
-            state = self._begin_documents(state, reset, write)
+        rows, reset = _starts(reset, n_row)
+        if rows is not None or reset is not None:
+            state = self._begin_documents(state, rows, reset, write)
         if breaks is not None and breaks.shape[1]:
             first = breaks[:, 0].cpu()
             if together or bool(first.any()):
                 state = self._close(state, first, write)
         if ids.shape[1] == 0:
-            if reset is not None and reset.dim() == 1:
-                state = self.map_memory(lambda module, part: module.start_documents(reset[:, None], part), state)
-                state = state._replace(local=state.local._replace(document=state.local.document + reset))
+            if rows is not None:
+                state = self.map_memory(lambda module, part: module.start_documents(rows[:, None], part), state)
+                state = state._replace(local=state.local._replace(document=state.local.document + rows))
             hidden = self.embedding(ids)
             return Output(self.head(hidden) if logits else None, state, hidden, {}, {})
-        grid = self._lay_out(ids, state.local, reset, mask, breaks)
-        write = write and (together or any(grid.n_complete))
-        x, state, reads, trace = self._run_windows(grid, state, read, write, signals, carry)
+        if None in state.local.cache:
+            raise ConfigError(
+                "absorb leaves out the layers that only outputs need, so no text can go on from its state: call "
+                "new_context(state) first, which keeps the memories"
+            )
+        grid = lay_out(ids, state.local, self.segment_len, rows, reset, mask, breaks)
+        how = schedule.How(read, write and (together or any(grid.n_complete)), signals, keep_state)
+        x, state, reads, trace = schedule.run(self, grid, state, how)
         x = self.norm(x)
         if grid.cell is not None:
             index = (grid.cell - grid.columns.start).clamp(0, x.shape[1] - 1)
             x = x.gather(1, index[..., None].expand(-1, -1, x.shape[2]))
-        return Output(self.head(x) if logits else None, state if carry else None, x, reads, trace)
-
-    def _check_signals(self, signals: Mapping[str, Tensor], n_row: int) -> None:
-        """Refuse what no memory uses, other shapes than (B, n), and NaN, which is looked for on a CPU alone."""
-        known = {name: width for modules in self.memory.values() for name, width in modules[0].signals.items()}
-        if not isinstance(signals, Mapping) or not all(isinstance(given, Tensor) for given in signals.values()):
-            raise ConfigError(f"signals must be tensors by name, got {reprlib.repr(signals)}")
-        for name, given in signals.items():
-            if name not in known:
-                width = given.shape[-1] if given.dim() else 1
-                raise ConfigError(
-                    f"signals: {name!r} is used by no memory of this model, which know {', '.join(known) or 'none'}: "
-                    f"leave it out, or set memory=adaptive 'memory.adaptive.signals={{{name}: {width}}}'"
-                )
-            if given.shape != (n_row, known[name]):
-                raise ConfigError(
-                    f"signals.{name} must be (rows, numbers) = {(n_row, known[name])}, got shape {tuple(given.shape)}"
-                )
-            if given.device.type == "cpu" and not torch.compiler.is_compiling() and bool(given.isnan().any()):
-                raise ConfigError(f"signals.{name} holds NaN: give 0 where it is unknown")
+        return Output(self.head(x) if logits else None, state if keep_state else None, x, reads, trace)
 
     def absorb(
         self,
@@ -483,387 +310,130 @@ class SegmentModel(ExperienceModel):
 
         Layers above the last one with memory are not run, and that layer reads nothing, as no write depends on it.
         """
-        modules = [modules[0] for modules in self.memory.values()]
         ids = arguments.token_ids(ids, self.n_vocab)
-        if ids.shape[1] == 0 or not all(module.layerwise for module in modules):
+        within = all(schedule.writes_within(modules[0]) for modules in self.memory.values())
+        if ids.shape[1] == 0 or not self.memory or not within:
             return super().absorb(ids, state, read, mask, breaks)
         state = self.init_state(len(ids)) if state is None else state
         if breaks is not None and bool(breaks[:, 0].any()):
             state = self._close(state, breaks[:, 0].cpu(), True)
-        grid = self._lay_out(ids, state.local, None, mask, breaks)
-        return self._run_windows(grid, state, read, any(grid.n_complete), None, storing=True).state
+        grid = lay_out(ids, state.local, self.segment_len, None, None, mask, breaks)
+        how = schedule.How(read, any(grid.n_complete), storing=True)
+        return schedule.run(self, grid, state, how).state
 
     @property
     def head_weight(self) -> Tensor:
         """Weights of the language-model head, (V, D)."""
         return self.embedding.weight
 
-    def _begin_documents(self, state: ModelState, reset: Tensor, write: bool) -> ModelState:
+    def _begin_documents(self, state: ModelState, rows: Tensor | None, reset: Tensor | None, write: bool) -> ModelState:
         """``state`` with the rows that begin a document at once out of their old context."""
-        n_row = len(state.local.host_open)
-        if reset.shape[0] != n_row or reset.dim() > 2:
-            raise ConfigError(f"reset must be ({n_row},) or ({n_row}, segments), got {tuple(reset.shape)}")
-        rows = (reset if reset.dim() == 1 else reset[:, :1].any(dim=1)).cpu()
+        n_row = state.local.n_row
+        begin = (rows if rows is not None else reset[:, :1].any(dim=1)).cpu()  # type: ignore[index]
         if any(modules[0].scope == "shared" for modules in self.memory.values()):
-            state = self._close(state, rows, write)
-        fresh = self._no_context(n_row)
-        local = where_rows(rows, fresh, state.local)
+            state = self._close(state, begin, write)
+        local = _renewed(state.local, self.no_context(n_row), begin)
         return state._replace(local=local._replace(document=state.local.document))
 
-    def _lay_out(
-        self, ids: Tensor, local: LocalState, reset: Tensor | None, mask: Tensor | None, breaks: Tensor | None
-    ) -> Grid:
-        """Place the tokens of a call on the grid of segments."""
-        n_row, n_token = ids.shape
-        segment_len, device = self.segment_len, ids.device
-        opened: list[int] = local.host_open.tolist()
-        by_segment = breaks is not None or (reset is not None and reset.dim() == 2)
-        in_place = not any(opened) and n_token % segment_len == 0 and (mask is None or by_segment)
-        if by_segment and not in_place:
-            raise ConfigError("breaks and reset by segment need rows with no open segment, and whole segments")
-        if in_place:
-            n_segment = n_token // segment_len
-            for name, starts in (
-                ("reset", reset if reset is not None and reset.dim() == 2 else None),
-                ("breaks", breaks),
-            ):
-                if starts is not None and starts.shape != (n_row, n_segment):
-                    raise ConfigError(f"{name} must be ({n_row}, {n_segment}) here, got {tuple(starts.shape)}")
-            cell, grid_ids = None, ids
-            valid = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask
-            new = valid = valid.view(n_row, n_segment, segment_len)
-            complete, closes = valid.all(dim=2), torch.zeros(n_row, n_segment, dtype=torch.bool, device=device)
-            for starts in (reset if reset is not None and reset.dim() == 2 else None, breaks):
-                if starts is not None:
-                    closes = closes | F.pad(starts[:, 1:], (0, 1))
-            complete = complete | closes
-            n_complete, open_len = [n_segment] * n_row, [0] * n_row
-            if mask is not None:
-                if not bool((valid[..., 1:] <= valid[..., :-1]).all() & (complete[:, 1:] <= complete[:, :-1]).all()):
-                    raise ConfigError("padding may only end a document: it needs reset or breaks in the next segment")
-                n_complete = complete.sum(dim=1).tolist()
-                counts = F.pad(valid.sum(dim=2), (0, 1)).tolist()
-                open_len = [count[n] for count, n in zip(counts, n_complete, strict=True)]
-            columns = slice(0, segment_len)
-        else:
-            n_valid = [n_token] * n_row if mask is None else mask.sum(dim=1).tolist()
-            total = [a + b for a, b in zip(opened, n_valid, strict=True)]
-            n_segment = max(1, -(-max(total) // segment_len))
-            n_complete, open_len = [t // segment_len for t in total], [t % segment_len for t in total]
-            begin = local.host_open.to(device)[:, None]
-            end = torch.tensor(total, device=device)[:, None]
-            order = torch.arange(n_token, device=device).expand(n_row, -1) if mask is None else mask.cumsum(dim=1) - 1
-            cell = begin + order
-            nowhere = n_segment * segment_len
-            target = cell if mask is None else torch.where(mask, cell, nowhere)
-            cells = torch.arange(nowhere, device=device)
-            grid_ids = F.pad(local.ids[:, self.lookback :], (0, nowhere + 1 - segment_len))
-            grid_ids = grid_ids.scatter(1, target, ids)[:, :-1]
-            valid = (cells < end).view(n_row, n_segment, segment_len)
-            new = valid & (cells >= begin).view(n_row, n_segment, segment_len)
-            complete = torch.arange(n_segment, device=device) < end // segment_len
-            closes = torch.zeros_like(complete)
-            columns = slice(0, segment_len) if n_segment > 1 else slice(min(opened), max(max(total), min(opened) + 1))
-        continues = torch.ones_like(complete)
-        continues[:, 0] = local.continues
-        if breaks is not None:
-            continues = continues & ~breaks
-        start = torch.arange(n_segment, device=device) * segment_len
-        if in_place and mask is not None:
-            start = F.pad(valid.sum(dim=2).cumsum(dim=1), (1, 0))[:, :-1]
-        begins = local.position if in_place else local.position - local.host_open.to(device)
-        position = begins[:, None] + start
-        document = local.document[:, None].expand(-1, n_segment)
-        if reset is not None:
-            if reset.dim() == 1:
-                reset = F.pad(reset[:, None], (0, n_segment - 1))
-            continues = continues & ~reset
-            last_reset = torch.where(reset, start, -1).cummax(dim=1).values
-            position = torch.where(last_reset >= 0, start - last_reset, position)
-            document = document + reset.cumsum(dim=1)
-        return Grid(
-            grid_ids, new, valid, complete, continues, closes, reset, position, document,
-            n_complete, open_len, opened, columns, cell,
-        )  # fmt: skip
+    generate = generation.generate
 
-    def _segment(
-        self, grid: Grid, local: LocalState, embeddings: Tensor, hidden: Tensor, module: Memory,
-        signals: dict[str, Tensor] | None = None,
-    ) -> Segment:  # fmt: skip
-        """What ``module`` may use of the grid. ``embeddings`` and ``hidden`` include the model's lookback.
 
-        Memories work in 32 bits, whatever the model does.
-        """
-        skip = self.lookback - module.lookback
-        ids = torch.cat([local.ids[:, : self.lookback], grid.ids], dim=1)  # (B, C + N)
-        before = grid.continues[:, :1].expand(-1, module.lookback)
-        return Segment(
-            ids=ids[:, skip:],
-            embeddings=embeddings[:, skip:].float(),
-            hidden=hidden[:, skip:].float(),
-            valid=torch.cat([before, grid.valid.flatten(1)], dim=1),
-            complete=grid.complete,
-            continues=grid.continues,
-            closes=grid.closes,
-            reset=grid.reset,
-            position=grid.position,
-            document=grid.document,
-            signals=None if signals is None else {name: signals[name] for name in module.signals if name in signals},
-            lookback=module.lookback,
-            surprise=self._surprise(hidden, ids)[:, skip:] if module.wants_surprise else None,
-        )
+def _made(make: Callable[..., Memory], sizes: Sizes) -> Memory:
+    """A memory module, told the sizes of the model if it asks for them."""
+    asks = "sizes" in inspect.signature(make).parameters
+    return make(sizes.d_model, sizes=sizes) if asks else make(sizes.d_model)
 
-    @torch.no_grad()
-    def _surprise(self, hidden: Tensor, ids: Tensor) -> Tensor:
-        """Nats of the token after each cell, predicted from ``hidden`` (B, L, D) as if by the last layer, (B, L)."""
-        following = ids.roll(-1, dims=1)[..., None]  # the last cell has none, and no slot
-        parts = zip(hidden.split(self.segment_len, dim=1), following.split(self.segment_len, dim=1), strict=True)
-        nats = [-self.head(self.norm(part)).log_softmax(dim=-1).gather(2, targets) for part, targets in parts]
-        return torch.cat(nats, dim=1)[..., 0].float()
 
-    def _run(
-        self,
-        grid: Grid,
-        state: ModelState,
-        read: bool,
-        write: bool,
-        signals: dict[str, Tensor] | None,
-        carry: bool = True,
-        storing: bool = False,
-    ) -> _Window:
-        """All layers over the grid, one layer after the other for all segments.
-
-        With ``S`` = 1 this is the definition; with more it needs layerwise memories. If ``storing``, all that follows
-        the last write is left out, and the local state has NaN where its result would be.
-        """
-        local = state.local
-        n_segment, segment_len = grid.complete.shape[1], self.segment_len
-        embeddings = self._embed(torch.cat([local.ids[:, : self.lookback], grid.ids], dim=1))  # (B, C + N, D)
-        x = embeddings[:, self.lookback :].unflatten(1, (n_segment, segment_len))[:, :, grid.columns]
-        x = self._enter(x, grid.columns)  # (B, S, Q, D)
-        memory = {name: list(parts) for name, parts in state.memory.items()}
-        recalled = {
-            name: modules[0].recall(modules[0].start_documents(grid.reset, memory[name][0]))
-            for name, modules in self.memory.items()
-            if not modules[0].layerwise and read
-        }
-        kept: list[Any] = []
-        hiddens: list[Tensor] = []
-        reads: dict[str, Residual] = {}
-        traces: dict[str, list[Trace]] = {name: [] for name in memory}
-        last = self.memory_layers[-1] if self.memory else -1
-        for i, layer in enumerate(self.layers):
-            if storing and i > last:
-                break
-            x, parts = self._maybe_checkpoint(layer.mix, x, local.cache[i], grid)
-            kept.append(parts)
-            if self.memory and i in self.memory_layers:
-                place = self.memory_layers.index(i)
-                buffer = local.hidden[:, place]  # (B, C + T, D)
-                cells = grid.fill(x, buffer[:, self.lookback :]).flatten(1, 2)
-                hidden = torch.cat([buffer[:, : self.lookback], cells], dim=1)  # (B, C + N, D)
-                hiddens.append(hidden)
-                flat = x.flatten(1, 2).float()  # (B, S * Q, D)
-                values = []
-                for name, modules in self.memory.items():
-                    if modules[0].layerwise:
-                        segment = self._segment(grid, local, embeddings, hidden, modules[place], signals)
-                        found, memory[name][place], trace = modules[place].process(
-                            flat, segment, memory[name][place], i, read and not (storing and i == last), write, carry
-                        )
-                        traces[name].append(trace)
-                    else:
-                        found = modules[0].read(flat, recalled[name], i) if read else None
-                    if found is not None:
-                        reads[f"{name}/{i}"] = found
-                        values.append(found.values.to(x.dtype))
-                if values:
-                    x = x + sum(values).unflatten(1, x.shape[1:3])  # type: ignore[union-attr]
-            if not (storing and i == last):
-                x = x + self._maybe_checkpoint(layer.feed_forward, x)
-        for name, modules in self.memory.items():
-            if not modules[0].layerwise:
-                memory[name][0] = modules[0].start_documents(grid.reset, memory[name][0])
-                if write:
-                    segment = self._segment(grid, local, embeddings, torch.stack(hiddens, dim=2), modules[0], signals)
-                    mine = [reads[key] for key in reads if key.startswith(f"{name}/")]
-                    memory[name][0], trace = modules[0].write(segment, memory[name][0], mine)
-                    traces[name].append(trace)
-        new_local = self._carry(grid, local, kept, hiddens) if carry else local
-        state = ModelState({name: tuple(parts) for name, parts in memory.items()}, new_local)
-        return _Window(x.flatten(1, 2), state, reads, {name: mean_trace(parts) for name, parts in traces.items()})
-
-    def _run_windows(
-        self,
-        grid: Grid,
-        state: ModelState,
-        read: bool,
-        write: bool,
-        signals: dict[str, Tensor] | None,
-        carry: bool = True,
-        storing: bool = False,
-    ) -> _Window:
-        """All layers over one window of segments after the other, joined; see `_run`.
-
-        What is found does not depend on where windows begin. The definition, and the only way for some memories, is one
-        segment after the other. With gradients the whole call is one window.
-        """
-        n_segment, step = grid.complete.shape[1], self._segments_at_once()
-        if step is None or step >= n_segment:
-            return self._run(grid, state, read, write, signals, carry, storing)
-        windows: list[_Window] = []
-        for begin in range(0, n_segment, step):
-            end = min(begin + step, n_segment)
-            one = Grid(
-                grid.ids[:, begin * self.segment_len : end * self.segment_len],
-                *(None if part is None else part[:, begin:end] for part in grid[1:9]),  # type: ignore[misc, arg-type]
-                n_complete=[min(max(n - begin, 0), end - begin) for n in grid.n_complete],
-                open_len=[0 if n >= end else o for n, o in zip(grid.n_complete, grid.open_len, strict=True)],
-                opened=grid.opened if begin == 0 else [0] * len(grid.opened),
-                columns=grid.columns,
-                cell=None,
+def _check_needs(model: SegmentModel) -> None:
+    """Refuse memories that ask for what this model cannot give, or for the same place."""
+    around: dict[str, str] = {}
+    for name, modules in model.memory.items():
+        module, needs = modules[0], modules[0].needs
+        if needs.lookback > model.segment_len:
+            raise ValueError(
+                f"memory {name!r} looks back {needs.lookback} tokens, more than a segment: "
+                f"set model.segment_len to at least {needs.lookback}, got {model.segment_len}"
             )
-            window = self._run(one, state, read, write, signals, carry or end < n_segment, storing)
-            ended = [n < begin for n in grid.n_complete]  # rows whose last token was in an earlier window
-            if any(ended):
-                local = where_rows(torch.tensor(ended), state.local, window.state.local)
-                window = window._replace(state=window.state._replace(local=local))
-            state = window.state
-            if storing:  # of what is only stored nothing else is kept
-                windows.clear()
-            windows.append(window)
-        by_segment = [window for window in windows for _ in range(window.x.shape[1] // self.segment_len)]
-        return _Window(
-            x=torch.cat([window.x for window in windows], dim=1),
-            state=state,
-            reads={key: join_reads([window.reads[key] for window in windows]) for key in windows[0].reads},
-            trace={name: mean_trace([window.trace[name] for window in by_segment]) for name in self.memory},
-        )
-
-    def _segments_at_once(self) -> int | None:
-        """Segments that layers may run over together; None for any number."""
-        if not all(modules[0].layerwise for modules in self.memory.values()):
-            return 1
-        return None if torch.is_grad_enabled() else max(1, WINDOW // self.segment_len)
-
-    def _maybe_checkpoint(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
-            return checkpoint(function, *arguments, use_reentrant=False)
-        return function(*arguments)
-
-    def _carry(self, grid: Grid, local: LocalState, kept: list[Any], hiddens: list[Tensor]) -> LocalState:
-        """The local state after the grid; layers that were not run have NaN in their caches."""
-        n_segment, segment_len, n_cell = grid.complete.shape[1], self.segment_len, self.lookback + self.segment_len
-        device = grid.ids.device
-        same = len(set(grid.n_complete)) == 1
-        n = grid.n_complete[0]
-        # Numbers known to the host are copied to the device only where they are needed: a copy waits for the device.
-        done = None if same else torch.tensor(grid.n_complete, device=device)
-
-        def segment_of(parts: Tensor, beyond: Tensor) -> Tensor:
-            """Part of the first segment that is not complete, (B, ...), of (B, S, ...); ``beyond`` if all are."""
-            if done is None:
-                return parts[:, n] if n < n_segment else beyond
-            choice = torch.cat([parts, beyond[:, None]], dim=1)
-            index = done.view(-1, *[1] * (choice.dim() - 1)).expand(-1, 1, *choice.shape[2:])
-            return choice.gather(1, index)[:, 0]
-
-        def cells_from(flat: Tensor) -> Tensor:
-            """Cells of that segment and the lookback, (B, C + T, ...), of (B, C + N, ...)."""
-            flat = torch.cat([flat, flat.new_zeros(len(flat), segment_len, *flat.shape[2:])], dim=1)
-            if done is None:
-                return flat[:, n * segment_len : n * segment_len + n_cell]
-            index = done[:, None] * segment_len + torch.arange(n_cell, device=device)
-            return flat.gather(1, index.view(*index.shape, *[1] * (flat.dim() - 2)).expand(-1, -1, *flat.shape[2:]))
-
-        run, missed = self.layers[: len(kept)], local.cache[len(kept) :]
-        cache = [layer.carry(parts, segment_of) for layer, parts in zip(run, kept, strict=True)]
-        cache += [map_tensors(lambda part: torch.full_like(part, torch.nan), part) for part in missed]
-        hidden = torch.stack([cells_from(h) for h in hiddens], dim=1) if hiddens else local.hidden
-        ids = cells_from(torch.cat([local.ids[:, : self.lookback], grid.ids], dim=1))
-        open_len = torch.tensor(grid.open_len)
-        position = segment_of(grid.position, grid.position[:, -1] + segment_len)
-        return LocalState(
-            cache=tuple(cache),
-            hidden=hidden,
-            ids=ids,
-            continues=segment_of(grid.continues, torch.ones_like(grid.continues[:, 0])),
-            position=position + open_len.to(device) if any(grid.open_len) else position,
-            document=segment_of(grid.document, grid.document[:, -1]),
-            host_open=open_len,
-        )
-
-    # --- generation ------------------------------------------------------------------------------------------------
-
-    @torch.no_grad()
-    def generate(
-        self,
-        ids: Tensor,
-        max_new_tokens: int = 100,
-        temperature: float = 0.8,
-        top_k: int | None = 50,
-        top_p: float | None = 0.9,
-        state: ModelState | None = None,
-        read: bool = True,
-        write: bool = True,
-    ) -> Tensor:
-        """Go on with ``ids`` token by token.
-
-        Args:
-            ids: Prompt, (B, L) with L >= 1.
-            max_new_tokens: Tokens to add.
-            temperature: Softmax temperature; 0 takes the likeliest token.
-            top_k: Sample from the k likeliest tokens only; None for all.
-            top_p: Sample from the smallest set of tokens whose probability reaches p; None for all.
-            state: Where the text before the prompt stopped.
-            read: Whether memories are read.
-            write: Whether memories are written (in a state of their own, not in ``state``).
-
-        Returns:
-            Prompt and new tokens, (B, L + max_new_tokens).
-
-        Raises:
-            ConfigError: If a setting is out of range or the prompt is empty.
-        """
-        ids = arguments.token_ids(ids, self.n_vocab)
-        if ids.shape[1] == 0:
-            raise ConfigError(f"the prompt must be (rows, tokens) with at least one token, got {tuple(ids.shape)}")
-        arguments.sampling(max_new_tokens, temperature, top_k, top_p)
-        training, tokens = self.training, [ids]
-        *before, last = ids.split(WINDOW, dim=1)  # of a long prompt no more is held than of a window
-        self.eval()
-        try:
-            for part in before if max_new_tokens else ():
-                state = self(part, state=state, read=read, write=write, logits=False).state
-            for _ in range(max_new_tokens):
-                out = self(last, state=state, read=read, write=write, logits=False)
-                state = out.state
-                last = _sample(self.head(out.hidden[:, -1]), temperature, top_k, top_p)
-                tokens.append(last)
-        finally:
-            self.train(training)
-        return torch.cat(tokens, dim=1)
+        asked = [what for what in ("heads", "context", "tail") if getattr(needs, what)]
+        if asked and not model.layers[0].n_head:
+            raise ValueError(
+                f"memory {name!r} needs {asked[0]} of attention, which {type(model).__name__} does not have: "
+                "choose model=lmcode, or another memory"
+            )
+        if needs.tail and module.around != "stack":
+            raise ValueError(f"memory {name!r} needs cells behind a segment, so it must stand around the stack")
+        if needs.heads and (module.around != "layer" or module.reads_beside):
+            raise ValueError(f"memory {name!r} needs heads, so it must stand around a layer, with a mix of its own")
+        place = "the stack" if module.around == "stack" else None if module.reads_beside else "a layer"
+        if place is not None and place in around:
+            raise ValueError(f"memories {around[place]!r} and {name!r} both stand around {place}: choose one of them")
+        if place is not None:
+            around[place] = name
 
 
-def _shapes(local: LocalState) -> list[torch.Size]:
-    """Shapes of all that a model carries, without the rows."""
-    return [part.shape[1:] for part in tensors(local)]
+def _n_stream(model: SegmentModel) -> dict[str, int]:
+    """At how many places each stream of `LocalState` is kept."""
+    modules = [modules[0] for modules in model.memory.values()]
+    inside = [module for module in modules if module.around != "stack"]
+    stack = [module for module in modules if module.around == "stack"]
+    n = len(model.memory_layers)
+    return {
+        "input": n * any(not module.reads_beside for module in inside),
+        "mixed": n * any(module.reads_beside for module in inside),
+        "output": n * any(module.needs.output for module in inside),
+        "top": int(any(module.needs.output for module in stack)),
+    }
 
 
-def _sample(logits: Tensor, temperature: float, top_k: int | None, top_p: float | None) -> Tensor:
-    """One token (B, 1) for each row of ``logits`` (B, V)."""
-    if temperature == 0:
-        return logits.argmax(dim=-1, keepdim=True)
-    logits = logits.float() / temperature
-    if top_k is not None:
-        least = logits.topk(min(top_k, logits.shape[-1]), dim=-1).values[:, -1:]
-        logits = logits.masked_fill(logits < least, -torch.inf)
-    if top_p is not None:
-        ordered, index = logits.sort(dim=-1, descending=True)
-        mass = ordered.softmax(dim=-1)
-        drop = mass.cumsum(dim=-1) - mass >= top_p  # the mass before a token already suffices
-        logits = logits.masked_fill(drop.scatter(1, index, drop), -torch.inf)
-    return torch.multinomial(logits.softmax(dim=-1), 1)
+def _check_signals(model: SegmentModel, signals: Mapping[str, Tensor], n_row: int) -> None:
+    """Refuse what no memory uses, other shapes than (B, n), and NaN, which is looked for on a CPU alone."""
+    known = {name: width for modules in model.memory.values() for name, width in modules[0].needs.signals.items()}
+    if not isinstance(signals, Mapping) or not all(isinstance(given, Tensor) for given in signals.values()):
+        raise ConfigError(f"signals must be tensors by name, got {reprlib.repr(signals)}")
+    for name, given in signals.items():
+        if name not in known:
+            width = given.shape[-1] if given.dim() else 1
+            raise ConfigError(
+                f"signals: {name!r} is used by no memory of this model, which know {', '.join(known) or 'none'}: "
+                f"leave it out, or set memory=adaptive 'memory.adaptive.signals={{{name}: {width}}}'"
+            )
+        if given.shape != (n_row, known[name]):
+            raise ConfigError(
+                f"signals.{name} must be (rows, numbers) = {(n_row, known[name])}, got shape {tuple(given.shape)}"
+            )
+        if given.device.type == "cpu" and not torch.compiler.is_compiling() and bool(given.isnan().any()):
+            raise ConfigError(f"signals.{name} holds NaN: give 0 where it is unknown")
+
+
+def _state_for(model: SegmentModel, state: ModelState | None, n_row: int) -> ModelState:
+    """``state``, if it is one of this model with so many rows; a new one if there is none."""
+    if state is None:
+        return model.init_state(n_row)
+    if not isinstance(state, ModelState):
+        raise ConfigError(f"state must be what a call of this model gave, or None, got {type(state).__name__}")
+    if state.local.n_row != n_row:
+        raise ConfigError(f"ids have {n_row} rows, but the state has {state.local.n_row}")
+    known = None in state.local.cache or shapes(state.local) == model._shapes
+    if not known or set(state.memory) != set(model.memory):
+        raise ConfigError("the state is of another model: its layers, widths, segments or memories differ")
+    return state
+
+
+def _starts(reset: Tensor | None, n_row: int) -> tuple[Tensor | None, Tensor | None]:
+    """Rows that begin a document with the call, (B,); or segments that begin one, (B, S)."""
+    if reset is None:
+        return None, None
+    if reset.shape[0] != n_row or reset.dim() > 2:
+        raise ConfigError(f"reset must be ({n_row},) or ({n_row}, segments), got {tuple(reset.shape)}")
+    return (reset, None) if reset.dim() == 1 else (None, reset)
+
+
+def _renewed(local: LocalState, fresh: LocalState, rows: Tensor) -> LocalState:
+    """``fresh`` in ``rows`` (B,), on the CPU, else ``local``; what `absorb` left out is missing until all rows are."""
+    if bool(rows.all()):
+        return fresh
+    cache = tuple(None if old is None else new for old, new in zip(local.cache, fresh.cache, strict=True))
+    return where_rows(rows, fresh._replace(cache=cache), local)
 
 
 def _memory_layers(choice: str | Sequence[int], n_layer: int) -> list[int]:

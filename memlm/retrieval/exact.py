@@ -6,7 +6,7 @@ The scores of a bank exist for a few segments of a few rows at a time: on a CPU 
 a GPU as many as keep it busy; of a very large bank for a few tokens. A bank that needs no gradient (what earlier
 windows wrote) is read without a copy of what was found.
 
-Shapes: B rows, R processes, S segments, N = S * T queries, M slots of a bank, P slots of a window, k slots read.
+Shapes: B rows, S segments, N = S * T queries, M slots of a bank, P slots of a window, k slots read.
 """
 
 from __future__ import annotations
@@ -16,10 +16,8 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, distributed
+from torch import Tensor
 from torch.nn import functional as F
-
-from memlm.memory import ranks
 
 _ON_CPU, _ON_GPU = 2**20, 2**28  # scores that exist at a time, at most, where a segment of a row has fewer
 _MOST = 2**27  # scores that exist at a time, at most, where a token of a row has fewer
@@ -81,7 +79,7 @@ def attend(
     """
     scores, found = [], []
     if bank is not None:
-        best_of = _gather_best if any(part.requires_grad for part in bank[:3]) else _search_best
+        best_of = gather_best if any(part.requires_grad for part in bank[:3]) else search_best
         k = min(top_k, bank.key.shape[1])
         similarity, index = best_of(find or search, query, temperature, threshold, k, bank)
         scores.append(similarity)
@@ -100,12 +98,12 @@ def attend(
     if recency is not None:
         times = [pool.time.expand(len(query), -1) for pool in (bank, window) if pool is not None]  # type: ignore[union-attr]
         time = torch.cat(times, dim=1).gather(1, slots.flatten(1)).view_as(slots)
-        score = _discount(score, best.indices, time, temperature, recency)
-    weight = _softmax(score, null_score)
+        score = discount(score, best.indices, time, temperature, recency)
+    weight = weigh(score, null_score)
     n_bank = scores[0].shape[2] if bank is not None else 0
     read = query.new_zeros(())
     if bank is not None:
-        read = read + _weighted_sum(weight[..., :n_bank], bank.value, found[0])
+        read = read + weighted_sum(weight[..., :n_bank], bank.value, found[0])
     if window is not None:
         read = read + weight[..., n_bank:] @ window.value
     slots = slots.masked_fill(best.values == -torch.inf, -1)
@@ -113,64 +111,13 @@ def attend(
     return read, F.pad(slots, missing, value=-1), F.pad(weight.gather(2, best.indices), missing)
 
 
-def attend_dealt(
-    query: Tensor,
-    temperature: Tensor,
-    null_score: Tensor,
-    threshold: float,
-    top_k: int,
-    share: Pool,
-    recency: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`attend` over a bank whose slots are dealt out to R processes: of rank r slots r, r + R, r + 2 R, ...
-
-    Queries go to all processes, each searches its share, the scores of its best ``top_k`` come back. Who asked weighs
-    them, and each process sums the values of its share by these weights. Every process has to ask, with as many
-    queries. Gradients go the same ways back.
-
-    Args:
-        query: See `attend`; those of this process.
-        temperature: See `attend`.
-        null_score: See `attend`.
-        threshold: See `attend`.
-        top_k: See `attend`.
-        share: Slots of this process for the queries of all, fields of one row; at most one fewer than another has.
-        recency: See `attend`.
-
-    Returns:
-        See `attend`.
-    """
-    n_rank, rank = distributed.get_world_size(), distributed.get_rank()
-    best_of = _gather_best if any(part.requires_grad for part in share[:3]) else _search_best
-    n_slot = share.key.shape[1]
-    score, index = best_of(search, ranks.rows_of_all(query), temperature, threshold, min(top_k, n_slot), share)
-    missing = (0, top_k - index.shape[2])  # as many from everyone, whose shares differ by a slot
-
-    def for_own(found: Tensor) -> Tensor:  # (R * B, N, k) of own slots -> (B, N, R * k) of own queries
-        parts = ranks.exchange(F.pad(found, missing, value=-torch.inf if found.is_floating_point() else 0))
-        return torch.cat(parts.chunk(n_rank), dim=2)
-
-    scores = for_own(score)
-    best = scores.detach().topk(top_k, dim=2).indices  # (B, N, k)
-    score = scores.gather(2, best)
-    slots = for_own(index * n_rank + rank).gather(2, best).masked_fill(score.detach() == -torch.inf, -1)
-    if recency is not None:
-        assert share.time is not None
-        time = for_own(share.time[0][index]).gather(2, best)
-        score = _discount(score, torch.arange(top_k, device=best.device).expand_as(best), time, temperature, recency)
-    weight = _softmax(score, null_score)
-    sent = torch.zeros_like(scores).scatter(2, best, weight).chunk(n_rank, dim=2)  # by who has the slots
-    weight_of_all = ranks.exchange(torch.cat(sent))[..., : index.shape[2]].contiguous()  # (R * B, N, k)
-    return ranks.sum_of_all(_weighted_sum(weight_of_all, share.value, index)), slots, weight
-
-
-def _softmax(score: Tensor, null_score: Tensor) -> Tensor:
+def weigh(score: Tensor, null_score: Tensor) -> Tensor:
     """Weights (B, N, M) of slots beside a null slot."""
     null = null_score.to(score.dtype).expand(*score.shape[:2], 1)
     return torch.cat([null, score], dim=2).softmax(dim=2)[..., 1:]
 
 
-def _discount(score: Tensor, best: Tensor, time: Tensor, temperature: Tensor, recency: Tensor) -> Tensor:
+def discount(score: Tensor, best: Tensor, time: Tensor, temperature: Tensor, recency: Tensor) -> Tensor:
     """``score`` (B, N, M) less what newer slots take off those at ``best`` (B, N, k), written at ``time`` (B, N, k)."""
     match = (score.gather(2, best) - temperature).exp()  # (B, N, k), in 0..1
     newer = time[..., None, :] > time[..., None]  # (B, N, k, k): whether the last index is newer than the one before
@@ -250,18 +197,18 @@ class _SearchBest(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_score: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         query, temperature, key, index = ctx.saved_tensors
-        keys = _weighted_sum(grad_score.contiguous(), key, index)  # (B, N, d_key)
+        keys = weighted_sum(grad_score.contiguous(), key, index)  # (B, N, d_key)
         return (None, keys * temperature, (keys * query).sum(), *[None] * 6)
 
 
-def _search_best(
+def search_best(
     find: Search, query: Tensor, temperature: Tensor, threshold: float, k: int, bank: Pool
 ) -> tuple[Tensor, Tensor]:
     """Scores (B, N, k), with gradients for query and temperature, and indices of the best slots of a bank."""
     return _SearchBest.apply(find, query, temperature, threshold, k, *bank[:4])
 
 
-def _gather_best(
+def gather_best(
     find: Search, query: Tensor, temperature: Tensor, threshold: float, k: int, bank: Pool
 ) -> tuple[Tensor, Tensor]:
     """The same with gradients for keys and biases of the bank too."""
@@ -290,7 +237,7 @@ def _rows(table: Tensor, index: Tensor) -> Tensor:
     return F.embedding(index, flat)
 
 
-def _weighted_sum(weight: Tensor, table: Tensor, index: Tensor) -> Tensor:
+def weighted_sum(weight: Tensor, table: Tensor, index: Tensor) -> Tensor:
     """Sum of the rows ``index`` (B, N, k) of ``table`` (B, M, d), or (1, M, d), by ``weight`` (B, N, k): (B, N, d)."""
     if table.requires_grad:
         return (weight[..., None, :] @ _rows(table, index))[..., 0, :]

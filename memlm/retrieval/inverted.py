@@ -1,8 +1,8 @@
 """Inverted file: top-k search over the slots whose lists are nearest to a query.
 
-Slots are dealt out among lists, each to the list whose centroid is nearest to its key and has room; a query scores all
+Each slot is assigned to the list whose centroid is nearest to its key and has room; a query scores all
 centroids and searches the lists of the nearest ones exactly, so that the work grows with the square root of the slots.
-Lists change with each slot that is written. All slots are dealt out anew when as many were written as there were at
+Lists change with each slot that is written. All slots are assigned anew when as many were written as there were at
 the last time; what decides is the number of slots written, never how the text was cut into calls. Before the first
 time, while slots are few, every slot is searched.
 
@@ -16,17 +16,18 @@ a query, l lists probed by any, K slots written at a time, k slots read.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from memlm.memory.state import take
 from memlm.retrieval import exact
 from memlm.retrieval.exact import Pool
+from memlm.tensors import Host, take
 
-_FIRST = 2**14  # slots that are searched one and all before they are dealt out for the first time, at most
+_FIRST = 2**14  # slots that are searched one and all before they are assigned for the first time, at most
 _ROOM = 2  # cells for each slot
 _SAMPLE = 16  # keys for each list that centroids are made from
 _ROUNDS = 4  # of k-means
@@ -37,7 +38,7 @@ _GROUP = 16  # scores whose maximum is ranked before they are
 
 
 class Lists(NamedTuple):
-    """Which list each slot is in. A row whose slots were not dealt out yet has no list.
+    """Which list each slot is in. A row whose slots were not assigned yet has no list.
 
     Attributes:
         centroid: Unit centres of the lists, (B, L, d_key); zero for those not in use.
@@ -47,9 +48,9 @@ class Lists(NamedTuple):
         n_held: Slots in each list, (B, L).
         extent: Cells of each list, from the first, beyond which all are empty, (B, L).
         n_list: Lists in use, (B,).
-        left: Slots that may be written before all are dealt out anew, (B,).
-        host_n_list: ``n_list`` on the CPU.
-        host_left: A lower bound on ``left``, on the CPU.
+        left: Slots that may be written before all are assigned anew, (B,).
+        known_n_list: ``n_list`` on the CPU.
+        known_left: A lower bound on ``left``, on the CPU.
     """
 
     centroid: Tensor
@@ -60,12 +61,12 @@ class Lists(NamedTuple):
     extent: Tensor
     n_list: Tensor
     left: Tensor
-    host_n_list: Tensor
-    host_left: Tensor
+    known_n_list: Host
+    known_left: Host
 
 
 class InvertedFile:
-    """How slots are dealt out among lists, and found.
+    """How slots are assigned to lists, and found.
 
     Args:
         n_slot: Slots of a row.
@@ -75,7 +76,7 @@ class InvertedFile:
 
     Attributes:
         n_cell: Room of a list.
-        n_first: Slots that are written before all are dealt out for the first time.
+        n_first: Slots that are written before all are assigned for the first time.
         n_scored: Keys that a query is compared with in a full row, centroids included.
 
     Raises:
@@ -100,7 +101,7 @@ class InvertedFile:
         """Lists of ``n_row`` rows without slots."""
 
         def full(*shape: int, value: float = 0, dtype: torch.dtype = torch.long) -> Tensor:
-            # A view of one number: lists take no memory before slots are dealt out.
+            # A view of one number: lists take no memory before slots are assigned.
             return torch.full((), value, dtype=dtype, device=device).expand(n_row, *shape)
 
         n_cell = self.n_list * self.n_cell + 1
@@ -113,18 +114,15 @@ class InvertedFile:
             extent=full(self.n_list),
             n_list=full(),
             left=full(value=self.n_first),
-            host_n_list=torch.zeros(n_row, dtype=torch.long),
-            host_left=torch.full((n_row,), self.n_first),
+            known_n_list=Host(torch.zeros(n_row, dtype=torch.long)),
+            known_left=Host(torch.full((n_row,), self.n_first)),
         )
 
     # --- writing -------------------------------------------------------------------------------------------------
 
     def own(self, lists: Lists) -> Lists:
         """A copy of ``lists`` that `replace` may change; what cannot change is not copied."""
-        changing = lists._fields if dealt(lists) else ("left", "host_left")
-        return lists._replace(
-            **{name: getattr(lists, name).clone(memory_format=torch.contiguous_format) for name in changing}
-        )
+        return _copied(lists) if assigned(lists) else lists._replace(left=_clone(lists.left))
 
     def replace(self, lists: Lists, slot: Tensor, key: Tensor, accept: Tensor) -> None:
         """Note, in place, that slots have new keys.
@@ -136,7 +134,7 @@ class InvertedFile:
             accept: Which of them were, (B, K).
         """
         lists.left.sub_(accept.sum(dim=1))
-        if not dealt(lists):
+        if not assigned(lists):
             return
         self._remove(lists, slot, accept)
         left = accept & (lists.n_list > 0)[:, None]
@@ -162,7 +160,7 @@ class InvertedFile:
             lists: Changed in place.
             slot: Slots that are in no list, (B, K).
             key: Their keys, (B, K, d_key).
-            chosen: Which of them, (B, K); only in rows that are dealt out.
+            chosen: Which of them, (B, K); only in rows whose slots are assigned.
             anywhere: Whether those for which the room does not last go into any list with room.
             packed: Whether the empty cells of every list are known to be the last ones.
 
@@ -197,42 +195,41 @@ class InvertedFile:
         return placed
 
     def settle(self, lists: Lists, n_written: int, key: Tensor, used: Tensor) -> Lists:
-        """``lists``, dealt out anew in the rows where it is time. The device is asked only if it may be.
+        """``lists``, assigned anew in the rows where it is time. The device is asked only if it may be.
 
         Args:
             lists: A copy that `own` made; changed in place.
-            n_written: Most slots that a row was given since ``host_left`` was worked out.
+            n_written: Most slots that a row was given since ``known_left`` was worked out.
             key: Keys of all slots, (B, M, d_key).
             used: Which of them hold something, (B, M).
         """
-        lists = lists._replace(host_left=lists.host_left - n_written)
-        if bool((lists.host_left > 0).all()):
-            return lists
-        lists = lists._replace(host_left=lists.left.cpu())
-        return self.rebuild(lists, key, used, lists.host_left <= 0)
+        left = lists.known_left.tensor - n_written
+        if bool((left > 0).all()):
+            return lists._replace(known_left=Host(left))
+        left = lists.left.cpu().clone()
+        return self.rebuild(lists._replace(known_left=Host(left)), key, used, left <= 0)
 
     def is_due(self, lists: Lists, n_written: int) -> bool:
-        """Whether a row may have to be dealt out anew before it was given ``n_written`` slots more."""
-        return bool((lists.host_left <= n_written).any()) and bool((lists.left <= n_written).any())
+        """Whether a row may have to be assigned anew before it was given ``n_written`` slots more."""
+        return bool((lists.known_left.tensor <= n_written).any()) and bool((lists.left <= n_written).any())
 
     def rebuild(self, lists: Lists, key: Tensor, used: Tensor, rows: Tensor) -> Lists:
-        """``lists`` with the slots of ``rows`` (B,), on the CPU, dealt out anew; see `settle`."""
+        """``lists`` with the slots of ``rows`` (B,), on the CPU, assigned anew; see `settle`."""
         if not bool(rows.any()):
             return lists
-        lists = Lists(*(part.clone(memory_format=torch.contiguous_format) for part in lists))
+        lists = _copied(lists)
         for row in rows.nonzero()[:, 0].tolist():
-            self._cluster(Lists(*(part[row : row + 1] for part in lists)), key[row].detach(), used[row])
+            self._cluster(_rows_of(lists, slice(row, row + 1)), key[row].detach(), used[row])
         return lists
 
     def _cluster(self, lists: Lists, key: Tensor, used: Tensor) -> None:
-        """Deal out, in place, all ``used`` (M,) slots of the one row of ``lists`` by their ``key`` (M, d_key)."""
+        """Assign, in place, all ``used`` (M,) slots of the one row of ``lists`` by their ``key`` (M, d_key)."""
         slot = used.nonzero()[:, 0]
         n_used = len(slot)
         if n_used < self.n_first:  # few again, as after forgetting: every slot is searched, as before the first time
-            fresh = self.empty(1, key.device)
-            for part, empty in zip(lists, fresh, strict=True):
-                part.copy_(empty)
-            for part in (lists.left, lists.host_left):
+            self.start(lists, torch.ones(1, dtype=torch.bool, device=key.device))
+            lists.known_n_list.tensor.fill_(0)
+            for part in (lists.left, lists.known_left.tensor):
                 part.fill_(self.n_first - n_used)
             return
         n_list = min(self.n_list, max(1, math.ceil(self.n_list * math.sqrt(n_used / self.n_slot))))
@@ -242,7 +239,7 @@ class InvertedFile:
             lists.centroid[0, :n_list] = _centroids(sample, n_list)
         for part, value in ((lists.slot, -1), (lists.key, 0), (lists.place, -1), (lists.n_held, 0), (lists.extent, 0)):
             part.fill_(value)
-        for part in (lists.n_list, lists.host_n_list):
+        for part in (lists.n_list, lists.known_n_list.tensor):
             part.fill_(n_list)
         for choice in range(_CHOICES):
             left = [slot[:0]]
@@ -252,7 +249,7 @@ class InvertedFile:
                 placed = self._insert(lists, some[None], key[some][None], all_, anywhere=last, packed=True)
                 left.append(some[~placed[0]])
             slot = torch.cat(left)
-        for part in (lists.left, lists.host_left):
+        for part in (lists.left, lists.known_left.tensor):
             part.fill_(max(n_used, self.n_first))
 
     def start(self, lists: Lists, rows: Tensor) -> None:
@@ -263,7 +260,7 @@ class InvertedFile:
             rows: Which rows, on the device.
         """
         fresh = self.empty(len(rows), rows.device)
-        for name in lists._fields[:8] if dealt(lists) else ("left",):
+        for name in lists._fields[:8] if assigned(lists) else ("left",):
             part = getattr(lists, name)
             part.copy_(torch.where(rows.view(-1, *[1] * (part.dim() - 1)), getattr(fresh, name), part))
 
@@ -281,12 +278,12 @@ class InvertedFile:
         }.items():
             if bool(((found < 0) | (found > bound)).any()):
                 raise ValueError(f"lists_{name} is out of range")
-        host = lists.host_n_list.to(lists.n_list.device), lists.host_left.to(lists.left.device)
+        host = lists.known_n_list.tensor.to(lists.n_list.device), lists.known_left.tensor.to(lists.left.device)
         if bool((host[0] != lists.n_list).any() | (host[1] < 1).any() | (host[1] > lists.left).any()):
-            raise ValueError("lists_host_n_list or lists_host_left is not that of the rows")
+            raise ValueError("lists_known_n_list or lists_known_left is not that of the rows")
         if not bool((lists.centroid.norm(dim=2) <= 1.01).all()):
             raise ValueError("lists_centroid is not finite, or longer than 1")
-        there = lists.n_list > 0  # rows that are dealt out
+        there = lists.n_list > 0  # rows whose slots are assigned
         held = lists.slot >= 0  # (B, L * C + 1)
         cell, slot = torch.arange(held.shape[1], device=held.device), lists.slot.clamp(min=0).long()
         n_row, n_slot = used.shape
@@ -316,7 +313,7 @@ class InvertedFile:
 
     @torch.no_grad()
     def reach(self, lists: Lists, query: Tensor, list_of: Tensor) -> Tensor:
-        """Whether a query would search the list of a slot that is not dealt out yet.
+        """Whether a query would search the list of a slot that is not assigned yet.
 
         Args:
             lists: Lists before the slots were written.
@@ -333,7 +330,7 @@ class InvertedFile:
     def _probed(self, lists: Lists, query: Tensor) -> Tensor:
         """Which lists each query searches, (B, N, L)."""
         probed = torch.zeros(*query.shape[:2], self.n_list, dtype=torch.bool, device=query.device)
-        for row, n_list in enumerate(lists.host_n_list.tolist()):
+        for row, n_list in enumerate(lists.known_n_list.tensor.tolist()):
             if n_list:
                 near = self._nearest(lists.centroid[row, :n_list], query[row])
                 probed[row].scatter_(1, near, True)
@@ -354,8 +351,8 @@ class InvertedFile:
         for row in range(len(query)):
             bank_row = row if len(bank.key) > 1 else 0
             one = Pool(*(None if part is None else part[min(row, len(part) - 1)][None] for part in bank))  # type: ignore[arg-type]
-            if int(lists.host_n_list[bank_row]):
-                mine = Lists(*(part[bank_row] for part in lists))
+            if int(lists.known_n_list.tensor[bank_row]):
+                mine = _rows_of(lists, bank_row)
                 found.append(self._search(mine, query[row], temperature, threshold, k, one))
             else:
                 score, index = exact.search(query[row : row + 1], temperature, threshold, k, one)
@@ -366,9 +363,9 @@ class InvertedFile:
     def _search(
         self, lists: Lists, query: Tensor, temperature: Tensor, threshold: float, k: int, bank: Pool
     ) -> tuple[Tensor, Tensor]:
-        """`search` of the queries (N, d_key) of one row, whose slots are dealt out: (N, k) each."""
+        """`search` of the queries (N, d_key) of one row, whose slots are assigned: (N, k) each."""
         visible, bias = bank.visible[0], bank.bias[0]  # (S, M), (M,)
-        n_list, n_query, n_segment = int(lists.host_n_list), len(query), len(visible)
+        n_list, n_query, n_segment = int(lists.known_n_list.tensor), len(query), len(visible)
         near = self._nearest(lists.centroid[:n_list], query)  # (N, p)
         if query.is_cuda:
             searched = torch.arange(n_list, device=query.device)
@@ -409,9 +406,28 @@ class InvertedFile:
         return F.pad(value, missing, value=-torch.inf), F.pad(slot, missing)
 
 
-def dealt(lists: Lists) -> bool:
-    """Whether any row has lists."""
-    return bool((lists.host_n_list > 0).any())
+def assigned(lists: Lists) -> bool:
+    """Whether the slots of any row are assigned to lists."""
+    return bool((lists.known_n_list.tensor > 0).any())
+
+
+def _clone(part: Tensor) -> Tensor:
+    return part.clone(memory_format=torch.contiguous_format)
+
+
+def _copied(lists: Lists) -> Lists:
+    return _each(lists, _clone)
+
+
+def _rows_of(lists: Lists, rows: int | slice) -> Lists:
+    """Views of some rows."""
+    return _each(lists, lambda part: part[rows])
+
+
+def _each(lists: Lists, function: Callable[[Tensor], Tensor]) -> Lists:
+    """``function`` of every tensor."""
+    found: Any = (Host(function(part.tensor)) if isinstance(part, Host) else function(part) for part in lists)
+    return Lists(*found)
 
 
 def _by_list(

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from memlm.memory.state import take
+from memlm.tensors import take
 
 _EXACT = 16_384  # slots up to which all pairs are compared
 _PART = 65_536  # most slots that one turn looks at

@@ -12,8 +12,8 @@ from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 
-from memlm.cli import quoted
 from memlm.config import ConfigError
+from memlm.quoting import quoted
 from memlm.training.resume import read_finished
 from memlm.training.stopping import OUT_OF_TIME, Signals
 

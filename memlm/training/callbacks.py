@@ -18,8 +18,8 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from tqdm import tqdm
 
 from memlm import checkpoint
-from memlm.cli import output_lost
 from memlm.files import unfinished
+from memlm.output import output_lost
 from memlm.training.stopping import OUT_OF_TIME, UNREAD, Signals, Stopped
 
 _N_LINE = 20  # lines of progress in a log file

@@ -17,13 +17,14 @@ from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from memlm import distributed
 from memlm.analysis.usage import memory_numbers
 from memlm.checkpoint import FOLDER, describe, load
 from memlm.config import ConfigError, check_arguments, did_you_mean, instantiate
 from memlm.data.stream import Batch
-from memlm.memory import ranks
 from memlm.memory import state as states
-from memlm.memory.base import Memory
+from memlm.memory.contract import Memory
+from memlm.memory.sharding import SharedBank
 from memlm.models.base import LanguageModel
 from memlm.training.loss import linear_cross_entropy, token_nll
 from memlm.training.replay import Replay, build_replay, check_sources, retrieved
@@ -68,9 +69,10 @@ class LanguageModeling(lightning.LightningModule):
             check_sources(model)
         self._state: Any = None  # where the rows stopped, without shared banks
         self._val_state: Any = None
+        self._curriculum: Any = None  # whose phases set memories while they are trained
         self._compiled: Any = None  # the compiled forward pass, while it is trained
         self._plain_layers: list[nn.Module] = []  # without weights, of the layers that are dealt out
-        self._whole = contextlib.ExitStack()  # during validation, banks that are dealt out at other times
+        self._whole = contextlib.ExitStack()  # during validation, banks that are sharded at other times
         self._bytes: dict[int, int] = {}  # of all memories, by number of rows
 
     @property
@@ -86,18 +88,23 @@ class LanguageModeling(lightning.LightningModule):
     def setup(self, stage: str) -> None:
         """Leave shared banks to the writes of all processes: sending them before each step would hide faults.
 
-        Banks of memories with ``shard`` are dealt out to the processes, until training ends.
+        Banks of memories with ``shard`` are sharded over the processes, until training ends.
 
         Raises:
-            ConfigError: If a bank cannot be dealt out.
+            ConfigError: If a bank cannot be shared or sharded.
         """
-        banks = [name for name, _ in self.named_buffers() if name.rpartition(".")[2].startswith("bank_")]
+        banks = [name for name, _ in self.named_buffers() if name.rpartition(".")[0].endswith(".bank")]
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self, banks)
         n_rank = self.trainer.world_size
         if stage != "fit" or n_rank == 1:
             return
         for name in self.shared:
             for module in self.model.memory[name]:
+                if not isinstance(module, SharedBank):
+                    raise ConfigError(
+                        f"memory.{name}.scope=shared works in one process alone, as a {type(module).__name__} is no "
+                        f"SharedBank: set trainer.devices=1, or memory.{name}.scope=sequence"
+                    )
                 if not module.shard:
                     continue
                 if self.device_mesh is not None:
@@ -114,11 +121,11 @@ class LanguageModeling(lightning.LightningModule):
                         f"memory.{name}.shard=true cannot be had with replay, whose rows write a copy of the bank in "
                         f"each process: set replay=none, or memory.{name}.shard=false"
                     )
-                module.deal(self.global_rank, n_rank)
+                module.shard_bank(self.global_rank, n_rank)
 
     def on_fit_start(self) -> None:
         """Check what only the trainer knows, before the first step."""
-        curriculum = getattr(self.trainer.datamodule, "curriculum", None)  # type: ignore[attr-defined]
+        self._curriculum = curriculum = getattr(self.trainer.datamodule, "curriculum", None)  # type: ignore[attr-defined]
         for i, phase in enumerate(curriculum.phases if curriculum is not None else []):
             for end in (0, -1):
                 settings = {n: v[end] if isinstance(v, list | tuple) else v for n, v in phase.memory.items()}
@@ -138,7 +145,7 @@ class LanguageModeling(lightning.LightningModule):
             self._plain_layers.append(_skeleton(layer))
             fully_shard(layer.feed_forward, mesh=self.device_mesh)
             fully_shard(layer, mesh=self.device_mesh)
-            for method in ("mix", "carry"):
+            for method in ("mix", "next_cache", "heads", "attend", "attend_to", "out", "seen"):
                 register_fsdp_forward_method(layer, method)
 
     def on_after_backward(self) -> None:
@@ -174,29 +181,29 @@ class LanguageModeling(lightning.LightningModule):
         return None
 
     @property
-    def _dealt(self) -> dict[str, Memory]:
-        """The memories whose bank is dealt out to processes now, by the prefix of their weights."""
+    def _sharded(self) -> dict[str, SharedBank]:
+        """The memories whose bank is sharded over processes now, by the prefix of their buffers."""
         return {
-            f"model.memory.{name}.{i}.": module
+            f"model.memory.{name}.{i}.bank.": module
             for name in self.shared
             for i, module in enumerate(self.model.memory[name])
-            if module.dealt
+            if isinstance(module, SharedBank) and module.is_sharded
         }
 
     @contextlib.contextmanager
     def whole_banks(self) -> Iterator[None]:
-        """Hold banks that are dealt out to processes as a whole in each of them, for what is no training step.
+        """Hold sharded banks as a whole in each process, for what is no training step.
 
-        All processes have to enter. Banks that are dealt out so need room for a whole one for as long as it takes.
+        Collective. Each process needs room for a whole bank for as long as it takes.
         """
-        dealt = list(self._dealt.values())
-        for module in dealt:
-            module.gather(self.device)
+        sharded = list(self._sharded.values())
+        for module in sharded:
+            module.gather_bank(self.device)
         try:
             yield
         finally:
-            for module in dealt:
-                module.deal(self.global_rank, self.trainer.world_size)
+            for module in sharded:
+                module.shard_bank(self.global_rank, self.trainer.world_size)
 
     @contextlib.contextmanager
     def whole_layers(self) -> Iterator[None]:
@@ -227,8 +234,8 @@ class LanguageModeling(lightning.LightningModule):
 
     def on_train_end(self) -> None:
         """Put banks and layers that were dealt out together again, in every process."""
-        for module in self._dealt.values():
-            module.gather("cpu")
+        for module in self._sharded.values():
+            module.gather_bank("cpu")
         layers: Any = self.model.layers
         for i, layer in enumerate(self._whole_layers()):
             layers[i] = layer
@@ -243,20 +250,21 @@ class LanguageModeling(lightning.LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Loss of one window."""
         torch.manual_seed((self.seed * 1_000_003 + batch.step) * 4096 + self.global_rank)
-        with memory_settings(self.model, batch.memory):
+        settings = {} if self._curriculum is None else self._curriculum.memory_settings(batch.step)
+        with memory_settings(self.model, settings):
             return self._loss(batch)
 
     def _loss(self, batch: Batch) -> Tensor:
         """The loss; goes on with the carried state, commits shared banks, and replays earlier windows."""
         state = None if batch.fresh else self._state
-        if state is not None and len(state.local.host_open) != len(batch.ids):
+        if state is not None and state.local.n_row != len(batch.ids):
             state = None
         if state is not None:
             state = self._with_banks(state)
         elif self._retrieves:
             state = self.model.init_state(len(batch.ids))
         with self._all_ranks_write():
-            out = self._forward(batch, state, carry=not batch.ends or bool(self.shared) or self._retrieves)
+            out = self._forward(batch, state, keep_state=not batch.ends or bool(self.shared) or self._retrieves)
         drawn, own = None, self._weight(batch).sum()
         if self.replay is not None:
             reads = retrieved(self.model, state, out.state, out.reads) if self._retrieves else ()
@@ -272,7 +280,7 @@ class LanguageModeling(lightning.LightningModule):
             logged = logged * weight / self._mean_over_ranks(own).clamp(min=1)
         if drawn is not None:
             again, places = drawn
-            repeated, _, of_rows = self._losses(again, self._forward(again, state=None, carry=False), weight)
+            repeated, _, of_rows = self._losses(again, self._forward(again, state=None, keep_state=False), weight)
             if places:
                 self.replay.update(places, of_rows)  # type: ignore[union-attr]
             else:
@@ -286,8 +294,8 @@ class LanguageModeling(lightning.LightningModule):
             self.replay.offer(batch, by_row, n_segment, self.global_rank)
         for name in self.shared:
             for module, part in zip(self.model.memory[name], out.state.memory[name], strict=True):
-                module.commit(part)
-                if self._parted(part.n_record if module.dealt else part):
+                module.bank.commit(part)
+                if self._parted(part.n_record if isinstance(module, SharedBank) and module.is_sharded else part):
                     raise RuntimeError(
                         f"memory {name!r}: the processes hold different banks after step {self.global_step}, though "
                         "all write the same; go on from the last checkpoint with "
@@ -305,7 +313,7 @@ class LanguageModeling(lightning.LightningModule):
                     self._log_once({"train/replay_nll": of_rows.mean()})
         return total
 
-    def _forward(self, batch: Batch, state: Any, carry: bool) -> Any:
+    def _forward(self, batch: Batch, state: Any, keep_state: bool) -> Any:
         """The model's output for a batch."""
         return (self._compiled or self.model)(
             batch.ids,
@@ -314,7 +322,7 @@ class LanguageModeling(lightning.LightningModule):
             mask=batch.mask,
             breaks=batch.breaks,
             logits=False,
-            carry=carry,
+            keep_state=keep_state,
         )
 
     def _weight(self, batch: Batch) -> Tensor:
@@ -342,7 +350,7 @@ class LanguageModeling(lightning.LightningModule):
     def _consolidate(self, turn: int) -> None:
         """Consolidate shared banks and what is carried on, and log the counts of what was done.
 
-        A bank that is dealt out to processes is gathered for it: each consolidates the whole and keeps its share.
+        A sharded bank is gathered for it: each process consolidates the whole and keeps its shard.
         """
         counts: dict[str, float] = {}
 
@@ -356,7 +364,7 @@ class LanguageModeling(lightning.LightningModule):
             if name in self.shared:
                 with self.whole_banks():
                     for module in modules:
-                        module.commit(consolidate(name, module, module.first_state(1)))
+                        module.bank.commit(consolidate(name, module, module.bank.first(1)))
             elif self._state is not None:
                 parts = zip(modules, self._state.memory[name], strict=True)
                 new = tuple(consolidate(name, module, part) for module, part in parts)
@@ -385,7 +393,7 @@ class LanguageModeling(lightning.LightningModule):
     def _parted(self, bank: Any) -> bool:
         """Whether a bank is not the same in all processes, looked at when something is logged."""
         alone = self.trainer.world_size == 1 or self.global_step % self.trainer.log_every_n_steps  # type: ignore[attr-defined]
-        return not alone and ranks.differ(bank)
+        return not alone and distributed.differ(states.tensors(bank))
 
     def _mean_over_ranks(self, value: Tensor) -> Tensor:
         """Mean of a scalar over all processes, so that a batch that is dealt out to ranks has the loss of the whole."""
@@ -399,9 +407,9 @@ class LanguageModeling(lightning.LightningModule):
         return state._replace(memory={name: () if name in shared else part for name, part in state.memory.items()})
 
     def _with_banks(self, state: Any) -> Any:
-        """``state`` with a copy of every shared bank as it is now."""
-        n_row = len(state.local.host_open)
-        banks = {name: tuple(module.first_state(n_row) for module in self.model.memory[name]) for name in self.shared}
+        """``state`` with every shared bank as it is now."""
+        n_row = state.local.n_row
+        banks = {name: tuple(module.bank.first(n_row) for module in self.model.memory[name]) for name in self.shared}
         return state._replace(memory=state.memory | banks)
 
     def _state_bytes(self, n_row: int) -> int:
@@ -460,7 +468,7 @@ class LanguageModeling(lightning.LightningModule):
                 "text": None if corpus is None else corpus.fingerprint(),
                 "n_moment": sum(len(part.get("state", ())) for part in checkpoint.get("optimizer_states", [])),
             }
-        for prefix, module in self._dealt.items():
+        for prefix, module in self._sharded.items():
             bank = module.whole_bank(keep=self.trainer.is_global_zero)  # the process that writes
             checkpoint["state_dict"] |= {f"{prefix}{name}": part for name, part in bank.items()}
         if not self._plain_layers and "optimizer_states" in checkpoint:
@@ -470,21 +478,21 @@ class LanguageModeling(lightning.LightningModule):
             checkpoint["replay"] = self._parts_of_all_ranks(self.replay.state_dict())
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take up the carried state, the replay buffer, and of banks that are dealt out the share of this process.
+        """Take up the carried state, the replay buffer, and of sharded banks the shard of this process.
 
         Of other processes than before, each gets its rows.
 
         Raises:
             ConfigError: If the rows of a batch cannot be dealt out to so many processes.
         """
-        for prefix, module in self._dealt.items():
-            rank, n_rank = module.share
+        for prefix, module in self._sharded.items():
+            rank, n_rank = module.rank
             for name in module.by_slot():
                 checkpoint["state_dict"][prefix + name] = checkpoint["state_dict"][prefix + name][:, rank::n_rank]
         carried = checkpoint.get("carried")
         self._state = None
         if carried is not None:
-            n_row, n_rank = len(carried["local"]["host_open"]), self.trainer.world_size
+            n_row, n_rank = len(carried["local"]["n_open"]), self.trainer.world_size
             if n_row % n_rank:
                 raise ConfigError(
                     f"the checkpoint carries {n_row} rows, which cannot be dealt out evenly to {n_rank} processes: set "
@@ -498,7 +506,7 @@ class LanguageModeling(lightning.LightningModule):
             self.replay.take_up(checkpoint["replay"], self.global_rank, self.trainer.world_size)
 
     def _check_memories(self, carried: Any) -> None:
-        """Refuse carried memories that no text can have led to: see `memlm.memory.base.Memory.check`."""
+        """Refuse carried memories that no text can have led to: see `memlm.memory.contract.Memory.check`."""
         for name, parts in carried.memory.items():
             for module, part in zip(self.model.memory[name], parts, strict=bool(parts)):  # shared banks are not carried
                 try:
@@ -581,7 +589,7 @@ class LanguageModeling(lightning.LightningModule):
             )
 
     def on_validation_start(self) -> None:
-        """Every process validates by itself, so that it needs the whole of a bank that is dealt out."""
+        """Every process validates by itself, so that it needs the whole of a sharded bank."""
         self._whole.enter_context(self.whole_banks())
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
@@ -698,11 +706,14 @@ def check_memory_settings(model: LanguageModel, settings: Mapping[str, Any], key
             continue
         check_arguments(nodes[name]["_target_"], new, f"{key}.{name}", ())
         with torch.random.fork_rng(devices=[]):
-            changed = instantiate(nodes[name] | new, f"{key}.{name}", model.config["model"]["d_model"])
+            changed = instantiate(
+                nodes[name] | new, f"{key}.{name}", model.config["model"]["d_model"], offered={"sizes": model.sizes}
+            )
         old = model.memory[name][0]
         shapes, known = ([part.shape for part in module.parameters()] for module in (changed, old))
-        fixed = shapes != known or any(
-            getattr(changed, part) != getattr(old, part) for part in ("lookback", "scope", "shard")
+        fixed = shapes != known or changed.needs.lookback != old.needs.lookback
+        fixed = fixed or any(
+            getattr(changed, part, None) != getattr(old, part, None) for part in ("scope", "shard", "around")
         )
         if fixed or not all(hasattr(old, attribute) for attribute in new):
             given = ", ".join(f"{name}.{attribute}" for attribute in new)

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from memlm.config import ConfigError, check_kind, instantiate
 from memlm.data.stream import Batch
-from memlm.memory.base import Residual
-from memlm.models.base import LanguageModel
+from memlm.memory.contract import Read as MemoryRead
+from memlm.memory.slots import Slots
+from memlm.models.base import LanguageModel, placed
 
 Policy = Literal["reservoir", "surprise", "retrieved"]
 
@@ -151,7 +152,6 @@ class Replay:
             fresh=True,
             ends=True,
             step=batch.step,
-            memory=batch.memory,
         )
         return drawn, places
 
@@ -240,7 +240,7 @@ def check_sources(model: LanguageModel) -> None:
     Raises:
         ConfigError: If no memory of the model says which text its slots hold.
     """
-    modules = [module for modules in model.memory.values() for module in modules]
+    modules = [part.module for part in placed(model) if isinstance(part.module, Slots)]
     if all(module.tokens(module.init_state(1)) is None for module in modules):
         names = ", ".join(model.memory) or "none"
         raise ConfigError(
@@ -249,7 +249,7 @@ def check_sources(model: LanguageModel) -> None:
         )
 
 
-def retrieved(model: LanguageModel, before: Any, after: Any, reads: Mapping[str, Residual]) -> list[Read]:
+def retrieved(model: LanguageModel, before: Any, after: Any, reads: Mapping[str, MemoryRead]) -> list[Read]:
     """The text that a batch read from its memories, as far as earlier windows wrote it.
 
     A slot counts if it holds the same tokens before and after the batch: what was written or replaced in between was
@@ -265,19 +265,21 @@ def retrieved(model: LanguageModel, before: Any, after: Any, reads: Mapping[str,
         One `Read` for each memory and layer that says which text its slots hold.
     """
     found = []
-    for name, modules in model.memory.items():
-        for i, (module, old, new) in enumerate(zip(modules, before.memory[name], after.memory[name], strict=True)):
-            if (tokens := module.tokens(old)) is None:
-                continue
-            layers = [model.memory_layers[i]] if module.layerwise else model.memory_layers
-            weight = torch.zeros(tokens.shape[:2], device=tokens.device)  # (banks, M)
-            for layer in layers:
-                read = reads[f"{name}/{layer}"]
-                slots, weights = (part.detach().reshape(len(tokens), -1) for part in (read.slots, read.weights.float()))
-                weight = weight.scatter_add(1, slots.clamp(min=0), weights * (slots >= 0))
-            same = (tokens == module.tokens(new)).all(dim=2) & module.filled(old)
-            held = same & (weight > 0)
-            found.append(Read(tokens[held].cpu(), weight[held].cpu()))
+    for _, name, number, places, module in placed(model):
+        old, new = before.memory[name][number], after.memory[name][number]
+        tokens = module.tokens(old) if isinstance(module, Slots) else None
+        if tokens is None:
+            continue
+        weight = torch.zeros(tokens.shape[:2], device=tokens.device)  # (banks, M)
+        for read in (reads[place] for place in places if place in reads):
+            assert read.slots is not None
+            assert read.weights is not None
+            slots, weights = (part.detach().reshape(len(tokens), -1) for part in (read.slots, read.weights.float()))
+            weight = weight.scatter_add(1, slots.clamp(min=0), weights * (slots >= 0))
+        kept: Any = module
+        same = (tokens == kept.tokens(new)).all(dim=2) & kept.filled(old)
+        held = same & (weight > 0)
+        found.append(Read(tokens[held].cpu(), weight[held].cpu()))
     return found
 
 

@@ -18,9 +18,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from memlm.checkpoint import FOLDER, checkpoints, find, read
-from memlm.cli import ERROR
 from memlm.config import ConfigError
-from memlm.files import atomic_file, open_regular, read_json, remove_leftovers
+from memlm.files import ERROR, atomic_file, open_regular, read_json, remove_leftovers
 from memlm.printed import printable
 
 if TYPE_CHECKING:

@@ -41,7 +41,7 @@ class Training:
         min_lr_ratio: Learning rate at the end of the cosine, as a share of ``lr``.
         answer_weight: Weight in the loss of answers to questions about planted facts; other tokens weigh 1.
         consolidate_every: Steps after which shared banks and the memories of documents that go on are consolidated (see
-            `memlm.memory.base.Memory.consolidate`); None for never.
+            `memlm.memory.contract.Memory.consolidate`); None for never.
         compile: Compile the model's forward pass and its loss for training steps. Evaluation is never compiled.
 
     Raises:

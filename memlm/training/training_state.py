@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from memlm import __version__
 from memlm.config import ConfigError
 from memlm.data.curriculum import Curriculum
+from memlm.tensors import Host
+from memlm.version import __version__
 
 
 class _Unfit(Exception):
@@ -72,7 +73,7 @@ def _check_versions(path: Path, content: Mapping[str, Any]) -> None:
 
 def _blank_model(config: Mapping[str, Any], tokenizer: str) -> Any:
     """The model of a configuration, without its numbers."""
-    from memlm.build import build_model
+    from memlm.assemble import build_model
     from memlm.data.tokenizer import Tokenizer
 
     try:
@@ -172,7 +173,7 @@ def _check_loops(loops: Any, step: int, n_batch: int) -> None:
     """What Lightning says of the place of a run, which is a function of its step."""
     import lightning
 
-    from memlm.training.fit import quiet
+    from memlm.training.told import quiet
 
     with quiet():
         trainer = lightning.Trainer(max_steps=1, logger=False, enable_checkpointing=False, accelerator="cpu")
@@ -222,11 +223,12 @@ def _check_carried(content: Mapping[str, Any], model: Any, curriculum: Mapping[s
     state = state._replace(memory={name: () if name in shared else part for name, part in state.memory.items()})
     _check_like("carried", carried, state)
     _check_range("carried.local.ids", carried["local"]["ids"], model.n_vocab)
-    _check_range("carried.local.host_open", carried["local"]["host_open"], model.segment_len)
+    _check_range("carried.local.n_open", carried["local"]["n_open"], model.segment_len)
 
 
 def _check_like(where: str, found: Any, like: Any) -> None:
     """Raise unless what was saved has the parts, shapes and types of a state."""
+    like = like.tensor if isinstance(like, Host) else like
     if isinstance(like, Tensor):
         _check_tensor(where, found, like, finite=False)
     elif like is None:

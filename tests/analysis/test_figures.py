@@ -6,17 +6,10 @@ import matplotlib as mpl
 import numpy as np
 import pytest
 
-from memlm.analysis.figures import (
-    PALETTE,
-    effective,
-    gates,
-    loss_curve,
-    read_history,
-    recall_curve,
-    slot_use,
-    style,
-    wilson,
-)
+from memlm.analysis.figures import gates, loss_curve, recall_curve, slot_use
+from memlm.analysis.run_log import read_history
+from memlm.analysis.style import PALETTE, style
+from memlm.statistics import effective, wilson
 
 LOSS = "train/loss, answers weigh more"
 

@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 import torch
 
+from memlm import laws
 from memlm.analysis.efficiency import compute_memory_efficiency
-from memlm.analysis.flow import draw_flow, memory_flow, visualize_memory_flow
-from memlm.analysis.report import slot_table
+from memlm.analysis.flow import memory_flow
+from memlm.analysis.flow_figure import draw_flow, visualize_memory_flow
+from memlm.analysis.memory_page import slot_table
 from memlm.analysis.usage import banks
 from memlm.memory import state as states
-from tests.conformance import laws
 from tests.experiments.tiny import T, tiny
 
 V = 30
@@ -44,7 +45,7 @@ def test_reads_are_those_of_one_parallel_pass(model, flow):
         found, n = flow.reads[key], len(TEXT)
         weights = torch.where(read.slots >= 0, read.weights, 0.0)[0, :n]
         assert np.allclose(found.strength, (read.gate[0, :n] * weights.sum(dim=1)).numpy(), atol=1e-5)
-        assert np.allclose(found.norm, read.values[0, :n].norm(dim=1).numpy(), atol=1e-4)
+        assert np.allclose(found.norm, read.value[0, :n].norm(dim=1).numpy(), atol=1e-4)
         for i in range(n):  # slot by slot: the order among equal weights is free
             expected = dict(zip(read.slots[0, i].tolist(), weights[i].tolist(), strict=True))
             for slot, weight in zip(found.slots[i].tolist(), found.weights[i].tolist(), strict=True):
@@ -111,7 +112,7 @@ def test_every_memory_that_is_shipped_has_a_flow_a_table_and_costs(name):
     n = 5 * model.segment_len
     flow = memory_flow(model, [laws.text(1, n), laws.text(1, 4)])
     assert len(flow.ids) == n + 4
-    assert flow.strength[-4:].min() > 0
+    assert (flow.strength[-4:].min() > 0) == bool(flow.writes)  # what has no slots tells no reads
     assert np.abs(flow.gain[-4:-1]).max() > 0
     for label, (module, part) in banks(model, flow.state).items():
         writes = flow.writes[label]
@@ -120,7 +121,7 @@ def test_every_memory_that_is_shipped_has_a_flow_a_table_and_costs(name):
             assert sum(map(len, writes.written)) - sum(map(len, writes.evicted)) == writes.n_filled[-1]
     held = sum(int(module.filled(part).sum()) for module, part in banks(model, flow.state).values())
     assert len(slot_table(model, flow).rows) == min(held, 2000)
-    assert 0 < compute_memory_efficiency(model).parameter_share < 1
+    assert 0 <= compute_memory_efficiency(model).parameter_share < 1
 
 
 @torch.no_grad()

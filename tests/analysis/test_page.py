@@ -12,8 +12,8 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from memlm.analysis.flow import memory_flow
+from memlm.analysis.memory_page import generate_memory_report, passage, slot_table, token_view
 from memlm.analysis.page import Chapter, Figures, Listings, Source, Table, Token, Tokens, fewer_colors, png, render
-from memlm.analysis.report import generate_memory_report, passage, slot_table, token_view
 from memlm.config import ConfigError
 from tests.experiments.tiny import T, tiny
 
@@ -191,7 +191,7 @@ def test_a_token_tells_which_segment_wrote_and_evicted_it():
 
 
 def test_long_texts_and_large_banks_are_cut_with_a_note(monkeypatch):
-    monkeypatch.setattr("memlm.analysis.report.MOST_TOKENS", 10)
+    monkeypatch.setattr("memlm.analysis.memory_page.MOST_TOKENS", 10)
     model = tiny(TOKENIZER, "ltm")
     html = generate_memory_report(model, DATA, ["1 2 3 4 " * T])
     assert html.count('role="tooltip"') == 10
@@ -208,6 +208,15 @@ def test_long_texts_and_large_banks_are_cut_with_a_note(monkeypatch):
 def test_what_is_no_data_is_refused(data):
     with pytest.raises(ConfigError, match=r"data is what the model was trained on, .*; texts .* contexts=\[text"):
         generate_memory_report(tiny(TOKENIZER, "ltm"), data)
+
+
+@pytest.mark.parametrize("name", ["cache", "rmt"])
+def test_of_a_memory_without_slots_the_page_tells_what_it_changes(name):
+    html = generate_memory_report(tiny(TOKENIZER, name), DATA, ["1 2 3 4 " * T])
+    assert "No memory of this model has slots" in html
+    assert "No memory tells what it reads" in html
+    assert html.count("with memory and") == 4 * T - 1
+    assert "What memory costs" in html
 
 
 def test_a_page_shows_what_a_browser_would_obey():

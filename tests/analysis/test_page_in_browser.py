@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from memlm.analysis.report import generate_memory_report
+from memlm.analysis.memory_page import generate_memory_report
 from tests.analysis.test_page import DATA, TOKENIZER
 from tests.experiments.tiny import tiny
 

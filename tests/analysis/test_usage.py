@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from memlm.analysis.usage import banks, memory_numbers, read_weights, slot_changes, slot_fields
-from memlm.memory.base import Memory, Residual
+from memlm.memory.contract import Read
+from memlm.memory.slots import Slots
 from tests.experiments.tiny import tiny
 
 TOKENIZER = SimpleNamespace(pad_id=0, vocab_size=30)
@@ -39,20 +40,20 @@ def test_read_weights_add_up_by_slot(scope):
 
 
 def test_banks_by_layer_or_by_name():
-    class One(Memory):
-        layerwise = False
+    class One(Slots):
+        around = "layers"
 
         def filled(self, state):
             return state[..., 0] > 0
 
-    one, layered = One(), [Memory(), Memory()]
+    one, layered = One(), [Slots(), Slots()]
     model = SimpleNamespace(memory={"a": layered, "b": [one]}, memory_layers=[1, 3])
     state = SimpleNamespace(memory={"a": ("x", "y"), "b": (torch.ones(2, 4, 1),)})
     found = banks(model, state)
     assert list(found) == ["a/1", "a/3", "b"]
     assert found["a/3"] == (layered[1], "y")
     # reads of all its layers count for the one bank
-    read = Residual(
+    read = Read(
         torch.zeros(2, 1, 1), torch.tensor([[[0, -1]], [[2, 2]]]), torch.full((2, 1, 2), 0.25), torch.ones(2, 1)
     )
     model.memory, state.memory = {"b": [one]}, {"b": state.memory["b"]}
@@ -61,7 +62,7 @@ def test_banks_by_layer_or_by_name():
 
 
 def test_numbers_of_a_call_by_hand():
-    read = Residual(
+    read = Read(
         torch.zeros(1, 2, 1),
         torch.tensor([[[0, 1], [0, -1]]]),
         torch.tensor([[[0.25, 0.25], [0.5, 0.0]]]),
@@ -83,7 +84,7 @@ class _Bank(NamedTuple):
     note: torch.Tensor
 
 
-class _Placed(Memory):
+class _Placed(Slots):
     tells = True
 
     def filled(self, state):

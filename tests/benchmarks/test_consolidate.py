@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from benchmarks import consolidate
-from memlm.cli import compose, to_dict
+from memlm.app import benchmark
+from memlm.compose import compose, to_dict
 from memlm.config import ConfigError
-from scripts import benchmark
 
 
 def config(*overrides: str) -> dict[str, Any]:

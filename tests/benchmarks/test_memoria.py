@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
-from memlm.cli import compose, to_dict
+from memlm.app import benchmark
+from memlm.compose import compose, to_dict
 from memlm.config import ConfigError
-from scripts import benchmark
 from tests.benchmarks.tiny import hide
 
 

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from memlm.build import build_corpus, build_data, build_model, build_tokenizer
-from memlm.cli import compose, to_dict
+from memlm.app import benchmark
+from memlm.assemble import build_corpus, build_data, build_model, build_tokenizer
+from memlm.compose import compose, to_dict
 from memlm.config import ConfigError
-from scripts import benchmark
 
 TINY = [
     "model.n_layer=1", "model.n_head=2", "model.d_model=16", "model.segment_len=64", "memory.ltm.top_k=8",

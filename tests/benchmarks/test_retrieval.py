@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from benchmarks import retrieval
-from benchmarks.train import Candidate
-from memlm.cli import compose, to_dict
+from benchmarks.candidates import Candidate
+from memlm.app import benchmark
+from memlm.compose import compose, to_dict
 from memlm.config import ConfigError
-from scripts import benchmark
 from tests.benchmarks.tiny import hide, setup
 
 

@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import base, train
-from memlm.cli import compose, to_dict
+from benchmarks import base, candidates, train
+from memlm.app import benchmark
+from memlm.compose import compose, to_dict
 from memlm.config import ConfigError
-from scripts import benchmark
 from tests.benchmarks.tiny import TINY, hide, setup
 
 
@@ -25,11 +25,11 @@ def no_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_sizes_are_those_of_the_configs() -> None:
-    seed = train.Setup(train.size_config("seed", []), 8, 4, "cpu", "fp32", False, 0)
+    seed = candidates.Setup(candidates.size_config("seed", []), 8, 4, "cpu", "fp32", False, 0)
     model = seed.config["model"]
     assert (model["n_layer"], model["n_head"], model["d_model"], seed.segment_len) == (6, 8, 512, 128)
     assert (seed.n_vocab, model["memory_layers"], seed.n_token) == (50_257, "all", 4096)
-    default = train.Setup(train.size_config("default", []), 8, 4, "cpu", "fp32", False, 0)
+    default = candidates.Setup(candidates.size_config("default", []), 8, 4, "cpu", "fp32", False, 0)
     model = default.config["model"]
     assert (model["n_layer"], model["d_model"], default.n_vocab, model["memory_layers"]) == (4, 128, 4096, "middle")
     for one in (seed, default):
@@ -40,7 +40,7 @@ def test_sizes_are_those_of_the_configs() -> None:
 @pytest.mark.parametrize(("size", "n_layer"), [("seed", 2), ("default", 1)])
 def test_ltm_has_full_banks_and_reads_and_writes_them(size: str, n_layer: int) -> None:
     tiny = setup(size)
-    candidate = train.Candidate("ltm", tiny)
+    candidate = candidates.Candidate("ltm", tiny)
     model: Any = candidate.model
     assert len(model.memory_layers) == n_layer
     text, first = tiny.batch(0), candidate.state
@@ -73,14 +73,14 @@ def test_ltm_has_full_banks_and_reads_and_writes_them(size: str, n_layer: int) -
 
 def test_every_slot_of_a_full_bank_is_searched() -> None:
     tiny = setup("default")
-    candidate = train.Candidate("ltm", tiny)
+    candidate = candidates.Candidate("ltm", tiny)
     model: Any = candidate.model
     [module], [bank] = model.memory["ltm"], candidate.state.memory["ltm"]
     x = torch.randn(2, 64, 32)
     with torch.no_grad():
         # Slot i gets the query of token i: each token must find its own slot.
         query = torch.nn.functional.normalize(module.to_key(module.norm(x)), dim=-1)
-        read = module.read(x, bank._replace(key=query, log_gate=torch.zeros_like(bank.log_gate)), 0)
+        read = module.read(x, bank._replace(key=query, log_gate=torch.zeros_like(bank.log_gate)))
     best = read.slots.gather(2, read.weights.argmax(dim=-1, keepdim=True))[..., 0]
     assert (best == torch.arange(64)).all()
 
@@ -88,7 +88,7 @@ def test_every_slot_of_a_full_bank_is_searched() -> None:
 def test_empty_bank_is_no_evidence(monkeypatch: pytest.MonkeyPatch) -> None:
     tiny = setup()
     monkeypatch.setattr(train, "fill", lambda model, setup: model.init_state(setup.n_row))
-    candidate = train.Candidate("ltm", tiny)
+    candidate = candidates.Candidate("ltm", tiny)
     candidate.step(tiny.batch(0))
     with pytest.raises(ValueError, match="not full"):
         train.evidence(candidate)
@@ -102,7 +102,7 @@ def test_step_is_that_of_the_trainer(name: str) -> None:
     from memlm.training.module import decay_groups
 
     tiny = setup()
-    candidate, twin = train.Candidate(name, tiny), train.Candidate(name, tiny)
+    candidate, twin = candidates.Candidate(name, tiny), candidates.Candidate(name, tiny)
     text = tiny.batch(0)
     loss = candidate.step(text)
     group = candidate.optimizer.param_groups[0]
@@ -123,7 +123,7 @@ def test_step_is_that_of_the_trainer(name: str) -> None:
 def test_peer_has_our_shape_and_gets_the_same_tokens() -> None:
     pytest.importorskip("transformers")
     tiny = setup()
-    peer, ours = train.Candidate("gpt2", tiny), train.Candidate("none", tiny)
+    peer, ours = candidates.Candidate("gpt2", tiny), candidates.Candidate("none", tiny)
     model: Any = peer.model
     given = model.config
     assert (given.n_layer, given.n_head, given.n_embd, given.vocab_size, given.n_positions) == (2, 2, 32, 101, 16)
@@ -141,13 +141,13 @@ def test_peer_has_our_shape_and_gets_the_same_tokens() -> None:
 
 def test_candidates_are_measured_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
     order: list[str] = []
-    step = train.Candidate.step
+    step = candidates.Candidate.step
 
-    def note(self: train.Candidate, text: torch.Tensor) -> torch.Tensor:
+    def note(self: candidates.Candidate, text: torch.Tensor) -> torch.Tensor:
         order.append(self.name)
         return step(self, text)
 
-    monkeypatch.setattr(train.Candidate, "step", note)
+    monkeypatch.setattr(candidates.Candidate, "step", note)
     _, seconds = train.measure(["none", "ltm"], setup(), warmup=1, rounds=2, steps=2)
     assert order == ["none", "ltm"] + 2 * ["none", "none", "ltm", "ltm"]
     assert {name: len(times) for name, times in seconds.items()} == {"none": 2, "ltm": 2}
@@ -172,7 +172,7 @@ def test_autocast_and_two_threads() -> None:
     result, _ = benchmark.run(config("candidates=[none]", "sizes=[default]", "precision=bf16", "threads=2", "rounds=1"))
     assert result.metadata["threads"] == 2
     assert torch.get_num_threads() == before
-    candidate = train.Candidate("none", setup(precision="bf16"))
+    candidate = candidates.Candidate("none", setup(precision="bf16"))
     candidate.step(setup().batch(0))
     assert {p.dtype for p in candidate.model.parameters()} == {torch.float32}
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.train import Setup, size_config
+from benchmarks.candidates import Setup, size_config
 
 TINY = [
     "model.n_layer=2", "model.n_head=2", "model.d_model=32", "model.segment_len=16",

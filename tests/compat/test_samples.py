@@ -20,9 +20,9 @@ import torch
 
 import memlm
 from memlm.analysis.efficiency import Efficiency
-from memlm.cli import compose, to_dict
 from memlm.compat import lmcode
 from memlm.compat.lmcode import LMCODE, LMCODEConfig, MemoryDataset
+from memlm.compose import compose, to_dict
 from memlm.config import ConfigError
 from tests.training.small import write_text
 
@@ -146,13 +146,13 @@ def test_memory_operations(built: Names) -> None:
     names = {"model": LMCODE(built["config"])}
     text = "This is important information to remember"
     [known] = names["model"].store_experience(text)  # so that there is something to merge
-    n_slot = [int(ltm.filled(ltm.bank()).sum()) for ltm in names["model"].model.memory["ltm"]]
+    n_slot = [int(ltm.filled(ltm.bank.state()).sum()) for ltm in names["model"].model.memory["ltm"]]
     execute("lmcode_memory_operations", names)
     assert set(names["indices"]) == {known, known + 1}
     assert [record.id for record in names["retrieved"]] == names["indices"]
     assert all(record.text == text for record in names["retrieved"])
     # The same text twice has the same keys and values: each slot of the second finds its twin.
-    assert [int(ltm.filled(ltm.bank()).sum()) for ltm in names["model"].model.memory["ltm"]] <= n_slot
+    assert [int(ltm.filled(ltm.bank.state()).sum()) for ltm in names["model"].model.memory["ltm"]] <= n_slot
     assert names["model"].query_memory("important information")[0][0].origins != ()
 
 

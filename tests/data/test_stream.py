@@ -4,13 +4,14 @@ import torch
 
 from memlm.config import ConfigError
 from memlm.data.curriculum import Curriculum
-from memlm.data.facts import FactMaker, Facts, plant
 from memlm.data.stream import TextStream, TrainingBatches, ValidationBatches
+from memlm.data.tasks.facts import Facts, plant
+from memlm.data.tasks.makers import FactMaker
 from memlm.data.tokenizer import train_tokenizer
 from memlm.data.tokens import TokenizedCorpus
 
 T = 8
-TASK = {"_target_": "memlm.data.facts.Facts"}
+TASK = {"_target_": "memlm.data.tasks.facts.Facts"}
 LETTERS = "abcdefghij"
 WORDS = [a + b + c for a in LETTERS for b in LETTERS[:5] for c in LETTERS[:4]]
 

@@ -13,7 +13,7 @@ import tokenizers
 
 from memlm.config import ConfigError
 from memlm.data import tokenizer as tokenizer_module
-from memlm.data.corpus import Corpus
+from memlm.data.corpora.base import Corpus
 from memlm.data.tokenizer import KINDS, Tokenizer, get_tokenizer, train_tokenizer
 
 ROOT = Path(__file__).parents[2]
@@ -281,7 +281,7 @@ def test_two_processes_at_once_get_the_same_tokenizer(tmp_path):
 import sys
 sys.path.insert(0, {str(ROOT)!r})
 from pathlib import Path
-from memlm.data.corpus import TextFiles
+from memlm.data.corpora.base import TextFiles
 from memlm.data.tokenizer import get_tokenizer
 print(get_tokenizer("bpe", 400, None, TextFiles({str(tmp_path / "a.txt")!r}), Path({str(tmp_path)!r})).fingerprint())
 """

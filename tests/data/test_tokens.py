@@ -6,7 +6,7 @@ import pytest
 from memlm import files
 from memlm.config import ConfigError
 from memlm.data import tokens as tokens_module
-from memlm.data.corpus import Corpus
+from memlm.data.corpora.base import Corpus
 from memlm.data.tokenizer import train_tokenizer
 from memlm.data.tokens import TokenizedCorpus, tokenize
 

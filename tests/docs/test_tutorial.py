@@ -1,4 +1,4 @@
-"""What the tutorial and the concepts show, in a copy of the project where the tutorial's files are all that is new."""
+"""What the tutorials and the concepts show, in a copy of the project where the tutorials' files are all that is new."""
 
 import json
 import os
@@ -14,7 +14,8 @@ import pytest
 from tests.training.small import overrides
 
 ROOT = Path(__file__).resolve().parents[2]
-TEXT = (ROOT / "docs" / "tutorial.md").read_text()
+TEXTS = {name: (ROOT / "docs" / f"{name}.md").read_text() for name in ("tutorial", "attention_memory", "concepts")}
+TEXT = TEXTS["tutorial"]
 BLOCK = re.compile(r"^```(\w+)(?: title=\"(.+?)\")?\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 
 pytestmark = pytest.mark.slow
@@ -22,17 +23,20 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def house(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the project with the files of the tutorial, the pieces of each one after the other."""
+    """A copy of the project with the files of the tutorials, the pieces of each one after the other."""
     house = tmp_path_factory.mktemp("house")
     for name in ("memlm", "configs", "experiments", "tests"):
         shutil.copytree(ROOT / name, house / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("train.py", "pyproject.toml"):
         shutil.copy(ROOT / name, house)
     files: dict[str, str] = {}
-    for _, title, body in BLOCK.findall(TEXT):
+    for _, title, body in BLOCK.findall("\n".join(TEXTS.values())):
         if title:
             files[title] = f"{files[title]}\n{body}" if title in files else body
-    assert sorted(files) == ["configs/memory/echo.yaml", "memlm/memory/echo.py"]
+    names = ("echo", "infini")
+    assert set(files) == {f"configs/memory/{name}.yaml" for name in names} | {
+        f"memlm/memory/{name}.py" for name in names
+    }
     for title, body in files.items():
         assert not (house / title).exists()
         (house / title).write_text(body)
@@ -45,36 +49,41 @@ def run(house: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def laws(house: Path, names: str) -> tuple[int, str]:
-    """Exit code and output of `pytest tests/conformance -k <names>`."""
-    done = run(house, "-m", "pytest", "tests/conformance", "-k", names, "-q", "-n", "0", "-p", "no:cacheprovider")
+    """Exit code and output of `pytest tests/laws -k <names>`."""
+    done = run(house, "-m", "pytest", "tests/laws", "-k", names, "-q", "-n", "0", "-p", "no:cacheprovider")
     return done.returncode, done.stdout + done.stderr
 
 
-def test_its_memory_keeps_every_law(house: Path) -> None:
-    code, out = laws(house, "echo")
+@pytest.mark.parametrize("name", ["echo", "infini"])
+def test_its_memory_keeps_every_law(house: Path, name: str) -> None:
+    code, out = laws(house, name)
     assert code == 0, out
     assert int(re.findall(r"(\d+) passed", out)[0]) >= 20, out
 
 
-def test_a_law_sees_what_it_breaks(house: Path) -> None:
-    (diff,) = (body for kind, _, body in BLOCK.findall(TEXT) if kind == "diff")
+@pytest.mark.parametrize(
+    ("page", "name", "law"),
+    [("tutorial", "echo", "3_chunk_invariant"), ("attention_memory", "infini", "3_contexts_end_within_a_call")],
+)
+def test_a_law_sees_what_it_breaks(house: Path, page: str, name: str, law: str) -> None:
+    (diff,) = (body for kind, _, body in BLOCK.findall(TEXTS[page]) if kind == "diff")
+    (names,) = re.findall(r"^`pytest tests/laws -k \"(.+)\"` now fails", TEXTS[page], re.MULTILINE)
     old, new = (line[1:] for line in diff.splitlines())
-    path = house / "memlm/memory/echo.py"
+    path = house / f"memlm/memory/{name}.py"
     source = path.read_text()
     assert source.count(old) == 1
     try:
         path.write_text(source.replace(old, new))
-        code, out = laws(house, "echo and chunk_invariant")
+        code, out = laws(house, names)
     finally:
         path.write_text(source)
     assert code == 1, out
-    assert "test_3_chunk_invariant[echo]" in out
+    assert re.search(rf"FAILED .*test_{law}\w*\[{name}\]", out), out
 
 
-@pytest.mark.parametrize("page", ["tutorial", "concepts"])
+@pytest.mark.parametrize("page", TEXTS)
 def test_its_code_runs(house: Path, page: str) -> None:
-    blocks = BLOCK.findall((ROOT / "docs" / f"{page}.md").read_text())
-    (code,) = (body for kind, title, body in blocks if kind == "python" and not title)
+    (code,) = (body for kind, title, body in BLOCK.findall(TEXTS[page]) if kind == "python" and not title)
     assert "assert " in code
     done = run(house, "-c", code)
     assert done.returncode == 0, done.stderr

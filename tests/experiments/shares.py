@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from experiments.base import Result, Share
+from memlm.evaluation.result import Result
+from memlm.evaluation.share import Share
 
 
 def check_shares(measure: Callable[[Share], Result], whole: Result, n: int = 2) -> None:

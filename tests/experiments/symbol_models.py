@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from memlm.data.corpus import Symbols
+from memlm.data.corpora.symbols import Symbols
 from memlm.data.tokenizer import train_tokenizer
 from memlm.data.tokens import TokenizedCorpus
 from memlm.memory.ltm import LongTermMemory

@@ -8,13 +8,14 @@ import torch
 
 from experiments import associative_recall
 from experiments.associative_recall import LABELS, AssociativeRecall, plot, run, summarise
-from experiments.base import ALONE, Result, Share
-from memlm.cli import compose
+from memlm.compose import compose
 from memlm.config import ConfigError
 from memlm.data.curriculum import Curriculum
-from memlm.data.mqar import MQAR
-from memlm.data.sorting import Sorting
 from memlm.data.stream import TrainingBatches
+from memlm.data.tasks.mqar import MQAR
+from memlm.data.tasks.sorting import Sorting
+from memlm.evaluation.result import Result
+from memlm.evaluation.share import ALONE, Share
 from tests.experiments.shares import check_shares
 from tests.experiments.symbol_models import Fake, real_model, symbol_data
 
@@ -168,7 +169,7 @@ def test_rates_intervals_and_suffixes_by_hand():
 
 
 def test_documents_of_evaluation_are_none_of_training(data):
-    node = {"_target_": "memlm.data.mqar.MQAR"}
+    node = {"_target_": "memlm.data.tasks.mqar.MQAR"}
     phases = [{"steps": 3, "n_row": 2, "n_segment": 4, "task": {"n_pair": 12}}] * 2
     batches = TrainingBatches(data.train, SEGMENT_LEN, 0, Curriculum(phases, node), data.task, 6, seed=0)
     trained = {tuple(row[:24]) for step in range(6) for row in batches[step].ids.tolist()}

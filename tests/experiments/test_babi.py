@@ -9,16 +9,17 @@ import pytest
 import torch
 
 from experiments.babi import Babi, plot, run, summarise
-from experiments.base import ALONE, Result, Share
-from experiments.headline import headline
-from experiments.recall import CONDITIONS
 from memlm.config import ConfigError
-from memlm.data.babi import Babi as Task
+from memlm.data.tasks.babi import Babi as Task
 from memlm.data.tokenizer import train_tokenizer
 from memlm.data.tokens import TokenizedCorpus
+from memlm.evaluation.headline import headline
+from memlm.evaluation.recall.rates import CONDITIONS
+from memlm.evaluation.result import Result
+from memlm.evaluation.share import ALONE, Share
 from memlm.memory.ltm import LongTermMemory
 from memlm.models.lmcode import LMCode
-from tests.data.test_babi import TEMPLATES, answer
+from tests.data.tasks.test_babi import TEMPLATES, answer
 from tests.experiments.shares import check_shares
 from tests.experiments.test_needle import Fake
 

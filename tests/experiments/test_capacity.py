@@ -7,13 +7,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from experiments.base import ALONE, Result, Share
 from experiments.capacity import Capacity, plot, run, summarise
-from experiments.headline import headline
-from experiments.recall import CONDITIONS
-from experiments.report import summary
-from memlm.cli import compose
+from memlm.compose import compose
 from memlm.config import ConfigError
+from memlm.evaluation.headline import headline
+from memlm.evaluation.recall.rates import CONDITIONS
+from memlm.evaluation.result import Result
+from memlm.evaluation.share import ALONE, Share
+from memlm.evaluation.summary import summary
 from memlm.memory.ltm import LongTermMemory
 from memlm.models.lmcode import LMCode
 from tests.experiments.shares import check_shares

@@ -8,14 +8,16 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from experiments import perplexity, recall
-from experiments.base import Result
-from experiments.context_influence import EDGES, OTHERS, ContextInfluence, plot, run, summarise
+from experiments import perplexity
+from experiments.context_influence.experiment import EDGES, OTHERS, ContextInfluence, run, summarise
+from experiments.context_influence.figures import plot
 from experiments.needle import Needle, draw
 from experiments.perplexity import Perplexity
-from memlm.cli import compose
+from memlm.compose import compose
 from memlm.config import ConfigError
 from memlm.data.tokens import TokenizedCorpus
+from memlm.evaluation.recall import asking, reading
+from memlm.evaluation.result import Result
 from tests.experiments.test_needle import Data
 from tests.experiments.tiny import T, tiny
 
@@ -112,17 +114,17 @@ def test_answers_equal_those_of_recall(facts):
     cfg = ContextInfluence(limit=100, n_document=3, n_fact=4, distance=50)
     result = run(model, facts, cfg)
     documents, _, lengths = draw(facts, Needle(n_document=3, n_fact=4, distance=50), T)
-    (state,) = recall.read(model, documents, lengths)
+    (state,) = reading.read(model, documents, lengths)
     other = model.select_rows(state, torch.tensor([1, 2, 0]))
     for fact in range(4):
         asked = [document.facts[fact] for document in documents]
-        on = [nll for _, nll in recall.answer(model, state, asked)]
+        on = [nll for _, nll in asking.answer(model, state, asked)]
         for name, memory, reads in (
             ("off", state, False),
             ("wiped", model.wipe(state), True),
             ("swapped", other, True),
         ):
-            expected = [a - b for a, (_, b) in zip(on, recall.answer(model, memory, asked, reads), strict=True)]
+            expected = [a - b for a, (_, b) in zip(on, asking.answer(model, memory, asked, reads), strict=True)]
             rows = [row for row in rows_of(result, kind="answer", condition=name) if row["fact"] == fact]
             assert [row["delta_nll"] for row in rows] == pytest.approx(expected, abs=1e-4)
             assert [row["nll"] for row in rows] == pytest.approx(on, abs=1e-4)
@@ -189,7 +191,7 @@ def test_figures(facts):
 
 def test_yaml_settings_and_refusals():
     node = dict(compose(["checkpoint=x", "experiment=context_influence"], "evaluate").context_influence)
-    assert node.pop("_target_") == "experiments.context_influence.ContextInfluence"
+    assert node.pop("_target_") == "experiments.context_influence.experiment.ContextInfluence"
     assert ContextInfluence(**node) == ContextInfluence()
     for name, value in {"split": "train", "limit": 0, "n_row": 1, "n_document": 1, "n_fact": -1, "seed": -1}.items():
         with pytest.raises(ConfigError, match=f"context_influence.{name}"):

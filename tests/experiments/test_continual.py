@@ -9,12 +9,16 @@ import numpy as np
 import pytest
 import torch
 
-from experiments import continual
-from experiments.base import Result, mean_interval
-from experiments.continual import Continual, matrix, measure, plot, run, saving, scores, streams, vocabulary
-from experiments.headline import headline
-from memlm.build import build_corpus, build_data, build_model, build_tokenizer
+from experiments.continual import experiment
+from experiments.continual.experiment import matrix, run, saving, scores
+from experiments.continual.figures import plot
+from experiments.continual.settings import Continual
+from experiments.continual.tasks import measure, streams, vocabulary
+from memlm.assemble import build_corpus, build_data, build_model, build_tokenizer
 from memlm.config import ConfigError
+from memlm.evaluation.headline import headline
+from memlm.evaluation.result import Result
+from memlm.statistics import mean_interval
 from tests.training.small import config
 
 SMALL: dict[str, Any] = {
@@ -144,7 +148,7 @@ def test_every_task_is_asked_after_every_task(result: Result) -> None:
         assert not np.array_equal(none[1:], matrix(result.rows, "retrieved", seed, "nll")[1:])
         assert np.array_equal(none[1:], merged[1:]) == (result.metrics["merged/none+consolidation"] == 0)
     final = [scores(matrix(result.rows, "none", s), matrix(result.rows, "none", s, "accuracy_off")) for s in (0, 3)]
-    for name in continual.SCORES:
+    for name in experiment.SCORES:
         mean, half = mean_interval([each[name] for each in final])
         assert result.metrics[f"{name}/none"] == pytest.approx(mean)
         assert result.metrics[f"high_{name}/none"] == pytest.approx(mean + half)

@@ -10,27 +10,18 @@ import pytest
 import torch
 from torch import nn
 
-from experiments import modern_facts
-from experiments.base import ALONE, Result, Share
-from experiments.modern_facts import (
-    CONDITIONS,
-    CUES,
-    FACTS,
-    HEADLINE,
-    ModernFacts,
-    check,
-    lay_out,
-    load,
-    look,
-    plot,
-    run,
-    summarise,
-)
-from experiments.recall import Haystack
-from memlm.cli import compose
+from experiments.modern_facts import experiment
+from experiments.modern_facts.experiment import CONDITIONS, HEADLINE, ModernFacts, look, run, summarise
+from experiments.modern_facts.facts import CUES, FACTS, check, lay_out, load
+from experiments.modern_facts.figures import plot
+from memlm.compose import compose
 from memlm.config import ConfigError
 from memlm.data.tokenizer import train_tokenizer
 from memlm.data.tokens import TokenizedCorpus
+from memlm.evaluation.recall.haystack import Haystack
+from memlm.evaluation.result import Result
+from memlm.evaluation.share import ALONE, Share
+from memlm.memory.delta import DeltaMemory
 from memlm.memory.ltm import LongTermMemory
 from memlm.memory.stm import ShortTermMemory
 from memlm.models.lmcode import LMCode
@@ -73,7 +64,7 @@ def data():
 def few(monkeypatch):
     """A fifth of the facts, which is faster; the first two of them stand in the training text."""
     rows = file_rows()[:30]
-    monkeypatch.setattr(modern_facts, "rows_of_file", lambda: rows)
+    monkeypatch.setattr(experiment, "rows_of_file", lambda: rows)
     return len(rows)
 
 
@@ -200,10 +191,10 @@ def test_part_of_a_word_is_no_value():
 
 
 def test_levels_of_cues():
-    assert modern_facts.level("Python was created by") == "trained"
-    assert modern_facts.level("Who created Python?") == "trained"
-    assert modern_facts.level("The one who created Python is") == "new_phrasing"  # held out from training
-    assert modern_facts.level("Chemists write gold as") == "new_phrasing"
+    assert experiment.level("Python was created by") == "trained"
+    assert experiment.level("Who created Python?") == "trained"
+    assert experiment.level("The one who created Python is") == "new_phrasing"  # held out from training
+    assert experiment.level("Chemists write gold as") == "new_phrasing"
 
 
 # --- documents and controls -------------------------------------------------------------------------------------------
@@ -348,12 +339,12 @@ def test_rates_by_hand():
 # --- real models ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("memory", ["none", "ltm", "stm", "apart"])
+@pytest.mark.parametrize("memory", ["none", "ltm", "stm", "apart", "delta"])
 def test_any_memory_runs_and_the_model_is_left_as_it_was(data, memory, monkeypatch):
     class Apart(ShortTermMemory):
         """One state for all layers."""
 
-        layerwise = False
+        around = "layers"
 
         def write(self, segment, state, reads):
             hidden = segment.hidden
@@ -363,9 +354,10 @@ def test_any_memory_runs_and_the_model_is_left_as_it_was(data, memory, monkeypat
         "none": {}, "ltm": {"ltm": lambda d: LongTermMemory(d, n_slot=32, d_key=8, d_value=8, top_k=4)},
         "stm": {"stm": lambda d: ShortTermMemory(d, n_slot=4, n_head=2)},
         "apart": {"apart": lambda d: Apart(d, n_slot=4, n_head=2)},
+        "delta": {"delta": lambda d: DeltaMemory(d, d_key=4, d_value=4)},
     }[memory]  # fmt: skip
     rows = file_rows()[:8]
-    monkeypatch.setattr(modern_facts, "rows_of_file", lambda: rows)
+    monkeypatch.setattr(experiment, "rows_of_file", lambda: rows)
 
     def make(seed):
         torch.manual_seed(seed)
@@ -375,7 +367,7 @@ def test_any_memory_runs_and_the_model_is_left_as_it_was(data, memory, monkeypat
 
     model = make(0)
     model.config, model.tokenizer = {"seed": 0}, data.tokenizer
-    monkeypatch.setattr(modern_facts, "untrained", lambda model: make(1).eval())
+    monkeypatch.setattr(experiment, "untrained", lambda model: make(1).eval())
     before = {name: value.clone() for name, value in model.state_dict().items()}
     model.train()
     random.seed(0)
@@ -393,12 +385,12 @@ def test_any_memory_runs_and_the_model_is_left_as_it_was(data, memory, monkeypat
     if memory != "none":
         after = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()  # noqa: NPY002
         assert states[:2] == after[:2]
-        assert {point["model"] for point in result.metadata["similarity"]} == {"trained", "untrained"}
     else:
-        assert result.metadata["similarity"] == []
         assert rates(result)["on"] == rates(result)["off"]
+    slots = memory not in ("none", "delta")
+    assert {point["model"] for point in result.metadata["similarity"]} == ({"trained", "untrained"} if slots else set())
     figures = plot(result)
-    assert set(figures) == ({"recall", "similarity"} if memory != "none" else {"recall"})
+    assert set(figures) == ({"recall", "similarity"} if slots else {"recall"})
     assert {line["metric"] for line in HEADLINE} <= set(result.metrics)
     for line in result.metadata["headline"]:
         assert {line[key] for key in ("low", "high", "n")} <= set(result.metrics)
@@ -432,7 +424,7 @@ def test_a_tokenizer_that_cannot_write_the_facts_is_refused():
 
 def test_yaml_and_settings_agree():
     node = dict(compose(["checkpoint=x", "experiment=modern_facts"], "evaluate").modern_facts)
-    assert node.pop("_target_") == "experiments.modern_facts.ModernFacts"
+    assert node.pop("_target_") == "experiments.modern_facts.experiment.ModernFacts"
     assert ModernFacts(**node) == ModernFacts()
     assert set(node) == set(ModernFacts.__dataclass_fields__)
 

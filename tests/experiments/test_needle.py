@@ -11,21 +11,25 @@ import pytest
 import torch
 from torch import nn
 
-from experiments import needle, recall
-from experiments.base import ALONE, Result, Share
-from experiments.headline import headline
+from experiments import needle
 from experiments.needle import Needle, draw, plot, run, summarise
-from experiments.recall import CONDITIONS, answer
-from memlm.cli import compose
+from memlm.compose import compose
 from memlm.config import ConfigError
 from memlm.data.curriculum import Curriculum
-from memlm.data.facts import Fact, FactMaker, Facts
 from memlm.data.stream import TrainingBatches
+from memlm.data.tasks.facts import Facts
+from memlm.data.tasks.makers import Fact, FactMaker
 from memlm.data.tokenizer import train_tokenizer
 from memlm.data.tokens import TokenizedCorpus
+from memlm.evaluation.headline import headline
+from memlm.evaluation.recall import asking
+from memlm.evaluation.recall.asking import answer
+from memlm.evaluation.recall.rates import CONDITIONS
+from memlm.evaluation.result import Result
+from memlm.evaluation.share import ALONE, Share
 from memlm.memory.ltm import LongTermMemory
 from memlm.models.lmcode import LMCode
-from tests.data.test_sentences import corpus, tokenized
+from tests.data.tasks.test_sentences import corpus, tokenized
 from tests.experiments.shares import check_shares
 
 SEGMENT_LEN = 32
@@ -380,7 +384,7 @@ def test_names_differ_everywhere_and_swapped_asks_another_documents_memory(data)
 def test_evaluated_names_and_values_never_occur_in_training(data):
     phases = [{"steps": 60, "n_row": 4, "n_segment": 8, "task": {"items": 3, "hard": 0.5}}]
     task = Facts(data.tokenizer, data.splits["train"])
-    curriculum = Curriculum(phases, {"_target_": "memlm.data.facts.Facts"})
+    curriculum = Curriculum(phases, {"_target_": "memlm.data.tasks.facts.Facts"})
     batches = TrainingBatches(data.splits["train"], SEGMENT_LEN, 0, curriculum, task, 60, 0)
     documents, unseen, _ = draw(data, Needle(n_document=8, n_fact=32, seed=5), SEGMENT_LEN)
     facts = [fact for part in [*unseen, *(document.facts for document in documents)] for fact in part]
@@ -471,7 +475,7 @@ def test_a_real_model_is_left_as_it_was_and_the_run_repeats(data, real):
 
 @pytest.mark.parametrize("memories", [{}, {"ltm": functools.partial(LongTermMemory, n_slot=32, scope="shared")}])
 def test_without_memory_and_with_a_shared_one(data, memories, monkeypatch):
-    monkeypatch.setattr(recall, "_WINDOW", 1)  # segment by segment, which every memory can do
+    monkeypatch.setattr(asking, "_WINDOW", 1)  # segment by segment, which every memory can do
     torch.manual_seed(0)
     model = LMCode(data.tokenizer.vocab_size, memories, n_layer=1, n_head=2, d_model=16, segment_len=SEGMENT_LEN)
     bank = {name: value.clone() for name, value in model.state_dict().items()}

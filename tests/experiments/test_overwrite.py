@@ -8,12 +8,13 @@ import pytest
 import torch
 
 from experiments import overwrite
-from experiments.base import ALONE, Result, Share
-from experiments.headline import headline
 from experiments.overwrite import Overwrite, draw, plot, run, summarise
-from experiments.recall import CONDITIONS
 from memlm.config import ConfigError
-from memlm.data.overwrite import Overwrite as Task
+from memlm.data.tasks.overwrite import Overwrite as Task
+from memlm.evaluation.headline import headline
+from memlm.evaluation.recall.rates import CONDITIONS
+from memlm.evaluation.result import Result
+from memlm.evaluation.share import ALONE, Share
 from memlm.memory.ltm import LongTermMemory
 from memlm.models.lmcode import LMCode
 from tests.experiments.shares import check_shares

@@ -8,13 +8,16 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from experiments import pattern_storage, recall
-from experiments.base import Result
 from experiments.needle import Needle, draw
-from experiments.pattern_storage import TIE, Passages, PatternStorage, plot, rank, run, summarise
-from experiments.recall import CONDITIONS
-from memlm.cli import compose
+from experiments.pattern_storage import experiment
+from experiments.pattern_storage.experiment import TIE, PatternStorage, rank, run, summarise
+from experiments.pattern_storage.figures import plot
+from experiments.pattern_storage.passages import Passages
+from memlm.compose import compose
 from memlm.config import ConfigError
+from memlm.evaluation.recall import asking, reading
+from memlm.evaluation.recall.rates import CONDITIONS
+from memlm.evaluation.result import Result
 from tests.experiments.test_needle import Data
 from tests.experiments.tiny import T, tiny
 
@@ -72,7 +75,7 @@ class Fake(nn.Module):
 @pytest.fixture
 def untrained(monkeypatch):
     """An untrained model that reads nothing."""
-    monkeypatch.setattr(pattern_storage, "untrained", lambda model: Fake(len(model.head_weight), reads=False))
+    monkeypatch.setattr(experiment, "untrained", lambda model: Fake(len(model.head_weight), reads=False))
 
 
 def test_a_perfect_memory_finds_everything_and_its_controls_are_at_chance(data, untrained):
@@ -115,7 +118,7 @@ def test_evidence_is_the_difference_of_losses_and_lag_the_tokens_since(data):
     result = run(model, data, SMALL)
     documents, unseen, _ = draw(data, Needle(n_document=3, n_fact=8, distance=0), T)
     stop = -(-max(document.end(7) for document in documents) // T) * T
-    (state,) = recall.read(model, documents, [stop])
+    (state,) = reading.read(model, documents, [stop])
     other = model.select_rows(state, torch.tensor([1, 2, 0]))
     rows = [r for r in result.rows if (r["kind"], r["model"], r.get("n_stored")) == ("probe", "trained", 8)]
     assert [r["condition"] for r in rows[:15:3]] == list(CONDITIONS)
@@ -124,7 +127,7 @@ def test_evidence_is_the_difference_of_losses_and_lag_the_tokens_since(data):
         i, told = row["document"], documents if row["condition"] != "unseen" else None
         fact = (documents[i].facts if told else unseen[i])[row["pattern"]]
         facts = [fact] * 3  # the same question to every row; one counts
-        losses = [recall.answer(model, memories[row["condition"]], facts, reads)[i][1] * len(fact.answer)
+        losses = [asking.answer(model, memories[row["condition"]], facts, reads)[i][1] * len(fact.answer)
                   for reads in (False, row["condition"] != "off")]  # fmt: skip
         assert row["evidence"] == pytest.approx(losses[0] - losses[1], abs=1e-3)
         assert row["lag"] == (stop - documents[i].end(row["pattern"]) if told else None)
@@ -247,7 +250,7 @@ def test_same_seed_same_numbers_and_the_model_is_left_as_it_was(data):
 
 def test_yaml_settings_and_refusals():
     node = dict(compose(["checkpoint=x", "experiment=pattern_storage"], "evaluate").pattern_storage)
-    assert node.pop("_target_") == "experiments.pattern_storage.PatternStorage"
+    assert node.pop("_target_") == "experiments.pattern_storage.experiment.PatternStorage"
     assert PatternStorage(**node) == PatternStorage()
     wrong = {
         "pattern": "word", "passage_len": 2, "n_document": 1, "n_probe": 0, "n_candidate": 1, "n_stored": [4],

@@ -11,13 +11,15 @@ import torch
 from torch import nn
 
 from experiments import perplexity
-from experiments.base import ALONE, Result, Share, mean_interval
 from experiments.perplexity import CONDITIONS, Perplexity, plot, run, summarise
-from memlm.cli import compose
+from memlm.compose import compose
 from memlm.config import ConfigError
 from memlm.data.tokens import TokenizedCorpus
+from memlm.evaluation.result import Result
+from memlm.evaluation.share import ALONE, Share
 from memlm.memory.ltm import LongTermMemory
 from memlm.models.lmcode import LMCode
+from memlm.statistics import mean_interval
 from tests.experiments.shares import check_shares
 
 T = 16
@@ -149,7 +151,7 @@ def test_limit_and_streams(known):
     assert {ids.shape[1] for ids in known.calls[-4:]} == {T}  # wiped: segment by segment
     whole = run(known, data, Perplexity(limit=None, n_row=1))
     assert whole.metrics["n_token"] == 10 * 199
-    assert run(known, data, Perplexity(limit=10**9, n_row=1)).metrics == whole.metrics
+    assert run(known, data, Perplexity(limit=10**8, n_row=1)).metrics == whole.metrics
     # no more streams than documents: a text of one document is read from end to end, and nothing is read twice
     alone = run(known, make_data([200]), Perplexity(n_row=8))
     assert alone.metrics["n_token"] == 199

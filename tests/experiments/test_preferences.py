@@ -8,28 +8,17 @@ import numpy as np
 import pytest
 import torch
 
-from experiments import preferences
-from experiments.base import Result
-from experiments.headline import headline
-from experiments.preferences import (
-    Agent,
-    Outcome,
-    Preferences,
-    everything,
-    given_of,
-    half_life,
-    judge,
-    listen,
-    plot,
-    recency,
-    run,
-    settings_of,
-    simulate,
-    summarise,
-)
-from memlm.cli import compose, to_dict
+from experiments.preferences import agent, experiment, outcome
+from experiments.preferences.agent import Agent, listen
+from experiments.preferences.experiment import run, settings_of, summarise
+from experiments.preferences.figures import plot
+from experiments.preferences.outcome import Outcome, everything, given_of, half_life, judge, recency, simulate
+from experiments.preferences.settings import Preferences
+from experiments.preferences.users import ASPECTS, Users, draw
+from memlm.compose import compose, to_dict
 from memlm.config import ConfigError
-from memlm.data.preferences import ASPECTS, Users, draw
+from memlm.evaluation.headline import headline
+from memlm.evaluation.result import Result
 from memlm.memory.adaptive import AdaptiveMemory
 from memlm.memory.ltm import LongTermMemory
 
@@ -94,7 +83,7 @@ def test_counts_by_hand() -> None:
     prompt = np.full((1, A, 3), -1)
     prompt[0, 2], prompt[0, 3], prompt[0, 0] = (2, 4, -1), (2, 4, -1), (0, 1, -1)
     outcome = Outcome(right, 0 * right, np.array([[0, 1, 4, 5, -1]]), prompt, np.ones((1, 5)))
-    (row,) = preferences._rows(users, "on", outcome)
+    (row,) = outcome.rows_of(users, "on", outcome)
     expected = {"asked": 2, "right": 1, "outdated": 0, "stored": 4, "stored_right": 1, "stored_noise": 2, "held": 1}
     expected |= {"untold": 7, "false": 1}  # aspect 2 has a value named that was not meant; aspect 0 was told
     assert {key: row[key] for key in expected} == expected  # aspects 0 and 5 are in use, 1 is dropped
@@ -103,7 +92,7 @@ def test_counts_by_hand() -> None:
     assert metrics["precision/on"] == 0.25
     assert metrics["recall/on"] == metrics["right/on"] == 0.5
     assert (metrics["adapted/on"], metrics["adapt_sessions/on"]) == (0.0, 2.0)
-    curves = preferences._curves(users, outcome)
+    curves = outcome.curves_of(users, outcome)
     assert curves["session"] == [[0, 2]] * 5 + [[1, 2]]
     assert curves["change"] == [[0, 1], [0, 1], [1, 1]]
     assert curves["age"] == [[1, 1], [1, 1], [1, 1], [0, 1], [0, 1]]
@@ -177,7 +166,7 @@ def test_a_result_has_its_controls_and_depends_on_the_seed_alone(result: Result)
 def test_the_agent_without_signals_is_trained_and_asked_without_them(monkeypatch: pytest.MonkeyPatch) -> None:
     trained: list[tuple[list[str], set[str], set[str]]] = []
     asked: list[tuple[list[str], list[str]]] = []
-    train, ask = preferences.train_controller, preferences.simulate
+    train, ask = agent.train_controller, outcome.simulate
 
     def watch_training(agent: Agent, talks: Any, cfg: Preferences) -> list[float]:
         before = {name: part.clone() for name, part in agent.named_parameters()}
@@ -190,8 +179,8 @@ def test_the_agent_without_signals_is_trained_and_asked_without_them(monkeypatch
         asked.append((list(agent.memory.signals), list(talk.signals)))
         return ask(agent, talk, cfg, **options)
 
-    monkeypatch.setattr(preferences, "train_controller", watch_training)
-    monkeypatch.setattr(preferences, "simulate", watch_asking)
+    monkeypatch.setattr(experiment, "train_controller", watch_training)
+    monkeypatch.setattr(experiment, "simulate", watch_asking)
     run(model_of(adaptive()), None, SMALL)
     (without,) = (moved for known, heard, moved in trained if not known and not heard)
     assert any(name.startswith("memory.to_importance") for name in without), "zeros put before what knew signals"

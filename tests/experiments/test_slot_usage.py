@@ -8,13 +8,16 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from experiments import recall, slot_usage, streams
-from experiments.base import Result
 from experiments.needle import Needle, draw
-from experiments.slot_usage import SlotUsage, plot, run
-from memlm.analysis.figures import effective
-from memlm.cli import compose
+from experiments.slot_usage import experiment
+from experiments.slot_usage.experiment import run
+from experiments.slot_usage.figures import plot
+from experiments.slot_usage.settings import SlotUsage
+from memlm.compose import compose
 from memlm.config import ConfigError
+from memlm.evaluation.recall import asking, reading, streams
+from memlm.evaluation.result import Result
+from memlm.statistics import effective
 from tests.experiments.test_needle import Data
 from tests.experiments.tiny import T, tiny
 
@@ -88,11 +91,11 @@ def test_usage_equals_a_plain_loop(model, data, result):
 def test_without_any_slot_the_loss_is_that_of_a_wiped_memory(model, data, result):
     model.eval()
     documents, _, lengths = draw(data, Needle(n_document=3, n_fact=4, distance=40), T)
-    (state,) = recall.read(model, documents, lengths)
+    (state,) = reading.read(model, documents, lengths)
 
     def losses(memory):
         return np.mean(
-            [[nll for _, nll in recall.answer(model, memory, [d.facts[i] for d in documents])] for i in range(4)],
+            [[nll for _, nll in asking.answer(model, memory, [d.facts[i] for d in documents])] for i in range(4)],
             axis=0,
         )
 
@@ -110,9 +113,9 @@ def test_without_any_slot_the_loss_is_that_of_a_wiped_memory(model, data, result
 def test_the_slots_worth_most_are_forgotten_and_no_others(model, data):
     model.eval()
     documents, _, lengths = draw(data, Needle(n_document=3, n_fact=4, distance=40), T)
-    (state,) = recall.read(model, documents, lengths)
+    (state,) = reading.read(model, documents, lengths)
     worth = {"ltm/1": torch.arange(200.0).expand(3, -1), "stm/1": -torch.arange(5.0).expand(3, -1)}
-    (after,) = slot_usage._forget(model, [state], worth, 0.25)
+    (after,) = experiment._forget(model, [state], worth, 0.25)
     ltm, stm = model.memory["ltm"][0], model.memory["stm"][0]
     for row in range(3):
         held = ltm.filled(state.memory["ltm"][0])[row].nonzero()[:, 0].tolist()
@@ -121,8 +124,8 @@ def test_the_slots_worth_most_are_forgotten_and_no_others(model, data):
     before, now = (stm.contents(s.memory["stm"][0]) for s in (state, after))
     assert not now[:, :2].any()  # 2 of 5
     assert torch.equal(now[:, 2:], before[:, 2:])
-    orders = slot_usage._random_order(model, [state], 0)
-    assert torch.equal(orders["ltm/1"], slot_usage._random_order(model, [state], 0)["ltm/1"])
+    orders = experiment._random_order(model, [state], 0)
+    assert torch.equal(orders["ltm/1"], experiment._random_order(model, [state], 0)["ltm/1"])
     assert not torch.equal(orders["ltm/1"][0], orders["ltm/1"][1])
 
 
@@ -173,7 +176,7 @@ def test_figures(result):
     assert meshes
     assert len(figures["slot_usage"].axes) == 3
     assert plot(Result("slot_usage", {})) == {}
-    assert slot_usage.summarise([]) == {}
+    assert experiment.summarise([]) == {}
 
 
 def test_documents_side_by_side_take_the_memory_of_the_next(model):
@@ -189,7 +192,7 @@ def test_documents_side_by_side_take_the_memory_of_the_next(model):
 
 def test_yaml_settings_and_refusals():
     node = dict(compose(["checkpoint=x", "experiment=slot_usage"], "evaluate").slot_usage)
-    assert node.pop("_target_") == "experiments.slot_usage.SlotUsage"
+    assert node.pop("_target_") == "experiments.slot_usage.settings.SlotUsage"
     assert SlotUsage(**node) == SlotUsage()
     wrong = {"n_document": 1, "n_fact": 0, "distance": -1, "n_pair": 1, "split": "train", "seed": -1}
     for name, value in (*wrong.items(), ("shares", []), ("shares", [0.5, 0.1]), ("shares", [0.0]), ("shares", [2.0])):

@@ -8,14 +8,15 @@ import pytest
 import torch
 
 from experiments import sorting
-from experiments.base import ALONE, Result, Share
 from experiments.sorting import LABELS, Sorting, kendall, plot, run, summarise
-from memlm.cli import compose
+from memlm.compose import compose
 from memlm.config import ConfigError
 from memlm.data.curriculum import Curriculum
-from memlm.data.mqar import MQAR
-from memlm.data.sorting import Sorting as Task
 from memlm.data.stream import TrainingBatches
+from memlm.data.tasks.mqar import MQAR
+from memlm.data.tasks.sorting import Sorting as Task
+from memlm.evaluation.result import Result
+from memlm.evaluation.share import ALONE, Share
 from tests.experiments.shares import check_shares
 from tests.experiments.symbol_models import Fake, real_model, symbol_data
 
@@ -164,7 +165,7 @@ def test_means_and_intervals_by_hand():
 
 def test_documents_of_evaluation_are_none_of_training(data):
     phases = [{"steps": 3, "n_row": 2, "n_segment": 5, "task": {}}] * 2
-    curriculum = Curriculum(phases, {"_target_": "memlm.data.sorting.Sorting"})
+    curriculum = Curriculum(phases, {"_target_": "memlm.data.tasks.sorting.Sorting"})
     batches = TrainingBatches(data.train, SEGMENT_LEN, 0, curriculum, data.task, 6, seed=0)
     trained = {tuple(row[:64]) for step in range(6) for row in batches[step].ids.tolist()}
     model = Counts(data.task, SEGMENT_LEN)

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from memlm.build import build_model
+from memlm.assemble import build_model
 
 T = 16
 MEMORIES: dict[str, dict[str, Any]] = {
@@ -13,6 +13,8 @@ MEMORIES: dict[str, dict[str, Any]] = {
         "write_budget": 8, "span": 3, "temperature": 30.0,
     },
     "stm": {"_target_": "memlm.memory.stm.ShortTermMemory", "n_slot": 5, "n_head": 2, "update_rate": 0.5},
+    "cache": {"_target_": "memlm.memory.cache.CacheMemory", "n_token": 20},
+    "rmt": {"_target_": "memlm.memory.rmt.RecurrentMemory", "n_cell": 3},
 }  # fmt: skip
 
 

@@ -6,7 +6,9 @@ A module ``tests/hostile/<subject>.py`` has functions ``settings``, ``files`` or
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import importlib
 import os
 import runpy
 import shutil
@@ -15,13 +17,15 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 CHECKOUT = Path(__file__).parents[2]
 CANARY = "EXECUTED"  # a file of this name in the case's directory means that a file of a stranger ran something
+
+PRINTED = ".printed"  # what a case prints, in its directory
 
 # A run of a second; add trainer.max_steps=N and whatever is tried.
 TINY = (
@@ -73,11 +77,13 @@ class Outcome:
         case: The case.
         answer: What memlm did.
         text: The end of what was printed.
+        seconds: How long it took.
     """
 
     case: Case
     answer: Answer
     text: str
+    seconds: float
 
     @property
     def good(self) -> bool:
@@ -96,29 +102,96 @@ def command(script: str, *overrides: str) -> None:
     runpy.run_path(str(path), run_name="__main__")
 
 
-def attempt(case: Case) -> Outcome:
-    """Try one case in a forked process."""
-    folder = Path(tempfile.mkdtemp(prefix="memlm-hostile-"))
-    printed = folder / ".printed"
+def preload() -> None:
+    """Load once what forked processes need, and make the cache that they share; starts no threads."""
+    import torch
+    from hydra.core.plugins import Plugins
+
+    for folder in ("experiments", "benchmarks"):
+        for path in (CHECKOUT / folder).glob("*.py"):
+            importlib.import_module(f"{folder}.{path.stem}")
+    for name in ("memlm.build", "memlm.checkpoint", "memlm.app.cli", "memlm.training.fit", "train"):
+        importlib.import_module(name)
+    Plugins.instance()  # looks through all packages
+    torch.set_num_threads(1)
+    cache = tempfile.mkdtemp(prefix="memlm-hostile-cache-")
+    atexit.register(shutil.rmtree, cache, ignore_errors=True)
+    os.environ["MEMLM_CACHE"] = cache
+
+
+def collect(kinds: Iterable[str], part: str = "", most: int | None = None) -> Iterator[tuple[str, str, Case]]:
+    """Kind, subject and case of all cases.
+
+    Args:
+        kinds: ``settings``, ``files``, ``faults``.
+        part: Of "subject: name".
+        most: Of each kind and subject, evenly spread; None for all.
+    """
+    subjects = sorted(path.stem for path in Path(__file__).parent.glob("[a-z]*.py") if path.stem != "base")
+    for kind in kinds:
+        for subject in subjects:
+            module = importlib.import_module(f"tests.hostile.{subject}")
+            named = part.partition(":")[0]
+            if not hasattr(module, kind) or (named in subjects and named != subject and ":" in part):
+                continue  # without building its cases
+            cases = [case for case in getattr(module, kind)() if part in f"{subject}: {case.name}"]
+            for case in cases[:: 1 if most is None else max(-(-len(cases) // most), 1)]:
+                yield kind, subject, case
+
+
+def attempts(cases: Iterable[Case], n_job: int = 1) -> Iterator[Outcome]:
+    """Try cases, each in a forked process, several at a time; in the order in which they end."""
+    waiting = iter(cases)
+    running: dict[int, tuple[Case, Path, float]] = {}
     try:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        child = os.fork()
-        if child == 0:
-            _child(case, folder, printed)
-        status = _wait(child, case.seconds)
+        while True:
+            while len(running) < n_job and (case := next(waiting, None)) is not None:
+                folder = Path(tempfile.mkdtemp(prefix="memlm-hostile-"))
+                sys.stdout.flush()
+                sys.stderr.flush()
+                child = os.fork()
+                if child == 0:
+                    _child(case, folder)
+                running[child] = (case, folder, time.monotonic())
+            if not running:
+                return
+            for child, (case, folder, start) in list(running.items()):
+                done, status = os.waitpid(child, os.WNOHANG)
+                taken = time.monotonic() - start
+                if done or taken > case.seconds:
+                    _end(child, waited_for=bool(done))
+                    del running[child]
+                    yield _outcome(case, status if done else None, folder, taken)
+            time.sleep(0.005)
+    finally:
+        for child, (_, folder, _) in running.items():
+            _end(child, waited_for=False)
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _end(child: int, waited_for: bool) -> None:
+    """End a process with all that it has started."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(child, signal.SIGKILL)
+    if not waited_for:
+        os.waitpid(child, 0)
+
+
+def _outcome(case: Case, status: int | None, folder: Path, seconds: float) -> Outcome:
+    try:
+        printed = folder / PRINTED
         text = printed.read_text(encoding="utf-8", errors="replace") if printed.exists() else ""
-        return Outcome(case, _answer(case, status, text, folder), text[-2000:])
+        return Outcome(case, _answer(case, status, text, folder), text[-2000:], seconds)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _child(case: Case, folder: Path, printed: Path) -> None:
+def _child(case: Case, folder: Path) -> None:
     """Do the case; never returns. 0: it returned, 2: refused in a sentence, 3: silent, 1: any other exception."""
     code = 1
     try:
         os.setsid()  # so that all that it starts can be ended with it
-        out = os.open(printed, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        out = os.open(folder / PRINTED, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         os.dup2(out, 1)
         os.dup2(out, 2)
@@ -143,22 +216,6 @@ def _child(case: Case, folder: Path, printed: Path) -> None:
             sys.stdout.flush()
             sys.stderr.flush()
         os._exit(code)
-
-
-def _wait(child: int, seconds: float) -> int | None:
-    """The status of the process, or None if it had to be ended."""
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        done, status = os.waitpid(child, os.WNOHANG)
-        if done:
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(child, signal.SIGKILL)
-            return status
-        time.sleep(0.01)
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    return None
 
 
 def _answer(case: Case, status: int | None, text: str, folder: Path) -> Answer:

@@ -18,6 +18,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from memlm.data.corpora import builtin
+from memlm.evaluation.compare import printing
 from tests.hostile.base import Case, Silent, command
 
 EITHER = ("right", "sentence")
@@ -31,8 +33,8 @@ EVIL = "\x1b[31m\x00\u202eevil\x9b"
 @functools.cache
 def _trained() -> tuple[Path, dict[str, Any]]:
     """A run that is trained and measured, made in a process of its own, and its settings."""
-    import experiments.webpage  # noqa: F401 - once, and not in each case
-    from tests.experiments import test_compare
+    import memlm.evaluation.webpage  # noqa: F401 - once, and not in each case
+    from tests.evaluation.compare import test_groups
     from tests.training import small
 
     folder = Path(tempfile.mkdtemp(prefix="memlm-hostile-run-"))
@@ -43,11 +45,11 @@ def _trained() -> tuple[Path, dict[str, Any]]:
         os.dup2(out, 1)
         os.dup2(out, 2)
         try:
-            from experiments.base import emit
+            from memlm.evaluation.emit import emit
             from memlm.training.resume import mark_finished
 
             small.fit(settings)
-            emit(test_compare.recall(0.9), {}, folder / "run/needle")
+            emit(test_groups.recall(0.9), {}, folder / "run/needle")
             mark_finished(folder / "run", settings, 0.9)
         finally:
             os._exit(0)
@@ -112,7 +114,7 @@ def _pickle_span() -> tuple[int, int]:
 
 def _described(damage: Callable[[bytes], bytes]) -> None:
     """What compare and report read of a damaged checkpoint."""
-    from experiments.runs import describe
+    from memlm.evaluation.runs import describe
 
     path = _checkpoint(_copy())
     expected = describe(path)
@@ -123,15 +125,15 @@ def _described(damage: Callable[[bytes], bytes]) -> None:
 
 def _cache(which: str, damage: Callable[[bytes], bytes]) -> None:
     """Tokens or a tokenizer from a damaged cache are those that are made anew."""
-    from memlm.data.corpus import TextFiles
+    from memlm.data.corpora.files import TextFiles
     from memlm.data.tokenizer import get_tokenizer
     from memlm.data.tokens import tokenize
 
-    corpus = TextFiles(str(_trained()[0] / "text.txt"))
+    base = TextFiles(str(_trained()[0] / "text.txt"))
 
     def used() -> tuple[Any, ...]:
-        tokenizer = get_tokenizer("word", 200, None, corpus, Path("cache"))
-        found = tokenize(corpus, tokenizer, "val", Path("cache"))
+        tokenizer = get_tokenizer("word", 200, None, base, Path("cache"))
+        found = tokenize(base, tokenizer, "val", Path("cache"))
         return tokenizer.to_json(), found.tokens.tolist(), found.offsets.tolist()
 
     expected = used()
@@ -146,7 +148,7 @@ def _cache(which: str, damage: Callable[[bytes], bytes]) -> None:
 
 
 def _cut_in_use() -> None:
-    from memlm.data.corpus import TextFiles
+    from memlm.data.corpora.files import TextFiles
     from memlm.data.tokenizer import train_tokenizer
     from memlm.data.tokens import tokenize
 
@@ -160,15 +162,14 @@ def _cut_in_use() -> None:
 
 def _builtin(damage: Callable[[bytes], bytes]) -> None:
     """The builtin text from a damaged cache is made anew."""
-    from memlm.data import corpus
 
     os.environ["MEMLM_CACHE"] = str(Path("cache").resolve())
-    corpus._docstrings = lambda: {f"module {i}": [f"Words of module {i} are here. " * 400] for i in range(30)}
-    corpus._topics = dict
-    expected = corpus.Builtin().fingerprint()
+    builtin._docstrings = lambda: {f"module {i}": [f"Words of module {i} are here. " * 400] for i in range(30)}
+    builtin._topics = dict
+    expected = builtin.Builtin().fingerprint()
     (path,) = Path("cache").iterdir()
     path.write_bytes(damage(path.read_bytes()))
-    if corpus.Builtin().fingerprint() != expected:
+    if builtin.Builtin().fingerprint() != expected:
         raise Silent("another text from a damaged cache")
 
 
@@ -231,18 +232,18 @@ def _put(document: Any, place: tuple[str | int, ...], text: str) -> str:
 
 def _compared(*runs: Path) -> None:
     """All that compare does but for its figure."""
-    from experiments import compare
-    from experiments.runs import find_runs
+    from memlm.evaluation.compare import groups
+    from memlm.evaluation.runs import find_runs
 
-    comparison = compare.compare(*find_runs(runs))
-    compare.report(comparison)
-    compare.markdown(comparison)
-    compare.rows(comparison)
+    comparison = groups.compare(*find_runs(runs))
+    printing.report(comparison)
+    printing.markdown(comparison)
+    printing.rows(comparison)
 
 
 def _malformed(name: str, place: tuple[str | int, ...], text: str) -> None:
     """A run, or an evaluation of it, one of whose files holds something else in one place."""
-    from experiments.runs import describe, write_evaluation
+    from memlm.evaluation.runs import describe, write_evaluation
 
     run = _copy()
     if name == "evaluation.json":
@@ -272,7 +273,7 @@ def _evaluation_places() -> list[tuple[str | int, ...]]:
 
 
 def _missing(name: str, key: str) -> None:
-    from experiments.runs import describe, write_evaluation
+    from memlm.evaluation.runs import describe, write_evaluation
 
     run = _copy()
     if name == "evaluation.json":
@@ -466,8 +467,8 @@ def _spoil_bits(seed: int, run: Path) -> None:
 def _special_file(name: str, put: Callable[[Path], object]) -> None:
     """What compare and `memlm.load` read of a run in which something stands where a file belongs."""
     import memlm
-    from experiments.runs import describe, write_evaluation
-    from memlm.cli import mistakes_told
+    from memlm.app.errors import mistakes_told
+    from memlm.evaluation.runs import describe, write_evaluation
 
     run = _copy()
     if name == "evaluation.json":
@@ -514,14 +515,15 @@ SECRET = b"the private key of somebody"
 
 def _figure(put: Callable[[Path], object]) -> None:
     """No picture is shown, and its bytes are not in the page."""
-    from experiments import compare, webpage
-    from experiments.runs import find_runs
     from memlm.analysis.page import render
+    from memlm.evaluation import webpage
+    from memlm.evaluation.compare import groups
+    from memlm.evaluation.runs import find_runs
 
     Path("secret").write_bytes(SECRET)
     run = _copy()
     put(run / "needle/recall.png")
-    chapter = webpage._figures(compare.compare(*find_runs([run])), 10**6)
+    chapter = webpage._figures(groups.compare(*find_runs([run])), 10**6)
     page = render("x", [chapter])
     if chapter.parts and getattr(chapter.parts[0], "images", ()):
         raise Silent("shown as a picture")
@@ -605,10 +607,11 @@ def _huge_png() -> bytes:
 
 def _shown(change: Callable[[Path, dict[str, Any], dict[str, Any]], Path | None], evil: str) -> None:
     """Nothing of a run is obeyed by a terminal, a browser or a spreadsheet."""
-    from experiments import compare, webpage
-    from experiments.runs import describe, find_runs, write_evaluation
     from memlm.analysis.page import render
-    from memlm.cli import mistakes_told
+    from memlm.app.errors import mistakes_told
+    from memlm.evaluation import webpage
+    from memlm.evaluation.compare import groups
+    from memlm.evaluation.runs import describe, find_runs, write_evaluation
 
     run = _copy()
     write_evaluation(run, describe(_checkpoint(run)))
@@ -620,9 +623,9 @@ def _shown(change: Callable[[Path, dict[str, Any], dict[str, Any]], Path | None]
     trained = describe(_checkpoint(other))
     write_evaluation(other, trained._replace(config={**trained.config, "seed": 1}))
     with mistakes_told():
-        comparison = compare.compare(find_runs([run, other])[0], [f"left{evil}"])
-    texts = {"terminal": compare.report(comparison), "markdown": compare.markdown(comparison)}
-    compare.write(comparison, Path("out"))
+        comparison = groups.compare(find_runs([run, other])[0], [f"left{evil}"])
+    texts = {"terminal": printing.report(comparison), "markdown": printing.markdown(comparison)}
+    printing.write(comparison, Path("out"))
     texts["csv"] = Path("out/compare.csv").read_text()
     texts["page"] = render(evil, [webpage._results(comparison), webpage._settings(comparison)])
     for kind, text in texts.items():

@@ -16,14 +16,15 @@ from safetensors.torch import save
 from torch import Tensor
 
 from memlm import checkpoint
-from memlm.analysis.capacity import analyze_memory_capacity
-from memlm.analysis.flow import memory_flow, visualize_memory_flow
+from memlm.analysis.filling import analyze_memory_capacity
+from memlm.analysis.flow import memory_flow
+from memlm.analysis.flow_figure import visualize_memory_flow
 from memlm.config import ConfigError
 from memlm.data.tokenizer import Tokenizer, train_tokenizer
-from memlm.memory.base import MANY
-from memlm.models import memory_file
-from memlm.models.conversation import Conversation
-from memlm.models.memory_file import MemoryFile
+from memlm.memory.records import MANY
+from memlm.store import memory_file
+from memlm.store.conversation import Conversation
+from memlm.store.memory_file import MemoryFile
 from tests.experiments.tiny import tiny
 from tests.hostile.base import Case, Silent
 
@@ -80,7 +81,7 @@ def _refused(model: Any, method: str, path: str = "memory") -> None:
 def _slot(model: Any, used: bool) -> int:
     """The first slot that is used, or is not."""
     module = model.memory["ltm"][0]
-    return int((module.filled(module.bank())[0] == used).nonzero()[0])
+    return int((module.filled(module.bank.state())[0] == used).nonzero()[0])
 
 
 def _put(place: tuple[Any, ...], value: Any, part: Tensor) -> Tensor:
@@ -92,7 +93,7 @@ def _put(place: tuple[Any, ...], value: Any, part: Tensor) -> Tensor:
 # Field, what is wrong, where, the value.
 def _bad_values() -> list[tuple[str, str, Callable[[Tensor], Tensor]]]:
     model = _model()
-    n, n_vocab = int(model.memory["ltm"][0].bank().n_record), model.n_vocab
+    n, n_vocab = int(model.memory["ltm"][0].bank.state().n_record), model.n_vocab
     used, empty = _slot(model, True), _slot(model, False)
     found: list[tuple[str, str, Callable[[Tensor], Tensor]]] = []
 
@@ -111,7 +112,7 @@ def _bad_values() -> list[tuple[str, str, Callable[[Tensor], Tensor]]]:
     at("origins", (0, used, 0), -3, MANY, n, 2**31 - 1, -(2**31))
     at("origins", (0, used, -1), -3, n, where=" at the end")
     at("n_record", (0,), 0, 1, -1, -FAR, 2**30 + 1, 2**31, FAR, 2**63 - 1)
-    at("host_used", (0,), -1, 0, 1, N_SLOT + 1, FAR, -FAR)
+    at("n_used", (0,), -1, 0, 1, N_SLOT + 1, FAR, -FAR)
     at("uses", (used,), -1, FAR)
     for field, value in {"key": 0.5, "value": 1.0, "log_gate": -1.0, "record": 0, "document": 0, "position": 0}.items():
         at(field, (0, empty), value, where=" in an empty slot")
@@ -133,7 +134,7 @@ def _bad_values() -> list[tuple[str, str, Callable[[Tensor], Tensor]]]:
 
 
 def _bad_lists() -> list[tuple[str, str, Callable[[Tensor], Tensor]]]:
-    lists = _inverted().memory["ltm"][0].bank().lists
+    lists = _inverted().memory["ltm"][0].bank.state().lists
     assert int(lists.n_list) > 0
     cell, full = int((lists.slot[0] >= 0).nonzero()[0]), int(lists.n_held[0].argmax())
     held, free = int(lists.slot[0, cell]), int((lists.slot[0, :-1] < 0).nonzero()[0])
@@ -153,9 +154,9 @@ def _bad_lists() -> list[tuple[str, str, Callable[[Tensor], Tensor]]]:
     at("n_held", (0, full), -1, 0, FAR)
     at("extent", (0, full), -1, 0, FAR)
     at("n_list", (0,), -1, 0, 9, FAR)
-    at("host_n_list", (0,), -1, 0, FAR)
+    at("known_n_list", (0,), -1, 0, FAR)
     at("left", (0,), -1, FAR)
-    at("host_left", (0,), -1, 0, FAR)
+    at("known_left", (0,), -1, 0, FAR)
     return found
 
 
@@ -255,7 +256,7 @@ def _of_another(**settings: Any) -> None:
 
 def _of_layers() -> None:
     """Other numbers of records in two layers."""
-    from tests.models.test_experience import build
+    from tests.store.test_operations import build
 
     model = build(_tokenizer(), layers="all")
     model.store_experience(TEXTS[0])

@@ -201,7 +201,7 @@ def _states() -> dict[str, Change]:
             f"{name} infinite": _put("state_dict", name, value=_filled(_INF)),
             f"{name} no tensor": _put("state_dict", name, value="x"),
         }
-    for field in ("ids", "host_open", "position", "hidden", "continues"):
+    for field in ("ids", "n_open", "position", "streams", "continues"):
         found |= {
             f"carried {field} of another shape": _put(*local, field, value=torch.zeros(2, 3, 5, 7)),
             f"carried {field} of another type": _put(*local, field, value=lambda part: part.to(torch.float64)),
@@ -210,9 +210,9 @@ def _states() -> dict[str, Change]:
     found |= {
         "carried ids beyond the vocabulary": _put(*local, "ids", value=_filled(10**6)),
         "carried ids below 0": _put(*local, "ids", value=_filled(-1)),
-        "carried open segment beyond its end": _put(*local, "host_open", value=_filled(99)),
-        "carried open segment below 0": _put(*local, "host_open", value=_filled(-5)),
-        "carried hidden states not numbers": _put(*local, "hidden", value=_filled(_NAN)),
+        "carried open segment beyond its end": _put(*local, "n_open", value=_filled(99)),
+        "carried open segment below 0": _put(*local, "n_open", value=_filled(-5)),
+        "carried hidden states not numbers": _put(*local, "streams", "mixed", value=_filled(_NAN)),
         "carried cache of one layer": lambda c: c["carried"]["local"]["cache"].pop(),
         "carried part that nobody knows": _extra_part,
         "no carried memory": _drop("carried", "memory", "ltm"),
@@ -547,7 +547,7 @@ def _ignored() -> None:
 
 
 def _while_starting(signum: int) -> None:
-    import memlm.build
+    import memlm.assemble
 
     original, memlm.build.build_corpus = memlm.build.build_corpus, _kill(signum)  # type: ignore[assignment]
     code = _exit_of()
@@ -558,7 +558,7 @@ def _while_starting(signum: int) -> None:
 
 
 def _while_measuring(signum: int) -> None:
-    from experiments import runner
+    from memlm.evaluation import runner
 
     original, runner.run_all = runner.run_all, _kill(signum)  # type: ignore[assignment]
     code = _exit_of()
@@ -700,7 +700,8 @@ def _not_finite() -> None:
 
 def _same_directory_twice() -> None:
     """The wandb sync line of a run that went on in its own directory names each part once."""
-    from memlm.training.fit import make_trainer, sync_hint, wandb_logger
+    from memlm.training.fit import make_trainer
+    from memlm.training.loggers import sync_hint, wandb_logger
 
     settings = config(Path.cwd(), "run", "trainer.max_steps=2", logger="wandb")
     fit(settings)

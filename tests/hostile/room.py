@@ -127,7 +127,7 @@ def run(script: str, *arguments: str) -> None:
             if path.name.endswith(".tmp") and path.parts[0] != "elsewhere":
                 raise Silent(f"{path} is left")
             if path.suffix == ".json" and path.is_file() and os.access(path, os.R_OK):
-                json.loads(path.read_text())
+                json.loads(path.read_text().partition("\ncrc32 ")[0])  # what follows is of a checked file
             if path.suffix == ".png" and path.is_file() and not path.read_bytes().endswith(b"IEND\xaeB`\x82"):
                 raise Silent(f"{path} is half a picture")
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from tests.hostile.base import TINY, Answer, Case, Silent, command
+from tests.hostile.base import PRINTED, TINY, Answer, Case, Silent, command
 
 _SOME = ("right", "sentence")
 _WRONG = ("abc", -1, math.nan, 10**20, None, [1])
@@ -27,7 +27,8 @@ _REFUSED = {
         "+data.tokenizer.kid=char", "+data.path=a.txt", "+paths.rot=a", "+paths.a.b=1", "+hydra_run=1",
         "+memory.ltm.slots=1",
         "+model.layers=2", "+trainer.epochs=3", "+curriculum.phase=1", "+watch.needle.distanse=1", "+logger.csv.nam=a",
-        "+needl.distance=5", "+retention.n_write=[0]", "+extra={_target_: memlm.data.corpus.Builtin}", "+extra.a=1",
+        "+needl.distance=5", "+retention.n_write=[0]",
+        "+extra={_target_: memlm.data.corpora.builtin.Builtin}", "+extra.a=1",
         "lr=0.1", "sead=1", "model.n_layr=2", "memory.ltm.n_slots=2", "data.tokenizer.kid=char",
         "checkpoint=5", "checkpoint=null", "checkpoint=[1]", "checkpoint.every=0", "checkpoint.every=1.5",
         "checkpoint.every=abc", "checkpoint.keep=0", "checkpoint.keep=[1]", "~checkpoint", "~checkpoint.every", "~seed",
@@ -41,16 +42,17 @@ _REFUSED = {
         "data.tokenizer.vocab_size=-1", "data.tokenizer.vocab_size=1e5", "data.tokenizer.n_vocab=0", "data.corpus=5",
         "data.corpus={_target_: memlm.data.curriculum.Curriculum, phases: []}", "data=5", "data=null",
         "memory=5", "memory=null", "++memory.x=5", "++memory.ltm=5", "++memory.ltm=null",
-        "+memory.x={_target_: memlm.data.corpus.Builtin}", "+memory.x={_target_: os.system}",
+        "+memory.x={_target_: memlm.data.corpora.builtin.Builtin}", "+memory.x={_target_: os.system}",
         "+memory.x={_target_: nowhere.A}",
         "+memory.x={_target_: memlm.memory.ltm.LongTermMemori}", "+memory.x={_target_: 5}", "+memory.x={a: 1}",
-        "model._target_=memlm.data.corpus.Builtin", "model._target_=5", "model._target_=null",
+        "model._target_=memlm.data.corpora.builtin.Builtin", "model._target_=5", "model._target_=null",
         "model._target_=builtins.dict",
-        "curriculum._target_=memlm.data.corpus.Builtin", "training._target_=memlm.data.corpus.Builtin",
+        "curriculum._target_=memlm.data.corpora.builtin.Builtin",
+        "training._target_=memlm.data.corpora.builtin.Builtin",
         "training._target_=builtins.dict", "replay._target_=builtins.dict", "+replay.ratio=0.5",
         "+replay={_target_: builtins.dict}", "+replay={_target_: memlm.training.replay.Replay, ratio: -1}",
         "logger={csv: 5}", "++logger.csv=5", "watch=5", "watch={needle: 5}", "++watch.needle=abc",
-        "watch.needle.distance=abc", "watch.needle._target_=memlm.data.corpus.Builtin",
+        "watch.needle.distance=abc", "watch.needle._target_=memlm.data.corpora.builtin.Builtin",
         "needle.distance=abc", "needle.distance=-1", "needle.distance=1000000000000",
         "needle.distance=[1000,1000000000]",
         "needle.n_fact=100000", "needle.n_fact=1.5", "needle.n_row=1000000000", "needle.seed=-1", "needle.kind=5",
@@ -183,6 +185,7 @@ _NEEDED = {"generate": "checkpoint=x prompt=a", "evaluate": "checkpoint=x", "cha
 
 def settings() -> list[Case]:
     """All cases."""
+    _model()  # before the processes are forked
     cases = [
         Case(f"{script} {line}", functools.partial(_run, script, line))
         for script, lines in _REFUSED.items()
@@ -207,15 +210,20 @@ def _run(script: str, line: str) -> None:
     if script == "generate":
         needed = [word for word in needed if not word.startswith("prompt=") or "prompt" not in line]
     given = [word.replace("\0", ", ").replace("\1", ": ") for word in words]
-    command(script, *(given[:1] if script == "benchmark" else []), *needed, *given[script == "benchmark" :])
+    try:
+        command(script, *(given[:1] if script == "benchmark" else []), *needed, *given[script == "benchmark" :])
+    finally:
+        sys.stderr.flush()
+        if "checkpoint at x" in Path(PRINTED).read_text(encoding="utf-8", errors="replace"):
+            raise Silent("the settings were taken: it was only refused as its checkpoint is not there")
 
 
 @functools.cache
 def _model() -> Path:
     """A model of bytes as they come, exported."""
-    from memlm.build import build_model, build_tokenizer
+    from memlm.assemble import build_model, build_tokenizer
     from memlm.checkpoint import export
-    from memlm.cli import compose, to_dict
+    from memlm.compose import compose, to_dict
 
     config = to_dict(compose([*TINY, "memory=none", "data.tokenizer.kind=byte"]))
     folder = Path(tempfile.mkdtemp(prefix="memlm-hostile-model-")) / "model"
@@ -312,7 +320,8 @@ def _run_below_a_file(key: str) -> None:
 
 
 def _names(name: str) -> None:
-    from memlm.cli import compose, quote_texts
+    from memlm.compose import compose
+    from memlm.quoting import quote_texts
 
     if name != "${seed}" and compose(quote_texts([f"name={name}"])).name != name:
         raise Silent("another name")
@@ -320,8 +329,9 @@ def _names(name: str) -> None:
 
 
 def _text(path: str) -> None:
-    from memlm.build import build_corpus
-    from memlm.cli import compose, quote_texts, to_dict
+    from memlm.assemble import build_corpus
+    from memlm.compose import compose, to_dict
+    from memlm.quoting import quote_texts
 
     Path(path).write_text("some text\n" * 50)
     corpus = build_corpus(to_dict(compose(["data=text", *quote_texts([f"data.path={path}"])])))
@@ -330,8 +340,9 @@ def _text(path: str) -> None:
 
 
 def _accepted(line: str, whole: bool = False) -> None:
-    import train
-    from memlm.cli import check_command_line, quote_texts
+    from memlm.app import train
+    from memlm.app.command_line import check_command_line
+    from memlm.quoting import quote_texts
 
     check_command_line(quote_texts([line] if whole else line.split(" ")), check=train.check)
 
@@ -358,7 +369,7 @@ def _values() -> Iterator[Case]:
 
 @functools.cache
 def _composed(choices: tuple[str, ...]) -> dict[str, Any]:
-    from memlm.cli import compose, to_dict
+    from memlm.compose import compose, to_dict
 
     own = {"model=", "model.n_head="} if "model=lstm" in choices else set()
     tiny = [line for line in TINY if not line.startswith(tuple(own))]
@@ -374,7 +385,7 @@ def _at(config: dict[str, Any], section: str) -> dict[str, Any]:
 def _value(choices: tuple[str, ...], section: str, name: str, value: Any) -> None:
     from omegaconf import OmegaConf
 
-    import train
+    from memlm.app import train
     from memlm.config import check_settings, validate
     from memlm.schema import Train
 
@@ -390,7 +401,7 @@ def _value(choices: tuple[str, ...], section: str, name: str, value: Any) -> Non
 def _step(config: dict[str, Any]) -> None:
     import torch
 
-    from memlm.build import build_model
+    from memlm.assemble import build_model
 
     tokenizer: Any = SimpleNamespace(vocab_size=50)
     model = build_model(config, tokenizer)

@@ -34,7 +34,7 @@ def prose(n_document: int = 40, n_word: int = 40, seed: int = 0) -> list[str]:
 
 @functools.cache
 def _composed(data: str = "text") -> Any:
-    from memlm.cli import compose
+    from memlm.compose import compose
 
     place = {"text": ["data.path=x.txt"], "hub": ["data.name=x"], "symbols": []}[data]
     return compose([*TINY, f"data={data}", *place])
@@ -42,10 +42,10 @@ def _composed(data: str = "text") -> Any:
 
 def config(path: Any, *, tokenizer: dict[str, Any] | None = None, hub: bool = False, **corpus: Any) -> dict[str, Any]:
     """Settings of a run on a text."""
-    from memlm.cli import to_dict
+    from memlm.compose import to_dict
 
     settings = to_dict(_composed())
-    node = {"_target_": "memlm.data.corpus.Hub", "name": str(path)} if hub else {"path": str(path)}
+    node = {"_target_": "memlm.data.corpora.hub.Hub", "name": str(path)} if hub else {"path": str(path)}
     kept = {} if hub else settings["data"]["corpus"]
     settings["data"]["corpus"] = kept | node | corpus
     settings["data"]["tokenizer"] |= tokenizer or {}
@@ -54,7 +54,7 @@ def config(path: Any, *, tokenizer: dict[str, Any] | None = None, hub: bool = Fa
 
 def data_of(settings: dict[str, Any]) -> Any:
     """What `train.py` has before it trains: checked and tokenised data."""
-    from memlm.build import build_corpus, build_data, build_tokenizer
+    from memlm.assemble import build_corpus, build_data, build_tokenizer
 
     corpus = build_corpus(settings)
     data = build_data(settings, build_tokenizer(settings, corpus), corpus)
@@ -64,7 +64,7 @@ def data_of(settings: dict[str, Any]) -> Any:
 
 def documents(settings: dict[str, Any]) -> list[str]:
     """All documents, in whatever split."""
-    from memlm.build import build_corpus
+    from memlm.assemble import build_corpus
 
     splits = build_corpus(settings)._splits
     return [document for split in splits.values() for document in split]
@@ -264,7 +264,7 @@ def _texts() -> list[Case]:
         Path("a[1]").mkdir()
         os.chdir("a[1]")
         Path("x.txt").write_text(plain)
-        from memlm.cli import compose, to_dict
+        from memlm.compose import compose, to_dict
 
         for pattern in ("x.txt", "*.txt"):
             settings = to_dict(compose(["data=text", f"data.path='{pattern}'"]))
@@ -780,7 +780,7 @@ def _sizes() -> list[Case]:
     def doubles() -> None:
         many = ["\n".join(prose(1, seed=i % 30)) for i in range(300)]
         Path("a.jsonl").write_text("\n".join(json.dumps({"text": t}) for t in many))
-        from memlm.build import build_corpus
+        from memlm.assemble import build_corpus
 
         corpus = build_corpus(config(Path("a.jsonl").absolute()))
         parts = {split: set(corpus.documents(split)) for split in ("train", "val", "test")}
@@ -923,8 +923,8 @@ def settings() -> list[Case]:
             Path("a.txt").write_text(text)
             from omegaconf import OmegaConf, open_dict
 
-            from memlm.build import build_model
-            from memlm.cli import to_dict
+            from memlm.assemble import build_model
+            from memlm.compose import to_dict
             from memlm.config import validate
 
             cfg = copy.deepcopy(_composed(data))
@@ -974,7 +974,7 @@ def settings() -> list[Case]:
         "data.tokenizer={}",
         "data.tokenizer=bpe",
         "data.corpus.max_documents=5",
-        "data.corpus._target_=memlm.data.corpus.Hubb",
+        "data.corpus._target_=memlm.data.corpora.base.Hubb",
     ]
     cases = [Case(line, tried(line)) for line in refused]
     cases += [
@@ -1003,7 +1003,7 @@ def settings() -> list[Case]:
     def counted(n: int, *overrides: str) -> Callable[[], None]:
         def do() -> None:
             Path("a.txt").write_text(text)
-            from memlm.cli import compose, to_dict
+            from memlm.compose import compose, to_dict
 
             found = documents(to_dict(compose(["data=text", "data.path=a.txt", *overrides])))
             expect(len(found) == n, f"{len(found)} documents, wanted {n}")

@@ -22,9 +22,9 @@ import torch
 
 import memlm
 from memlm import checkpoint
-from memlm.build import build_model, build_tokenizer
+from memlm.assemble import build_model, build_tokenizer
 from memlm.checkpoint import load_run
-from memlm.cli import compose, to_dict
+from memlm.compose import compose, to_dict
 from memlm.config import ConfigError
 from tests.hostile.base import CANARY, Case, Silent, command
 from tests.training.small import FACTS, config, fit, overrides
@@ -113,25 +113,25 @@ ACTS: dict[str, dict[str, Any]] = {
     "memlm.checkpoint.os.mkdir": {"path": CANARY},
     "memlm.config.importlib.import_module": {"name": "acting"},
     "memlm.training.apart.subprocess.Popen": {"args": SH},
-    "memlm.cli.shutil.copy": {"src": "acting.py", "dst": CANARY},
+    "memlm.app.cli.shutil.copy": {"src": "acting.py", "dst": CANARY},
     "memlm.checkpoint.write": {"content": {}, "path": CANARY},
     "memlm.checkpoint.export": {"model": None, "directory": CANARY},
     "memlm.checkpoint.torch.save": {"obj": 1, "f": CANARY},
     "memlm.checkpoint.tempfile.mkdtemp": {"prefix": CANARY, "dir": "."},
     "memlm.checkpoint.Path.mkdir": {"self": CANARY},
     "memlm.data.tokens.atomic_file": {"path": CANARY},
-    "memlm.data.corpus.urllib.request.urlretrieve": {"url": "file:acting.py", "filename": CANARY},
+    "memlm.data.corpora.base.urllib.request.urlretrieve": {"url": "file:acting.py", "filename": CANARY},
     "memlm.config.instantiate": {"node": {"_target_": "os.mkdir", "path": CANARY}, "key": "x"},
     "memlm.import_module": {"name": "acting"},
     "memlm.load": {"path": "acting.pickle"},
     "memlm.build": {},
-    "memlm.models.memory_file.write": {"path": CANARY, "content": {}},
+    "memlm.store.memory_file.write": {"path": CANARY, "content": {}},
     "memlm.training.resume.mark_finished": {"run": ".", "config": {}, "value": 1},
     # of memlm, but not what is built there, or no classes to be built at all
-    "memlm.data.corpus.Builtin": {},
+    "memlm.data.corpora.builtin.Builtin": {},
     "memlm.config.ConfigError": {},
-    "memlm.memory.base.Memory": {},
-    "memlm.memory.base.nn.Identity": {},
+    "memlm.memory.contract.Memory": {},
+    "memlm.memory.contract.nn.Identity": {},
     "memlm.models.base.LanguageModel": {},
     "memlm.models.segments.SegmentModel": {
         "n_layer": 2,
@@ -140,13 +140,13 @@ ACTS: dict[str, dict[str, Any]] = {
         "overlap": 4,
         "memory_layers": "middle",
     },
-    "memlm.models.experience.ExperienceModel": {},
-    "memlm.data.corpus.Corpus": {},
+    "memlm.store.operations.ExperienceModel": {},
+    "memlm.data.corpora.base.Corpus": {},
     "memlm.no_such.Memory": {},
     "memlm.memory.ltm.NoSuch": {},
     "memlm": {},
     "memlm.": {},
-    "experiments.base.emit": {"result": None, "figures": {}, "directory": CANARY},
+    "memlm.evaluation.emit.emit": {"result": None, "figures": {}, "directory": CANARY},
     "benchmarks.base.in_own_process": {"function": None, "name": "x"},
     "tests.hostile.trust.act": {},
 }
@@ -399,7 +399,20 @@ def _executing(way: str, place: str, target: Any, settings: dict[str, Any]) -> C
     return Case(f"{way}: {place} is {known}", do, ("right", "sentence") if way in GOES_ON else ("sentence",))
 
 
+def _shown(target: str, settings: dict[str, Any]) -> None:
+    """A page of a run whose corpus is of somebody else says so in the place of its text."""
+    _acting()
+    command("report", str(_run_of(_at("data.corpus", {"_target_": target, **settings}))), "--out", "page.html")
+    if f"data.corpus._target_ names {target}, which is no part of memlm" not in Path("page.html").read_text():
+        raise Silent("the page does not say what is left out")
+
+
 def _executes() -> Iterator[Case]:
+    for (
+        way,
+        do,
+    ) in WAYS.items():  # each way goes through if nothing is wrong, so that it is not refused for other reasons
+        yield Case(f"{way}: nothing is wrong", functools.partial(do, lambda _: None), ("right",))
     for target, settings in ACTS.items():
         yield _executing("load_run", "data.corpus", target, settings)  # called with these settings alone
     for target in (
@@ -423,7 +436,7 @@ def _executes() -> Iterator[Case]:
             yield _executing(way, place, target, ACTS[target])
     for target, settings in {"os.mkdir": ACTS["os.mkdir"], "acting.Memory": {}}.items():
         yield _executing("load of an export", "model", target, settings)
-        yield _executing("report", "data.corpus", target, settings)
+        yield Case(f"report: data.corpus is {target}", functools.partial(_shown, target, settings), ("right",))
         yield _executing("evaluate", "curriculum", target, settings)
     for name, target in NAMES.items():
         case = _executing("load", "memory.evil", target, {"path": CANARY})
@@ -442,7 +455,7 @@ def _nested() -> Iterator[Case]:
         "a phase": _at("curriculum.phases", [evil]),
         "a task of a phase": _at("curriculum.phases", [{"steps": 1, "n_row": 1, "n_segment": 1, "task": evil}]),
         "memories of a phase": _at("curriculum.phases", [{"steps": 1, "n_row": 1, "n_segment": 1, "memory": evil}]),
-        "a task without document": _at("curriculum.task", {"_target_": "memlm.data.corpus.Builtin"}),
+        "a task without document": _at("curriculum.task", {"_target_": "memlm.data.corpora.builtin.Builtin"}),
         "the path of the text": _at("data.corpus.path", evil),
         "the column of the text": _at("data.corpus.column", evil),
         "_args_": lambda c: c["memlm"]["config"]["memory"]["ltm"].update(_args_=[evil]),
@@ -489,7 +502,7 @@ OWN = """
 from pathlib import Path
 Path("IMPORTED").touch()
 from memlm.memory.ltm import LongTermMemory
-from memlm.data.facts import Facts
+from memlm.data.tasks.facts import Facts
 class Own(LongTermMemory): pass
 class OwnFacts(Facts): pass
 def make(*arguments, **settings): return Own(*arguments, **settings)
@@ -623,7 +636,7 @@ def _touches() -> Iterator[Case]:
     }
     for name, path in texts.items():
         yield Case(f"load_run: the text is {name}", lambda path=path: _load_run(_at("data.corpus.path", path)))
-    hub = {"_target_": "memlm.data.corpus.Hub", "name": "."}
+    hub = {"_target_": "memlm.data.corpora.hub.Hub", "name": "."}
 
     def script() -> None:
         _acting()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from memlm.memory.base import Segment
+from memlm.memory.contract import Flags, Segment
 
 
 def segment_of(hidden: Tensor, valid: list[int] | None = None, complete: list[bool] | None = None) -> Segment:
@@ -17,12 +17,8 @@ def segment_of(hidden: Tensor, valid: list[int] | None = None, complete: list[bo
         embeddings=torch.zeros(n_row, n_token, hidden.shape[-1]),
         hidden=hidden,
         valid=torch.arange(n_token) < torch.tensor(valid or [n_token] * n_row)[:, None],
-        complete=yes if complete is None else torch.tensor(complete)[:, None],
-        continues=~yes,
-        closes=~yes,
-        reset=None,
-        position=zero,
-        document=zero,
+        flags=Flags(yes if complete is None else torch.tensor(complete)[:, None], ~yes, ~yes, None, zero, zero),
         signals=None,
         lookback=0,
+        columns=slice(0, n_token),
     )

@@ -9,11 +9,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import memlm
+from memlm import laws
+from memlm.memory import strengths
 from memlm.memory.adaptive import AdaptiveMemory, AdaptiveState, policy_gradient
-from memlm.memory.base import Segment
+from memlm.memory.contract import Flags, Segment
 from memlm.models.lmcode import LMCode
-from tests.conformance import laws
-from tests.conformance.oracles import adaptive_store, items_of, same_items
+from tests.laws.oracles import adaptive_store, items_of, same_items
 
 D = 8
 SMALL: dict[str, Any] = {"n_slot": 5, "n_short": 4, "d_key": 6, "d_value": 7, "top_k": 3, "write_budget": 4}
@@ -82,7 +83,7 @@ def test_what_moved_is_counted() -> None:
     for s in range(25):
         offered = torch.randint(14, (1, 4), generator=draw).tolist()
         items = offer(offered, torch.rand(1, 4, generator=draw).clamp(min=0.1).tolist(), first=4 * s, noise=0.02)
-        everything, source = memory._settle(state, items)
+        everything, source = strengths.settle(memory, state, items)
         counts = memory._moved(state, everything, source, rows)
         old, new = kinds(state), kinds(memory.store(state, items, rows))
         expected = {
@@ -160,7 +161,8 @@ def segment_of(hidden: Tensor, embeddings: Tensor) -> Segment:
     n_row, n_token = hidden.shape[:2]
     yes, zero = torch.ones(n_row, 1, dtype=torch.bool), torch.zeros(n_row, 1, dtype=torch.long)
     ids, valid = torch.zeros(n_row, n_token, dtype=torch.long), torch.ones(n_row, n_token, dtype=torch.bool)
-    return Segment(ids, embeddings, hidden, valid, yes, yes, ~yes, None, zero + 1, zero, None, lookback=1)
+    flags = Flags(yes, yes, ~yes, None, zero + 1, zero)
+    return Segment(ids, embeddings, hidden, valid, flags, None, 1, slice(0, n_token - 1))
 
 
 @pytest.mark.parametrize("controller", ["policy", "straight_through"])
@@ -169,8 +171,8 @@ def test_what_teaches_the_controller(controller: str) -> None:
     memory = memory_of(controller=controller, exploration=0.0, gate_penalty=0.0).train()
     draw = torch.Generator().manual_seed(3)
     hidden, embeddings = (torch.randn(2, 5, D, generator=draw) for _ in range(2))
-    state, trace = memory.write(segment_of(hidden, embeddings), memory.init_state(2), [])
-    memory.read(hidden, memory.recall(state), 0).values.square().sum().backward(retain_graph=True)
+    state, trace = memory.write(segment_of(hidden, embeddings), memory.init_state(2))
+    memory.read(hidden, memory.prepare(state)).value.square().sum().backward(retain_graph=True)
     assert memory.to_importance is not None
     taught = memory.to_importance[-1].weight.grad is not None  # by what is read
     assert taught == (controller == "straight_through")
@@ -193,7 +195,7 @@ def test_always_writes_everything_and_never_nothing() -> None:
     segment = segment_of(torch.randn(2, 5, D, generator=draw), torch.randn(2, 5, D, generator=draw))
     for controller, expected in (("always", [0, 1, 2, 3]), ("never", [])):
         memory = memory_of(controller=controller)
-        state, trace = memory.write(segment, memory.init_state(2), [])
+        state, trace = memory.write(segment, memory.init_state(2))
         assert sorted(state.position[0][state.strength[0] > 0].tolist()) == expected
         assert float(trace["written"]) == float(trace["write_gate"]) == (controller == "always")
         assert memory.losses(trace, torch.zeros(2)) == {}
@@ -205,7 +207,7 @@ def test_the_budget_takes_the_most_important() -> None:
     draw = torch.Generator().manual_seed(3)
     hidden, embeddings = (torch.randn(1, 5, D, generator=draw) for _ in range(2))
     importance = [float(memory.encode(hidden[:, i : i + 1], embeddings[:, i + 1 : i + 2], None)[2]) for i in range(4)]
-    state, _ = memory.write(segment_of(hidden, embeddings), memory.init_state(1), [])
+    state, _ = memory.write(segment_of(hidden, embeddings), memory.init_state(1))
     best = sorted(range(4), key=lambda i: -importance[i])[:2]
     assert min(importance[i] for i in best) > 0
     assert sorted(state.position[0][state.strength[0] > 0].tolist()) == sorted(best)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from memlm.memory.auto import AutoMemory, AutoState
-from memlm.memory.base import Segment, mean_trace
+from memlm.memory.contract import Flags, Segment, mean_trace
 
 D, T, M = 8, 5, 5
 
@@ -44,16 +44,13 @@ def segment_of(hidden: Tensor, ids: Tensor, first: int = 0, **changes: Any) -> S
         embeddings=torch.zeros_like(hidden),
         hidden=hidden,
         valid=torch.ones_like(ids, dtype=torch.bool),
-        complete=yes,
-        continues=~yes,
-        closes=~yes,
-        reset=None,
-        position=zero + first,
-        document=zero,
+        flags=Flags(yes, ~yes, ~yes, None, zero + first, zero),
         signals=None,
         lookback=0,
+        columns=slice(0, ids.shape[1]),
     )
-    return segment._replace(**changes)
+    of_flags = {name: changes.pop(name) for name in list(changes) if name in Flags._fields}
+    return segment._replace(flags=segment.flags._replace(**of_flags), **changes)
 
 
 class Scored(AutoMemory):
@@ -71,7 +68,7 @@ def scored(**settings: Any) -> Scored:
 def tell(memory: AutoMemory, state: AutoState, ids: list[int], scores: list[float], first: int = 0) -> AutoState:
     hidden = torch.zeros(1, len(ids), D)
     hidden[0, :, 0] = torch.tensor(scores)
-    return memory.write(segment_of(hidden, torch.tensor([ids]), first), state, [])[0]
+    return memory.write(segment_of(hidden, torch.tensor([ids]), first), state)[0]
 
 
 def memory_of(**settings: Any) -> AutoMemory:
@@ -126,8 +123,8 @@ def test_a_token_is_kept_once_where_it_scored_best_and_of_equal_scores_the_newer
 @torch.no_grad()
 def test_what_was_kept_is_scored_again() -> None:
     memory = memory_of(threshold=0.0)
-    state, _ = memory.write(segment_of(hidden_of(1), torch.arange(5)[None]), memory.init_state(1), [])
-    new, _ = memory.write(segment_of(hidden_of(1, seed=2), 5 + torch.arange(5)[None], first=5), state, [])
+    state, _ = memory.write(segment_of(hidden_of(1), torch.arange(5)[None]), memory.init_state(1))
+    new, _ = memory.write(segment_of(hidden_of(1, seed=2), 5 + torch.arange(5)[None], first=5), state)
     context = torch.stack([memory.norm(part) for part in state.hidden[0]]).mean(dim=0)
     for i in range(M):
         expected = memory.score_net(torch.cat([memory.norm(new.hidden[0, i]), context])).sigmoid()
@@ -166,21 +163,21 @@ def test_the_source_needs_equal_sizes_and_ours_scores_any_number() -> None:
         source([1, 2, 3], [0] * M)
     memory, state = memory_of(), memory_of().init_state(1)
     for n_token in (1, 3, 17):
-        state, _ = memory.write(segment_of(hidden_of(1, n_token=n_token), ids_of(1, n_token=n_token)), state, [])
+        state, _ = memory.write(segment_of(hidden_of(1, n_token=n_token), ids_of(1, n_token=n_token)), state)
     assert memory.filled(state).any()
 
 
 @torch.no_grad()
 def test_only_complete_segments_are_written_and_no_padding() -> None:
     memory = memory_of()
-    state, _ = memory.write(segment_of(hidden_of(3), ids_of(3)), memory.init_state(3), [])
+    state, _ = memory.write(segment_of(hidden_of(3), ids_of(3)), memory.init_state(3))
     valid = torch.arange(T) < torch.tensor([2, 5, 0])[:, None]
     complete = torch.tensor([[True], [False], [True]])
     x, ids = hidden_of(3, seed=2), ids_of(3, seed=2)
-    new, _ = memory.write(segment_of(x, ids, 5, valid=valid, complete=complete), state, [])
+    new, _ = memory.write(segment_of(x, ids, 5, valid=valid, complete=complete), state)
     for part, old in zip(new, state, strict=True):
         assert torch.equal(part[1:], old[1:])
-    short, _ = memory.write(segment_of(x[:1, :2], ids[:1, :2], 5), AutoState(*(part[:1] for part in state)), [])
+    short, _ = memory.write(segment_of(x[:1, :2], ids[:1, :2], 5), AutoState(*(part[:1] for part in state)))
     for part, other in zip(new, short, strict=True):
         torch.testing.assert_close(part[:1], other)
 
@@ -191,9 +188,9 @@ def test_only_complete_segments_are_written_and_no_padding() -> None:
 @torch.no_grad()
 def test_read_equals_the_naive_reference() -> None:
     memory = memory_of(threshold=0.0)
-    state, _ = memory.write(segment_of(hidden_of(1, n_token=3), torch.arange(3)[None]), memory.init_state(1), [])
+    state, _ = memory.write(segment_of(hidden_of(1, n_token=3), torch.arange(3)[None]), memory.init_state(1))
     x = hidden_of(1, seed=2)
-    read = memory.read(x, memory.recall(state), 0)
+    read = memory.read(x, memory.prepare(state))
     for t in range(T):
         query = memory.to_query(memory.norm(x[0, t]))
         strength = [1.0]  # of nothing
@@ -203,7 +200,7 @@ def test_read_equals_the_naive_reference() -> None:
         share = [part / sum(strength) for part in strength[1:]]
         found = sum(a * memory.to_value(memory.norm(state.hidden[0, i])) for i, a in enumerate(share))
         expected = memory.read_gate(x[0, t]).sigmoid() * memory.to_output(found)
-        torch.testing.assert_close(read.values[0, t], expected, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(read.value[0, t], expected, atol=1e-5, rtol=1e-4)
         torch.testing.assert_close(read.weights[0, t], torch.tensor([*share, 0.0, 0.0]), atol=1e-5, rtol=1e-4)
     assert read.slots[0, 0].tolist() == [0, 1, 2, -1, -1]
 
@@ -211,8 +208,8 @@ def test_read_equals_the_naive_reference() -> None:
 @torch.no_grad()
 def test_a_row_that_keeps_nothing_reads_nothing() -> None:
     memory = memory_of()
-    read = memory.read(hidden_of(2), memory.recall(memory.init_state(2)), 0)
-    for part in (read.values, read.weights, read.gate):
+    read = memory.read(hidden_of(2), memory.prepare(memory.init_state(2)))
+    for part in (read.value, read.weights, read.gate):
         assert part.abs().max() == 0
     assert (read.slots == -1).all()
 
@@ -222,8 +219,8 @@ def test_a_row_that_keeps_nothing_reads_nothing() -> None:
 
 def test_the_score_network_learns_from_what_is_read() -> None:
     memory = memory_of()
-    state, _ = memory.write(segment_of(hidden_of(2), ids_of(2)), memory.init_state(2), [])
-    (memory.read(hidden_of(2, seed=2), memory.recall(state), 0).values * torch.randn(2, T, D)).sum().backward()
+    state, _ = memory.write(segment_of(hidden_of(2), ids_of(2)), memory.init_state(2))
+    (memory.read(hidden_of(2, seed=2), memory.prepare(state)).value * torch.randn(2, T, D)).sum().backward()
     for name, parameter in memory.named_parameters():
         assert parameter.grad.isfinite().all(), name
         assert parameter.grad.abs().max() > 0, name
@@ -234,7 +231,7 @@ def test_the_budget_pulls_the_share_that_passes_from_both_sides() -> None:
         memory = memory_of(budget=0.25, budget_penalty=2.0)
         with torch.no_grad():
             memory.score_net[2].bias.fill_(bias)
-        state, trace = memory.write(segment_of(hidden_of(2), ids_of(2)), memory.init_state(2), [])
+        state, trace = memory.write(segment_of(hidden_of(2), ids_of(2)), memory.init_state(2))
         assert trace["passes"].item() == share
         assert float(trace["kept"]) == float(memory.filled(state).sum(dim=1).float().mean())
         (loss,) = memory.losses(trace, torch.zeros(())).values()
@@ -250,7 +247,7 @@ def test_all_and_none_in_turn_keep_to_no_budget() -> None:
     for bias in (5.0, -5.0):  # as a network does that looks at how full the memory is
         with torch.no_grad():
             memory.score_net[2].bias.fill_(bias)
-        traces.append(memory.write(segment_of(hidden_of(2), ids_of(2)), memory.init_state(2), [])[1])
+        traces.append(memory.write(segment_of(hidden_of(2), ids_of(2)), memory.init_state(2))[1])
     trace = mean_trace(traces)
     assert trace["passes"].item() == 0.5
     assert memory.losses(trace, torch.zeros(()))["budget"].item() == pytest.approx(0.25)

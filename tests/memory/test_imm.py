@@ -69,8 +69,8 @@ def pair(**settings: Any) -> tuple[ImplicitMemory, Source]:
 
 
 def ungated(memory: ImplicitMemory, x: Tensor, state: ImplicitState) -> Tensor:
-    read = memory.read(x, memory.recall(state), 0)
-    return read.values / read.gate[..., None]
+    read = memory.read(x, memory.prepare(state))
+    return read.value / read.gate[..., None]
 
 
 @torch.no_grad()
@@ -81,7 +81,7 @@ def test_a_row_equals_the_source_step_for_step_once_it_reads_before_it_writes() 
         x = hidden_of(1, seed=s)
         if s:
             torch.testing.assert_close(ungated(memory, x, state), source.read(x), atol=1e-6, rtol=1e-4)
-        state, _ = memory.write(segment_of(x), state, [])
+        state, _ = memory.write(segment_of(x), state)
         source.update(x)
         torch.testing.assert_close(state.slot[0], source.memory, atol=1e-6, rtol=1e-4)
 
@@ -93,7 +93,7 @@ def test_writing_before_reading_gives_what_the_source_gives() -> None:
     state = memory.init_state(1)
     for s in range(3):
         x = hidden_of(1, seed=s)
-        state, _ = memory.write(segment_of(x), state, [])
+        state, _ = memory.write(segment_of(x), state)
         torch.testing.assert_close(ungated(memory, x, state), source(x), atol=1e-6, rtol=1e-4)
 
 
@@ -105,9 +105,9 @@ def test_the_source_leaks_and_shares_and_ours_does_not() -> None:
     outputs = []
     for changed in (x, later, neighbour):
         memory, source = pair()
-        state, _ = memory.write(segment_of(hidden_of(2, seed=5)), memory.init_state(2), [])
-        ours = memory.read(changed, memory.recall(state), 0).values
-        outputs.append((source(changed)[0, :-1], ours[0, :-1], memory.write(segment_of(changed), state, [])[0].slot[0]))
+        state, _ = memory.write(segment_of(hidden_of(2, seed=5)), memory.init_state(2))
+        ours = memory.read(changed, memory.prepare(state)).value
+        outputs.append((source(changed)[0, :-1], ours[0, :-1], memory.write(segment_of(changed), state)[0].slot[0]))
     (theirs, mine, bank), (theirs_later, mine_later, _), (theirs_neighbour, _, bank_neighbour) = outputs
     assert (theirs - theirs_later).abs().max() > 1e-4
     assert torch.equal(mine, mine_later)
@@ -118,9 +118,9 @@ def test_the_source_leaks_and_shares_and_ours_does_not() -> None:
 @torch.no_grad()
 def test_a_shared_bank_is_written_by_one_layer_after_the_other_from_the_middle_on() -> None:
     memory, source = pair(shared_layers=True)
-    assert not memory.layerwise
+    assert memory.around == "layers"
     layers = [hidden_of(1, seed=s) for s in range(4)]
-    state, _ = memory.write(segment_of(torch.stack(layers, dim=2)), memory.init_state(1), [])
+    state, _ = memory.write(segment_of(torch.stack(layers, dim=2)), memory.init_state(1))
     for x in layers[2:]:
         source.update(x)
     torch.testing.assert_close(state.slot[0], source.memory, atol=1e-6, rtol=1e-4)
@@ -129,16 +129,16 @@ def test_a_shared_bank_is_written_by_one_layer_after_the_other_from_the_middle_o
 @torch.no_grad()
 def test_contents_are_read_by_similarity() -> None:
     memory = memory_of(content_read=True)
-    state, _ = memory.write(segment_of(hidden_of(1)), memory.init_state(1), [])
+    state, _ = memory.write(segment_of(hidden_of(1)), memory.init_state(1))
     x = hidden_of(1, seed=2)
-    read = memory.read(x, memory.recall(state), 0)
+    read = memory.read(x, memory.prepare(state))
     for t in range(T):
         direction = x[0, t] / x[0, t].norm()
         cosine = torch.stack([direction @ slot / slot.norm() for slot in state.slot[0]])
         share = (cosine / (math.sqrt(D) * 0.8)).softmax(dim=0)
         held = sum(float(a) * slot * math.sqrt(D) for a, slot in zip(share, state.slot[0], strict=True))
         expected = memory.similarity_to_output(cosine) + memory.content_to_output(held)
-        torch.testing.assert_close(read.values[0, t], read.gate[0, t] * expected, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(read.value[0, t], read.gate[0, t] * expected, atol=1e-5, rtol=1e-4)
         loud = torch.stack([abs(cosine[j]) * memory.similarity_to_output.weight[:, j].norm() for j in range(N)])
         torch.testing.assert_close(read.weights[0, t], (loud / loud.sum() + share) / 2, atol=1e-5, rtol=1e-4)
 
@@ -152,10 +152,10 @@ def test_importance_weighs_the_tokens_of_a_segment() -> None:
     x = hidden_of(1)
     x[..., 0] = 0.0
     x[0, 2, 0] = 1.0
-    whole, _ = memory.write(segment_of(x), memory.init_state(1), [])
-    alone, _ = memory.write(segment_of(x[:, 2:3]), memory.init_state(1), [])
+    whole, _ = memory.write(segment_of(x), memory.init_state(1))
+    alone, _ = memory.write(segment_of(x[:, 2:3]), memory.init_state(1))
     torch.testing.assert_close(whole.slot, alone.slot)
-    soft, _ = memory_of().write(segment_of(x), memory.init_state(1), [])
+    soft, _ = memory_of().write(segment_of(x), memory.init_state(1))
     assert (soft.slot - alone.slot).abs().max() > 0.01
 
 
@@ -165,25 +165,25 @@ def test_the_bank_begins_anew_after_so_many_segments() -> None:
     state, kept = memory.init_state(1), never.init_state(1)
     counts = []
     for s in range(7):
-        state, _ = memory.write(segment_of(hidden_of(1, seed=s)), state, [])
-        kept, _ = never.write(segment_of(hidden_of(1, seed=s)), kept, [])
+        state, _ = memory.write(segment_of(hidden_of(1, seed=s)), state)
+        kept, _ = never.write(segment_of(hidden_of(1, seed=s)), kept)
         counts.append(int(state.n_written))
         assert torch.equal(state.slot, kept.slot) == (s < 3)
         assert memory.filled(state).all()  # what is written is never empty again
     assert counts == [1, 2, 3, 1, 2, 3, 1]
-    alone, _ = never.write(segment_of(hidden_of(1, seed=6)), never.init_state(1), [])
+    alone, _ = never.write(segment_of(hidden_of(1, seed=6)), never.init_state(1))
     assert torch.equal(state.slot, alone.slot)
 
 
 @torch.no_grad()
 def test_only_complete_segments_are_written_and_no_padding() -> None:
     memory = memory_of(norm="layer", content_read=True)
-    state, _ = memory.write(segment_of(hidden_of(3)), memory.init_state(3), [])
+    state, _ = memory.write(segment_of(hidden_of(3)), memory.init_state(3))
     x = hidden_of(3, seed=2)
-    new, trace = memory.write(segment_of(x, valid=[3, 5, 0], complete=[True, False, True]), state, [])
+    new, trace = memory.write(segment_of(x, valid=[3, 5, 0], complete=[True, False, True]), state)
     assert torch.equal(new.slot[1:], state.slot[1:])
     assert new.n_written.tolist() == [2, 1, 1]
-    short, _ = memory.write(segment_of(x[:1, :3]), ImplicitState(*(part[:1] for part in state)), [])
+    short, _ = memory.write(segment_of(x[:1, :3]), ImplicitState(*(part[:1] for part in state)))
     torch.testing.assert_close(new.slot[:1], short.slot)
     assert float(trace["not_finite"]) == 0
 
@@ -191,10 +191,10 @@ def test_only_complete_segments_are_written_and_no_padding() -> None:
 @torch.no_grad()
 def test_what_was_never_written_is_not_read() -> None:
     memory = memory_of(content_read=True)
-    state, _ = memory.write(segment_of(hidden_of(2), complete=[True, False]), memory.init_state(2), [])
-    read = memory.read(hidden_of(2), memory.recall(state), 0)
-    assert read.values[0].abs().max() > 0
-    for part in (read.values, read.weights, read.gate):
+    state, _ = memory.write(segment_of(hidden_of(2), complete=[True, False]), memory.init_state(2))
+    read = memory.read(hidden_of(2), memory.prepare(state))
+    assert read.value[0].abs().max() > 0
+    for part in (read.value, read.weights, read.gate):
         assert part[1].abs().max() == 0
 
 
@@ -204,7 +204,7 @@ def test_a_low_temperature_deals_tokens_out_and_the_source_s_spreads_them_evenly
     used = {}
     for temperature in (0.8, 0.01):
         memory = memory_of(temperature=temperature)
-        _, trace = memory.write(segment_of(hidden_of(1, n_token=1)), memory.init_state(1), [])
+        _, trace = memory.write(segment_of(hidden_of(1, n_token=1)), memory.init_state(1))
         used[temperature] = float(trace["slots_used"])
     assert used[0.8] > 0.98 * N
     assert used[0.01] < 0.7 * N
@@ -215,16 +215,16 @@ def test_numbers_that_are_not_finite_are_counted() -> None:
     x = hidden_of(1)
     x[0, 0, 0] = math.nan
     with torch.no_grad():
-        _, trace = memory.write(segment_of(x), memory.init_state(1), [])
+        _, trace = memory.write(segment_of(x), memory.init_state(1))
     assert float(trace["not_finite"]) == N * D
 
 
 def test_every_parameter_gets_a_gradient_through_the_writes() -> None:
     memory = memory_of(update="importance", content_read=True, norm="layer")
-    state, _ = memory.write(segment_of(hidden_of(2)), memory.init_state(2), [])
-    state, _ = memory.write(segment_of(hidden_of(2, seed=2)), state, [])
+    state, _ = memory.write(segment_of(hidden_of(2)), memory.init_state(2))
+    state, _ = memory.write(segment_of(hidden_of(2, seed=2)), state)
     probe = torch.randn(2, T, D)
-    (memory.read(hidden_of(2, seed=3), memory.recall(state), 0).values * probe).sum().backward()
+    (memory.read(hidden_of(2, seed=3), memory.prepare(state)).value * probe).sum().backward()
     for name, parameter in memory.named_parameters():
         assert parameter.grad.isfinite().all(), name
         assert parameter.grad.abs().max() > 0, name
@@ -236,10 +236,10 @@ def test_the_coldest_read_takes_the_nearest_slot_alone() -> None:
     torch.nn.init.zeros_(memory.similarity_to_output.weight)  # so that half of the weights are those of contents
     slot, x = F.normalize(torch.randn(1, 3, D), dim=-1), torch.randn(1, 5, D)
     state = memory.init_state(1)._replace(slot=slot, written=torch.tensor([[True, True, False]]))
-    read = memory.read(x, state, 0)
+    read = memory.read(x, state)
     nearest = F.cosine_similarity(memory.norm(x)[:, :, None], slot[:, None, :2], dim=-1).argmax(dim=-1)
     torch.testing.assert_close(2 * read.weights, F.one_hot(nearest, 3).float())
-    assert read.values.isfinite().all()
+    assert read.value.isfinite().all()
 
 
 @pytest.mark.parametrize(

@@ -10,18 +10,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from memlm.memory.memoria import (
-    EMPTY,
-    LONG_TERM,
-    SHORT_TERM,
-    WORKING,
-    EngramGraph,
-    Engrams,
-    MemoriaMemory,
-    MemoriaState,
-)
+from memlm import laws
+from memlm.compat.memoria import MemoriaOfSource, SourceGraph
+from memlm.memory.engrams import EMPTY, LONG_TERM, SHORT_TERM, WORKING, EngramGraph, Engrams
+from memlm.memory.memoria import MemoriaMemory, MemoriaState
 from memlm.memory.state import tensors
-from tests.conformance import laws
 from tests.memory import memoria_source
 from tests.memory.segments import segment_of
 
@@ -39,7 +32,7 @@ class Source:
             initial_lifespan=settings["lifespan"],
             num_final_ltms=settings["n_reminded_ltm"],
         )
-        self.graph = EngramGraph(n_slot, compat=version, **settings)  # type: ignore[arg-type]
+        self.graph = SourceGraph(version, n_slot, **settings)  # type: ignore[arg-type]
         self.ours: Engrams | None = None
         self.dtype = torch.float64 if double else torch.float32
         self.noise = torch.zeros(0)
@@ -313,7 +306,7 @@ def hidden_of(n_row: int, seed: int, n_layer: int = 2) -> Tensor:
 def state_after(memory: MemoriaMemory, n_segment: int, n_row: int = 2) -> MemoriaState:
     state = memory.init_state(n_row)
     for seed in range(n_segment):
-        state, _ = memory.write(segment_of(hidden_of(n_row, seed)), state, [])
+        state, _ = memory.write(segment_of(hidden_of(n_row, seed)), state)
     return state
 
 
@@ -338,7 +331,7 @@ def test_a_read_equals_attention_by_hand() -> None:
     memory = memory_of()
     state = state_after(memory, 6)
     x = hidden_of(2, seed=9)[:, :, 0]
-    read = memory.read(x, memory.recall(state), 0)
+    read = memory.read(x, memory.prepare(state))
     for row, t in itertools.product(range(2), range(T)):
         slots = [int(slot) for slot in state.active[row] if slot >= 0]
         contents = [state.engrams.data[row, slot] for slot in slots]
@@ -352,7 +345,7 @@ def test_a_read_equals_attention_by_hand() -> None:
             ]
         )
         gate = memory.read_gate(x[row, t]).sigmoid()
-        torch.testing.assert_close(read.values[row, t], gate * memory.to_output(found), atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(read.value[row, t], gate * memory.to_output(found), atol=1e-5, rtol=1e-4)
         kept = read.slots[row, t] >= 0
         assert read.slots[row, t][kept].tolist() == slots
         torch.testing.assert_close(read.weights[row, t][kept], weights.mean(dim=0), atol=1e-5, rtol=1e-4)
@@ -365,7 +358,7 @@ def test_lives_are_extended_by_the_attention_of_all_tokens_layers_and_heads() ->
     memory = memory_of(extension=5.0)
     state = state_after(memory, 5)
     hidden, n_valid = hidden_of(2, seed=9), [3, 5]
-    new, _ = memory.write(segment_of(hidden, n_valid), state, [])
+    new, _ = memory.write(segment_of(hidden, n_valid), state)
     n_working = memory.graph.n_working
     for row in range(2):
         slots = [int(slot) for slot in state.active[row] if slot >= 0]
@@ -388,7 +381,7 @@ def test_lives_are_extended_by_the_attention_of_all_tokens_layers_and_heads() ->
 def test_the_abstractor_pools_the_last_layer_by_hand() -> None:
     memory = memory_of()
     hidden = hidden_of(1, seed=1)
-    state, trace = memory.write(segment_of(hidden, [4]), memory.init_state(1), [])
+    state, trace = memory.write(segment_of(hidden, [4]), memory.init_state(1))
     x = [rms(hidden[0, t, -1], memory.norm.weight) for t in range(4)]
     for number, query in enumerate(memory.abstract_query):
         scores = torch.stack([query @ memory.abstract_key(token) / math.sqrt(D) for token in x]).exp()
@@ -404,7 +397,7 @@ def test_the_abstractor_pools_the_last_layer_by_hand() -> None:
 def test_rows_without_a_complete_segment_keep_their_state() -> None:
     memory = memory_of()
     state = state_after(memory, 4, n_row=3)
-    new, _ = memory.write(segment_of(hidden_of(3, seed=9), [T, T, 0], [True, False, True]), state, [])
+    new, _ = memory.write(segment_of(hidden_of(3, seed=9), [T, T, 0], [True, False, True]), state)
     assert new.engrams.n_born.tolist() == [10, 8, 8]
     for before, after in zip(tensors(state), tensors(new), strict=True):
         assert torch.equal(before[1:], after[1:])
@@ -417,7 +410,7 @@ def test_what_became_long_term_or_went_is_counted() -> None:
     memory = memory_of(lifespan=5)
     state, total = memory.init_state(2), {"promoted": 0, "evicted": 0}
     for s in range(12):
-        new, trace = memory.write(segment_of(hidden_of(2, seed=s)), state, [])
+        new, trace = memory.write(segment_of(hidden_of(2, seed=s)), state)
         expected = dict.fromkeys(total, 0)
         for row in range(2):
             old, now = (
@@ -460,7 +453,8 @@ def test_what_was_told_is_recalled_from_long_term_memory() -> None:
 @pytest.mark.parametrize("version", ["1.0.0", "1.1.0"])
 def test_as_the_source_a_row_depends_on_its_batch_mates_and_on_nothing_later(version: str) -> None:
     (node,) = laws.nodes_of("memoria").values()
-    make = laws.builder({"memoria": {**node, "compat": version}})
+    target = "memlm.compat.memoria.MemoriaOfSource"
+    make = laws.builder({"memoria": {**node, "_target_": target, "version": version}})
     laws.causal(make)
     laws.chunk_invariant(make)
     with pytest.raises(AssertionError, match=r"rows .* differ"):
@@ -479,9 +473,13 @@ def test_as_the_source_a_row_depends_on_its_batch_mates_and_on_nothing_later(ver
         ({"extension": -1.0}, "extension must be at least 0"),
         ({"extension": math.inf}, "extension"),
         ({"n_head": 3}, "n_head must divide d_model"),
-        ({"compat": "2.0.0"}, "compat must be one of none, 1.0.0, 1.1.0"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         memory_of(**settings)
+
+
+def test_an_unknown_version_of_the_source_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"version must be one of 1\.0\.0, 1\.1\.0, got '2\.0\.0'"):
+        MemoriaOfSource(8, version="2.0.0", n_slot=16, n_working=2, n_stm=4)  # type: ignore[arg-type]

@@ -6,11 +6,12 @@ import torch
 from torch import Tensor
 
 from memlm.memory import state as states
+from memlm.tensors import Host
 
 
 class Leaf(NamedTuple):
     value: Tensor
-    host_count: Tensor
+    count: Host
 
 
 class Tree(NamedTuple):
@@ -21,7 +22,7 @@ class Tree(NamedTuple):
 
 def leaf(n_row: int, start: float = 0.0) -> Leaf:
     value = torch.arange(n_row * 2 * 3, dtype=torch.float32).view(n_row, 2, 3) + start
-    return Leaf(value, torch.arange(n_row))
+    return Leaf(value, Host(torch.arange(n_row)))
 
 
 def tree(n_row: int = 3, start: float = 0.0) -> Tree:
@@ -51,7 +52,7 @@ def test_map_tensors_over_several_states() -> None:
 def test_map_tensors_may_leave_the_host_alone() -> None:
     state = tree()
     mapped = states.map_tensors(lambda t: t + 1, state, host=False)
-    assert mapped.leaves["a"][0].host_count is state.leaves["a"][0].host_count
+    assert mapped.leaves["a"][0].count is state.leaves["a"][0].count
     assert torch.equal(mapped.leaves["a"][0].value, state.leaves["a"][0].value + 1)
 
 
@@ -65,7 +66,7 @@ def test_what_is_no_state_is_refused() -> None:
 def test_tensors_are_in_a_fixed_order() -> None:
     state = tree()
     a, b = state.leaves["a"]
-    expected = [a.value, a.host_count, b.value, b.host_count, state.parts[0]]
+    expected = [a.value, a.count.tensor, b.value, b.count.tensor, state.parts[0]]
     assert all(x is y for x, y in zip(states.tensors(state), expected, strict=True))
 
 
@@ -76,10 +77,10 @@ def test_detach_cuts_the_graph_and_keeps_the_values() -> None:
     assert torch.equal(state["a"], torch.full((3, 1), 2.0))
 
 
-def test_move_leaves_host_fields_on_the_cpu() -> None:
+def test_move_leaves_the_host_on_the_cpu() -> None:
     moved = states.move(tree(), "meta")
     assert moved.leaves["a"][0].value.device.type == "meta"
-    assert moved.leaves["a"][0].host_count.device.type == "cpu"
+    assert moved.leaves["a"][0].count.tensor.device.type == "cpu"
 
 
 def test_where_rows() -> None:
@@ -99,7 +100,7 @@ def test_where_rows_passes_gradients_of_the_chosen_rows_only() -> None:
 
 def test_select_rows_permutes_repeats_and_drops() -> None:
     picked = states.select_rows(tree(), torch.tensor([2, 2, 0]))
-    assert picked.leaves["a"][0].host_count.tolist() == [2, 2, 0]
+    assert picked.leaves["a"][0].count.tensor.tolist() == [2, 2, 0]
     assert torch.equal(picked.leaves["a"][0].value, leaf(3).value[[2, 2, 0]])
     assert states.tensors(states.select_rows(tree(), torch.tensor([], dtype=torch.long)))[0].shape == (0, 2, 3)
 
@@ -133,10 +134,10 @@ def test_from_dict_takes_another_number_of_rows() -> None:
 @pytest.mark.parametrize(
     ("plain", "message"),
     [
-        ({"value": torch.zeros(1, 2, 4), "host_count": torch.zeros(1)}, r"expected rows of \(2, 3\), got \(1, 2, 4\)"),
-        ({"value": [1.0], "host_count": torch.zeros(1)}, "got list"),
+        ({"value": torch.zeros(1, 2, 4), "count": torch.zeros(1)}, r"expected rows of \(2, 3\), got \(1, 2, 4\)"),
+        ({"value": [1.0], "count": torch.zeros(1)}, "got list"),
         ({"value": torch.zeros(1, 2, 3)}, "expected the fields"),
-        ({"value": torch.zeros(1, 2, 3), "host_count": torch.zeros(1), "more": torch.zeros(1)}, "expected the fields"),
+        ({"value": torch.zeros(1, 2, 3), "count": torch.zeros(1), "more": torch.zeros(1)}, "expected the fields"),
         ([torch.zeros(1, 2, 3)], "expected the fields"),
     ],
 )

@@ -71,16 +71,16 @@ def test_write_and_read_equal_the_naive_reference() -> None:
     lengths = [[5, 3], [2, 5], [5, 1]]
     for s, valid in enumerate(lengths):
         hidden = hidden_of(2, seed=s)
-        state, _ = memory.write(segment_of(hidden, valid), state, [])
+        state, _ = memory.write(segment_of(hidden, valid), state)
         naive = [naive_write(memory, naive[b], list(hidden[b, : valid[b]])) for b in range(2)]
         torch.testing.assert_close(state.slot, torch.stack(naive), atol=1e-6, rtol=1e-4)
     assert state.n_written.tolist() == [3, 3]
     x = hidden_of(2, seed=9)
-    read = memory.read(x, memory.recall(state), 0)
+    read = memory.read(x, memory.prepare(state))
     for b in range(2):
         for t in range(T):
             values, weights = naive_read(memory, naive[b], x[b, t])
-            torch.testing.assert_close(read.values[b, t], values, atol=1e-5, rtol=1e-4)
+            torch.testing.assert_close(read.value[b, t], values, atol=1e-5, rtol=1e-4)
             torch.testing.assert_close(read.weights[b, t], weights, atol=1e-5, rtol=1e-4)
     assert read.slots[0, 0].tolist() == [0, 1, 2]
     torch.testing.assert_close(read.gate, memory.read_gate(x).sigmoid()[..., 0])
@@ -96,29 +96,29 @@ def test_the_soft_update_by_hand() -> None:
     memory.norm.weight.fill_(1.0)
     token = torch.tensor([2.0, -2.0] * (D // 2))  # of RMS 2, so 1 when normalized
     state = ShortTermState(torch.full((1, 1, D), 3.0), torch.ones(1, dtype=torch.long))
-    new, trace = memory.write(segment_of(token.expand(1, T, D)), state, [])
+    new, trace = memory.write(segment_of(token.expand(1, T, D)), state)
     torch.testing.assert_close(new.slot[0, 0], 3 + 0.25 * (token / 2 - 3))
     assert float(trace["write_gate"]) == pytest.approx(1.0)
     memory.update_gate.bias.fill_(-100.0)
-    assert torch.equal(memory.write(segment_of(token.expand(1, T, D)), state, [])[0].slot, state.slot)
+    assert torch.equal(memory.write(segment_of(token.expand(1, T, D)), state)[0].slot, state.slot)
 
 
 @torch.no_grad()
 def test_a_closed_read_gate_reads_nothing() -> None:
     memory = memory_of()
-    state, _ = memory.write(segment_of(hidden_of(1)), memory.init_state(1), [])
+    state, _ = memory.write(segment_of(hidden_of(1)), memory.init_state(1))
     memory.read_gate.weight.zero_()
     memory.read_gate.bias.fill_(-200.0)
-    assert memory.read(hidden_of(1), memory.recall(state), 0).values.abs().max() < 1e-12
+    assert memory.read(hidden_of(1), memory.prepare(state)).value.abs().max() < 1e-12
 
 
 @torch.no_grad()
 def test_rows_that_hold_nothing_read_nothing() -> None:
     memory = memory_of()
-    state, _ = memory.write(segment_of(hidden_of(2), complete=[True, False]), memory.init_state(2), [])
-    read = memory.read(hidden_of(2), memory.recall(state), 0)
-    assert read.values[0].abs().max() > 0
-    assert read.values[1].abs().max() == 0
+    state, _ = memory.write(segment_of(hidden_of(2), complete=[True, False]), memory.init_state(2))
+    read = memory.read(hidden_of(2), memory.prepare(state))
+    assert read.value[0].abs().max() > 0
+    assert read.value[1].abs().max() == 0
     assert read.weights[1].abs().max() == 0
     assert read.gate[1].abs().max() == 0
     assert memory.filled(state).tolist() == [[True] * 3, [False] * 3]
@@ -127,8 +127,8 @@ def test_rows_that_hold_nothing_read_nothing() -> None:
 @torch.no_grad()
 def test_only_complete_segments_with_tokens_are_written() -> None:
     memory = memory_of()
-    state, _ = memory.write(segment_of(hidden_of(3)), memory.init_state(3), [])
-    new, _ = memory.write(segment_of(hidden_of(3, seed=2), valid=[5, 5, 0], complete=[True, False, True]), state, [])
+    state, _ = memory.write(segment_of(hidden_of(3)), memory.init_state(3))
+    new, _ = memory.write(segment_of(hidden_of(3, seed=2), valid=[5, 5, 0], complete=[True, False, True]), state)
     assert new.n_written.tolist() == [2, 1, 1]
     assert not torch.equal(new.slot[0], state.slot[0])
     assert torch.equal(new.slot[1:], state.slot[1:])
@@ -140,9 +140,9 @@ def test_padding_is_not_written() -> None:
     memory = memory_of()
     hidden, other = hidden_of(1), hidden_of(1)
     other[:, 3:] = 1e6
-    a, _ = memory.write(segment_of(hidden, valid=[3]), memory.init_state(1), [])
-    b, _ = memory.write(segment_of(other, valid=[3]), memory.init_state(1), [])
-    short, _ = memory.write(segment_of(hidden[:, :3]), memory.init_state(1), [])
+    a, _ = memory.write(segment_of(hidden, valid=[3]), memory.init_state(1))
+    b, _ = memory.write(segment_of(other, valid=[3]), memory.init_state(1))
+    short, _ = memory.write(segment_of(hidden[:, :3]), memory.init_state(1))
     assert torch.equal(a.slot, b.slot)
     torch.testing.assert_close(a.slot, short.slot)
 
@@ -152,13 +152,13 @@ def test_the_update_rate_sets_how_fast_slots_forget_and_not_how_loud_they_are() 
     forgotten, loud = [], []
     for rate in (0.01, 0.9):
         memory = memory_of(update_rate=rate)
-        first, _ = memory.write(segment_of(hidden_of(1, seed=1)), memory.init_state(1), [])
-        other, _ = memory.write(segment_of(hidden_of(1, seed=2)), memory.init_state(1), [])
+        first, _ = memory.write(segment_of(hidden_of(1, seed=1)), memory.init_state(1))
+        other, _ = memory.write(segment_of(hidden_of(1, seed=2)), memory.init_state(1))
         for seed in range(3, 12):
-            first, _ = memory.write(segment_of(hidden_of(1, seed=seed)), first, [])
-            other, _ = memory.write(segment_of(hidden_of(1, seed=seed)), other, [])
+            first, _ = memory.write(segment_of(hidden_of(1, seed=seed)), first)
+            other, _ = memory.write(segment_of(hidden_of(1, seed=seed)), other)
         x = hidden_of(1, seed=9)
-        a, b = (memory.read(x, memory.recall(state), 0).values for state in (first, other))
+        a, b = (memory.read(x, memory.prepare(state)).value for state in (first, other))
         loud.append(float(a.norm()))
         forgotten.append(float((a - b).norm() / a.norm()))
     assert forgotten[0] > forgotten[1]
@@ -167,9 +167,9 @@ def test_the_update_rate_sets_how_fast_slots_forget_and_not_how_loud_they_are() 
 
 def test_gradients_reach_every_parameter_after_two_writes() -> None:
     memory = memory_of(update_rate=0.01)
-    state, _ = memory.write(segment_of(hidden_of(2)), memory.init_state(2), [])
-    state, _ = memory.write(segment_of(hidden_of(2, seed=2)), state, [])
-    memory.read(hidden_of(2, seed=3), memory.recall(state), 0).values.square().sum().backward()
+    state, _ = memory.write(segment_of(hidden_of(2)), memory.init_state(2))
+    state, _ = memory.write(segment_of(hidden_of(2, seed=2)), state)
+    memory.read(hidden_of(2, seed=3), memory.prepare(state)).value.square().sum().backward()
     for name, parameter in memory.named_parameters():
         assert parameter.grad.isfinite().all(), name
         assert parameter.grad.abs().max() > 0, name
@@ -177,8 +177,8 @@ def test_gradients_reach_every_parameter_after_two_writes() -> None:
 
 def test_gradients_are_finite_where_a_row_writes_nothing() -> None:
     memory = memory_of()
-    state, _ = memory.write(segment_of(hidden_of(2), valid=[5, 0]), memory.init_state(2), [])
-    memory.read(hidden_of(2, seed=3), memory.recall(state), 0).values.square().sum().backward()
+    state, _ = memory.write(segment_of(hidden_of(2), valid=[5, 0]), memory.init_state(2))
+    memory.read(hidden_of(2, seed=3), memory.prepare(state)).value.square().sum().backward()
     assert all(parameter.grad is None or parameter.grad.isfinite().all() for parameter in memory.parameters())
 
 

@@ -6,12 +6,13 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from memlm import laws
 from memlm.memory import state as states
 from memlm.models.lmcode import LMCode
 from memlm.models.lstm import LSTM
-from memlm.models.segments import ModelState, SegmentModel
+from memlm.models.segments import SegmentModel
+from memlm.models.state import ModelState
 from memlm.training.loss import linear_cross_entropy
-from tests.conformance import laws
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 
@@ -77,7 +78,7 @@ def test_autocast(model: SegmentModel) -> None:
     full, _, _ = step(model, ids, laws.filled(model))
     error = (logits.float() - full).norm() / full.norm()
     assert error < 0.1, f"bf16 logits differ by {error:.3f} of their norm"
-    assert all(t.device.type == "cuda" for name, t in laws.named_tensors(state) if "host_" not in name)
+    assert all(t.device.type == "cuda" for _, t in laws.named_tensors(state, host=False))
 
 
 def test_the_loss_is_that_of_the_cpu() -> None:

@@ -14,10 +14,13 @@ from memlm.memory.imm import ImplicitMemory
 from memlm.memory.ltm import LongTermMemory
 from memlm.memory.state import named_tensors, tensors
 from memlm.memory.stm import ShortTermMemory
-from memlm.models import segments
+from memlm.models import schedule
+from memlm.models.grid import lay_out
 from memlm.models.lmcode import LMCode
 from memlm.models.lstm import LSTM
-from memlm.models.segments import Output
+from memlm.models.schedule import segments_at_once
+from memlm.models.segments import _starts
+from memlm.models.state import Output
 
 V, T = 30, 6
 MEMORIES = {
@@ -78,14 +81,16 @@ def test_windows_of_a_call_are_one_call(kind: str, case: str, monkeypatch: pytes
     ids, opened = settings.pop("ids"), settings.pop("opened", 0)
     with torch.no_grad():
         state = model(text(2, 3 * T + opened, seed=9)).state
-    assert model._segments_at_once() is None  # with gradients a call is one window
+    assert segments_at_once(model) is None  # with gradients a call is one window
     whole: Output = model(ids, state=state, **settings)
-    run, n_run = model._run, []
-    model._run = lambda grid, *rest: n_run.append(grid.complete.shape[1]) or run(grid, *rest)
-    monkeypatch.setattr(segments, "WINDOW", 3 * T)
+    run, n_run = schedule.at_once, []
+    monkeypatch.setattr(
+        schedule, "at_once", lambda of, grid, *rest: n_run.append(grid.n_segment) or run(of, grid, *rest)
+    )
+    monkeypatch.setattr(schedule, "WINDOW", 3 * T)
     with torch.no_grad():
         parts: Output = model(ids, state=state, **settings)
-        stops = model(ids, state=state, carry=False, **settings)
+        stops = model(ids, state=state, keep_state=False, **settings)
     assert max(n_run) == 3, "windows are larger than wanted"
     assert len(n_run) >= 4, "the calls were not cut"
     assert stops.state is None
@@ -93,23 +98,24 @@ def test_windows_of_a_call_are_one_call(kind: str, case: str, monkeypatch: pytes
     for found, expected in ((parts.logits, whole.logits), (parts.hidden, whole.hidden), (stops.logits, whole.logits)):
         torch.testing.assert_close(found[mask], expected[mask], atol=1e-4, rtol=1e-4)
     assert parts.reads.keys() == whole.reads.keys()
-    cells = model._lay_out(ids, state.local, settings.get("reset"), settings.get("mask"), settings.get("breaks"))
+    rows, reset = _starts(settings.get("reset"), 2)
+    cells = lay_out(ids, state.local, T, rows, reset, settings.get("mask"), settings.get("breaks"))
     new = cells.new.flatten(1)
     for name, read in whole.reads.items():
         found = parts.reads[name]
         assert found.slots.shape == read.slots.shape
-        torch.testing.assert_close(found.values[new], read.values[new], atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(found.value[new], read.value[new], atol=1e-4, rtol=1e-4)
         torch.testing.assert_close(found.gate[new], read.gate[new], atol=1e-4, rtol=1e-4)
         torch.testing.assert_close(by_slot(found)[new], by_slot(read)[new], atol=1e-4, rtol=1e-4)
     if "mask" not in settings:  # a trace may count padding
         torch.testing.assert_close(parts.trace, whole.trace, atol=1e-4, rtol=1e-4)
     assert parts.state.local.position.tolist() == whole.state.local.position.tolist()
     assert parts.state.local.document.tolist() == whole.state.local.document.tolist()
-    assert parts.state.local.host_open.tolist() == whole.state.local.host_open.tolist()
+    assert parts.state.local.n_open.tensor.tolist() == whole.state.local.n_open.tensor.tolist()
     for name, memory in parts.state.memory.items():
         for mine, theirs in zip(memory, whole.state.memory[name], strict=True):
             expected, found = named_tensors(theirs), named_tensors(mine)
-            for field in (field for field in found if "host_" not in field):  # those may be bounds
+            for field in (field for field in found if field != "n_used"):  # which is a bound
                 torch.testing.assert_close(found[field], expected[field], atol=1e-4, rtol=1e-4)
     with torch.no_grad():
         later = [model(text(2, T + 1, seed=5), state=out.state).logits for out in (parts, whole)]
@@ -145,7 +151,7 @@ def test_a_long_call_needs_memory_for_what_it_returns(
     memories: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = model_of(**memories)
-    monkeypatch.setattr(segments, "WINDOW", 8 * T)
+    monkeypatch.setattr(schedule, "WINDOW", 8 * T)
 
     def needs(n_window: int, function: Any) -> int:
         ids = text(1, n_window * 8 * T)
@@ -163,6 +169,6 @@ def test_a_long_call_needs_memory_for_what_it_returns(
 def test_a_prompt_of_several_windows_is_gone_on_with_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
     model, prompt = model_of(), text(2, 5 * T + 2)
     expected = model.generate(prompt, max_new_tokens=8, temperature=0.0)
-    monkeypatch.setattr(segments, "WINDOW", 2 * T)
+    monkeypatch.setattr(schedule, "WINDOW", 2 * T)
     assert model.generate(prompt, max_new_tokens=8, temperature=0.0).tolist() == expected.tolist()
     assert model.generate(prompt, max_new_tokens=0).tolist() == prompt.tolist()

@@ -5,11 +5,14 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 from memlm.memory.ltm import LongTermMemory, LongTermState
+from memlm.memory.state import map_tensors, tensors
 from memlm.retrieval.exact import Pool, attend
 from memlm.retrieval.inverted import InvertedFile, Lists
+from memlm.tensors import Host
 
 
 def unit(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -129,10 +132,11 @@ def test_lists_after_any_writes_are_those_of_a_loop() -> None:
         new, accept = unit(2, 9, 8, seed=100 + step), torch.rand(2, 9, generator=g) < 0.7
         if step % 3:  # nearly all to one list, so that it overflows
             new = F.normalize(lists.centroid[:, :1] + 0.1 * new, dim=-1)
-        before = [part.clone() for part in lists]
+        before = [part.clone() for part in tensors(lists)]
         after = file.own(lists)
         file.replace(after, slot, new, accept)
-        assert all(torch.equal(a, b) for a, b in zip(before, lists, strict=True)), "the state before was changed"
+        unchanged = [torch.equal(a, b) for a, b in zip(before, tensors(lists), strict=True)]
+        assert all(unchanged), "the state before was changed"
         lists = after
         for row in range(2):
             for i in range(9):
@@ -185,7 +189,7 @@ def test_all_are_dealt_out_anew_when_as_many_were_written_as_there_were() -> Non
         file.replace(lists, slot, new, torch.ones(1, 4, dtype=torch.bool))
         before = lists.centroid.clone()
         lists = file.settle(lists, 4, key, used)
-        assert int(lists.host_left) <= int(lists.left)
+        assert int(lists.known_left.tensor) <= int(lists.left)
         if not torch.equal(before, lists.centroid):
             when.append((4 * step + 4, int(lists.n_list)))
     assert when == [(32, math.ceil(8 * math.sqrt(0.5))), (64, 8)]
@@ -202,14 +206,14 @@ def test_the_device_is_asked_only_when_it_may_be_time() -> None:
     for _ in range(3):
         file.replace(lists, torch.arange(16)[None], unit(1, 16, 8), refused)
         lists = file.settle(lists, 16, unit(1, 64, 8), used)
-        left.append((int(lists.host_left), int(lists.left)))
+        left.append((int(lists.known_left.tensor), int(lists.left)))
     assert left == [(16, 32), (32, 32), (16, 32)]
 
 
 def test_the_same_slots_give_the_same_lists() -> None:
     file, key = InvertedFile(300, 16, n_list=12), unit(1, 300, 16)
     a, b = dealt_out(file, key), dealt_out(file, key)
-    assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+    assert all(torch.equal(x, y) for x, y in zip(tensors(a), tensors(b), strict=True))
     assert len({tuple(c.tolist()) for c in a.centroid[0]}) == 12
 
 
@@ -234,10 +238,10 @@ def test_a_state_without_lists_is_searched_exactly() -> None:
     inverted.load_state_dict(exact.state_dict())
     state = exact.init_state(1)
     state = state._replace(
-        key=unit(1, 20, 8), value=unit(1, 20, 8), priority=torch.zeros(1, 20), host_used=torch.tensor([20])
+        key=unit(1, 20, 8), value=unit(1, 20, 8), priority=torch.zeros(1, 20), n_used=Host(torch.tensor([20]))
     )
     x = torch.randn(1, 5, 16)
-    assert torch.equal(exact.read(x, state, 0).values, inverted.read(x, state, 0).values)
+    assert torch.equal(exact.read(x, state).value, inverted.read(x, state).value)
     assert exact.init_state(1).lists is None
 
 
@@ -251,7 +255,7 @@ def bank_with_lists(scope: str = "sequence", index: str = "inverted") -> tuple[L
     state = fresh._replace(
         key=key, value=key.clone(), log_gate=torch.zeros(1, 20), priority=-number.float(), record=number,
         document=number, position=number, tokens=torch.zeros_like(fresh.tokens), n_record=torch.tensor([20]),
-        host_used=torch.tensor([20]),
+        n_used=Host(torch.tensor([20])),
     )  # fmt: skip
     if index == "inverted":
         state = state._replace(lists=dealt_out(InvertedFile(20, 8, n_list=4), key))
@@ -263,7 +267,7 @@ def test_a_consolidated_bank_is_dealt_out_anew() -> None:
     new, report = memory.consolidate(state, threshold=1e-3)
     assert report == {"merged": 1}
     expected = dealt_out(InvertedFile(20, 8, n_list=4), new.key, memory.filled(new))
-    assert all(torch.equal(a, b) for a, b in zip(new.lists, expected, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(tensors(new.lists), tensors(expected), strict=True))
     assert int((new.lists.place >= 0).sum()) == 19
 
 
@@ -274,7 +278,7 @@ def test_forgotten_slots_are_in_no_list() -> None:
     assert torch.equal(new.lists.place >= 0, ~gone)
     assert not memory.filled(new)[gone].any()
     expected = dealt_out(InvertedFile(20, 8, n_list=4), new.key, ~gone)  # centres of what is left, too
-    assert all(torch.equal(a, b) for a, b in zip(new.lists, expected, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(tensors(new.lists), tensors(expected), strict=True))
     none = memory.forget(new, torch.ones_like(gone))
     assert not none.lists.centroid.any()
     assert not none.lists.key.any()
@@ -283,21 +287,21 @@ def test_forgotten_slots_are_in_no_list() -> None:
 def test_a_shared_bank_that_was_kept_without_lists_is_dealt_out() -> None:
     """As when an evaluation changes ``index`` of an older checkpoint; one kept with lists keeps these."""
     memory, state = bank_with_lists("shared", "exact")
-    memory.keep_bank()
-    memory.commit(state)
+    memory.bank.create()
+    memory.bank.commit(state)
     memory.index = "inverted"
-    lists = memory.first_state(3).lists
+    lists = memory.bank.first(3).lists
     expected = dealt_out(InvertedFile(20, 8, n_list=4), state.key)
-    assert all(torch.equal(a, b) for a, b in zip(lists, expected, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(tensors(lists), tensors(expected), strict=True))
     memory, state = bank_with_lists("shared")
     moved = state._replace(lists=state.lists._replace(centroid=-state.lists.centroid))
-    memory.keep_bank()
-    memory.commit(moved)
+    memory.bank.create()
+    memory.bank.commit(moved)
     restored, _ = bank_with_lists("shared")
-    restored.keep_bank()
+    restored.bank.create()
     restored.load_state_dict(memory.state_dict())
-    again = restored.first_state(3).lists
-    assert all(torch.equal(a, b) for a, b in zip(again, moved.lists, strict=True))
+    again = restored.bank.first(3).lists
+    assert all(torch.equal(a, b) for a, b in zip(tensors(again), tensors(moved.lists), strict=True))
 
 
 @pytest.mark.parametrize(
@@ -305,18 +309,19 @@ def test_a_shared_bank_that_was_kept_without_lists_is_dealt_out() -> None:
     [
         ("centroid", (0, 0, 0), torch.nan), ("centroid", (0, 0), 1.0), ("slot", (0, -1), 3), ("slot", (0, 0), 20),
         ("key", (0, 0, 0), 0.5), ("place", (0, 0), -1), ("place", (0, 0), 2**30), ("n_held", (0, 0), 99),
-        ("extent", (0, 0), -1), ("extent", (0, 0), 2**40), ("n_list", (0,), 5), ("host_n_list", (0,), 0),
-        ("left", (0,), -1), ("host_left", (0,), 2**40),
+        ("extent", (0, 0), -1), ("extent", (0, 0), 2**40), ("n_list", (0,), 5), ("known_n_list", (0,), 0),
+        ("left", (0,), -1), ("known_left", (0,), 2**40),
     ],
 )  # fmt: skip
 def test_lists_that_are_not_those_of_the_slots_are_refused(field: str, place: Any, value: float) -> None:
     memory, state = bank_with_lists()
     assert state.lists is not None
     memory.check(state)
-    part = getattr(state.lists, field).clone()
-    part[place] = value
+    lists = map_tensors(Tensor.clone, state.lists)
+    part = getattr(lists, field)
+    (part.tensor if isinstance(part, Host) else part)[place] = value
     with pytest.raises(ValueError, match="lists_"):
-        memory.check(state._replace(lists=state.lists._replace(**{field: part})))
+        memory.check(state._replace(lists=lists))
 
 
 @pytest.mark.parametrize("n_left", [0, 5])

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from memlm.checkpoint import checkpoints, read, write
-from memlm.cli import compose, to_dict
+from memlm.compose import compose, to_dict
 from memlm.config import ConfigError
 from scripts.survival import Moment, differences, survive
 from tests.training.small import overrides

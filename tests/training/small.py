@@ -12,8 +12,8 @@ from typing import Any
 import lightning
 from omegaconf import DictConfig, OmegaConf
 
-from memlm.build import build_corpus, build_data, build_model, build_tokenizer
-from memlm.cli import compose, to_dict
+from memlm.assemble import build_corpus, build_data, build_model, build_tokenizer
+from memlm.compose import compose, to_dict
 from memlm.training.fit import make_trainer
 from memlm.training.module import LanguageModeling
 from memlm.training.replay import build_replay

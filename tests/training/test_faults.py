@@ -15,6 +15,7 @@ from memlm.config import ConfigError
 from memlm.data.stream import TrainingBatches
 from memlm.memory.state import tensors
 from memlm.training import fit as fit_module
+from memlm.training import loggers, resume
 from memlm.training.module import LanguageModeling
 from memlm.training.resume import find_origin
 from scripts.survival import differences
@@ -167,7 +168,7 @@ def test_a_flipped_bit_is_found(tmp_path: Path, capsys: pytest.CaptureFixture[st
 
 
 def test_columns_are_added_to_the_log_without_emptying_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = fit_module._Rows(str(tmp_path))
+    rows = loggers._Rows(str(tmp_path))
     rows.log_metrics({"a": 1.0}, step=0)
     rows.save()
     before = Path(rows.metrics_file_path).read_text()
@@ -181,7 +182,7 @@ def test_columns_are_added_to_the_log_without_emptying_it(tmp_path: Path, monkey
         rows.save()
     assert Path(rows.metrics_file_path).read_text() == before
     monkeypatch.undo()
-    again = fit_module._Rows(str(tmp_path / "again"))
+    again = loggers._Rows(str(tmp_path / "again"))
     for step, row in enumerate(({"a": 1.0}, {"a": 2.0, "b": 3.0})):
         again.log_metrics(row, step=step)
         again.save()
@@ -193,7 +194,7 @@ def test_a_run_killed_while_it_takes_over_its_own_log_logs_nothing_twice(
 ) -> None:
     fit_until_killed(config(tmp_path, "a"), step=8)
     settings = config(tmp_path, "a", f"resume={tmp_path / 'a'}")  # in its own directory
-    original = fit_module.keep_earlier_history
+    original = resume.keep_earlier_history
 
     def killed(*arguments: Any) -> None:
         original(*arguments)

@@ -16,14 +16,15 @@ from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.loggers import Logger
 
 import memlm
-from memlm.analysis.figures import read_history
+from memlm.analysis.run_log import read_history
 from memlm.checkpoint import checkpoints
-from memlm.cli import compose, to_dict
+from memlm.compose import compose, to_dict
 from memlm.config import ConfigError
 from memlm.training import callbacks
 from memlm.training import settings as settings_module
 from memlm.training.callbacks import Progress, Throughput
-from memlm.training.fit import make_trainer, save_last, sync_hint, wandb_logger
+from memlm.training.fit import make_trainer, save_last
+from memlm.training.loggers import sync_hint, wandb_logger
 from memlm.training.module import LanguageModeling
 from memlm.training.resume import find_origin, history_files
 from memlm.training.settings import check_device, check_trainer, plan_steps, seconds_of
@@ -140,8 +141,8 @@ def test_two_processes_are_one_run(tmp_path: Path) -> None:
 
 def by_origin(bank: Any) -> list[torch.Tensor]:
     """What a bank holds in the order of where it came from: slots worth nearly the same may change places."""
-    order = (bank.bank_record[0] * 10**6 + bank.bank_position[0]).argsort()
-    return [part[0, order] for part in (bank.bank_record, bank.bank_position, bank.bank_tokens, bank.bank_key)]
+    order = (bank.bank.record[0] * 10**6 + bank.bank.position[0]).argsort()
+    return [part[0, order] for part in (bank.bank.record, bank.bank.position, bank.bank.tokens, bank.bank.key)]
 
 
 @pytest.mark.parametrize("phase", [FACTS, SHORT, PLAIN])
@@ -152,7 +153,7 @@ def test_two_processes_write_one_shared_bank(phase: dict[str, Any], tmp_path: Pa
     two = config(tmp_path, "two", *alone, "trainer.devices=2", "trainer.strategy=ddp_fork", phases=[phase])
     assert curve(fit(two)[2]) == pytest.approx(expected, abs=1e-4)
     whole, shared = (memlm.load(tmp_path / name).memory["ltm"][0] for name in ("whole", "two"))
-    assert whole.bank_n_record.item() == shared.bank_n_record.item() > 0
+    assert whole.bank.n_record.item() == shared.bank.n_record.item() > 0
     found = [by_origin(bank) for bank in (whole, shared)]
     assert all(torch.equal(a, b) for a, b in zip(found[0][:3], found[1][:3], strict=True))
     torch.testing.assert_close(found[0][3], found[1][3], rtol=0, atol=5e-3)
@@ -170,7 +171,7 @@ def test_a_dealt_bank_is_saved_whole_and_goes_on_with_any_number_of_processes(
 
     def watch(model: Any) -> dict[str, float]:
         bank = model.memory["ltm"][0]
-        return {"filled": float(bank.filled(bank.first_state(1)).sum()), "slots": float(bank.bank_key.shape[1])}
+        return {"filled": float(bank.filled(bank.bank.first(1)).sum()), "slots": float(bank.bank.key.shape[1])}
 
     whole = fit(config(tmp_path, "whole", *same, "trainer.max_steps=7", phases=phases), watch)
     for run, n_rank, more in (("a", before, "trainer.max_steps=3"), ("b", after, f"resume={tmp_path / 'a'}")):
@@ -180,17 +181,17 @@ def test_a_dealt_bank_is_saved_whole_and_goes_on_with_any_number_of_processes(
         )
         _, module, _ = fit(settings, watch)
         bank = module.model.memory["ltm"][0]
-        assert bank.bank_key.shape[1] == 63  # after training as before
+        assert bank.bank.key.shape[1] == 63  # after training as before
     found = [row for file in history_files(tmp_path / "b") for row in read_history(file)]
     for name in ("train/loss", "val/nll", "filled", "slots", "memory/ltm/merged"):
         assert curve(whole[2], name), name
         assert curve(found, name) == pytest.approx(curve(whole[2], name), abs=1e-4), name
     expected, loaded = (memlm.load(tmp_path / name).memory["ltm"][0] for name in ("whole", "b"))
-    assert expected.filled(expected.first_state(1)).sum() > 40
-    assert loaded.bank_n_record.item() == expected.bank_n_record.item() > 20
+    assert expected.filled(expected.bank.first(1)).sum() > 40
+    assert loaded.bank.n_record.item() == expected.bank.n_record.item() > 20
     for a, b in zip(by_origin(loaded), by_origin(expected), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
-    assert torch.equal(loaded.bank_key, bank.bank_key)  # what the program goes on with is what was saved
+    assert torch.equal(loaded.bank.key, bank.bank.key)  # what the program goes on with is what was saved
 
 
 def test_what_cannot_be_dealt_out_is_refused(tmp_path: Path) -> None:
@@ -206,7 +207,7 @@ def test_what_cannot_be_dealt_out_is_refused(tmp_path: Path) -> None:
 def test_processes_whose_banks_part_stop(tmp_path: Path) -> None:
     def spoil(module: LanguageModeling, batch: Any) -> None:
         if batch.step == 3 and module.global_rank == 1:
-            module.model.memory["ltm"][0].bank_value[0, 0] += 1e-6
+            module.model.memory["ltm"][0].bank.value[0, 0] += 1e-6
 
     settings = ["memory.ltm.scope=shared", "trainer.devices=2", "trainer.strategy=ddp_fork"]
     with pytest.raises(Exception, match="different banks after step 3"):

@@ -11,9 +11,9 @@ import torch
 from lightning.pytorch.utilities import rank_zero_only
 
 import memlm
-from memlm.analysis.figures import read_history
+from memlm.analysis.run_log import read_history
 from memlm.checkpoint import FOLDER
-from memlm.cli import compose, to_dict
+from memlm.compose import compose, to_dict
 from memlm.training.resume import history_files
 from tests.training.small import FACTS, SHORT, config, curve, fit
 
@@ -55,7 +55,7 @@ def outputs(model: Any) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("model", ["lmcode", "lstm"])
-def test_dealt_layers_are_the_run_of_one_process(model: str, tmp_path: Path) -> None:
+def test_sharding_layers_are_the_run_of_one_process(model: str, tmp_path: Path) -> None:
     """Losses over 20 steps and weights to rounding; from either's checkpoint the other goes on."""
 
     def settings(run: str, *more: str) -> dict[str, Any]:

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 import memlm
-from memlm.build import build_data, build_model, build_tokenizer
+from memlm.assemble import build_data, build_model, build_tokenizer
 from memlm.checkpoint import checkpoints, read
 from memlm.config import ConfigError
 from memlm.memory import state as states
 from memlm.memory.ltm import LongTermMemory
-from memlm.training import loss
+from memlm.training import callbacks, loss
 from memlm.training.module import LanguageModeling, NonFiniteLoss, decay_groups, memory_settings
 from memlm.training.settings import Training
 from tests.training.small import FACTS, PLAIN, SHORT, config, curve, fit
@@ -285,7 +285,7 @@ def test_training_steps_write_the_shared_bank(phase: dict[str, Any], tmp_path: P
 
     def before_step(module: LanguageModeling, batch: Any) -> None:
         bank = module.model.memory["ltm"][0]
-        banks.append((bank.bank_n_record.item(), bank.bank_key.clone()))
+        banks.append((bank.bank.n_record.item(), bank.bank.key.clone()))
         states_seen.append(module._state)
 
     cfg = config(tmp_path, "a", "memory.ltm.scope=shared", "trainer.max_steps=5", phases=[phase])
@@ -296,13 +296,13 @@ def test_training_steps_write_the_shared_bank(phase: dict[str, Any], tmp_path: P
     assert min(steps) >= (1 if phase is PLAIN else 4)  # two rows of two segments each; plain text also has ends
     # nothing of the bank is carried beside the bank
     assert all(state is None or state.memory["ltm"] == () for state in states_seen)
-    before = module.model.memory["ltm"][0].bank_key.clone()
+    before = module.model.memory["ltm"][0].bank.key.clone()
     lightning.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False).validate(
         module, build_data(cfg, module.model.tokenizer), verbose=False
     )
-    assert torch.equal(before, module.model.memory["ltm"][0].bank_key)
+    assert torch.equal(before, module.model.memory["ltm"][0].bank.key)
     # the bank comes back with the model, and a resumed run is the same run
-    assert torch.equal(memlm.load(tmp_path / "a").memory["ltm"][0].bank_key, before)
+    assert torch.equal(memlm.load(tmp_path / "a").memory["ltm"][0].bank.key, before)
     fit(
         config(
             tmp_path, "b", "memory.ltm.scope=shared", "trainer.max_steps=3", "training.min_lr_ratio=1", phases=[phase]
@@ -321,8 +321,8 @@ def test_what_is_written_to_the_bank_between_steps_is_read(tmp_path: Path) -> No
     def forget(module: LanguageModeling, batch: Any) -> None:
         bank = module.model.memory["ltm"][0]
         if batch.step == 2:  # in the middle of a document
-            bank.commit(bank.init_state(1))
-        written.append(bank.bank_n_record.item())
+            bank.bank.commit(bank.init_state(1))
+        written.append(bank.bank.n_record.item())
 
     phases = [FACTS]
     _, _, rows = fit(
@@ -362,15 +362,14 @@ def test_weights_that_are_not_finite_are_never_written(where: str, tmp_path: Pat
                 target[0] = float("inf")
 
     settings = config(tmp_path, "a")
-    from memlm.training import fit as fit_module
 
-    original = fit_module.Throughput
-    fit_module.Throughput = type("Both", (original, Spoil), {})  # type: ignore[misc]
+    original = callbacks.Throughput
+    callbacks.Throughput = type("Both", (original, Spoil), {})  # type: ignore[misc]
     try:
         with pytest.raises(NonFiniteLoss, match="not finite"):
             fit(settings)
     finally:
-        fit_module.Throughput = original  # type: ignore[misc]
+        callbacks.Throughput = original  # type: ignore[misc]
     assert [path.name for path in checkpoints(tmp_path / "a")] == ["step=3.ckpt"]
 
 
@@ -427,7 +426,7 @@ def test_memories_are_consolidated_every_so_many_steps(
 
     def look(module: LanguageModeling, batch: Any) -> None:
         if scope == "shared":
-            carried[batch.step] = module.model.memory["ltm"][0].first_state(1)
+            carried[batch.step] = module.model.memory["ltm"][0].bank.first(1)
         elif module._state is not None:
             carried[batch.step] = module._state.memory["ltm"][0]
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from memlm.analysis.figures import read_history
+from memlm.analysis.run_log import read_history
 from memlm.checkpoint import checkpoints, read_plain
 from memlm.config import ConfigError
 from memlm.data.stream import Batch
@@ -214,7 +214,7 @@ def test_replayed_rows_are_trained_and_leave_no_trace_in_memory(
     for name, seen in states.items():
 
         def look(module: LanguageModeling, batch: Batch, seen: list[Any] = seen) -> None:
-            bank = getattr(module.model.memory["ltm"][0], "bank_key", torch.zeros(()))
+            bank = getattr(module.model.memory["ltm"][0].bank, "key", torch.zeros(()))
             seen.append((module._state, bank.clone()))
             if module.replay is not None and len(module.replay):
                 totals.append(_naive(module, batch))

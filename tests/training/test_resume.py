@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from memlm.analysis.figures import read_history
+from memlm.analysis.run_log import read_history
 from memlm.checkpoint import checkpoints, read, write
 from memlm.config import ConfigError
 from memlm.files import unfinished
@@ -140,7 +140,7 @@ def test_another_vocabulary_or_text_is_refused(tmp_path: Path) -> None:
     # the same vocabulary, other text
     content = read(checkpoints(tmp_path / "a")[-1])
     settings = config(tmp_path, "e", f"resume={tmp_path / 'a'}")
-    from memlm.build import build_corpus, build_tokenizer
+    from memlm.assemble import build_corpus, build_tokenizer
 
     content["memlm"]["tokenizer"] = build_tokenizer(settings, build_corpus(settings)).to_json()
     write(content, checkpoints(tmp_path / "a")[-1])

@@ -1,0 +1,171 @@
+"""Hydra: composing the configs of `configs/`, and running them from a command line.
+
+- `compose`: do the overrides name settings and options that exist?
+- `check_command_line` and `cli`: that, and whether what is composed fits what it builds (`memlm.config.validate`), for
+  every job of a command line, ahead of the first one.
+
+All that comes before anything heavy is imported or built. Every mistake is a `ConfigError`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import shlex
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig
+
+from memlm.app.command_line import check_command_line
+from memlm.app.errors import (
+    _OUT_OF_TIME,
+    STOPPED,
+    UNREAD,
+    again,
+    end_of_failed,
+    exit_code,
+    is_sweep,
+    is_user_error,
+    job_failed,
+    report,
+    wants_traceback,
+)
+from memlm.compose import config_dir, run_dir
+from memlm.files import ERROR
+from memlm.output import open_streams, output_lost
+from memlm.quoting import nothing, quote_texts
+
+
+def cli(
+    config_name: str,
+    check: Callable[[DictConfig], None] | None = None,
+    *,
+    directory: str | Path | None = None,
+) -> Callable[[Callable[[DictConfig], Any]], Any]:
+    """Make a function of a config the main function of a script.
+
+        @cli("train")
+        def main(cfg: DictConfig) -> float | None: ...
+
+        if __name__ == "__main__":
+            main()
+
+    The command line is checked first. A mistake of the user ends the program with `error: <sentence>` on stderr and
+    exit code 2; `MEMLM_TRACEBACK=1` (or Hydra's `HYDRA_FULL_ERROR=1`) shows the traceback instead. Of a sweep the
+    other jobs still run; the failed ones are reported when they fail, and listed at the end. A run that leaves
+    nothing leaves no directory. Called with a config, `main(cfg)` is the bare function.
+
+    Args:
+        config_name: the primary config.
+        check: what refuses a config before anything is run, see `check_command_line`.
+        directory: the config tree; the shipped one by default.
+    """
+
+    def decorate(function: Callable[[DictConfig], Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def job(cfg: DictConfig) -> Any:
+            # What _quiet_hydra() sets must not reach the processes that this job starts.
+            os.environ.pop("HYDRA_FULL_ERROR", None)
+            ended = False  # before it was done
+            try:
+                if is_sweep():
+                    (Path(run_dir()) / ERROR).unlink(missing_ok=True)
+                return function(cfg)
+            except Exception as error:
+                if isinstance(error, OSError) and output_lost():
+                    raise SystemExit(UNREAD) from error
+                if is_sweep():
+                    raise job_failed(error) from error
+                if is_user_error(error):
+                    ended = True
+                    report(error)
+                    # Not an Exception, so Hydra adds no report of its own.
+                    raise SystemExit(2) from error
+                raise
+            except (KeyboardInterrupt, SystemExit) as stop:
+                ended = True
+                if is_sweep() and exit_code(stop) == _OUT_OF_TIME:
+                    return None
+                if is_sweep() and (code := exit_code(stop)) in STOPPED:
+                    print(f"The sweep was stopped. {again(HydraConfig.get().sweep.dir)}", file=sys.stderr)
+                    raise SystemExit(code) from stop
+                raise
+            finally:
+                os.environ["HYDRA_FULL_ERROR"] = "1"
+                _remove_if_bare(Path(run_dir()), ended)
+
+        @functools.wraps(function)
+        def main(cfg: DictConfig | None = None) -> Any:
+            if cfg is not None:
+                return function(cfg)
+            open_streams()
+            sys.argv[1:] = quote_texts([nothing(argument) for argument in sys.argv[1:]])
+            path = str(Path(directory or config_dir()).resolve())
+            run = hydra.main(version_base="1.3", config_path=path, config_name=config_name)
+            if wants_traceback():
+                os.environ["HYDRA_FULL_ERROR"] = "1"
+                check_command_line(sys.argv[1:], config_name, directory=directory, check=check)
+                return run(function)()
+            try:
+                check_command_line(sys.argv[1:], config_name, directory=directory, check=check)
+                with _quiet_hydra():
+                    run(job)()
+                if output_lost():
+                    raise SystemExit(UNREAD)
+            except (KeyboardInterrupt, SystemExit) as stop:
+                raise SystemExit(exit_code(stop)) from None
+            except Exception as error:
+                if isinstance(error, OSError) and output_lost():
+                    raise SystemExit(UNREAD) from None
+                raise SystemExit(end_of_failed(error)) from None
+
+        return main
+
+    return decorate
+
+
+def _remove_if_bare(run: Path, ended: bool) -> None:
+    """Remove a run directory in which there is nothing but what a start has put there.
+
+    Args:
+        run: The directory.
+        ended: Whether it was refused or stopped: what loggers and evaluations begin with is nothing either then.
+    """
+    if run.resolve() == Path.cwd() or not (run / ".hydra").is_dir():
+        return
+    started = {".hydra", ".lock", f"{HydraConfig.get().job.name}.log"}
+    if ended:
+        started |= {"csv", "wandb", "evaluation.json"}
+    with contextlib.suppress(OSError):
+        if {path.name for path in run.iterdir()} <= started:
+            shutil.rmtree(run, ignore_errors=True)
+
+
+class CompareHint(Callback):
+    """Says at the end of a sweep how its jobs are put side by side."""
+
+    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
+        """Print the command."""
+        print(f"\nTo compare the jobs: python scripts/compare.py {shlex.quote(config.hydra.sweep.dir)}")
+
+
+@contextmanager
+def _quiet_hydra() -> Iterator[None]:
+    """Let Hydra pass errors on instead of printing them and leaving."""
+    before = os.environ.get("HYDRA_FULL_ERROR")
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    try:
+        yield
+    finally:
+        os.environ.pop("HYDRA_FULL_ERROR")
+        if before is not None:
+            os.environ["HYDRA_FULL_ERROR"] = before

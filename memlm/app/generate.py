@@ -1,0 +1,83 @@
+"""Continue a text with a trained model: `python scripts/generate.py checkpoint=RUN prompt="Once upon a time"`."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from omegaconf import DictConfig
+
+from memlm.app.cli import cli
+from memlm.compose import to_dict
+from memlm.config import ConfigError
+from memlm.printed import printable
+
+_GIVE = "give the beginning of a text, such as prompt='Once upon a time', prompt_file=FILE, or a pipe"
+
+
+def read_prompt(prompt: str | None, prompt_file: str | None) -> str:
+    """The text to continue: the prompt, a file, or what comes through a pipe, both without a last line break.
+
+    Raises:
+        ConfigError: If there is none, or two, or it is no text.
+    """
+    if prompt_file is not None and prompt is not None:
+        raise ConfigError("prompt and prompt_file are both given: leave one of them out.")
+    if prompt is not None and prompt != "-":
+        text, where = prompt, "prompt"
+    else:
+        where = "standard input" if prompt_file is None else f"prompt_file={prompt_file}"
+        text = _read(prompt_file, where).removesuffix("\n")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # bytes of a command line that are no text
+        raise ConfigError(f"{where} is not valid UTF-8: {error}") from error
+    if not text:
+        raise ConfigError(f"{where} is empty: {_GIVE}.")
+    return text
+
+
+def _read(file: str | None, where: str) -> str:
+    if file is None:
+        if sys.stdin is None or sys.stdin.isatty():
+            raise ConfigError(f"there is no prompt: {_GIVE}.")
+        content = sys.stdin.buffer.read()
+    else:
+        with open(file, "rb") as stream:
+            content = stream.read()
+    try:
+        return content.decode()
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{where} is not valid UTF-8: {error}") from error
+
+
+@cli("generate")
+def main(cfg: DictConfig) -> str:
+    """Print the prompt and what the model makes of it; returns both."""
+    settings = to_dict(cfg)
+    prompt = read_prompt(settings["prompt"], settings["prompt_file"])
+    import torch
+
+    from memlm.checkpoint import load, place
+
+    model: Any = load(settings["checkpoint"], trust=settings["trust"])
+    place(model, settings["device"])
+    ids = model.tokenizer.encode(prompt)
+    if not ids:
+        raise ConfigError(f"the tokenizer of the model makes nothing of prompt={prompt!r}: give other text.")
+    torch.manual_seed(settings["seed"])
+    tokens = model.generate(
+        torch.tensor([ids], device=next(model.parameters()).device),
+        settings["max_new_tokens"],
+        temperature=settings["temperature"],
+        top_k=settings["top_k"],
+        top_p=settings["top_p"],
+    )
+    text = model.tokenizer.decode(tokens[0].tolist())
+    print(printable(text) if sys.stdout.isatty() else text)
+    return text
+
+
+def start() -> None:
+    """What the command line runs."""
+    main()

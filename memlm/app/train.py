@@ -1,0 +1,126 @@
+"""Train a language model with a memory, and show what the memory remembers.
+
+python train.py model=lmcode memory=ltm
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from memlm.app.cli import cli
+from memlm.compose import to_dict
+from memlm.config import validate
+from memlm.printed import printable
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+    from memlm.training.stopping import Answer
+
+
+def check(cfg: DictConfig) -> None:
+    """Refuse what can be told to be wrong without a look at text, files or devices."""
+    from memlm.assemble import check_model
+    from memlm.evaluation import runner
+    from memlm.training.replay import build_replay
+    from memlm.training.settings import plan_steps
+
+    config = plan_steps(to_dict(cfg))
+    build_replay(config)
+    runner.chosen(config)
+    runner.watched(config["watch"])
+    check_model(config)
+
+
+@cli("train", check)
+def main(cfg: DictConfig) -> float | None:
+    """Compose, validate, build, fit, report.
+
+    Returns:
+        The number that ``optimized_metric`` names, for a hyperparameter search; None if it is not measured.
+    """
+    from memlm.training.stopping import answering
+
+    with answering() as answer:
+        return _train(cfg, answer)
+
+
+def _train(cfg: DictConfig, answer: Answer) -> float | None:
+    from pathlib import Path
+
+    from memlm.assemble import build_corpus, build_data, build_model, build_tokenizer
+    from memlm.evaluation import runner
+    from memlm.evaluation.emit import emit
+    from memlm.evaluation.run_figures import training_result
+    from memlm.evaluation.summary import not_measured, summary
+    from memlm.training.apart import job_overrides, run_apart, starts_processes
+    from memlm.training.resume import Finished, check_text, find_in_sweep, find_origin, mark_finished
+    from memlm.training.settings import build_training, check_device, places_of_runs, plan_steps, sweep_dir
+
+    config = plan_steps(to_dict(cfg))
+    check_device(config)
+    run = Path(config["paths"]["run_dir"])
+    experiments, watched = runner.chosen(config), runner.watched(config["watch"])
+    corpus = build_corpus(config)
+    sweep = sweep_dir()
+    answer.text = f"stopped before {run} began: give the command again"
+    earlier = find_in_sweep(config, sweep) if sweep is not None and config["resume"] is None else None
+    if isinstance(earlier, Finished):
+        print(printable(f"{earlier.run}: finished with these settings, skipped"))
+        return earlier.value
+    origin = earlier or find_origin(config["resume"], config, places_of_runs(config), corpus.fingerprint)
+    if sweep is not None and starts_processes(config):
+        lines = [line for line in job_overrides() if not line.startswith("resume=")]
+        return run_apart(__file__, [*lines, *([f"resume={origin.path}"] if origin else [])], run)
+
+    if origin is not None:
+        answer.text = f"stopped before {run} began: resume={origin.run} goes on after step {origin.step}"
+    tokenizer = build_tokenizer(config, corpus)
+    # From here on with lightning, which takes seconds to import: what can be wrong without it was told by now.
+    from memlm.training.fit import make_trainer, save_last
+    from memlm.training.loggers import sync_hint, wandb_logger
+    from memlm.training.module import LanguageModeling
+    from memlm.training.replay import build_replay
+
+    validate(to_dict(cfg))
+    data = build_data(config, tokenizer, corpus)
+    if origin is not None:
+        check_text(origin, data)
+    data.setup()
+    model = build_model(config, data.tokenizer)
+    module = LanguageModeling(model, build_training(config), seed=config["seed"], replay=build_replay(config))
+
+    with make_trainer(config, run, origin, runner.watch(watched, data)) as (trainer, history):
+        if trainer.is_global_zero:
+            n_parameter = sum(parameter.numel() for parameter in model.parameters())
+            n_process = f" on {trainer.world_size} processes" if trainer.world_size > 1 else ""
+            going_on = f", going on after step {origin.step} of {origin.path}" if origin else ""
+            print(printable(f"{run}: {n_parameter:,} parameters, {trainer.max_steps} steps{n_process}{going_on}"))
+        answer.text = f"stopped: resume=auto goes on, if there is a checkpoint in {run}"
+        trainer.fit(module, data, ckpt_path=origin.path if origin else None)
+        answer.text = f"stopped while it was measured, all steps are made: resume={run} measures it"
+        written = [save_last(trainer, run)]
+        logger = wandb_logger(trainer.loggers) if trainer.is_global_zero else None
+        results, files, skipped = runner.run_all(model, data, experiments, run, logger)
+        if not trainer.is_global_zero:  # all processes measure, the first one reports
+            return None
+        files += emit(*training_result(model, data, history()), run / "training", logger)
+        hint = sync_hint(logger, origin)
+    experiment, _, metric = config["optimized_metric"].partition("/")
+    value = next((result.metrics.get(metric) for result in results if result.name == experiment), None)
+    if value is None and any(result.name == experiment for result in results):
+        print(f"\noptimized_metric={experiment}/{metric} was not measured; see result.json for the names of numbers")
+    mark_finished(run, config, value)  # before what is printed, which may go nowhere
+    if results:
+        print("\n" + summary(results))
+    if skipped:
+        print("\n" + not_measured(skipped))
+    print("\nWritten:", *(f"  {path}" for path in [*written, *files]), sep="\n")
+    if hint:
+        print(f"\nW&B ran offline. To upload: {hint}")
+    return value
+
+
+def start() -> None:
+    """What the command line runs."""
+    main()

@@ -1,0 +1,137 @@
+"""Planted facts: random names with random values, told once and asked later.
+
+A fact reads ``name1 name2 is value1 value2 value3``, its cue is the name, its answer the rest; or it is an English
+sentence, whose cue is all before the value, and which can be asked for in other words. Names and values are ordinary
+words in combinations that the text nowhere contains. A hash of the words decides for every name and value whether it
+belongs to training or to evaluation, so that none is ever used for both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from memlm.config import ConfigError
+from memlm.data.tasks.base import Planted, Teller, contexts, mix
+from memlm.data.tasks.makers import KINDS, Fact, FactMaker, Maker, check_kind
+from memlm.data.tokenizer import Tokenizer
+from memlm.data.tokens import TokenizedCorpus
+
+
+class Facts:
+    """The task of telling facts once and asking for them later, mixed into text; see `memlm.data.tasks.base.Task`.
+
+    Args:
+        tokenizer: Tokenizer of the model.
+        train: Training text.
+
+    Attributes:
+        maker: Where ``random`` facts come from.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, train: TokenizedCorpus) -> None:
+        self._tokenizer, self._train = tokenizer, train
+        self.maker = FactMaker(tokenizer, train)
+        self._makers: dict[str, Maker] = {"random": self.maker}
+
+    def maker_of(self, kind: str) -> Maker:
+        """Where facts of a kind come from; made when they are first asked for.
+
+        Raises:
+            ConfigError: If there is no such kind, or the tokenizer or text does not suit it.
+        """
+        check_kind(kind)
+        if kind not in self._makers:
+            self._makers[kind] = KINDS[kind](self._tokenizer, self._train)
+        return self._makers[kind]
+
+    def document(
+        self,
+        rng: np.random.Generator,
+        passage: np.ndarray,
+        segment_len: int,
+        items: float = 2.0,
+        hard: float = 0.0,
+        kinds: Mapping[str, float] | None = None,
+        paraphrase: float = 0.0,
+    ) -> Planted:
+        """A document with facts and questions.
+
+        Args:
+            rng: Source of randomness.
+            passage: Text around them.
+            segment_len: Tokens per segment.
+            items: Facts and questions per segment, on average.
+            hard: Share of documents whose names are drawn from few words, so that they look alike.
+            kinds: By kind of facts (see `KINDS`), the share of documents that have them; None for ``random`` alone.
+            paraphrase: Share of facts that are asked for in other words than they were told in, where the kind has any.
+
+        Raises:
+            ConfigError: If one of the kinds does not exist, or their shares are none.
+        """
+        alike = bool(rng.random() < hard)
+        maker: Maker = self.maker
+        if kinds is not None:
+            for kind in kinds:
+                check_kind(kind)
+            share = np.array(list(kinds.values()), dtype=float)
+            if not share.sum() > 0 or (share < 0).any():
+                raise ConfigError(f"kinds must have shares that are not negative, and one above 0; got {dict(kinds)}")
+            maker = self.maker_of(list(kinds)[int(rng.choice(len(share), p=share / share.sum()))])
+        return plant(rng, maker, passage, segment_len, items, alike, paraphrase=paraphrase)
+
+
+def plant(
+    rng: np.random.Generator,
+    maker: Maker,
+    passage: np.ndarray,
+    segment_len: int,
+    items: float,
+    hard: bool,
+    new_context: float = 0.5,
+    paraphrase: float = 0.0,
+) -> Planted:
+    """Mix facts and questions into a passage.
+
+    About half of the items are facts, told once; the others ask for a fact that was told in an earlier segment. Some
+    segments begin a new context, with a question at its very beginning or within its first few tokens.
+
+    Args:
+        rng: Source of randomness.
+        maker: Where facts come from.
+        passage: Text to mix them into, (N + 1,); what does not fit any more is dropped.
+        segment_len: Tokens per segment.
+        items: Facts and questions per segment, on average.
+        hard: Whether names look alike.
+        new_context: Share of segments that begin a new context.
+        paraphrase: Share of facts that are asked for with the cue of one of their paraphrases, if they have any.
+    """
+    n_segment = (len(passage) - 1) // segment_len
+    breaks = contexts(rng, n_segment, new_context)
+    facts = maker.draw(rng, max(int(np.ceil(n_segment * items)), 1), "train", n_word=8 if hard else None)
+    return mix(rng, _Once(rng, facts, paraphrase), passage, segment_len, items, breaks)
+
+
+class _Once(Teller):
+    """Tells each fact once; see `memlm.data.tasks.base.Teller`."""
+
+    def __init__(self, rng: np.random.Generator, facts: list[Fact], paraphrase: float) -> None:
+        self.rng, self.facts, self.paraphrase = rng, facts, paraphrase
+        self.item_len = round(sum(len(fact.tokens) for fact in facts) / len(facts))
+        self._told: list[tuple[int, Fact]] = []  # the segment where each ended, and how it is asked for
+
+    def statement(self) -> Fact | None:
+        """The next fact."""
+        return self.facts[len(self._told)] if len(self._told) < len(self.facts) else None
+
+    def tell(self, statement: Fact, segment: int) -> None:
+        """Remember where the fact ended, and decide how it is asked for from now on."""
+        paraphrases = statement.paraphrases
+        if self.paraphrase and paraphrases and self.rng.random() < self.paraphrase:
+            statement = statement.asked(paraphrases[int(self.rng.integers(len(paraphrases)))])
+        self._told.append((segment, statement))
+
+    def questions(self, segment: int) -> list[Fact]:
+        """Facts told before the segment."""
+        return [fact for told, fact in self._told if told < segment]

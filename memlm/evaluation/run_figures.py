@@ -1,0 +1,36 @@
+"""What happened during training, as a result with figures."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from memlm.analysis.figures import gates, loss_curve, recall_curve, slot_use
+from memlm.analysis.usage import slot_usage
+from memlm.evaluation.result import Result
+
+
+def training_result(
+    model: Any, data: Any, history: Sequence[Mapping[str, Any]]
+) -> tuple[Result, dict[str, Figure | None]]:
+    """The history of a run and its figures: loss, recall beside its controls, gates, and use of the slots.
+
+    Args:
+        model: The trained model.
+        data: Its data; slots are shown as they are used on held-out text.
+        history: All that was logged, one row per step and logger call.
+    """
+    figures = {
+        "loss": loss_curve(history),
+        "recall": recall_curve(history),
+        "gates": gates(history),
+        "slot_use": slot_use({name: dict(parts) for name, parts in slot_usage(model, data).items()}),
+    }
+    last: dict[str, Any] = {}
+    for row in history:
+        last |= {name: value for name, value in row.items() if value is not None}
+    return Result(
+        "training", {k: v for k, v in last.items() if isinstance(v, float)}, tuple(map(dict, history))
+    ), figures

@@ -1,0 +1,117 @@
+"""The persistent bank of a memory: what outlives the text.
+
+A bank of scope ``shared`` is always there; one of scope ``sequence`` once something was stored in it. It is kept in
+buffers, so that it is saved and moved with the model.
+
+Shapes: B rows, n slots.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from memlm.memory.state import State, named_tensors, select_rows, with_tensors
+
+if TYPE_CHECKING:
+    from memlm.memory.contract import Memory
+
+Scope = Literal["sequence", "shared"]
+
+_USES = "slot_uses"
+
+
+class Bank(nn.Module):
+    """One row of a memory's state, in buffers named by the paths of its fields.
+
+    States that are handed out are the buffers themselves, not copies: as states are values, nobody changes them in
+    place, and `commit` puts others in their stead.
+
+    Args:
+        memory: Whose bank it is.
+    """
+
+    def __init__(self, memory: Memory) -> None:
+        super().__init__()
+        self._memory = (memory,)  # no submodule
+
+    @property
+    def memory(self) -> Memory:
+        """Whose bank it is."""
+        return self._memory[0]
+
+    @property
+    def exists(self) -> bool:
+        """Whether there is something in it: always if it is shared, else once something was stored."""
+        return any(name != _USES for name in self._buffers)
+
+    def create(self) -> None:
+        """Hold a fresh state, unless something is held already."""
+        if not self.exists:
+            self.commit(self.memory.init_state(1))
+
+    def state(self) -> State:
+        """What is held, one row, to be read; a fresh state if there is nothing."""
+        fresh = self.memory.init_state(1)
+        if not self.exists:
+            return fresh
+        named = named_tensors(fresh)
+        state = with_tensors(fresh, named | self.held())
+        missing = set(named) - set(self.held())
+        return self.memory.restored(state, missing) if missing else state
+
+    def held(self) -> dict[str, Tensor]:
+        """The buffers by the paths of their fields."""
+        return {name: part for name, part in self._buffers.items() if name != _USES and part is not None}
+
+    def first(self, n_row: int) -> State:
+        """State of ``n_row`` rows before any text: what is held, if anything is, else a fresh state."""
+        if not self.exists:
+            return self.memory.init_state(n_row)
+        if self.memory.scope == "shared":
+            return self.state()
+        return select_rows(self.state(), torch.zeros(n_row, dtype=torch.long))
+
+    def commit(self, state: State) -> None:
+        """Hold ``state``, of one row, from now on. Fields that share numbers are copied: a file holds them apart."""
+        storages: set[int] = set()
+        for name, tensor in named_tensors(state).items():
+            held = tensor.detach().contiguous()
+            storage = held.untyped_storage()
+            if not held.is_meta and storage.data_ptr() in storages:
+                held = held.clone()
+            storages.add(storage.data_ptr())
+            if name in self._buffers:
+                setattr(self, name, held)
+            else:
+                self.register_buffer(name, held)
+
+    def uses(self) -> Tensor:
+        """How often each slot was shown to have been read, (n,), to be changed in place. For memories of `Slots`."""
+        if _USES not in self._buffers:
+            memory: Any = self.memory
+            self.register_buffer(_USES, torch.zeros_like(memory.filled(memory.init_state(1))[0], dtype=torch.long))
+        return self.get_buffer(_USES)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        """A checkpoint tells whether the model had stored something; it may be older than a field of the bank."""
+        saved = {name.removeprefix(prefix) for name in state_dict if name.startswith(prefix)}
+        for name in list(self._buffers):  # new ones: states that were handed out stay as they are
+            if name == _USES or self.memory.scope == "sequence":
+                delattr(self, name)
+        if self.memory.scope == "shared" or saved - {_USES}:
+            self.commit(self.memory.init_state(1))
+            for name, part in self.held().items():
+                setattr(self, name, part.clone())
+                state_dict.setdefault(f"{prefix}{name}", part)
+        if _USES in saved:
+            self.register_buffer(_USES, torch.zeros_like(state_dict[f"{prefix}{_USES}"]))
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+        if saved - {_USES}:
+            try:
+                self.memory.check(self.state())
+            except ValueError as error:
+                errors: list[str] = rest[-1]
+                errors.append(f"the bank {prefix.removesuffix('.')} holds what no text can have written: {error}")

@@ -1,0 +1,208 @@
+"""What a layer does where no memory stands, as memories get it: see `memlm.memory.contract.Mixer`.
+
+Shapes: B rows, S segments of the grid, R = B * S, T tokens per segment, Q columns computed, D model width, H heads,
+E width of a head, M keys of a context.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from memlm.memory.contract import Context, Heads
+from memlm.memory.state import State, where_rows
+from memlm.models.grid import Grid, OpenSegment
+
+
+class SegmentLayer(nn.Module):
+    """A layer of a `SegmentModel`: it mixes the tokens of a segment; memories stand around that; then its feed-forward.
+
+    A layer with attention (``n_head`` is not 0) defines `heads`, `attend`, `attend_to`, `out` and `seen` too.
+
+    Attributes:
+        feed_forward: What is added to the stream after the memories.
+        n_head: Heads of its attention; 0 if it has none.
+    """
+
+    feed_forward: nn.Module
+    n_head: int = 0
+
+    def init_cache(self, n_row: int) -> State:
+        """What `mix` knows where no text came before."""
+        raise NotImplementedError
+
+    def mix(self, x: Tensor, cache: State, grid: Grid, contexts: Sequence[Context] = ()) -> tuple[Tensor, Any]:
+        """Let the tokens of each segment, and the ``overlap`` last ones of the segment before, reach later ones.
+
+        Args:
+            x: Hidden states, (B, S, Q, D).
+            cache: What is known of the segment before and of the open one.
+            grid: Where the tokens lie.
+            contexts: What attention sees beside, with R rows.
+
+        Returns:
+            The new hidden states (B, S, Q, D), and what `next_cache` needs.
+        """
+        raise NotImplementedError
+
+    def next_cache(self, kept: Any, stays_open: Callable[[Tensor, Tensor], Tensor]) -> State:
+        """The cache after the grid.
+
+        Args:
+            kept: What `mix` or `attend` kept.
+            stays_open: Picks for each row the part (B, ...) of the segment that is not complete, of parts (B, S, ...);
+                the second argument (B, ...) is for rows whose segments are all complete.
+        """
+        raise NotImplementedError
+
+    def heads(self, x: Tensor) -> Heads:
+        """Queries, keys and values of any hidden states (B, L, D), before positions."""
+        raise NotImplementedError
+
+    def attend(self, heads: Heads, cache: State, grid: Grid, contexts: Sequence[Context] = ()) -> tuple[Tensor, Any]:
+        """What heads (R, H, Q, E) find in their segment and the contexts, (R, H, Q, E), and what `next_cache` needs."""
+        raise NotImplementedError
+
+    def attend_to(self, query: Tensor, contexts: Sequence[Context], place: Tensor | None = None) -> Tensor:
+        """What queries (R, H, L, E), at ``place`` (L,) of the segment, find in contexts alone, (R, H, L, E)."""
+        raise NotImplementedError
+
+    def out(self, mixed: Tensor, x: Tensor) -> Tensor:
+        """The stream ``x`` (R, L, D) with what heads found, (R, H, L, E), mapped and added."""
+        raise NotImplementedError
+
+    def seen(self, kept: Any, grid: Grid) -> list[Context]:
+        """Keys and values of all that stands in each segment and the overlap before it, with R rows."""
+        raise NotImplementedError
+
+
+class LayerMixer:
+    """What a layer does with the segments of a grid.
+
+    Args:
+        layer: The layer.
+        cache: What it knows of the segment before and of the open one.
+        grid: Where the tokens lie.
+        call: How functions of the layer are called (to recompute them in the backward pass).
+        dtype: Type of the layer's numbers; those of memories have 32 bits.
+        contexts: What attention sees beside in any case: cells before the segments.
+    """
+
+    def __init__(
+        self,
+        layer: SegmentLayer,
+        cache: State,
+        grid: Grid,
+        call: Callable[..., Any],
+        dtype: torch.dtype,
+        contexts: tuple[Context, ...] = (),
+    ) -> None:
+        self.layer, self.cache, self.grid, self.call = layer, cache, grid, call
+        self.dtype, self.contexts = dtype, contexts
+        self.kept: Any = None  # by the last call
+        self.parts: list[LayerMixer] = []  # by segment, where they are mixed one after the other
+
+    def __call__(self, x: Tensor, context: Context | None = None) -> Tensor:
+        """See `Mixer`."""
+        grid = self.grid
+        cells = x.reshape(len(grid.new), grid.n_segment, grid.n_column, x.shape[-1])
+        y, self.kept = self.call(self.layer.mix, cells.to(self.dtype), self.cache, grid, self._all(context))
+        return y.reshape(x.shape).to(x.dtype)
+
+    def heads(self, x: Tensor) -> Heads:
+        """See `Mixer`."""
+        return heads_of(self.layer, x, self.dtype)
+
+    def attend(self, heads: Heads, context: Context | None = None) -> Tensor:
+        """See `Mixer`."""
+        own = Heads(*(part.to(self.dtype) for part in heads))
+        mixed, self.kept = self.layer.attend(own, self.cache, self.grid, self._all(context))
+        return mixed.to(heads.q.dtype)
+
+    def out(self, mixed: Tensor, x: Tensor) -> Tensor:
+        """See `Mixer`."""
+        return self.layer.out(mixed.to(self.dtype), x.to(self.dtype)).to(x.dtype)
+
+    def at(self, s: int) -> LayerMixer:
+        """See `Mixer`."""
+        if self.grid.n_segment == 1:
+            return self
+        assert s == len(self.parts), "segments are mixed one after the other"
+        cache = self.parts[-1].next_cache(s - 1, self.grid) if self.parts else self.cache
+        self.parts.append(LayerMixer(self.layer, cache, self.grid.of(s, s + 1), self.call, self.dtype, self.contexts))
+        return self.parts[-1]
+
+    def next_cache(self, s: int | None = None, window: Grid | None = None) -> State:
+        """The cache after the grid; after segment ``s`` of a ``window`` if this is its mixer."""
+        if self.parts:
+            return self.parts[-1].next_cache(len(self.parts) - 1, self.grid)
+        if self.kept is None:  # the memory leaves the mixer out
+            return self.cache
+        after = self.layer.next_cache(self.kept, OpenSegment(self.grid).of)
+        if s is None or window is None:
+            return after
+        active = window.new[:, s].any(dim=1)  # (B,)
+        after = where_rows(active, after, self.cache)
+        if s == 0:
+            return after
+        fresh = self.layer.init_cache(len(active))
+        return where_rows(~active & ~window.flags.continues[:, s], fresh, after)
+
+    def _all(self, context: Context | None) -> tuple[Context, ...]:
+        if context is None:
+            return self.contexts
+        if not self.layer.n_head:
+            raise ValueError("a context needs attention, which this model does not have: choose model=lmcode")
+        n_row = self.grid.new.shape[0] * self.grid.n_segment
+        if len(context.key) != n_row:
+            raise ValueError(
+                f"a context has a row for each segment of each row, {n_row} here, got {len(context.key)}: see `at_once`"
+            )
+        key, value = context.key.to(self.dtype), context.value.to(self.dtype)
+        return (*self.contexts, context._replace(key=key, value=value))
+
+
+class Done:
+    """In place of a mixer that has run already."""
+
+    def __call__(self, x: Tensor, context: Context | None = None) -> Tensor:
+        """The stream as it is."""
+        return x
+
+    def at(self, s: int) -> Done:
+        """Itself."""
+        return self
+
+    def heads(self, x: Tensor) -> Heads:
+        """Not to be had any more."""
+        raise ValueError("a memory that only reads behind the mixer cannot use heads: define mix")
+
+    def attend(self, heads: Heads, context: Context | None = None) -> Tensor:
+        """Not to be had any more."""
+        raise ValueError("a memory that only reads behind the mixer cannot use heads: define mix")
+
+    def out(self, mixed: Tensor, x: Tensor) -> Tensor:
+        """Not to be had any more."""
+        raise ValueError("a memory that only reads behind the mixer cannot use heads: define mix")
+
+
+def heads_of(layer: SegmentLayer, x: Tensor, dtype: torch.dtype) -> Heads:
+    """Heads of a layer whose numbers are of another type than those of ``x``, in that of ``x``."""
+    return Heads(*(part.to(x.dtype) for part in layer.heads(x.to(dtype))))
+
+
+def cells_of(layer: SegmentLayer, cells: Tensor, contexts: Sequence[Context], place: Tensor | None = None) -> Tensor:
+    """Cells (B, m, D) of a memory behind a layer's attention, in which they see each other and the contexts.
+
+    Args:
+        layer: The layer.
+        cells: The cells.
+        contexts: What else they see.
+        place: Where they stand in the segment, (m,); None for no place.
+    """
+    heads = layer.heads(cells)
+    own = Context(heads.k, heads.v, place=place)
+    return layer.out(layer.attend_to(heads.q, [*contexts, own], place), cells)

@@ -1,0 +1,449 @@
+"""In which order layers, memories and segments are run.
+
+The definition is segment after segment, in each all layers. Where no write needs more than what enters a layer, all
+segments of a window go through one layer before the next: `at_once`, which with one segment is the definition.
+
+Shapes: B rows, S segments of the grid, T tokens per segment, Q columns computed, C lookback, N = S * T cells, D model
+width, m cells of a memory before a segment, n behind it.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from memlm.memory.contract import Context, Heads, Memory, Mixer, Read, Segment, Trace, join_reads, joined, mean_trace
+from memlm.memory.state import where_rows
+from memlm.models.grid import Grid, OpenSegment
+from memlm.models.mixers import Done, LayerMixer, SegmentLayer, cells_of, heads_of
+from memlm.models.state import LocalState, ModelState
+from memlm.tensors import Host
+
+if TYPE_CHECKING:
+    from memlm.models.segments import SegmentModel
+
+
+WINDOW = 2**12
+"""Tokens of a row that go through the layers together where no gradients are asked for, if a segment has fewer."""
+
+
+class Ran(NamedTuple):
+    """What a run gives.
+
+    Attributes:
+        x: Output of the last layer, (B, S * Q, D).
+        state: The state after it.
+        reads: See `Output`.
+        trace: See `Output`.
+    """
+
+    x: Tensor
+    state: ModelState
+    reads: dict[str, Read]
+    trace: dict[str, Trace]
+
+
+class How(NamedTuple):
+    """How a grid is run.
+
+    Attributes:
+        read: Whether memories are read.
+        write: Whether memories are written.
+        signals: Implicit signals of the text by name, each (B, n).
+        keep_state: Whether the state after the grid is needed.
+        storing: Whether only the memories after it are needed: all that follows the last write is left out.
+        closing: Whether there is no new token: the open segment is closed, for the cells behind it.
+    """
+
+    read: bool
+    write: bool
+    signals: dict[str, Tensor] | None = None
+    keep_state: bool = True
+    storing: bool = False
+    closing: bool = False
+
+
+def writes_within(module: Memory) -> bool:
+    """Whether a write needs nothing but what enters the layer, which then can be run for all segments at once."""
+    return module.around == "layer" and not module.needs.output
+
+
+def run(model: SegmentModel, grid: Grid, state: ModelState, how: How) -> Ran:
+    """All layers over one window of segments after the other, joined; see `at_once`.
+
+    What is found does not depend on where windows begin. The definition, and the only way for some memories, is one
+    segment after the other. With gradients the whole call is one window.
+    """
+    n_segment, step = grid.n_segment, segments_at_once(model)
+    if step is None or step >= n_segment:
+        return at_once(model, grid, state, how)
+    windows: list[Ran] = []
+    for begin in range(0, n_segment, step):
+        end = min(begin + step, n_segment)
+        keep_state = how.keep_state or end < n_segment
+        window = at_once(model, grid.of(begin, end), state, how._replace(keep_state=keep_state))
+        ended = [n < begin for n in grid.n_complete]  # rows whose last token was in an earlier window
+        if any(ended):
+            local = where_rows(torch.tensor(ended), state.local, window.state.local)
+            window = window._replace(state=window.state._replace(local=local))
+        state = window.state
+        if how.storing:  # of what is only stored nothing else is kept
+            windows.clear()
+        windows.append(window)
+    each = [window for window in windows for _ in range(window.x.shape[1] // grid.segment_len)]
+    return Ran(
+        x=joined([window.x for window in windows]),
+        state=state,
+        reads={key: join_reads([window.reads[key] for window in windows]) for key in windows[0].reads},  # type: ignore[misc]
+        trace={name: mean_trace([window.trace[name] for window in each]) for name in windows[0].trace},
+    )
+
+
+def segments_at_once(model: SegmentModel) -> int | None:
+    """Segments that layers may run over together; None for any number."""
+    if not all(writes_within(modules[0]) for modules in model.memory.values()):
+        return 1
+    if model.n_together is not None:
+        return model.n_together
+    return None if torch.is_grad_enabled() else max(1, WINDOW // model.segment_len)
+
+
+def at_once(model: SegmentModel, grid: Grid, state: ModelState, how: How) -> Ran:
+    """All layers over the grid, one layer after the other for all segments."""
+    return _Pass(model, grid, state, how).run()
+
+
+class _Cells(NamedTuple):
+    """Cells of a memory around the stack, on their way through the layers."""
+
+    front: Tensor | None  # before each segment, (B, m, D)
+    tail: Tensor | None  # behind it, (B, n, D)
+
+
+class _StackMixer:
+    """What the whole stack of layers does with one segment."""
+
+    def __init__(self, run: _Pass, tail: Tensor | None) -> None:
+        self.run, self.tail = run, tail
+
+    def __call__(self, x: Tensor, context: Context | None = None) -> Tensor:
+        """See `Mixer`. Cells before those of the segment go through the layers with it."""
+        if context is not None:
+            raise ValueError("a memory around the stack puts cells before a segment: a context is of one layer")
+        m = x.shape[1] - self.run.grid.n_column
+        own = x.to(self.run.embeddings.dtype)
+        stream, cells = self.run.layers(own[:, None, m:], _Cells(own[:, :m] if m else None, self.tail))
+        self.tail, y = cells.tail, stream[:, 0]
+        return (y if cells.front is None else torch.cat([cells.front, y], dim=1)).to(x.dtype)
+
+    def at(self, s: int) -> _StackMixer:
+        """Itself: the stack is run for one segment at a time."""
+        return self
+
+    def heads(self, x: Tensor) -> Heads:
+        """The stack has none."""
+        raise ValueError("the stack has no heads: only a memory around a layer can use them")
+
+    def attend(self, heads: Heads, context: Context | None = None) -> Tensor:
+        """The stack has none."""
+        raise ValueError("the stack has no heads: only a memory around a layer can use them")
+
+    def out(self, mixed: Tensor, x: Tensor) -> Tensor:
+        """The stack has none."""
+        raise ValueError("the stack has no heads: only a memory around a layer can use them")
+
+
+class _Pass:
+    """One run of all layers over a grid."""
+
+    def __init__(self, model: SegmentModel, grid: Grid, state: ModelState, how: How) -> None:
+        self.model, self.grid, self.local, self.how = model, grid, state.local, how
+        self.lookback = model.lookback
+        ids = torch.cat([self.local.ids[:, : self.lookback], grid.ids], dim=1)  # (B, C + N)
+        self.ids, self.embeddings = ids, model.embed(ids)
+        self.before = state.memory
+        self.memory = {name: list(parts) for name, parts in state.memory.items()}
+        self.prepared: dict[str, Any] = {}
+        self.caches: list[Any] = []
+        self.streams: dict[str, list[Tensor]] = {name: [] for name in self.local.streams}
+        self.reads: dict[str, Read] = {}
+        self.traces: dict[str, list[Trace]] = {name: [] for name in self.memory}
+
+    def run(self) -> Ran:
+        """All of it."""
+        embeddings = self.embeddings[:, self.lookback :].unflatten(1, (self.grid.n_segment, -1))
+        x = self.model.enter(embeddings[:, :, self.grid.columns], self.grid.columns)  # (B, S, Q, D)
+        for name, modules in self.model.memory.items():
+            for place, module in enumerate(() if writes_within(modules[0]) or not self.how.read else modules):
+                self.prepared[f"{name}/{place}"] = module.prepare(self.begun(name, module, place))
+        stack = self.memory_of("stack")
+        x = self.around_stack(*stack[0], x) if stack else self.layers(x)[0]
+        for name, modules in self.memory_of("layers") if not self.how.closing else ():
+            hidden = torch.stack(self.streams[stream_of(modules[0])], dim=2) if self.how.write else None
+            output = torch.stack(self.streams["output"], dim=2) if self.how.write and modules[0].needs.output else None
+            self.write(name, modules[0], 0, hidden, output)
+        memory = {name: tuple(parts) for name, parts in self.memory.items()}
+        local = self.next_local() if self.how.keep_state else self.local
+        trace = {name: mean_trace(parts) for name, parts in self.traces.items()}
+        return Ran(x.flatten(1, 2), ModelState(memory, local), self.reads, trace)
+
+    def memory_of(self, *around: str) -> list[tuple[str, Any]]:
+        """The memories that stand there, by name."""
+        return [(name, modules) for name, modules in self.model.memory.items() if modules[0].around in around]
+
+    def begun(self, name: str, module: Memory, place: int) -> Any:
+        """The state of a memory that is written apart from where it is read; there is one segment then."""
+        return module.start_documents(self.grid.flags.reset, self.memory[name][place])
+
+    # --- the stack -----------------------------------------------------------------------------------------------
+
+    def around_stack(self, name: str, modules: Any, x: Tensor) -> Tensor:
+        """The layers with a memory around them."""
+        module = modules[0]
+        tail = None
+        if module.needs.tail and self.how.write and any(self.grid.n_complete):
+            tail = module.tail(module.prepare(self.begun(name, module, 0))).to(x.dtype)
+        mixer = _StackMixer(self, tail)
+        if self.how.closing and tail is None:
+            y = x
+        elif self.how.read:
+            mixed, found = module.mix(x[:, 0].float(), self.prepared[f"{name}/0"], mixer)
+            y = mixed[:, None].to(x.dtype)
+            self.keep(name, found)
+        else:
+            y = module.off(x[:, 0].float(), mixer)[:, None].to(x.dtype)
+        output = None
+        if "top" in self.streams:
+            output = self.fill("top", 0, y)
+            self.streams["top"].append(output)
+        ends = not module.needs.tail or mixer.tail is not None
+        self.write(name, module, 0, self.embeddings if ends else None, output, tail=mixer.tail)
+        return y
+
+    def layers(self, x: Tensor, cells: _Cells | None = None) -> tuple[Tensor, _Cells]:
+        """All layers; and with them the cells of a memory around the stack. What counts is the last call."""
+        self.caches = []
+        self.streams = {name: [] for name in self.streams}
+        for name, _ in self.memory_of("layer", "layers"):
+            self.memory[name], self.traces[name] = list(self.before[name]), []
+        model, last = self.model, self.model.memory_layers[-1] if self.model.memory else -1
+        cells = cells or _Cells(None, None)
+        for i, layer in enumerate(model.layers):
+            if self.how.storing and i > last:
+                break
+            contexts: tuple[Context, ...] = ()
+            if cells.front is not None:
+                heads = layer.heads(cells.front)
+                contexts = (Context(heads.k, heads.v),)
+            mixer = LayerMixer(layer, self.local.cache[i], self.grid, self.checkpointed, x.dtype, contexts)
+            attached = bool(model.memory) and i in model.memory_layers and not self.how.closing
+            x = self.with_memories(i, mixer, x) if attached else mixer(x)
+            self.caches.append(mixer)
+            if cells.front is not None or cells.tail is not None:
+                cells = self.through(layer, mixer, cells, contexts)
+            if self.how.storing and i == last:
+                break
+            x = x + self.checkpointed(layer.feed_forward, x)
+            if attached and "output" in self.streams:
+                self.keep_output(i, x)
+        return x, cells
+
+    def through(self, layer: SegmentLayer, mixer: LayerMixer, cells: _Cells, contexts: tuple[Context, ...]) -> _Cells:
+        """The cells behind a layer. Those before a segment see each other; those behind it see all."""
+        front, tail = cells
+        if tail is not None:
+            place = self.grid.segment_len + torch.arange(tail.shape[1], device=tail.device)
+            seen = layer.seen(mixer.kept, self.grid)
+            tail = cells_of(layer, tail, [*contexts, *seen], place)
+            tail = tail + layer.feed_forward(tail)
+        if front is not None:
+            front = cells_of(layer, front, [])
+            front = front + layer.feed_forward(front)
+        return _Cells(front, tail)
+
+    # --- a layer -------------------------------------------------------------------------------------------------
+
+    def with_memories(self, i: int, mixer: LayerMixer, x: Tensor) -> Tensor:
+        """The stream behind layer ``i``'s mixer and memories, for ``x`` (B, S, Q, D) before it.
+
+        A memory with a `Memory.mix` of its own stands around the mixer. The others read what comes out, side by side.
+        """
+        place = self.model.memory_layers.index(i)
+        attached = self.memory_of("layer", "layers")
+        beside = [(name, modules) for name, modules in attached if modules[0].reads_beside]
+        around = [(name, modules) for name, modules in attached if not modules[0].reads_beside]
+        if "input" in self.streams:
+            self.streams["input"].append(self.fill("input", place, x))
+        if around:
+            name, modules = around[0]
+            mixed, _ = self.step(name, modules, i, x.flatten(1, 2).float(), mixer)
+            assert mixed is not None
+            y = mixed.view_as(x).to(x.dtype)
+            if mixer.kept is None and not mixer.parts and type(modules[0]).off is Memory.off:
+                mixer(x)  # the layer has to know the segment, should reads be switched off
+        else:
+            y = mixer(x)
+        if "mixed" in self.streams:
+            self.streams["mixed"].append(self.fill("mixed", place, y))
+        flat = y.flatten(1, 2).float()  # (B, S * Q, D)
+        reads = [self.step(name, modules, i, flat, Done())[1] for name, modules in beside]
+        values: list[Any] = [read.value.to(y.dtype) for read in reads if read is not None and read.value is not None]
+        return y + sum(values).view_as(y) if values else y
+
+    def step(self, name: str, modules: Any, i: int, x: Tensor, mixer: Mixer) -> tuple[Tensor | None, Read | None]:
+        """One memory at layer ``i``: the stream behind it, unless it is one that only reads; and what it read."""
+        each = modules[0].around == "layer"
+        place = self.model.memory_layers.index(i)
+        module = modules[place if each else 0]
+        read = self.how.read and not (self.how.storing and i == self.model.memory_layers[-1])
+        y: Tensor | None = None
+        found: Read | None = None
+        if writes_within(module):
+            window = self.segment(module, self.streams[stream_of(module)][place], layer=self.model.layers[i])
+            scanned = module.scan(x, window, self.memory[name][place], mixer, read, self.how.write, self.how.keep_state)
+            y, found, self.memory[name][place] = scanned.output, scanned.read, scanned.state
+            self.traces[name].append(scanned.trace)
+        elif not read:
+            y = module.off(x, mixer)
+        elif module.reads_beside:
+            found = module.read(x, self.prepared[f"{name}/{place if each else 0}"])
+        else:
+            y, found = module.mix(x, self.prepared[f"{name}/{place if each else 0}"], mixer)
+        self.keep(f"{name}/{i}", found)
+        return y, found
+
+    def keep_output(self, i: int, x: Tensor) -> None:
+        """Keep what came out of a layer, and write it where that is what a write needs."""
+        place = self.model.memory_layers.index(i)
+        self.streams["output"].append(self.fill("output", place, x))
+        for name, modules in self.memory_of("layer"):
+            module = modules[place]
+            if module.needs.output:
+                hidden = self.streams[stream_of(module)][place]
+                self.write(name, module, place, hidden, self.streams["output"][place], layer=self.model.layers[i])
+
+    # --- memories ------------------------------------------------------------------------------------------------
+
+    def keep(self, key: str, found: Read | None) -> None:
+        """Keep what was read, to be looked at."""
+        if found is not None:
+            self.reads[key] = found
+
+    def write(
+        self,
+        name: str,
+        module: Memory,
+        place: int,
+        hidden: Tensor | None,
+        output: Tensor | None = None,
+        layer: SegmentLayer | None = None,
+        tail: Tensor | None = None,
+    ) -> None:
+        """Write one segment, if anything is written."""
+        state = self.begun(name, module, place)
+        if self.how.write and hidden is not None:
+            state, trace = module.write(self.segment(module, hidden, output, layer, tail), state)
+            self.traces[name].append(trace)
+        self.memory[name][place] = state
+
+    def segment(
+        self,
+        module: Memory,
+        hidden: Tensor,
+        output: Tensor | None = None,
+        layer: SegmentLayer | None = None,
+        tail: Tensor | None = None,
+    ) -> Segment:
+        """What ``module`` may use of the grid. ``hidden`` and ``output`` include the model's lookback."""
+        signals = self.how.signals
+        return segment_of(
+            self.model, module, self.local, self.grid, self.ids, self.embeddings, hidden, output, layer, tail, signals
+        )
+
+    def fill(self, stream: str, place: int, x: Tensor) -> Tensor:
+        """All cells of a stream, (B, C + N, D), of those that were computed, (B, S, Q, D)."""
+        buffer = self.local.streams[stream][:, place]  # (B, C + T, D)
+        cells = self.grid.fill(x, buffer[:, self.lookback :]).flatten(1, 2)
+        return torch.cat([buffer[:, : self.lookback], cells], dim=1)
+
+    def checkpointed(self, function: Any, *arguments: Any) -> Any:
+        """Call a function of a layer."""
+        model = self.model
+        if model.gradient_checkpointing and model.training and torch.is_grad_enabled():
+            return checkpoint(function, *arguments, use_reentrant=False)
+        return function(*arguments)
+
+    def next_local(self) -> LocalState:
+        """The local state after the grid."""
+        grid, local, open_segment = self.grid, self.local, OpenSegment(self.grid)
+        flags = grid.flags
+        cache = [mixer.next_cache() for mixer in self.caches]
+        streams = {
+            name: torch.stack([open_segment.cells(part) for part in parts], dim=1) if parts else local.streams[name]
+            for name, parts in self.streams.items()
+        }
+        open_len = torch.tensor(grid.open_len)
+        position = open_segment.of(flags.position, flags.position[:, -1] + grid.segment_len)
+        device = grid.ids.device
+        return LocalState(
+            cache=(*cache, *[None] * (len(local.cache) - len(cache))),
+            streams=streams,
+            ids=open_segment.cells(self.ids),
+            continues=open_segment.of(flags.continues, torch.ones_like(flags.continues[:, 0])),
+            position=position + open_len.to(device) if any(grid.open_len) else position,
+            document=open_segment.of(flags.document, flags.document[:, -1]),
+            n_open=Host(open_len),
+        )
+
+
+def stream_of(module: Memory) -> str:
+    """Which stream is `Segment.hidden` of a memory in a layer."""
+    return "mixed" if module.reads_beside else "input"
+
+
+def segment_of(
+    model: SegmentModel,
+    module: Memory,
+    local: LocalState,
+    grid: Grid,
+    ids: Tensor,
+    embeddings: Tensor,
+    hidden: Tensor,
+    output: Tensor | None = None,
+    layer: SegmentLayer | None = None,
+    tail: Tensor | None = None,
+    signals: dict[str, Tensor] | None = None,
+) -> Segment:
+    """What ``module`` may use of a grid. Token fields given include the model's lookback; its own may be shorter.
+
+    Memories work in 32 bits, whatever the model does.
+    """
+    needs = module.needs
+    skip = model.lookback - needs.lookback
+    before = grid.flags.continues[:, :1].expand(-1, needs.lookback)
+    return Segment(
+        ids=ids[:, skip:],
+        embeddings=embeddings[:, skip:].float(),
+        hidden=hidden[:, skip:].float(),
+        valid=torch.cat([before, grid.valid.flatten(1)], dim=1),
+        flags=grid.flags,
+        signals=None if signals is None else {name: signals[name] for name in needs.signals if name in signals},
+        lookback=needs.lookback,
+        columns=grid.columns,
+        surprise=_surprise(model, hidden, ids)[:, skip:] if needs.surprise else None,
+        output=None if output is None or not needs.output else output[:, skip:].float(),
+        heads=None if layer is None or not needs.heads else heads_of(layer, hidden[:, skip:].float(), hidden.dtype),
+        tail=None if tail is None else tail.float(),
+    )
+
+
+@torch.no_grad()
+def _surprise(model: SegmentModel, hidden: Tensor, ids: Tensor) -> Tensor:
+    """Nats of the token after each cell, predicted from ``hidden`` (B, L, D) as if by the last layer, (B, L)."""
+    following = ids.roll(-1, dims=1)[..., None]  # the last cell has none, and no slot
+    parts = zip(hidden.split(model.segment_len, dim=1), following.split(model.segment_len, dim=1), strict=True)
+    nats = [-model.head(model.norm(part)).log_softmax(dim=-1).gather(2, targets) for part, targets in parts]
+    return torch.cat(nats, dim=1)[..., 0].float()

@@ -1,0 +1,182 @@
+"""A conversation with a model's memory: sentences are told and stored, anything else is asked and continued.
+
+Every answer comes with what was read for it, and with the answer that the model gives when memory is not read.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+
+from memlm.config import ConfigError, did_you_mean
+from memlm.store.operations import ExperienceModel
+from memlm.store.remembered import READ, Remembered
+
+_ANSWER = 24  # most tokens of an answer
+
+
+_END = re.compile(r"[.!?](?=\s|$)|(?<=\S)\s*\n")
+
+
+_SHORT = 120  # characters of a record that are shown whole
+
+
+HELP = """\
+A sentence (it ends in . or !) is told: it is stored. Anything else is asked: a question, or a sentence to complete.
+  /clear           forget what was said in this context; memory stays
+  /memory          the latest records
+  /memory QUERY    the records that are read for a text
+  /forget ID ...   forget records
+  /save PATH       write the memory to a file
+  /load PATH       replace the memory by that of a file
+  /help            this
+  /quit            end; what was not saved is gone"""
+
+
+class Answer(NamedTuple):
+    """What the model said.
+
+    Attributes:
+        text: The answer, up to the end of its sentence.
+        read: The record most read for it; None if memory is empty.
+        without: The answer when memory is not read.
+    """
+
+    text: str
+    read: Remembered | None
+    without: str
+
+
+class Conversation:
+    """Turns of a conversation.
+
+    Args:
+        model: A trained model with a memory that keeps records.
+
+    Attributes:
+        context: Token ids of what was said since the context was cleared. What is told also goes into the memory.
+
+    Raises:
+        ConfigError: If the model has no such memory.
+    """
+
+    def __init__(self, model: ExperienceModel) -> None:
+        model.list_memory(0)
+        self.model: Any = model
+        self.context: list[int] = []
+
+    def tell(self, text: str) -> list[int]:
+        """Store a text; returns the ids of its records."""
+        ids = self.model.store_experience(text)
+        self.context += self._encode(text)
+        return ids
+
+    def ask(self, text: str) -> Answer:
+        """Have a text continued, greedily, to the end of a sentence. Nothing is stored."""
+        room = self.model.segment_len - 1  # one segment, so that what is shown as read is what the answer read
+        n_answer = max(min(_ANSWER, room // 2), 1)
+        prompt = (self.context + self._encode(text))[-max(room - n_answer, 1) :]
+        answer, without = (self._continue(prompt, n_answer, read) for read in (True, False))
+        hits = self.model.recalled([*prompt, *answer][:-1], first=len(prompt) - 1)
+        self.context += self._encode(text) + answer
+        said, bare = (self.model.tokenizer.decode(part).strip() for part in (answer, without))
+        return Answer(said, hits[0] if hits else None, bare)
+
+    def respond(self, line: str) -> str | None:
+        """What to show for a line that was typed; None to end."""
+        line = line.strip("\ufeff").strip()
+        try:
+            if line.startswith("/"):
+                name, *rest = line[1:].split(maxsplit=1) or [""]
+                return self._command(name, "".join(rest))
+            if not line:
+                return ""
+            if line.endswith((".", "!")):
+                return _stored(self.tell(line))
+            return _shown(self.ask(line))
+        except (OSError, ValueError) as error:  # such as of paths; ConfigError is one
+            return f"error: {error}"
+
+    def _command(self, name: str, rest: str) -> str | None:
+        def forget() -> str:
+            if not all(part.isdecimal() for part in rest.split()) or not rest:
+                raise ConfigError("/forget takes ids of records, such as /forget 3; /memory shows them")
+            gone = self.model.forget([int(part) for part in rest.split()])
+            self.context = []  # it may have been said there
+            return f"[forgotten: {_numbers(gone)}; the context was cleared]"
+
+        def clear() -> str:
+            self.context = []
+            return "[context cleared]"
+
+        def path(function: Callable[[str], None], done: str) -> str:
+            if not rest:
+                raise ConfigError(f"/{name} takes the path of a file")
+            function(rest)
+            return f"[{done} {rest}]"
+
+        def load() -> str:
+            done = path(self.model.load_memory, "memory replaced by that of")
+            self.context = []  # what was said there is of the memory that is gone
+            return f"{done[:-1]}; the context was cleared]"
+
+        commands: dict[str, Callable[[], str | None]] = {
+            "clear": clear,
+            "memory": lambda: _listed(self.model.query_memory(rest) if rest else self.model.list_memory()),
+            "forget": forget,
+            "save": lambda: path(self.model.save_memory, "memory saved to"),
+            "load": load,
+            "help": lambda: HELP,
+            "quit": lambda: None,
+        }
+        if name not in commands:
+            raise ConfigError(f"there is no command /{name}: /help lists them.{did_you_mean(name, commands)}")
+        return commands[name]()
+
+    def _encode(self, text: str) -> list[int]:
+        return self.model.encode_text(text)
+
+    def _continue(self, prompt: list[int], n: int, read: bool) -> list[int]:
+        """Tokens of the answer, up to the end of a sentence."""
+        model = self.model
+        ids = torch.tensor([prompt], device=model.head_weight.device)
+        new = model.generate(ids, n, temperature=0, read=read, write=False)[0, len(prompt) :].tolist()
+        ends = (i for i in range(1, n + 1) if _END.search(model.tokenizer.decode(new[:i]).lstrip()))
+        return new[: next(ends, n)]
+
+
+def _stored(ids: list[int]) -> str:
+    return f"[stored: {_numbers(ids)}]" if ids else "[not stored: memory found nothing in it worth keeping]"
+
+
+def _numbers(ids: list[int]) -> str:
+    return f"record{'s' * (len(ids) != 1)} {', '.join(map(str, ids))}"
+
+
+def _words(record: Remembered) -> str:
+    return record.text if len(record.text) <= _SHORT else f"… {record.snippet} …"
+
+
+def _shown(answer: Answer) -> str:
+    read = answer.read
+    if read is None or read.weight is None:
+        note = "memory is empty: nothing was read"
+    elif read.weight < READ:
+        note = f"memory was not read (greatest weight {read.weight:.2f})"
+    else:
+        note = f"read with weight {read.weight:.2f} from record {read.id}: {_words(read)!r}"
+        same = answer.without == answer.text
+        note += "; the answer is the same without memory" if same else f"; without memory: {answer.without!r}"
+    return f"{answer.text}\n  [{note}]"
+
+
+def _listed(records: list[Remembered]) -> str:
+    def line(record: Remembered) -> str:
+        asked = "" if record.weight is None else f"weight {record.weight:.2f}, similarity {record.similarity:.2f}, "
+        merged = f", merged with {', '.join(map(str, record.origins))}" if record.origins else ""
+        return f"  {record.id}: {_words(record)!r} ({asked}age {record.age}, used {record.uses}{merged})"
+
+    return "\n".join(map(line, records)) or "[memory is empty]"

@@ -1,0 +1,36 @@
+"""A layer of a transformer written out, with an explicit mask and a place for each cell, to compare memories with."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from memlm.models.lmcode import Layer
+
+
+def turned(x: Tensor, place: Tensor) -> Tensor:
+    """Heads (H, L, E) turned by their places (L,): pairs of numbers as complex ones, times a complex rotation."""
+    half = x.shape[2] // 2
+    frequency = 10_000.0 ** (-torch.arange(half) / half)
+    angle = place[:, None].float() * frequency
+    z = torch.complex(x[..., :half], x[..., half:]) * torch.polar(torch.ones_like(angle), angle)
+    return torch.cat([z.real, z.imag], dim=2)
+
+
+def attend(layer: Layer, x: Tensor, seen: Tensor, mask: Tensor, place: Tensor, places: Tensor) -> Tensor:
+    """Cells ``x`` (L, D) behind the layer, of which each sees the cells of ``seen`` (M, D) that ``mask`` (L, M) names.
+
+    ``place`` (L,) and ``places`` (M,) say where they stand; NaN for a cell without a place.
+    """
+    attention, n_head = layer.attention, layer.attention.n_head
+
+    def heads(cells: Tensor) -> list[Tensor]:
+        qkv = layer.attention_norm(cells) @ attention.to_qkv.weight.T
+        return [part.reshape(len(cells), n_head, -1).transpose(0, 1) for part in qkv.chunk(3, dim=1)]  # (H, L, E)
+
+    (q, _, _), (_, k, v) = heads(x), heads(seen)
+    somewhere = turned(q, place.nan_to_num()) @ turned(k, places.nan_to_num()).transpose(1, 2)
+    score = torch.where(places.isnan(), q @ k.transpose(1, 2), somewhere) / q.shape[2] ** 0.5
+    weight = score.masked_fill(~mask, -torch.inf).softmax(dim=2)
+    x = x + (weight @ v).transpose(0, 1).reshape(x.shape) @ attention.to_output.weight.T
+    return x + layer.feed_forward(x)
