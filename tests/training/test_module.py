@@ -475,7 +475,10 @@ def test_a_module_is_loaded_outside_of_a_trainer(tmp_path: Path) -> None:
 
 
 def test_no_checkpoint_is_told_of_where_none_was_written(tmp_path: Path) -> None:
+    def spoil(module: LanguageModeling, batch: Any) -> None:
+        module.model.norm.weight.data.fill_(float("nan"))
+
     with pytest.raises(NonFiniteLoss) as caught:
-        fit(config(tmp_path, "a", "training.lr=1e30", "checkpoint.every=100"))
+        fit(config(tmp_path, "a", "checkpoint.every=100"), before_step=spoil)
     assert "checkpoint is kept" not in str(caught.value)
     assert "Lower training.lr" in str(caught.value)
