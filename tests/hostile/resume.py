@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from memlm.analysis.run_log import read_history
 from memlm.checkpoint import checkpoints, read, write
 from memlm.files import unfinished
 from memlm.training.module import LanguageModeling
@@ -405,6 +406,11 @@ def _wandb(**wanted: str) -> Callable[[Path], None]:
     return look
 
 
+def _validated(run: Path) -> None:
+    if not any("val/" in name for row in read_history(run / "csv" / "metrics.csv") for name in row):
+        raise Silent("no validation")
+
+
 def _summary(run: Path) -> None:
     if "Trainable params" not in Path(".printed").read_text():
         raise Silent("no summary")
@@ -465,7 +471,8 @@ def settings() -> list[Case]:
         _refused(phases % "ltm.no_such: 3"),
         _refused(phases % "ltm.top_k: -1"),
         _refused("training.compile=5"),
-        _refused("trainer.limit_val_batches=0.5"),  # of the one batch that there is
+        _honoured("trainer.limit_val_batches=0.5", "trainer.val_check_interval=2", look=_validated),
+        _refused("trainer.limit_val_batches=0.001"),  # of a few batches
         *(_honoured(setting) for setting in honoured),
         _honoured("trainer.enable_model_summary=true", look=_summary),
         Case("train +trainer.max_time that is over", _time_is_over, ("right",)),
