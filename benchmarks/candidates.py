@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 # Overrides of configs/train.yaml that make a size.
-SIZES: dict[str, list[str]] = {"seed": ["recipe=lmcode_seed"], "default": []}
+SIZES: dict[str, list[str]] = {"seed": ["recipe=lmcode_seed", "~memory.stm"], "default": []}  # the recipe is for dual
 
 
 # What a candidate's speed is given as a share of.
@@ -37,7 +37,6 @@ def size_config(size: str, overrides: Sequence[str]) -> dict[str, Any]:
         if override.partition("=")[0] in ("recipe", "memory", "model"):
             raise ConfigError(f"overrides changes {override!r}, which sizes and candidates decide: leave it out.")
     config = to_dict(compose([*SIZES[size], "memory=ltm", *overrides]))
-    config["memory"] = {"ltm": config["memory"]["ltm"]}  # a recipe may have settings for other memories
     for part in ("model", "training", "memory"):
         validate(config[part], key=part)
     return config

@@ -21,11 +21,11 @@ from benchmarks.base import (
     surroundings,
     torch_threads,
 )
+from benchmarks.candidates import GPT2, PEERS, Candidate, Setup, size_config
 from memlm.config import ConfigError
 
 if TYPE_CHECKING:
     from memlm.evaluation.result import Result
-from benchmarks.candidates import GPT2, PEERS, Candidate, Setup, size_config
 
 _MEMORY_STEPS = 2  # the second step also holds the optimizer's moments and a carried state
 

@@ -41,9 +41,7 @@ def check(cfg: DictConfig) -> None:
     """Refuse settings that the benchmark does not take."""
     config = to_dict(cfg)
     check_settings(config, Benchmark)
-    settings = _settings(config)
-    validate({"_target_": f"benchmarks.{config['benchmark']}.run", **settings})
-    for name, value in settings.items():
+    for name, value in _settings(config).items():
         least, most = (0 if name in ("seed", "warmup") else 1), (1024 if name == "threads" else 10**9)
         for number in value if isinstance(value, list) else [value]:
             if type(number) is int and not least <= number <= most:
@@ -57,6 +55,9 @@ def run(config: Mapping[str, Any]) -> tuple[Result, str]:
 
     Returns:
         The result and the text to print.
+
+    Raises:
+        ConfigError: If the benchmark does not take the settings.
     """
     module = importlib.import_module(f"benchmarks.{config['benchmark']}")
     result = module.run(**_settings(config))
@@ -64,8 +65,10 @@ def run(config: Mapping[str, Any]) -> tuple[Result, str]:
 
 
 def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What belongs to the benchmark itself."""
-    return {key: value for key, value in config.items() if key not in schema_hints(Benchmark)}
+    """What belongs to the benchmark itself, as far as its annotations tell."""
+    settings = {key: value for key, value in config.items() if key not in schema_hints(Benchmark)}
+    validate({"_target_": f"benchmarks.{config['benchmark']}.run", **settings})
+    return settings
 
 
 @cli("benchmark", check)

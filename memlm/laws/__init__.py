@@ -44,7 +44,7 @@ from memlm.laws.causality import (
     ragged,
     schedules_agree,
 )
-from memlm.laws.described import described
+from memlm.laws.described import described, has_slots
 from memlm.laws.forgetting import Letters, forgets
 from memlm.laws.judge import LAWS, Law, Verdict, judge
 from memlm.laws.learning import every_parameter_learns, learn_recall, reach, recall_batch, recall_scores, useful
@@ -77,6 +77,7 @@ __all__ = [
     "filled",
     "forgets",
     "generates_as_parallel",
+    "has_slots",
     "inspectable",
     "isolated",
     "judge",

@@ -8,11 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from memlm import laws, test_laws
+from memlm import laws
 from memlm.memory.ltm import LongTermMemory
 from memlm.memory.stm import ShortTermMemory
 from memlm.models.lmcode import LMCode
 from memlm.models.lstm import LSTM, Layer
+from tests.laws import test_laws
 
 V, T = 30, 6
 MODEL: dict[str, Any] = {"n_layer": 2, "d_model": 16, "d_hidden": 12, "d_ff": 24, "segment_len": T, "overlap": 3}

@@ -8,10 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from memlm import laws, test_laws
+from memlm import laws
 from memlm.memory.contract import Memory
 from memlm.memory.delta import DeltaMemory
 from memlm.models.mixer import MixerModel
+from tests.laws import test_laws
 from tests.memory import guests
 
 V, T = 30, 6

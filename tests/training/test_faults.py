@@ -159,12 +159,12 @@ def test_a_flipped_bit_is_found(tmp_path: Path, capsys: pytest.CaptureFixture[st
     content[content.index(weight) + len(weight) // 2] ^= 1
     newest.write_bytes(content)
     torch.load(newest, weights_only=True)
-    with pytest.raises(ConfigError, match=r"step=6\.ckpt is damaged .*use an earlier checkpoint of the run"):
+    with pytest.raises(ConfigError, match=r"step=6\.ckpt was refused: it is damaged .*use an earlier checkpoint"):
         find_origin(str(tmp_path / "a"), config(tmp_path, "b"), [])
     origin = find_origin("auto", config(tmp_path, "b"), [tmp_path])
     assert origin is not None
     assert origin.path.name == "step=3.ckpt"
-    assert "step=6.ckpt is damaged" in capsys.readouterr().err
+    assert "step=6.ckpt was refused: it is damaged" in capsys.readouterr().err
 
 
 def test_columns_are_added_to_the_log_without_emptying_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,1 @@
+"""Tasks that curricula train."""

@@ -1,0 +1,1 @@
+"""What experiments share: results, how they are run, written, compared and shown."""

@@ -1,0 +1,1 @@
+"""Documents in which facts are told, and questions for them."""
