@@ -52,7 +52,22 @@ _SEAL = b"\ncrc32 %08x\n"  # the end of a checked file
 
 def cache_dir() -> Path:
     """Return the folder for everything that can be built again: `$MEMLM_CACHE`, or else `~/.cache/memlm`."""
-    return Path(os.path.expanduser(os.environ.get("MEMLM_CACHE") or "~/.cache/memlm"))
+    return from_home(os.environ.get("MEMLM_CACHE") or "~/.cache/memlm")
+
+
+def from_home(path: str | os.PathLike[str]) -> Path:
+    """Return a path in which `~/` is the home of the user, and `~NAME/` that of another.
+
+    Raises:
+        ConfigError: There is no such user, and no such folder.
+    """
+    found = os.path.expanduser(path)
+    home, below, _ = found.partition("/")
+    if home.startswith("~") and below and not os.path.isdir(home):
+        raise ConfigError(
+            f"the path {one_line(found)} begins with the home of a user who is not here: {one_line(home)}"
+        )
+    return Path(found)
 
 
 @contextmanager

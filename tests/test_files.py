@@ -20,6 +20,7 @@ from memlm.files import (
     atomic_file,
     cache_dir,
     checked_file,
+    from_home,
     open_regular,
     read_checked,
     read_json,
@@ -99,6 +100,18 @@ def test_cache_dir_follows_the_environment(monkeypatch: pytest.MonkeyPatch) -> N
     for unset in (lambda: monkeypatch.setenv("MEMLM_CACHE", ""), lambda: monkeypatch.delenv("MEMLM_CACHE")):
         unset()
         assert cache_dir() == Path.home() / ".cache" / "memlm"
+
+
+def test_a_path_may_begin_with_a_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", "/home/mine")
+    assert from_home("~/a/b") == Path("/home/mine/a/b")
+    for path in ("a/~b", "./~nobody.of.this.name/x", "~notes.txt"):
+        assert from_home(path) == Path(path)
+    with pytest.raises(ConfigError, match=r"user who is not here: ~nobody\.of\.this\.name"):
+        from_home("~nobody.of.this.name/x")
+    Path("~nobody.of.this.name").mkdir()
+    assert from_home("~nobody.of.this.name/x") == Path("~nobody.of.this.name/x")
 
 
 @pytest.mark.parametrize("most", [0, 2**30])  # mapped, read

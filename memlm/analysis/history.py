@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import reprlib
 from collections.abc import Mapping, Sequence, Sized
 from os import PathLike
-from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
@@ -15,6 +13,7 @@ from memlm.analysis.figures import gates, loss_curve, recall_curve
 from memlm.analysis.run_log import History, read_history
 from memlm.analysis.style import style
 from memlm.config import ConfigError
+from memlm.files import from_home
 
 
 def plot_training_history(history: History | Mapping[str, Sequence[Any]] | str | PathLike[str]) -> Figure | None:
@@ -47,7 +46,7 @@ def plot_training_history(history: History | Mapping[str, Sequence[Any]] | str |
 
 def _rows(history: Any) -> History:
     if isinstance(history, str | PathLike):
-        path = Path(os.path.expanduser(history))
+        path = from_home(history)
         path = path / "csv" / "metrics.csv" if path.is_dir() else path
         if not path.is_file():
             raise ConfigError(f"there is no history at {path}: give a run directory, or its csv/metrics.csv")

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import math
-import os
 import reprlib
 from collections.abc import Mapping, Sequence
 from os import PathLike
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,7 +18,7 @@ from memlm.analysis.flow_figure import draw_flow
 from memlm.analysis.page import Chapter, Figures, Part, Source, Table, Token, Tokens, png, render
 from memlm.analysis.usage import banks, slot_fields
 from memlm.config import ConfigError
-from memlm.files import atomic_file
+from memlm.files import atomic_file, from_home
 from memlm.memory.slots import Slots
 from memlm.models.base import LanguageModel, placed
 
@@ -69,7 +67,7 @@ def generate_memory_report(
         )
     text = render("Memory report", [Chapter("Memory", *memory_parts(model, data, contexts))])
     if path is not None:
-        with atomic_file(Path(os.path.expanduser(path))) as file:
+        with atomic_file(from_home(path)) as file:
             file.write(text.encode("utf-8", errors="replace"))
     return text
 

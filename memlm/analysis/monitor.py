@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import math
-import os
 import statistics
 from os import PathLike
-from pathlib import Path
 from typing import Any
 
 import lightning
@@ -16,6 +14,7 @@ from matplotlib.figure import Figure
 from memlm.analysis.figures import memory_curves
 from memlm.analysis.usage import banks, memory_numbers
 from memlm.config import whole
+from memlm.files import from_home
 from memlm.models.base import LanguageModel
 
 
@@ -95,7 +94,7 @@ class MemoryMonitor(Callback):
         """
         figure = memory_curves(self.history)
         if figure is not None and path is not None:
-            path = Path(os.path.expanduser(path))
+            path = from_home(path)
             path.parent.mkdir(parents=True, exist_ok=True)
             figure.savefig(path)
         return figure

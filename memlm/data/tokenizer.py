@@ -8,7 +8,6 @@ import hashlib
 import itertools
 import json
 import logging
-import os
 import re
 import reprlib
 from collections.abc import Iterable, Iterator, Sequence
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from memlm.config import ConfigError, did_you_mean
-from memlm.files import checked_file, open_regular, parse_json, read_checked
+from memlm.files import checked_file, from_home, open_regular, parse_json, read_checked
 from memlm.printed import one_line
 
 if TYPE_CHECKING:
@@ -92,7 +91,7 @@ class Tokenizer:
         Raises:
             ConfigError: The file is missing or is not a tokenizer.json.
         """
-        path = Path(os.path.expanduser(path))
+        path = from_home(path)
         try:
             with open_regular(path) as file:
                 return cls.from_json(str(file.read(), "utf-8"))

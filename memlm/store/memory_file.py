@@ -20,7 +20,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from memlm.config import ConfigError
-from memlm.files import atomic_file
+from memlm.files import atomic_file, from_home
 from memlm.memory.state import State, from_dict, move, tensors, to_dict
 from memlm.store import memory_file
 from memlm.store.kept import Kept
@@ -166,7 +166,7 @@ def read(path: str | os.PathLike[str], most: int = 2**40) -> MemoryFile:
 
 def _path(path: str | os.PathLike[str]) -> Path:
     try:
-        found = Path(os.path.expanduser(path))
+        found = from_home(path)
         if "\0" in str(found):
             raise ValueError("there is a null byte in it")
         return found

@@ -108,9 +108,9 @@ def preload() -> None:
     from hydra.core.plugins import Plugins
 
     for folder in ("experiments", "benchmarks"):
-        for path in (CHECKOUT / folder).glob("*.py"):
-            importlib.import_module(f"{folder}.{path.stem}")
-    for name in ("memlm.build", "memlm.checkpoint", "memlm.app.cli", "memlm.training.fit", "train"):
+        for path in (CHECKOUT / folder).rglob("*.py"):
+            importlib.import_module(".".join(path.relative_to(CHECKOUT).with_suffix("").parts))
+    for name in ("memlm.assemble", "memlm.checkpoint", "memlm.app.cli", "memlm.training.fit", "train"):
         importlib.import_module(name)
     Plugins.instance()  # looks through all packages
     torch.set_num_threads(1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import copy
 import functools
@@ -756,6 +757,7 @@ def settings() -> list[Case]:
 def _as_somebody(spoil: Callable[[], object], *words: str) -> None:
     """Run a command as a user who may not all."""
     _copy()
+    codecs.lookup("unicode-escape")  # of templates; that user may not look into the home in which Python may be
     os.chmod(".", 0o755)
     Path("out").mkdir()
     spoil()

@@ -284,7 +284,7 @@ def _many_records() -> None:
 def _from_checkpoint(field: str, change: Callable[[Tensor], Tensor]) -> None:
     model = _model()
     weights = {f"model.{name}": part for name, part in model.state_dict().items()}
-    name = f"model.memory.ltm.0.bank_{field}"
+    name = f"model.memory.ltm.0.bank.{field}"
     weights[name] = change(weights[name])
     torch.save({"memlm": checkpoint.describe(model), "state_dict": weights}, "step=1.ckpt")
     model: Any = checkpoint.load("step=1.ckpt")

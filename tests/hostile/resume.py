@@ -16,9 +16,12 @@ from typing import Any
 
 import torch
 
+from memlm.analysis.run_log import read_history
 from memlm.checkpoint import checkpoints, read, write
+from memlm.files import unfinished
 from memlm.training.module import LanguageModeling
 from memlm.training.resume import find_origin, running
+from memlm.training.stopping import OUT_OF_TIME
 from tests.hostile.base import CHECKOUT, Case, Silent, command
 from tests.training.small import config, fit, overrides
 
@@ -375,8 +378,9 @@ def _honoured(*more: str, look: Callable[[Path], object] | None = None, **enviro
 
 def _time_is_over() -> None:
     """A run stopped by its time is unfinished, and goes on."""
-    with contextlib.suppress(SystemExit):
-        command("train", *_tiny("trainer.max_time={seconds: 0.0001}"))
+    with _in_step(0, lambda: time.sleep(1.1)):
+        code = _exit_of("trainer.max_time={seconds: 1}")
+    _expect(code == OUT_OF_TIME, f"ended with {code}")
     (first,) = _runs()
     made = [path.name for path in checkpoints(first)]
     if (first / "finished.json").exists() or made != ["step=1.ckpt"]:
@@ -400,6 +404,11 @@ def _wandb(**wanted: str) -> Callable[[Path], None]:
                 raise Silent(f"{name} is {found}, wanted {value}")
 
     return look
+
+
+def _validated(run: Path) -> None:
+    if not any("val/" in name for row in read_history(run / "csv" / "metrics.csv") for name in row):
+        raise Silent("no validation")
 
 
 def _summary(run: Path) -> None:
@@ -462,7 +471,8 @@ def settings() -> list[Case]:
         _refused(phases % "ltm.no_such: 3"),
         _refused(phases % "ltm.top_k: -1"),
         _refused("training.compile=5"),
-        _refused("trainer.limit_val_batches=0.5"),  # of the one batch that there is
+        _honoured("trainer.limit_val_batches=0.5", "trainer.val_check_interval=2", look=_validated),
+        _refused("trainer.limit_val_batches=0.001"),  # of a few batches
         *(_honoured(setting) for setting in honoured),
         _honoured("trainer.enable_model_summary=true", look=_summary),
         Case("train +trainer.max_time that is over", _time_is_over, ("right",)),
@@ -549,9 +559,9 @@ def _ignored() -> None:
 def _while_starting(signum: int) -> None:
     import memlm.assemble
 
-    original, memlm.build.build_corpus = memlm.build.build_corpus, _kill(signum)  # type: ignore[assignment]
+    original, memlm.assemble.build_corpus = memlm.assemble.build_corpus, _kill(signum)  # type: ignore[assignment]
     code = _exit_of()
-    memlm.build.build_corpus = original
+    memlm.assemble.build_corpus = original
     _expect(code == 128 + signum, f"ended with {code}")
     _expect(_told("began: give the command again"), "says nothing")
     _expect(not _runs(), "leaves a directory")
@@ -673,24 +683,23 @@ def _further() -> None:
 
 def _leftover() -> None:
     """Half a checkpoint of a process that was killed in its first one."""
-    import platform
-
-    child = os.fork()
-    if child == 0:
-        os._exit(0)
-    os.waitpid(child, 0)
     folder = Path.cwd() / "killed" / "checkpoints"
     folder.mkdir(parents=True)
-    half = folder / f".step=1.ckpt.{platform.node()}.{child}.tmp"
-    half.write_bytes(b"x")
-    find_origin("auto", config(Path.cwd(), "new"), [Path.cwd()])
-    _expect(not half.exists(), "is still there")
+    child = os.fork()
+    if child == 0:
+        unfinished(folder / "step=1.ckpt").write_bytes(b"x")  # its name tells the process
+        os._exit(0)
+    os.waitpid(child, 0)
+    _expect(len(list(folder.iterdir())) == 1, "was not written")
+    fit(config(Path.cwd(), "new", "trainer.max_steps=1"))
+    _expect(not list(folder.iterdir()), "is still there")
 
 
 def _not_finite() -> None:
     """What is told where no checkpoint was ever written."""
+    spoil = lambda module, batch: module.model.norm.weight.data.fill_(_NAN)  # noqa: E731
     try:
-        fit(config(Path.cwd(), "run", "training.lr=1e30", "checkpoint.every=100"))
+        fit(config(Path.cwd(), "run", "checkpoint.every=100"), before_step=spoil)
     except ValueError as error:
         _expect("not finite" in str(error), "says something else")
         _expect("checkpoint is kept" not in str(error), "tells of a checkpoint")

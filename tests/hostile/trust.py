@@ -119,8 +119,8 @@ ACTS: dict[str, dict[str, Any]] = {
     "memlm.checkpoint.torch.save": {"obj": 1, "f": CANARY},
     "memlm.checkpoint.tempfile.mkdtemp": {"prefix": CANARY, "dir": "."},
     "memlm.checkpoint.Path.mkdir": {"self": CANARY},
-    "memlm.data.tokens.atomic_file": {"path": CANARY},
-    "memlm.data.corpora.base.urllib.request.urlretrieve": {"url": "file:acting.py", "filename": CANARY},
+    "memlm.files.atomic_file": {"path": CANARY},
+    "memlm.data.corpora.hub.urllib.request.urlretrieve": {"url": "file:acting.py", "filename": CANARY},
     "memlm.config.instantiate": {"node": {"_target_": "os.mkdir", "path": CANARY}, "key": "x"},
     "memlm.import_module": {"name": "acting"},
     "memlm.load": {"path": "acting.pickle"},
@@ -214,7 +214,7 @@ def _contents(memory: str = "ltm") -> dict[str, Any]:
     settings = to_dict(compose([*lines, f"memory={memory}", "curriculum=plain"]))
     model: Any = build_model(settings, build_tokenizer(settings))
     for module in model.memory[memory]:
-        module.keep_bank()
+        module.bank.create()
     weights = {f"model.{name}": value for name, value in model.state_dict().items()}
     return {"memlm": checkpoint.describe(model), "state_dict": weights}
 

@@ -21,7 +21,7 @@ from memlm.data.corpora.base import (
     unix,
     wide_encoding,
 )
-from memlm.files import parse_json
+from memlm.files import from_home, parse_json
 
 
 class TextFiles(Corpus):
@@ -135,7 +135,7 @@ class TextFiles(Corpus):
 
 def _find(pattern: str) -> list[Path]:
     """Return the file, or the files that match the pattern, sorted."""
-    path, shown = Path(os.path.expanduser(pattern)), shown_path(pattern)
+    path, shown = from_home(pattern), shown_path(pattern)
     if os.path.isfile(path):  # not of Path, which raises where a name is too long
         return [path]
     if os.path.isdir(path):

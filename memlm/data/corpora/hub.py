@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import itertools
 import os
 import re
@@ -106,7 +107,9 @@ class Hub(Corpus):
         online = Path(self.name).exists() or _reachable(endpoint)
         with contextlib.nullcontext() if online else _offline():
             try:
-                loaded = datasets.load_dataset(self.name, self._config, streaming=self._max is not None)
+                loaded = datasets.load_dataset(
+                    self.name, self._config, streaming=self._max is not None, cache_dir=(cache := _cache(self.name))
+                )
                 source, bracket, _ = self._split.partition("[")
                 if source not in loaded:
                     raise ConfigError(
@@ -115,7 +118,9 @@ class Hub(Corpus):
                     )
                 if bracket and self._max is not None:
                     raise ConfigError(f"split {self._split!r} cannot be streamed: drop the slice or max_documents.")
-                rows = datasets.load_dataset(self.name, self._config, split=self._split) if bracket else loaded[source]
+                rows = loaded[source]
+                if bracket:
+                    rows = datasets.load_dataset(self.name, self._config, split=self._split, cache_dir=cache)
                 train = self._texts(rows, source)
                 own = {
                     split: self._texts(loaded[theirs], theirs)
@@ -151,6 +156,19 @@ class Hub(Corpus):
             texts.append(checked(row[self._column], where, self._column))
         documents = as_documents(texts, self._document, of, of_lines=rows.info.builder_name == "text")
         return [document for document in documents if document.strip()]
+
+
+def _cache(name: str) -> str | None:
+    """Where `datasets` keeps what it makes of a local folder, None for what is no folder.
+
+    By itself it tells folders with a README that names configurations apart by their names and that README alone, and
+    would give what another one held, or this one before its files were changed.
+    """
+    if not os.path.isdir(name):
+        return None
+    files = (path for path in Path(name).resolve().rglob("*") if path.is_file())
+    seen = sorted((str(path), (told := path.stat()).st_size, told.st_mtime_ns) for path in files)
+    return str(cache_dir() / "folders" / hashlib.sha256(repr(seen).encode()).hexdigest()[:16])
 
 
 def _reachable(url: str) -> bool:

@@ -424,6 +424,19 @@ def test_a_hub_set_of_several_configurations_names_them(tmp_path, hf_cache):
         assert "\n" not in str(error.value)
 
 
+def test_folders_that_name_configurations_alike_are_not_taken_for_each_other(
+    tmp_path: Path, hf_cache: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MEMLM_CACHE", str(tmp_path / "cache"))
+    for place, text in (("a", "the old house\n"), ("b", "a small river\n"), ("a", "a bird in the tree\n")):
+        folder = tmp_path / place / "set"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "README.md").write_text("---\nconfigs:\n- config_name: one\n  data_files: text.txt\n---\n")
+        (folder / "text.txt").write_text(text * 20)
+        splits = documents(Hub(str(folder), config="one"))
+        assert "".join(itertools.chain(*splits.values())).split() == (text * 20).split()
+
+
 @pytest.mark.parametrize("kind", ["pipe", "socket", "device", "long", "deep"])
 def test_what_is_no_file_neither_waits_nor_fails_otherwise(tmp_path, kind):
     path = tmp_path / ("a.jsonl" if kind == "deep" else "a.txt")
