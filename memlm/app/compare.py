@@ -10,7 +10,6 @@ from pathlib import Path
 
 from memlm.app.errors import mistakes_told
 from memlm.config import ConfigError
-from memlm.evaluation.compare import printing
 from memlm.saved import TRUST
 
 _DESCRIPTION = (
@@ -32,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     chosen = parser.parse_args(arguments)
     if chosen.out is not None and (not chosen.out or (os.path.exists(chosen.out) and not os.path.isdir(chosen.out))):
         raise ConfigError(f"--out {chosen.out!r} is no directory: give the name of one, which may be new")
-    from memlm.evaluation.compare import groups
+    from memlm.evaluation.compare import groups, printing
     from memlm.evaluation.runs import find_runs
 
     runs, left_out = find_runs(chosen.runs, chosen.trust)
