@@ -176,7 +176,8 @@ def whole_and_changed(folder: Path, change: Any) -> dict[str, Any]:
         (lambda c: c.pop("carried"), "carried is missing"),
         (lambda c: c["carried"]["local"].update(ids=c["carried"]["local"]["ids"][:1]), r"ids has shape \(1, 20\)"),
         (lambda c: c.pop("replay"), "replay is missing"),
-        (lambda c: c["memlm"].update(version="99.0"), "was written by memlm '99.0'"),
+        (lambda c: c["memlm"].update(version="99.0"), r"was written by memlm 99\.0, and this is"),
+        (lambda c: c["memlm"].update(version="0.0.9"), r"was written by memlm '0\.0\.9'"),
         (lambda c: c.update({"pytorch-lightning_version": "99.0"}), "was written by lightning '99.0'"),
     ],
 )
