@@ -281,7 +281,7 @@ def test_two_processes_at_once_get_the_same_tokenizer(tmp_path):
 import sys
 sys.path.insert(0, {str(ROOT)!r})
 from pathlib import Path
-from memlm.data.corpora.base import TextFiles
+from memlm.data.corpora.files import TextFiles
 from memlm.data.tokenizer import get_tokenizer
 print(get_tokenizer("bpe", 400, None, TextFiles({str(tmp_path / "a.txt")!r}), Path({str(tmp_path)!r})).fingerprint())
 """

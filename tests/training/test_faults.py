@@ -251,7 +251,7 @@ def test_a_run_goes_on_offline_if_wandb_cannot_be_reached(
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
     monkeypatch.setenv("WANDB_MODE", "online")
-    monkeypatch.setattr(fit_module, "_WANDB_PATIENCE", 1.0)
+    monkeypatch.setattr(loggers, "_WANDB_PATIENCE", 1.0)
     wandb.teardown()  # which read the environment before
     try:
         begin = time.monotonic()

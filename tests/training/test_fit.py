@@ -200,7 +200,7 @@ def test_what_cannot_be_dealt_out_is_refused(tmp_path: Path) -> None:
         fit(config(tmp_path, "a", *dealt, "memory.ltm.n_slot=1"))
     with pytest.raises(Exception, match=r"memory.ltm.shard=true cannot be had with replay"):
         fit(config(tmp_path, "b", *dealt, "replay.ratio=1.0", replay="reservoir"))
-    with pytest.raises(ConfigError, match=r"memory.ltm.shard .* needs scope=shared, got 'sequence'"):
+    with pytest.raises(ConfigError, match=r"memory.ltm.shard needs a bank .* set scope=shared, got 'sequence'"):
         fit(config(tmp_path, "c", "memory.ltm.shard=true"))
 
 

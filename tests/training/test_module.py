@@ -15,7 +15,8 @@ from memlm.checkpoint import checkpoints, read
 from memlm.config import ConfigError
 from memlm.memory import state as states
 from memlm.memory.ltm import LongTermMemory
-from memlm.training import callbacks, loss
+from memlm.training import fit as fit_module
+from memlm.training import loss
 from memlm.training.module import LanguageModeling, NonFiniteLoss, decay_groups, memory_settings
 from memlm.training.settings import Training
 from tests.training.small import FACTS, PLAIN, SHORT, config, curve, fit
@@ -353,7 +354,9 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(tmp_
 
 
 @pytest.mark.parametrize("where", ["weights", "optimizer"])
-def test_weights_that_are_not_finite_are_never_written(where: str, tmp_path: Path) -> None:
+def test_weights_that_are_not_finite_are_never_written(
+    where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     class Spoil(lightning.Callback):
         def on_before_zero_grad(self, trainer: Any, module: Any, optimizer: Any) -> None:
             if trainer.global_step == 5:  # after the update of the last step before a checkpoint
@@ -363,13 +366,9 @@ def test_weights_that_are_not_finite_are_never_written(where: str, tmp_path: Pat
 
     settings = config(tmp_path, "a")
 
-    original = callbacks.Throughput
-    callbacks.Throughput = type("Both", (original, Spoil), {})  # type: ignore[misc]
-    try:
-        with pytest.raises(NonFiniteLoss, match="not finite"):
-            fit(settings)
-    finally:
-        callbacks.Throughput = original  # type: ignore[misc]
+    monkeypatch.setattr(fit_module, "Throughput", type("Both", (fit_module.Throughput, Spoil), {}))
+    with pytest.raises(NonFiniteLoss, match="not finite"):
+        fit(settings)
     assert [path.name for path in checkpoints(tmp_path / "a")] == ["step=3.ckpt"]
 
 

@@ -19,7 +19,7 @@ from tests.training.small import FACTS, PLAIN, SHORT, config, curve, fit, fit_un
 def batch_of(rows: list[int], step: int = 0, n_token: int = 4, **more: Any) -> Batch:
     """Rows whose tokens say which they are."""
     ids = torch.tensor(rows)[:, None].expand(-1, n_token).clone()
-    parts: dict[str, Any] = {"reset": None, "breaks": None, "mask": None, "fresh": True, "ends": True, "memory": {}}
+    parts: dict[str, Any] = {"reset": None, "breaks": None, "mask": None, "fresh": True, "ends": True}
     return Batch(ids, ids + 1, torch.ones(ids.shape), torch.zeros_like(ids).bool(), step=step, **(parts | more))
 
 

@@ -16,7 +16,6 @@ import pytest
 from omegaconf import OmegaConf
 
 from memlm.config import ConfigError
-from memlm.data.corpora import base as corpus_module
 from memlm.data.corpora import builtin, hub
 from memlm.data.corpora.base import as_documents, split_documents
 from memlm.data.corpora.builtin import Builtin
@@ -132,7 +131,7 @@ def small_builtin(monkeypatch, tmp_path):
     (library / "pack" / "c.py").write_text('"""Too short."""\n')
     (library / "pack" / "test" / "d.py").write_text(f'"""{"Never read tests. " * 6}"""\n')
     reads = []
-    monkeypatch.setattr(corpus_module.sysconfig, "get_path", lambda name: reads.append(name) or str(library))
+    monkeypatch.setattr(builtin.sysconfig, "get_path", lambda name: reads.append(name) or str(library))
     return reads
 
 
@@ -484,7 +483,7 @@ def test_shakespeare_without_network_fails_fast_and_says_what_to_do(monkeypatch,
 
 
 def test_a_silent_server_costs_no_more_than_the_time_limit(monkeypatch, online):
-    monkeypatch.setattr(corpus_module, "PROBE_SECONDS", 0.2)
+    monkeypatch.setattr(hub, "PROBE_SECONDS", 0.2)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         begin = time.monotonic()
         assert not hub._reachable(f"http://127.0.0.1:{silent.getsockname()[1]}")
@@ -492,13 +491,13 @@ def test_a_silent_server_costs_no_more_than_the_time_limit(monkeypatch, online):
 
 
 def test_a_name_that_is_looked_up_for_ever_costs_no_more_either(monkeypatch, online):
-    monkeypatch.setattr(corpus_module, "PROBE_SECONDS", 0.2)
+    monkeypatch.setattr(hub, "PROBE_SECONDS", 0.2)
 
     def look_up(*_, **__):
         time.sleep(3)
         raise OSError("found nothing")
 
-    monkeypatch.setattr(corpus_module.urllib.request, "urlopen", look_up)
+    monkeypatch.setattr(hub.urllib.request, "urlopen", look_up)
     begin = time.monotonic()
     assert not hub._reachable("http://nowhere.invalid")
     assert time.monotonic() - begin < 2
@@ -596,6 +595,7 @@ def test_data_configs_build_their_corpus_and_list_every_parameter(name):
 
 def test_importing_the_data_modules_loads_nothing_heavy():
     heavy = "{'torch', 'datasets', 'tokenizers', 'pyarrow', 'tqdm'} & set(sys.modules)"
-    code = f"import sys, memlm.data.corpora.base, memlm.data.tokenizer, memlm.data.tokens; print({heavy})"
+    corpora = ", ".join(f"memlm.data.corpora.{name}" for name in ("base", "builtin", "files", "hub", "symbols"))
+    code = f"import sys, {corpora}, memlm.data.tokenizer, memlm.data.tokens; print({heavy})"
     run = subprocess.run([sys.executable, "-c", code], cwd=CONFIGS.parents[1], capture_output=True, text=True)
     assert run.stdout.strip() == "set()", run.stderr
