@@ -424,7 +424,7 @@ def test_a_tokenizer_that_cannot_write_the_facts_is_refused():
 
 def test_yaml_and_settings_agree():
     node = dict(compose(["checkpoint=x", "experiment=modern_facts"], "evaluate").modern_facts)
-    assert node.pop("_target_") == "experiments.modern_facts.experiment.ModernFacts"
+    assert node.pop("_target_") == "experiments.modern_facts.ModernFacts"
     assert ModernFacts(**node) == ModernFacts()
     assert set(node) == set(ModernFacts.__dataclass_fields__)
 
