@@ -16,11 +16,12 @@ from memlm.app import evaluate
 from memlm.app.train import main
 from memlm.compose import compose
 from memlm.config import ConfigError
-from memlm.evaluation.recall import asking
+from memlm.evaluation.recall import reading
 from memlm.memory import state as states
 from tests.training.small import FACTS, overrides
 from tests.training.wandb_file import history, records
 
+ROOT = Path(__file__).resolve().parents[2]
 NEEDLE = {"n_document": 2, "n_fact": 3, "distance": 40}
 MEASURED = [*(f"needle.{name}={value}" for name, value in NEEDLE.items()), "perplexity.limit=300"]
 PHASES = f"curriculum.phases=[{json.dumps(FACTS)}]".replace('"', "")
@@ -112,7 +113,7 @@ def test_an_evaluation_says_what_it_measured_and_where(
 def test_an_evaluation_of_a_memory_that_all_share_says_so_once(
     folder: Path, at: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(asking, "is_shared", lambda _: True)
+    monkeypatch.setattr(reading, "is_shared", lambda _: True)
     command(monkeypatch, f"checkpoint='{folder / 'a=1,b'}'", "experiment=perplexity", "perplexity.limit=300")
     assert capsys.readouterr().out.count("what one user told may be told to any other") == 1
 
@@ -208,7 +209,7 @@ def test_several_processes_measure_one_checkpoint_together(
     folder: Path, at: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     run = folder / "a=1,b"
-    start = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", evaluate.__file__]
+    start = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", str(ROOT / "scripts/evaluate.py")]
     settings = [f"checkpoint={run}", "experiment=[needle,pattern_storage]", *MEASURED[:-1], "device=cpu"]
     small = ["pattern_storage.n_stored=[8]", "pattern_storage.n_document=2", "pattern_storage.n_probe=2"]
     subprocess.run([*start, *settings, *small, "hydra.run.dir=both"], check=True)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from experiments import modern_facts
 from experiments.modern_facts import experiment
 from experiments.modern_facts.experiment import CONDITIONS, HEADLINE, ModernFacts, look, run, summarise
 from experiments.modern_facts.facts import CUES, FACTS, check, lay_out, load
@@ -64,7 +65,8 @@ def data():
 def few(monkeypatch):
     """A fifth of the facts, which is faster; the first two of them stand in the training text."""
     rows = file_rows()[:30]
-    monkeypatch.setattr(experiment, "rows_of_file", lambda: rows)
+    for module in (modern_facts.facts, experiment):
+        monkeypatch.setattr(module, "rows_of_file", lambda: rows)
     return len(rows)
 
 
@@ -357,7 +359,8 @@ def test_any_memory_runs_and_the_model_is_left_as_it_was(data, memory, monkeypat
         "delta": {"delta": lambda d: DeltaMemory(d, d_key=4, d_value=4)},
     }[memory]  # fmt: skip
     rows = file_rows()[:8]
-    monkeypatch.setattr(experiment, "rows_of_file", lambda: rows)
+    for module in (modern_facts.facts, experiment):
+        monkeypatch.setattr(module, "rows_of_file", lambda: rows)
 
     def make(seed):
         torch.manual_seed(seed)
