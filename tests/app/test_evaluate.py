@@ -21,7 +21,6 @@ from memlm.memory import state as states
 from tests.training.small import FACTS, overrides
 from tests.training.wandb_file import history, records
 
-ROOT = Path(__file__).resolve().parents[2]
 NEEDLE = {"n_document": 2, "n_fact": 3, "distance": 40}
 MEASURED = [*(f"needle.{name}={value}" for name, value in NEEDLE.items()), "perplexity.limit=300"]
 PHASES = f"curriculum.phases=[{json.dumps(FACTS)}]".replace('"', "")
@@ -209,7 +208,7 @@ def test_several_processes_measure_one_checkpoint_together(
     folder: Path, at: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     run = folder / "a=1,b"
-    start = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", str(ROOT / "scripts/evaluate.py")]
+    start = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", evaluate.__file__]
     settings = [f"checkpoint={run}", "experiment=[needle,pattern_storage]", *MEASURED[:-1], "device=cpu"]
     small = ["pattern_storage.n_stored=[8]", "pattern_storage.n_document=2", "pattern_storage.n_probe=2"]
     subprocess.run([*start, *settings, *small, "hydra.run.dir=both"], check=True)
