@@ -24,6 +24,7 @@ from memlm.evaluation.result import Result
 from memlm.evaluation.share import ALONE, Share
 from memlm.memory.delta import DeltaMemory
 from memlm.memory.ltm import LongTermMemory
+from memlm.memory.slots import Slots
 from memlm.memory.stm import ShortTermMemory
 from memlm.models.lmcode import LMCode
 from tests.experiments.shares import check_shares
@@ -70,13 +71,21 @@ def few(monkeypatch):
     return len(rows)
 
 
+class Remembered(Slots):
+    """Stands for what `Fake` remembers, which has slots."""
+
+    def __init__(self, scope):
+        super().__init__()
+        self.scope = scope
+
+
 class Fake(nn.Module):
     """Remembers all tokens of a row; knows which cues ask for the same, and recalls what followed one of them."""
 
     def __init__(self, data, scope="sequence", cues=tuple(CUES)):
         super().__init__()
         self.n_vocab, self.segment_len = data.tokenizer.vocab_size, SEGMENT_LEN
-        self.memory = {"fake": [SimpleNamespace(scope=scope)]}
+        self.memory = {"fake": [Remembered(scope)]}
         items = load(data.tokenizer)
         self.same = {item.true[cue].cue: item.true[""].cue for item in items for cue in cues}
         self.texts = []
@@ -348,9 +357,9 @@ def test_any_memory_runs_and_the_model_is_left_as_it_was(data, memory, monkeypat
 
         around = "layers"
 
-        def write(self, segment, state, reads):
+        def write(self, segment, state):
             hidden = segment.hidden
-            return super().write(segment._replace(hidden=hidden.mean(dim=2)), state, reads)
+            return super().write(segment._replace(hidden=hidden.mean(dim=2)), state)
 
     memories = {
         "none": {}, "ltm": {"ltm": lambda d: LongTermMemory(d, n_slot=32, d_key=8, d_value=8, top_k=4)},
