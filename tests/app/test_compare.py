@@ -50,7 +50,7 @@ def test_help_needs_nothing_slow_and_mistakes_are_a_sentence(tmp_path: Path) -> 
         )  # fmt: skip
 
     probe = (
-        "import sys\nfrom scripts.compare import main\ntry: main(['--help'])\nfinally: print('torch' in sys.modules)"
+        "import sys\nfrom memlm.app.compare import main\ntry: main(['--help'])\nfinally: print('torch' in sys.modules)"
     )
     assert call("-c", probe).stdout.endswith("\nFalse\n")
     done = call(str(ROOT / "scripts/compare.py"), "no/such")

@@ -27,7 +27,7 @@ def run(*arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedP
 
 def test_every_command_is_a_module_with_a_start() -> None:
     modules = {path.stem for path in Path(console.__file__).parent.glob("*.py")}
-    assert set(console.COMMANDS) == modules - {"__init__", "cli", "command_line", "console"}
+    assert set(console.COMMANDS) == modules - {"__init__", "cli", "command_line", "console", "errors"}
     for name in console.COMMANDS:
         text = (Path(console.__file__).parent / f"{name}.py").read_text()
         assert "def start() -> None:" in text

@@ -39,7 +39,9 @@ def test_help_needs_nothing_slow_and_mistakes_are_a_sentence(tmp_path):
             capture_output=True, text=True,
         )  # fmt: skip
 
-    probe = "import sys\nfrom scripts.report import main\ntry: main(['--help'])\nfinally: print('torch' in sys.modules)"
+    probe = (
+        "import sys\nfrom memlm.app.report import main\ntry: main(['--help'])\nfinally: print('torch' in sys.modules)"
+    )
     assert call("-c", probe).stdout.endswith("\nFalse\n")
     done = call(str(ROOT / "scripts/report.py"), "no/such")
     assert (done.returncode, done.stderr) == (2, "error: there is no run at no/such\n")

@@ -13,8 +13,6 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution, Int
 from memlm.app import command_line, search
 from memlm.compose import compose, config_dir, to_dict
 from memlm.config import ConfigError
-from memlm.evaluation.emit import emit
-from memlm.evaluation.result import Result
 from memlm.training.stopping import Stopped
 
 LR = "training.lr=interval(0.001, 0.01)"
@@ -163,13 +161,3 @@ def test_a_damaged_study_is_told_with_its_file(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"study\.db cannot be read: it is damaged") as caught:
         search.open_study(tmp_path, settings, {})
     assert "\n" not in str(caught.value)
-
-
-def test_a_number_that_is_none_does_not_judge_a_trial(tmp_path: Path) -> None:
-    emit(Result("loss", {"nll": nan, "n": 3.0}), {}, tmp_path / "loss")
-    assert search.measured(tmp_path, "loss/n", None) == 3
-    with pytest.raises(ConfigError, match="is no number"):
-        search.measured(tmp_path, "loss/nll", None)
-    (tmp_path / "loss" / "result.json").write_text("{")
-    with pytest.raises(ConfigError, match=r"loss/result\.json cannot be read"):
-        search.measured(tmp_path, "loss/n", None)

@@ -27,7 +27,7 @@ from memlm.training.settings import Training, build_training, plan_steps
 from tests.training.small import curve, fit, overrides
 from tests.training.test_fit import records
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 FACTS = "curriculum.phases=[{steps:9,n_row:2,n_segment:2,task:{items:2},n_window:3}]"
 QUICK = ["perplexity.limit=200", "needle.n_document=2", "needle.n_fact=2", "needle.distance=32", FACTS]
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from memlm import assemble, laws
+from memlm import build, laws
 from memlm.config import ConfigError
 from memlm.memory.state import n_byte
 from memlm.models.segments import SegmentModel
@@ -110,9 +110,9 @@ def test_its_bytes_are_what_the_setting_says_and_it_has_no_parameters() -> None:
 
 def test_what_cannot_work_is_refused_in_a_sentence() -> None:
     with pytest.raises(ConfigError, match=r"memory\.cache\.n_token must be at least 1, got 0"):
-        assemble("memory=cache", "memory.cache.n_token=0", "data.tokenizer.kind=byte")
+        build("memory=cache", "memory.cache.n_token=0", "data.tokenizer.kind=byte")
     with pytest.raises(ConfigError, match=r"'cache' needs context of attention.* choose model=lmcode"):
-        assemble("model=lstm", "memory=cache", "data.tokenizer.kind=byte")
+        build("model=lstm", "memory=cache", "data.tokenizer.kind=byte")
 
 
 FEW = [laws.causal, laws.isolated, laws.chunk_invariant, laws.ragged, laws.contexts, laws.resets, laws.round_trip]

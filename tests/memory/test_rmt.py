@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from memlm import assemble, laws
+from memlm import build, laws
 from memlm.config import ConfigError
 from memlm.memory.rmt import RecurrentMemory
 from memlm.memory.state import n_byte
@@ -102,9 +102,9 @@ def test_its_bytes_are_those_of_its_cells() -> None:
 def test_what_cannot_work_is_refused_in_a_sentence() -> None:
     for setting, message in {"n_cell=0": "n_cell must be at least 1, got 0", "map=no": "map must be"}.items():
         with pytest.raises(ConfigError, match=rf"memory\.rmt\.{message}"):
-            assemble("memory=rmt", f"memory.rmt.{setting}", "data.tokenizer.kind=byte")
+            build("memory=rmt", f"memory.rmt.{setting}", "data.tokenizer.kind=byte")
     with pytest.raises(ConfigError, match=r"'rmt' needs context of attention.* choose model=lmcode"):
-        assemble("model=lstm", "memory=rmt", "data.tokenizer.kind=byte")
+        build("model=lstm", "memory=rmt", "data.tokenizer.kind=byte")
 
 
 @pytest.mark.parametrize(

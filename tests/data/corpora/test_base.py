@@ -24,7 +24,7 @@ from memlm.data.corpora.files import TextFiles
 from memlm.data.corpora.hub import Hub, Shakespeare
 
 SPLITS = ("train", "val", "test")
-CONFIGS = Path(__file__).parents[2] / "configs" / "data"
+CONFIGS = Path(__file__).parents[3] / "configs" / "data"
 
 
 @pytest.fixture(autouse=True)
