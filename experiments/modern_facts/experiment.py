@@ -1,6 +1,6 @@
 """Modern facts: true sentences told once at inference, asked for in the same words and in others.
 
-The facts of `modern_facts.csv` are dealt out to documents of held-out text, in which each is told once. After at
+The facts of `facts.csv` are dealt out to documents of held-out text, in which each is told once. After at
 least `distance` more tokens the local context is dropped, and each fact is asked for in a fresh context, with nothing
 written: with the sentence up to its value (verbatim), with another statement (paraphrase) and with a question. An
 answer counts when greedy decoding gives the whole value and the full stop.

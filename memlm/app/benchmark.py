@@ -88,3 +88,7 @@ def start() -> None:
     with mistakes_told():
         sys.argv[1:] = name_command(sys.argv[1:])
     main()
+
+
+if __name__ == "__main__":
+    start()

@@ -52,3 +52,7 @@ def main(cfg: DictConfig) -> None:
 def start() -> None:
     """What the command line runs."""
     main()
+
+
+if __name__ == "__main__":
+    start()

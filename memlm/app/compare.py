@@ -46,3 +46,7 @@ def start() -> None:
     """What the command line runs."""
     with mistakes_told():
         main()
+
+
+if __name__ == "__main__":
+    start()

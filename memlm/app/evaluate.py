@@ -105,3 +105,7 @@ def start() -> None:
     """What the command line runs."""
     sys.argv[1:] = name_all(sys.argv[1:])
     main()
+
+
+if __name__ == "__main__":
+    start()

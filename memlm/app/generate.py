@@ -81,3 +81,7 @@ def main(cfg: DictConfig) -> str:
 def start() -> None:
     """What the command line runs."""
     main()
+
+
+if __name__ == "__main__":
+    start()

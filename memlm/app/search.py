@@ -222,3 +222,7 @@ def start() -> None:
     """What the command line runs."""
     sys.argv[1:] = apart(sys.argv[1:])
     main()
+
+
+if __name__ == "__main__":
+    start()

@@ -124,3 +124,7 @@ def _train(cfg: DictConfig, answer: Answer) -> float | None:
 def start() -> None:
     """What the command line runs."""
     main()
+
+
+if __name__ == "__main__":
+    start()

@@ -29,7 +29,9 @@ def test_every_command_is_a_module_with_a_start() -> None:
     modules = {path.stem for path in Path(console.__file__).parent.glob("*.py")}
     assert set(console.COMMANDS) == modules - {"__init__", "cli", "command_line", "console", "errors"}
     for name in console.COMMANDS:
-        assert "def start() -> None:" in (Path(console.__file__).parent / f"{name}.py").read_text()
+        text = (Path(console.__file__).parent / f"{name}.py").read_text()
+        assert "def start() -> None:" in text
+        assert text.endswith('if __name__ == "__main__":\n    start()\n'), "other processes start it by its file"
 
 
 def test_it_names_its_commands_and_its_version(

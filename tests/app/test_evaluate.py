@@ -16,7 +16,7 @@ from memlm.app import evaluate
 from memlm.app.train import main
 from memlm.compose import compose
 from memlm.config import ConfigError
-from memlm.evaluation.recall import asking
+from memlm.evaluation.recall import reading
 from memlm.memory import state as states
 from tests.training.small import FACTS, overrides
 from tests.training.wandb_file import history, records
@@ -112,7 +112,7 @@ def test_an_evaluation_says_what_it_measured_and_where(
 def test_an_evaluation_of_a_memory_that_all_share_says_so_once(
     folder: Path, at: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(asking, "is_shared", lambda _: True)
+    monkeypatch.setattr(reading, "is_shared", lambda _: True)
     command(monkeypatch, f"checkpoint='{folder / 'a=1,b'}'", "experiment=perplexity", "perplexity.limit=300")
     assert capsys.readouterr().out.count("what one user told may be told to any other") == 1
 

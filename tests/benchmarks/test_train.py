@@ -87,7 +87,7 @@ def test_every_slot_of_a_full_bank_is_searched() -> None:
 
 def test_empty_bank_is_no_evidence(monkeypatch: pytest.MonkeyPatch) -> None:
     tiny = setup()
-    monkeypatch.setattr(train, "fill", lambda model, setup: model.init_state(setup.n_row))
+    monkeypatch.setattr(candidates, "fill", lambda model, setup: model.init_state(setup.n_row))
     candidate = candidates.Candidate("ltm", tiny)
     candidate.step(tiny.batch(0))
     with pytest.raises(ValueError, match="not full"):

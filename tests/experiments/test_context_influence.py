@@ -191,7 +191,7 @@ def test_figures(facts):
 
 def test_yaml_settings_and_refusals():
     node = dict(compose(["checkpoint=x", "experiment=context_influence"], "evaluate").context_influence)
-    assert node.pop("_target_") == "experiments.context_influence.experiment.ContextInfluence"
+    assert node.pop("_target_") == "experiments.context_influence.ContextInfluence"
     assert ContextInfluence(**node) == ContextInfluence()
     for name, value in {"split": "train", "limit": 0, "n_row": 1, "n_document": 1, "n_fact": -1, "seed": -1}.items():
         with pytest.raises(ConfigError, match=f"context_influence.{name}"):

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from experiments import modern_facts
 from experiments.modern_facts import experiment
 from experiments.modern_facts.experiment import CONDITIONS, HEADLINE, ModernFacts, look, run, summarise
 from experiments.modern_facts.facts import CUES, FACTS, check, lay_out, load
@@ -23,6 +24,7 @@ from memlm.evaluation.result import Result
 from memlm.evaluation.share import ALONE, Share
 from memlm.memory.delta import DeltaMemory
 from memlm.memory.ltm import LongTermMemory
+from memlm.memory.slots import Slots
 from memlm.memory.stm import ShortTermMemory
 from memlm.models.lmcode import LMCode
 from tests.experiments.shares import check_shares
@@ -64,8 +66,17 @@ def data():
 def few(monkeypatch):
     """A fifth of the facts, which is faster; the first two of them stand in the training text."""
     rows = file_rows()[:30]
-    monkeypatch.setattr(experiment, "rows_of_file", lambda: rows)
+    for module in (modern_facts.facts, experiment):
+        monkeypatch.setattr(module, "rows_of_file", lambda: rows)
     return len(rows)
+
+
+class Remembered(Slots):
+    """Stands for what `Fake` remembers, which has slots."""
+
+    def __init__(self, scope):
+        super().__init__()
+        self.scope = scope
 
 
 class Fake(nn.Module):
@@ -74,7 +85,7 @@ class Fake(nn.Module):
     def __init__(self, data, scope="sequence", cues=tuple(CUES)):
         super().__init__()
         self.n_vocab, self.segment_len = data.tokenizer.vocab_size, SEGMENT_LEN
-        self.memory = {"fake": [SimpleNamespace(scope=scope)]}
+        self.memory = {"fake": [Remembered(scope)]}
         items = load(data.tokenizer)
         self.same = {item.true[cue].cue: item.true[""].cue for item in items for cue in cues}
         self.texts = []
@@ -346,9 +357,9 @@ def test_any_memory_runs_and_the_model_is_left_as_it_was(data, memory, monkeypat
 
         around = "layers"
 
-        def write(self, segment, state, reads):
+        def write(self, segment, state):
             hidden = segment.hidden
-            return super().write(segment._replace(hidden=hidden.mean(dim=2)), state, reads)
+            return super().write(segment._replace(hidden=hidden.mean(dim=2)), state)
 
     memories = {
         "none": {}, "ltm": {"ltm": lambda d: LongTermMemory(d, n_slot=32, d_key=8, d_value=8, top_k=4)},
@@ -357,7 +368,8 @@ def test_any_memory_runs_and_the_model_is_left_as_it_was(data, memory, monkeypat
         "delta": {"delta": lambda d: DeltaMemory(d, d_key=4, d_value=4)},
     }[memory]  # fmt: skip
     rows = file_rows()[:8]
-    monkeypatch.setattr(experiment, "rows_of_file", lambda: rows)
+    for module in (modern_facts.facts, experiment):
+        monkeypatch.setattr(module, "rows_of_file", lambda: rows)
 
     def make(seed):
         torch.manual_seed(seed)
@@ -424,7 +436,7 @@ def test_a_tokenizer_that_cannot_write_the_facts_is_refused():
 
 def test_yaml_and_settings_agree():
     node = dict(compose(["checkpoint=x", "experiment=modern_facts"], "evaluate").modern_facts)
-    assert node.pop("_target_") == "experiments.modern_facts.experiment.ModernFacts"
+    assert node.pop("_target_") == "experiments.modern_facts.ModernFacts"
     assert ModernFacts(**node) == ModernFacts()
     assert set(node) == set(ModernFacts.__dataclass_fields__)
 

@@ -22,7 +22,7 @@ from memlm.data.tasks.makers import Fact, FactMaker
 from memlm.data.tokenizer import train_tokenizer
 from memlm.data.tokens import TokenizedCorpus
 from memlm.evaluation.headline import headline
-from memlm.evaluation.recall import asking
+from memlm.evaluation.recall import reading
 from memlm.evaluation.recall.asking import answer
 from memlm.evaluation.recall.rates import CONDITIONS
 from memlm.evaluation.result import Result
@@ -475,7 +475,7 @@ def test_a_real_model_is_left_as_it_was_and_the_run_repeats(data, real):
 
 @pytest.mark.parametrize("memories", [{}, {"ltm": functools.partial(LongTermMemory, n_slot=32, scope="shared")}])
 def test_without_memory_and_with_a_shared_one(data, memories, monkeypatch):
-    monkeypatch.setattr(asking, "_WINDOW", 1)  # segment by segment, which every memory can do
+    monkeypatch.setattr(reading, "_WINDOW", 1)  # segment by segment, which every memory can do
     torch.manual_seed(0)
     model = LMCode(data.tokenizer.vocab_size, memories, n_layer=1, n_head=2, d_model=16, segment_len=SEGMENT_LEN)
     bank = {name: value.clone() for name, value in model.state_dict().items()}

@@ -250,7 +250,7 @@ def test_same_seed_same_numbers_and_the_model_is_left_as_it_was(data):
 
 def test_yaml_settings_and_refusals():
     node = dict(compose(["checkpoint=x", "experiment=pattern_storage"], "evaluate").pattern_storage)
-    assert node.pop("_target_") == "experiments.pattern_storage.experiment.PatternStorage"
+    assert node.pop("_target_") == "experiments.pattern_storage.PatternStorage"
     assert PatternStorage(**node) == PatternStorage()
     wrong = {
         "pattern": "word", "passage_len": 2, "n_document": 1, "n_probe": 0, "n_candidate": 1, "n_stored": [4],

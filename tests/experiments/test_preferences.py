@@ -12,7 +12,17 @@ from experiments.preferences import agent, experiment, outcome
 from experiments.preferences.agent import Agent, listen
 from experiments.preferences.experiment import run, settings_of, summarise
 from experiments.preferences.figures import plot
-from experiments.preferences.outcome import Outcome, everything, given_of, half_life, judge, recency, simulate
+from experiments.preferences.outcome import (
+    Outcome,
+    curves_of,
+    everything,
+    given_of,
+    half_life,
+    judge,
+    recency,
+    rows_of,
+    simulate,
+)
 from experiments.preferences.settings import Preferences
 from experiments.preferences.users import ASPECTS, Users, draw
 from memlm.compose import compose, to_dict
@@ -83,7 +93,7 @@ def test_counts_by_hand() -> None:
     prompt = np.full((1, A, 3), -1)
     prompt[0, 2], prompt[0, 3], prompt[0, 0] = (2, 4, -1), (2, 4, -1), (0, 1, -1)
     outcome = Outcome(right, 0 * right, np.array([[0, 1, 4, 5, -1]]), prompt, np.ones((1, 5)))
-    (row,) = outcome.rows_of(users, "on", outcome)
+    (row,) = rows_of(users, "on", outcome)
     expected = {"asked": 2, "right": 1, "outdated": 0, "stored": 4, "stored_right": 1, "stored_noise": 2, "held": 1}
     expected |= {"untold": 7, "false": 1}  # aspect 2 has a value named that was not meant; aspect 0 was told
     assert {key: row[key] for key in expected} == expected  # aspects 0 and 5 are in use, 1 is dropped
@@ -92,7 +102,7 @@ def test_counts_by_hand() -> None:
     assert metrics["precision/on"] == 0.25
     assert metrics["recall/on"] == metrics["right/on"] == 0.5
     assert (metrics["adapted/on"], metrics["adapt_sessions/on"]) == (0.0, 2.0)
-    curves = outcome.curves_of(users, outcome)
+    curves = curves_of(users, outcome)
     assert curves["session"] == [[0, 2]] * 5 + [[1, 2]]
     assert curves["change"] == [[0, 1], [0, 1], [1, 1]]
     assert curves["age"] == [[1, 1], [1, 1], [1, 1], [0, 1], [0, 1]]

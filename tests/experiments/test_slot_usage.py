@@ -192,7 +192,7 @@ def test_documents_side_by_side_take_the_memory_of_the_next(model):
 
 def test_yaml_settings_and_refusals():
     node = dict(compose(["checkpoint=x", "experiment=slot_usage"], "evaluate").slot_usage)
-    assert node.pop("_target_") == "experiments.slot_usage.settings.SlotUsage"
+    assert node.pop("_target_") == "experiments.slot_usage.SlotUsage"
     assert SlotUsage(**node) == SlotUsage()
     wrong = {"n_document": 1, "n_fact": 0, "distance": -1, "n_pair": 1, "split": "train", "seed": -1}
     for name, value in (*wrong.items(), ("shares", []), ("shares", [0.5, 0.1]), ("shares", [0.0]), ("shares", [2.0])):
