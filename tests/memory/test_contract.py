@@ -102,7 +102,7 @@ def test_a_constructor_is_told_the_sizes_it_asks_for() -> None:
             seen.append(sizes)
 
     LMCode(30, {"asks": Asks}, n_layer=1, n_head=2, d_model=16, segment_len=6, overlap=2)
-    assert seen == [Sizes(d_model=16, n_head=2, segment_len=6, n_vocab=30)]
+    assert seen == [Sizes(d_model=16, n_head=2, n_layer=1, segment_len=6, overlap=2, n_vocab=30)]
 
 
 def test_what_looks_into_slots_refuses_a_memory_without() -> None:
