@@ -974,7 +974,7 @@ def settings() -> list[Case]:
         "data.tokenizer={}",
         "data.tokenizer=bpe",
         "data.corpus.max_documents=5",
-        "data.corpus._target_=memlm.data.corpora.base.Hubb",
+        "data.corpus._target_=memlm.data.corpora.hub.Hubb",
     ]
     cases = [Case(line, tried(line)) for line in refused]
     cases += [
