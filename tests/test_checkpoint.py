@@ -494,7 +494,7 @@ def test_weights_of_another_model_or_scope_or_not_finite_are_told(tmp_path: Path
     same = {n: longest[: v.numel()].view(v.shape) for n, v in weights.items() if v.is_floating_point()}
     assert "most weights are the same numbers" in told(weights | same)
     assert "memory.ltm.scope is shared in the configuration, but no shared bank" in told(
-        {name: value for name, value in weights.items() if ".bank_" not in name}
+        {name: value for name, value in weights.items() if ".bank." not in name}
     )
 
 

@@ -183,10 +183,10 @@ def test_a_model_without_records_is_refused(tokenizer: Any) -> None:
 def test_the_script_talks_through_a_pipe(tokenizer: Any, monkeypatch: Any, capsys: Any) -> None:
     typed = f"{FACT}\n/clear\nba ce is\nbad \udcff byte\n/quit\nnever reached\n".encode(errors="surrogateescape")
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(typed), encoding="utf-8"))
-    monkeypatch.setattr("memlm.checkpoint.load", lambda path: {"run": reader(tokenizer)}[path])
+    monkeypatch.setattr("memlm.checkpoint.load", lambda path, trust: {"run": reader(tokenizer)}[path])
     from omegaconf import OmegaConf
 
-    chat.main(OmegaConf.create({"checkpoint": "run", "device": "cpu"}))
+    chat.main(OmegaConf.create({"checkpoint": "run", "trust": [], "device": "cpu"}))
     said = capsys.readouterr().out
     assert "> ba ce is\ndi fo gu.\n  [read with weight" in said
     assert "bad \ufffd byte" in said

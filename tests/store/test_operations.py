@@ -663,8 +663,8 @@ def test_contents_that_no_text_can_have_written_are_refused(
         assert contents(other) == before
     if field not in ("uses", "tokens"):  # which are those of the model, and not of a memory
         weights = {name: part.clone() for name, part in model.state_dict().items()}
-        weights[f"memory.ltm.0.bank_{field}"][place] = value
-        with pytest.raises(RuntimeError, match=f"memory.ltm.0 holds what no text can have written: .*{message}"):
+        weights[f"memory.ltm.0.bank.{field}"][place] = value
+        with pytest.raises(RuntimeError, match=f"memory.ltm.0.bank holds what no text can have written: .*{message}"):
             other.load_state_dict(weights)
 
 
