@@ -276,7 +276,7 @@ def test_what_a_constructor_refuses_is_told_ahead() -> None:
         "training._target_=builtins.dict": r"training\._target_ must name memlm\.training\.settings\.Training",
         "curriculum._target_=builtins.dict": r"curriculum\._target_ must name memlm\.data\.curriculum\.Curriculum",
         "+memory.x={_target_: memlm.data.corpora.builtin.Builtin}": (
-            r"memory\.x\._target_ must name memlm\.memory\.base\.Memory"
+            r"memory\.x\._target_ must name memlm\.memory\.contract\.Memory"
         ),
         "trainer._target_=builtins.dict": r"trainer\._target_ must be lightning\.Trainer",
         "data.corpus._target_=builtins.dict": r"data\.corpus\._target_ must name memlm\.data\.corpora\.base\.Corpus",
