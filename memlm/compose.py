@@ -30,7 +30,7 @@ from memlm.config import (
     check_settings,
     did_you_mean,
 )
-from memlm.known import _is_experiment, _referred, refuse_unknown, unknown
+from memlm.known import is_experiment, referred_keys, refuse_unknown, unknown
 from memlm.quoting import nothing
 from memlm.schema import SCHEMAS, Evaluate, Train
 
@@ -205,11 +205,11 @@ def compose_with(
         experiments = options_of(loader, "experiment", extra, config_name) if measures else []
         for override in parsed:
             name, _, rest = override.key_or_group.partition(".")
-            if rest and name in experiments and name in config and not _is_experiment(config, name):
+            if rest and name in experiments and name in config and not is_experiment(config, name):
                 raise ConfigError(
                     f"{override.key_or_group} has no effect, as {name} is not measured: choose experiment={name}."
                 )
-        refuse_unknown(config, schema, _referred(whole, schema), experiments)
+        refuse_unknown(config, schema, referred_keys(whole, schema), experiments)
     return config
 
 

@@ -51,7 +51,7 @@ def refuse_unknown(
             continue
         elif any(f"{one}.".startswith(f"{key}.") for one in referred):
             refuse_unknown(config, _Own, referred, parent=key)
-        elif parent or not _is_experiment(config, name):
+        elif parent or not is_experiment(config, name):
             names = list(hints) or [str(other) for other in section if other != name]
             raise ConfigError(
                 f"{unknown(config, parent, name, names)} A key of your own is fine where a setting refers to it."
@@ -62,12 +62,13 @@ class _Own:
     """The schema of a section of which code reads nothing."""
 
 
-def _is_experiment(config: DictConfig, name: str) -> bool:
+def is_experiment(config: DictConfig, name: str) -> bool:
+    """Whether a setting is an experiment: a node whose class is one of experiments/."""
     node = config._get_node(name)
     return isinstance(node, DictConfig) and not node._is_none() and str(node.get("_target_")).startswith("experiments.")
 
 
-def _referred(config: DictConfig, schema: type) -> set[str]:
+def referred_keys(config: DictConfig, schema: type) -> set[str]:
     """Full names to which settings that are read refer, as `${data.path}` or `${.path}`; with those of Hydra."""
     pairs = []
     for key, text in _texts(OmegaConf.to_container(config, resolve=False)):
@@ -85,7 +86,7 @@ def _referred(config: DictConfig, schema: type) -> set[str]:
 
 def _is_read(config: DictConfig, schema: type, key: Sequence[str], referred: Collection[str]) -> bool:
     """Whether something reads a setting: Hydra, code by the schema, or another setting that is read."""
-    if key[0] == "hydra" or _is_experiment(config, key[0]):
+    if key[0] == "hydra" or is_experiment(config, key[0]):
         return True
     hint: Any = schema
     for part in key:

@@ -27,9 +27,7 @@ from omegaconf import DictConfig
 
 from memlm.app.command_line import check_command_line
 from memlm.app.errors import (
-    _OUT_OF_TIME,
     STOPPED,
-    UNREAD,
     again,
     end_of_failed,
     exit_code,
@@ -43,6 +41,7 @@ from memlm.compose import config_dir, run_dir
 from memlm.files import ERROR
 from memlm.output import open_streams, output_lost
 from memlm.quoting import nothing, quote_texts
+from memlm.training.stopping import OUT_OF_TIME, UNREAD
 
 
 def cli(
@@ -93,7 +92,7 @@ def cli(
                 raise
             except (KeyboardInterrupt, SystemExit) as stop:
                 ended = True
-                if is_sweep() and exit_code(stop) == _OUT_OF_TIME:
+                if is_sweep() and exit_code(stop) == OUT_OF_TIME:
                     return None
                 if is_sweep() and (code := exit_code(stop)) in STOPPED:
                     print(f"The sweep was stopped. {again(HydraConfig.get().sweep.dir)}", file=sys.stderr)

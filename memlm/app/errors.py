@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shlex
-import signal
 import sys
 import traceback
 from collections.abc import Iterator
@@ -24,21 +23,13 @@ from memlm.config import (
 from memlm.files import ERROR
 from memlm.machine import refusal
 from memlm.printed import one_line
+from memlm.training.stopping import ASKING
 
 # Packages whose ValueErrors are mistakes of a user.
 _OURS = ("memlm", "experiments", "benchmarks", "scripts", "__main__")
 
 
-_ASKING = (signal.SIGINT, signal.SIGHUP, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
-
-
-STOPPED = frozenset(128 + signum for signum in _ASKING)
-
-
-_OUT_OF_TIME = 124  # of a job whose time is over, which ends no other
-
-
-UNREAD = 128 + signal.SIGPIPE  # output cannot be written
+STOPPED = frozenset(128 + signum for signum in ASKING)
 
 
 _LAUNCHERS = ("joblib", "submitit")  # packages that start the jobs of a sweep, and tell when one of them dies
