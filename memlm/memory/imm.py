@@ -42,7 +42,7 @@ class ImplicitMemory(Slots):
         d_model: Width of the hidden states.
         n_slot: Number of slots.
         temperature: Initial temperature of the write, learned; scores are divided by it and by the root of ``d_model``.
-        update_rate: Rate of an update, in (0, 1]; a slot moves by half of it, see ``docs/memories.md``.
+        update_rate: Rate of an update, in (0, 1]; a slot moves by half of it, see ``docs/memories/imm.md``.
         update: ``soft``, all tokens of a segment count alike; ``importance``, by a learned gate.
         reset_every: Segments after which the bank begins anew; null: never.
         norm: ``layer``, hidden states pass a layer norm before they are compared; ``none``.

@@ -45,13 +45,13 @@ def test_every_package_is_in_the_reference() -> None:
 @pytest.mark.parametrize(
     ("source", "link", "expected"),
     [
-        ("README.md", "docs/memories.md#ltm", "memories.md#ltm"),
+        ("README.md", "docs/memories/ltm.md#limits", "memories/ltm.md#limits"),
         ("README.md", "docs/figures/recall.png", "figures/recall.png"),
         ("README.md", "CONTRIBUTING.md", "contributing.md"),
         ("CONTRIBUTING.md", "docs/api/index.md", "api/index.md"),
         ("docs/architecture.md", "../CONTRIBUTING.md#tests", "contributing.md#tests"),
-        ("docs/architecture.md", "memories.md", "memories.md"),
-        ("docs/api/memory.md", "../memories.md", "../memories.md"),
+        ("docs/architecture.md", "memories/index.md", "memories/index.md"),
+        ("docs/api/memory.md", "../memories/index.md", "../memories/index.md"),
         ("docs/api/memory.md", "../../README.md", "../index.md"),
         ("docs/architecture.md", "#data", "#data"),
         ("docs/architecture.md", "https://example.org/a.md", "https://example.org/a.md"),
