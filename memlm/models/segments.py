@@ -410,7 +410,7 @@ def _check_signals(model: SegmentModel, signals: Mapping[str, Tensor], n_row: in
             width = given.shape[-1] if given.dim() else 1
             raise ConfigError(
                 f"signals: {name!r} is used by no memory of this model, which know {', '.join(known) or 'none'}: "
-                f"leave it out, or set memory=adaptive 'memory.adaptive.signals={{{name}: {width}}}'"
+                f"leave it out, or choose a memory that takes signals, and name it there: signals={{{name}: {width}}}"
             )
         if given.shape != (n_row, known[name]):
             raise ConfigError(

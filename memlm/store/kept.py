@@ -54,8 +54,8 @@ def kept_of(model: LanguageModel, what: str) -> list[Kept]:
     if not found:
         has = ", ".join(model.memory) or "none"
         raise ConfigError(
-            f"{what}: no memory of this model keeps records (memory: {has}); build one with memory=ltm or "
-            "memory=dual, or load a checkpoint that has one"
+            f"{what}: no memory of this model keeps records (memory: {has}); build one whose memory "
+            "does (such as memory=ltm), or load its checkpoint"
         )
     return found
 
