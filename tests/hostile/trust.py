@@ -140,7 +140,7 @@ ACTS: dict[str, dict[str, Any]] = {
         "overlap": 4,
         "memory_layers": "middle",
     },
-    "memlm.store.operations.ExperienceModel": {},
+    "memlm.store.operations.save_memory": {"model": None, "path": CANARY},
     "memlm.data.corpora.base.Corpus": {},
     "memlm.no_such.Memory": {},
     "memlm.memory.ltm.NoSuch": {},
