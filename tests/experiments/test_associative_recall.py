@@ -155,17 +155,17 @@ def test_rates_intervals_and_suffixes_by_hand():
                 "across": across, "correct": correct, "nll": 2.0 * correct}  # fmt: skip
 
     rows = [row("on", True, True)] * 3 + [row("on", True, False), row("on", False, True), row("off", True, False)]
-    metrics = summarise(rows)
+    metrics = summarise(rows, 512)
     assert (metrics["accuracy/on"], metrics["n/on"], metrics["nll/on"]) == (0.75, 4, 1.5)
     assert (metrics["low/on"], metrics["high/on"]) == pytest.approx((0.3006, 0.9544), abs=1e-4)
     assert (metrics["accuracy_inside/on"], metrics["n_inside/on"]) == (1.0, 1)
     assert "accuracy_inside/off" not in metrics
     assert (metrics["chance"], metrics["chance_told"]) == (0.02, 0.5)
-    two = summarise([*rows, row("on", True, False, n_pair=5)])
+    two = summarise([*rows, row("on", True, False, n_pair=5)], 512)
     assert two["accuracy/on"] == two["accuracy/on/5"] == 0.0
     assert two["accuracy/on/2"] == 0.75
     assert two["chance_told"] == 0.2
-    assert summarise([]) == {}
+    assert summarise([], 512) == {}
 
 
 def test_documents_of_evaluation_are_none_of_training(data):
