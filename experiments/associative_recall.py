@@ -1,13 +1,13 @@
 """Associative recall: key-value pairs told once at the beginning of a document, and asked for later (MQAR).
 
-The documents are those of `memlm.data.tasks.mqar`, where the definition and its source are, or of `memlm.data.tasks.pairs`,
-where there is nothing but pairs and questions. The text is read segment by segment, each in a context of its own, so a
-question whose pair was told in an earlier segment can be answered from memory alone: the accuracy of those is the
-headline. Questions in the same segment as their pair, which attention can answer, are counted apart (`inside`). A
-question is answered when the likeliest next token is the value.
+The documents are those of `memlm.data.tasks.mqar`, where the definition and its source are, or of
+`memlm.data.tasks.pairs`, where there is nothing but pairs and questions. The text is read segment by segment, each in a
+context of its own, so a question whose pair was told in an earlier segment can be answered from memory alone: the
+accuracy of those is the headline. Questions in the same segment as their pair, which attention can answer, are counted
+apart (`inside`). A question is answered when the likeliest next token is the value.
 
-A number of pairs is held if at least 90 % of such questions are answered, and more than with reads off, a wiped memory or
-another document's (95 % Wilson intervals apart). What a memory costs are the bytes of its state for one row of text.
+A number of pairs is held if at least 90 % of such questions are answered, and more than with reads off, a wiped memory
+or another document's (95 % Wilson intervals apart). What a memory costs are the bytes of its state for one row of text.
 
 Each segment is also read under every control: with reads off, with a wiped memory, with the memory of another document
 at the same place, and with every key exchanged for one that was never told (`unseen`; the right answer stays that of
@@ -279,7 +279,10 @@ def summarise(rows: Sequence[Row], n_byte: int) -> dict[str, float]:
 
 
 def _held(metrics: Mapping[str, float], n_pairs: Sequence[int], n_byte: int) -> dict[str, float]:
-    """How many pairs are held, and what they cost. Not asked to lie above ``unseen``: of one pair the value is known."""
+    """How many pairs are held, and what they cost.
+
+    They need not lie above ``unseen``: who was told one pair is right to say its value, whatever is asked.
+    """
 
     def largest(name: str) -> int:
         held = 0

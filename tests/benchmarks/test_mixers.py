@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import mixers
+from benchmarks import mixer_peers, mixers
 from benchmarks.candidates import Setup
 from memlm.app import benchmark
 from memlm.compose import compose, config_dir, to_dict
@@ -60,7 +60,7 @@ def test_memories_are_measured_beside_none_at_equal_parameters() -> None:
 
 def test_memories_are_found_by_their_configs() -> None:
     assert mixers.memory_names(None) == sorted(path.stem for path in (config_dir() / "memory").glob("*.yaml"))
-    with pytest.raises(ConfigError, match="memories names 'delt'. Did you mean 'delta'"):
+    with pytest.raises(ConfigError, match=r"memories names 'delt'\. Did you mean 'delta'"):
         mixers.memory_names(["delt"])
     with pytest.raises(ConfigError, match="each once"):
         mixers.memory_names(["ltm", "ltm"])
@@ -113,17 +113,17 @@ def test_peers_are_rows_where_their_library_is_there(monkeypatch: pytest.MonkeyP
 def test_a_peer_is_trained_on_the_same_text(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
 
-    def build(library: Any, setup: Setup, folder: str) -> mixers.Parts:
+    def build(library: Any, setup: Setup, folder: str) -> mixer_peers.Parts:
         model = torch.nn.Linear(1, 1)
 
         def loss(text: torch.Tensor) -> torch.Tensor:
             seen.append(text)
             return model(torch.ones(1)).sum()
 
-        return mixers.Parts(model, loss, None)
+        return mixer_peers.Parts(model, loss, None)
 
     monkeypatch.setattr(mixers, "peer_library", lambda peer: SimpleNamespace())
-    monkeypatch.setitem(mixers._BUILD, "titans", build)
+    monkeypatch.setitem(mixer_peers._BUILD, "titans", build)
     result, text = benchmark.run(config("peers=[titans]", "memories=[none]", "rounds=2"))
     assert [part.shape for part in seen] == [(2, 33)] * 3
     assert "titans/tokens_per_s" in result.metrics
@@ -136,7 +136,7 @@ def test_real_peers_train_and_generate(name: str, tmp_path: Any) -> None:
     peer = mixers.PEERS[name]
     library = pytest.importorskip(peer.module)
     setup = Setup(mixers.memory_config("none", N_PARAMETER, OVERRIDES), 2, 2, "cpu", "fp32", False, 0)
-    candidate = mixers.Theirs(mixers._BUILD[name](library, setup, str(tmp_path)), setup)
+    candidate = mixers.Theirs(mixers.build(name, library, setup, str(tmp_path)), setup)
     losses = [candidate.step(setup.batch(0)).item() for _ in range(8)]
     assert losses[-1] < losses[0]
     prompt = setup.batch(1)[:1, :16]

@@ -1,10 +1,10 @@
 """Graded recall: few or many key-value pairs, told at the beginning of a document, asked for in later segments.
 
-A document of N tokens begins with as many segments as ``n_pair`` pairs ``key value`` need, one or more. The pairs stand
-there at places drawn at random. Each key is asked once in any of the segments behind, at a place drawn at random, with
-its value behind it. Places are two tokens wide. All other tokens are one and the same blank, the first symbol, so that the
-number of pairs is all there is to hold. Keys and values are drawn as in `memlm.data.tasks.mqar`, and only answers count
-in the loss.
+A document of N tokens begins with as many segments as ``n_pair`` pairs ``key value`` need, one or more. The pairs
+stand there at places drawn at random. Each key is asked once in any of the segments behind, at a place drawn at random,
+with its value behind it. Places are two tokens wide. All other tokens are one and the same blank, the first symbol, so
+that the number of pairs is all there is to hold. Keys and values are drawn as in `memlm.data.tasks.mqar`, and only
+answers count in the loss.
 
 Every segment begins a new context, so each answer needs memory.
 
