@@ -379,7 +379,16 @@ WAYS: dict[str, Callable[[Change], object]] = {
     "report": lambda change: command("report", str(_run_of(change)), "--out", "page.html"),
     "report of an evaluation": lambda change: command("report", str(_evaluation(change)), "--out", "page.html"),
     "compare": lambda change: command("compare", str(_run_of(change)), "--out", "OUT"),
-    "benchmark": lambda change: command("benchmark", "query", f"checkpoint={_checkpoint(change)}", "n_slot=1000"),
+    "benchmark": lambda change: command(
+        "benchmark",
+        "retrieval",
+        "keys=[trained]",
+        f"checkpoint={_checkpoint(change)}",
+        "sizes=[1000]",
+        "n_query=8",
+        "candidates=[exact]",
+        "rounds=1",
+    ),
     "resume": _resume,
     "resume=auto": _resume_auto,
 }
