@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from memlm.assemble import build_corpus, build_data, build_tokenizer
-from memlm.compose import compose, to_dict
+from memlm.compose import compose, config_dir, to_dict
 from memlm.config import ConfigError, instantiate
 from memlm.data.corpora.symbols import Symbols, symbols_of
 from memlm.data.stream import TrainingBatches
@@ -307,3 +307,26 @@ def test_every_phase_of_the_recipe_makes_batches(recipe: str, kind: type, tmp_pa
         step += phase.steps
     assert set(config) >= {recipe if recipe == "sorting" else "associative_recall"}
     assert instantiate(config["curriculum"], "curriculum").has_task
+
+
+def test_what_a_recipe_sets_for_a_memory_is_set_for_it_alone() -> None:
+    known = {path.stem for path in (config_dir() / "memory").glob("*.yaml")}
+    for path in (config_dir() / "recipe_memory").glob("*/*.yaml"):
+        assert path.stem in known
+        assert (config_dir() / "recipe" / f"{path.parent.name}.yaml").exists()
+    assert compose(["recipe=pairs", "memory=ltm"]).memory.ltm.gate_penalty == 0
+    assert compose(["memory=ltm"]).memory.ltm.gate_penalty > 0
+    assert compose(["recipe=mqar", "memory=ltm"]).memory.ltm.gate_penalty > 0
+    assert list(compose(["recipe=pairs", "memory=rmt"]).memory) == ["rmt"]
+
+
+def test_a_recipe_may_have_settings_for_a_memory_of_somebody_else(tmp_path: Path) -> None:
+    (tmp_path / "recipe_memory/pairs").mkdir(parents=True)
+    (tmp_path / "memory").mkdir()
+    (tmp_path / "memory/mine.yaml").write_text(
+        "mine: {_target_: memlm.memory.rmt.RecurrentMemory, n_cell: 8, map: none}"
+    )
+    own = "# @package _global_\nmemory: {mine: {n_cell: 3}}\ntraining: {lr: 0.5}\n"
+    (tmp_path / "recipe_memory/pairs/mine.yaml").write_text(own)
+    config = compose(["recipe=pairs", "memory=mine"], searchpath=[tmp_path])
+    assert (config.memory.mine.n_cell, config.memory.mine.map, config.training.lr) == (3, "none", 0.5)
