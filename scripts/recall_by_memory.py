@@ -80,7 +80,13 @@ def merged(record: Sequence[Mapping[str, Any]], new: Sequence[Mapping[str, Any]]
 def table(record: Sequence[Mapping[str, Any]]) -> str:
     """The record as a table of Markdown: most pairs held first, of those the fewest bytes."""
     sizes = sorted({int(n) for entry in record for n in entry["rates"]})
-    heads = ["memory", "seed", "state of a row, bytes", "pairs held at 90 %", *(f"{n} pairs" for n in sizes)]
+    heads = [
+        "memory",
+        "seed",
+        "state of a row, bytes",
+        "pairs held at 90 %",
+        *(f"{n} pair{'s' * (n > 1)}" for n in sizes),
+    ]
     heads += ["controls at most", "steps", "tokens", "minutes", "commit"]
     lines = [heads, ["---"] * len(heads)]
     for entry in sorted(record, key=lambda entry: (-entry["held"], entry["state_bytes"], entry["seed"])):
