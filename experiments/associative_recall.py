@@ -26,7 +26,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -42,7 +42,11 @@ from memlm.evaluation.recall.reading import device_of, n_row_of
 from memlm.evaluation.result import Result, Row, check_settings, evaluating
 from memlm.evaluation.share import ALONE, Share
 from memlm.memory import state as states
+from memlm.models.base import LanguageModel
 from memlm.statistics import wilson
+
+if TYPE_CHECKING:
+    from memlm.data.datamodule import TextData
 
 LABELS = {"on": "memory on", **CONTROLS, "unseen": "key never told"}
 """The memory as it is, then its controls, and what a figure calls them."""
@@ -97,7 +101,11 @@ class AssociativeRecall:
 
 
 def run(
-    model: Any, data: Any, cfg: AssociativeRecall, progress: Callable[[float], None] | None = None, share: Share = ALONE
+    model: LanguageModel,
+    data: TextData,
+    cfg: AssociativeRecall,
+    progress: Callable[[float], None] | None = None,
+    share: Share = ALONE,
 ) -> Result:
     """Measure recall and its controls.
 
@@ -171,7 +179,7 @@ def _exchange(task: MQAR, document: Recall, seed: Sequence[int]) -> np.ndarray:
     return tokens
 
 
-def _read(model: Any, documents: Sequence[Recall], never: Sequence[np.ndarray], numbers: range) -> list[Row]:
+def _read(model: LanguageModel, documents: Sequence[Recall], never: Sequence[np.ndarray], numbers: range) -> list[Row]:
     """Read the documents ``numbers`` side by side, and answer their questions under every condition."""
     segment_len, device = model.segment_len, device_of(model)
     own = [documents[i].tokens for i in numbers]

@@ -30,6 +30,7 @@ from memlm.config import (
     check_settings,
     did_you_mean,
 )
+from memlm.config_files import bound_files
 from memlm.known import is_experiment, referred_keys, refuse_unknown, unknown
 from memlm.quoting import nothing
 from memlm.schema import SCHEMAS, Evaluate, Train
@@ -143,6 +144,7 @@ def session(directory: str | Path | None) -> Iterator[ConfigLoader]:
     state, runtime = GlobalHydra.instance(), JobRuntime.instance()
     outer, job_name = state.hydra, runtime.get("name")
     state.hydra = None
+    bound_files()
     try:
         with hydra.initialize_config_dir(str(path), job_name=job_name, version_base="1.3"):
             yield GlobalHydra.instance().config_loader()
