@@ -203,6 +203,31 @@ def test_numbers_of_pairs_of_a_list_are_all_drawn(many: tuple[Tokenizer, Tokeniz
     assert min(Counter(drawn).values()) > 8
 
 
+@pytest.mark.parametrize("again", [0.5, 1.0])
+def test_pairs_come_again_in_place_of_blanks_and_count_where_their_key_stood_before(
+    many: tuple[Tokenizer, TokenizedCorpus], again: float
+) -> None:
+    task, blank = Pairs(*many), int(symbols_of(*many)[0])
+    n_blank = 0
+    for seed in range(30):
+        once = task.document(np.random.default_rng(seed), np.zeros(65), 16, 3)
+        planted = task.document(np.random.default_rng(seed), np.zeros(65), 16, 3, again)
+        kept = once.tokens != blank
+        assert (planted.tokens[kept] == once.tokens[kept]).all()
+        pairs = {(int(once.tokens[i]), int(once.tokens[i + 1])) for i in range(0, 16, 2) if once.tokens[i] != blank}
+        seen: set[int] = set()
+        for i in range(0, 64, 2):
+            key, value = planted.tokens[i : i + 2].tolist()
+            assert (key, value) in pairs or key == value == blank
+            assert planted.answer[i] == (key in seen)
+            assert not planted.answer[i + 1]
+            seen |= {key} - {blank}
+            n_blank += key == blank
+        assert planted.weight is not None
+        assert (planted.weight == planted.answer).all()
+    assert n_blank == 0 if again == 1 else 0.4 < n_blank / (30 * (32 - 6)) < 0.6
+
+
 def test_pairs_that_do_not_fit_are_refused(many: tuple[Tokenizer, TokenizedCorpus]) -> None:
     draw = Pairs(*many).draw
     for n_token, segment_len, n_pair, told in (
