@@ -67,7 +67,7 @@ class Pairs(MQAR):
         chosen = rng.choice(told, size=blank.sum())
         first[blank], second[blank] = first[chosen], second[chosen]
         seen = np.unique(first, return_index=True)[1]  # where each key stands for the first time
-        answer[::2] |= blank
+        answer[::2] = first != self.blank
         answer[2 * seen] = False
         return planted._replace(tokens=tokens, answer=answer, weight=answer.astype(np.float32))
 
