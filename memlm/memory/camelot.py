@@ -18,7 +18,6 @@ G groups = n + T: what may stand in a slot during a segment is a slot as it was,
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -238,8 +237,8 @@ class CamelotMemory(Slots):
             n_round += 1
             joins = (group[..., None] == groups) & valid[..., None]  # (B, T, G)
             product = dots + among @ joins.to(key.dtype)
-            grown = square + earlier((2 * product + length) * joins, torch.cumsum, 0.0)  # squared lengths of sums
-            last = earlier(torch.where(joins, time[..., None], -n_slot - 1), running_max, -n_slot - 1)
+            grown = square + before_each(((2 * product + length) * joins).cumsum(dim=1), 0.0)  # squared lengths of sums
+            last = before_each(torch.where(joins, time[..., None], -n_slot - 1).cummax(dim=1).values, -n_slot - 1)
             last = torch.maximum(last, before[:, None])
             oldest, victim = last.kthvalue(n_token + 1, dim=2)  # n groups are joined at least as late
             like = (product / (length * grown).clamp(min=1e-24).sqrt()).clamp(max=1.0)
@@ -264,14 +263,9 @@ def unit(key: Tensor) -> Tensor:
     return F.normalize(key.flatten(2), dim=2)
 
 
-def earlier(part: Tensor, running: Callable[[Tensor, int], Tensor], first: float) -> Tensor:
-    """A ``running`` sum or maximum over the tokens (dim 1) before each."""
-    return F.pad(running(part, 1)[:, :-1], (0, 0, 1, 0), value=first)
-
-
-def running_max(part: Tensor, dim: int) -> Tensor:
-    """Greatest value up to each."""
-    return part.cummax(dim).values
+def before_each(running: Tensor, first: float) -> Tensor:
+    """Of a running sum or maximum over tokens (B, T, G) what it is before each token; ``first`` before all of them."""
+    return F.pad(running[:, :-1], (0, 0, 1, 0), value=first)
 
 
 def owner_of(groups: Groups) -> Tensor:

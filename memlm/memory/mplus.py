@@ -52,9 +52,9 @@ class PlusMemory(PoolMemory):
         self,
         d_model: int,
         sizes: Sizes,
-        n_token: int = 512,
+        n_token: int = 256,
         n_new: int = 16,
-        n_long: int = 2048,
+        n_long: int = 512,
         top_k: int = 32,
         d_key: int = 64,
     ) -> None:
