@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from matplotlib.figure import Figure
 
@@ -28,6 +28,10 @@ from memlm.evaluation.recall.reading import is_shared, part_of
 from memlm.evaluation.result import Result, Row, check_settings
 from memlm.evaluation.share import ALONE, Share
 from memlm.memory import state as states
+from memlm.models.base import LanguageModel
+
+if TYPE_CHECKING:
+    from memlm.data.datamodule import TextData
 
 THRESHOLD = 0.95
 """Recall at which a number of facts counts as held."""
@@ -65,7 +69,11 @@ class Capacity:
 
 
 def run(
-    model: Any, data: Any, cfg: Capacity, progress: Callable[[float], None] | None = None, share: Share = ALONE
+    model: LanguageModel,
+    data: TextData,
+    cfg: Capacity,
+    progress: Callable[[float], None] | None = None,
+    share: Share = ALONE,
 ) -> Result:
     """Measure recall against the number of facts told.
 

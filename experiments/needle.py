@@ -19,7 +19,7 @@ import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from operator import itemgetter
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -36,6 +36,10 @@ from memlm.evaluation.recall.rates import CONDITIONS, LABELS, tabulate
 from memlm.evaluation.recall.reading import Consolidation, is_shared, part_of, visit
 from memlm.evaluation.result import Result, Row, check_settings, evaluating
 from memlm.evaluation.share import ALONE, Share
+from memlm.models.base import LanguageModel
+
+if TYPE_CHECKING:
+    from memlm.data.datamodule import TextData
 
 _AXES: dict[str, Callable[[list[Any]], Any]] = {"kind": itemgetter(0), "n_other": min, "distance": max}
 # What a list of settings varies, and whose rates are the main ones.
@@ -109,7 +113,11 @@ def _several(value: Any) -> list[Any]:
 
 
 def run(
-    model: Any, data: Any, cfg: Needle, progress: Callable[[float], None] | None = None, share: Share = ALONE
+    model: LanguageModel,
+    data: TextData,
+    cfg: Needle,
+    progress: Callable[[float], None] | None = None,
+    share: Share = ALONE,
 ) -> Result:
     """Measure recall and its controls.
 
@@ -207,7 +215,7 @@ def _plans(cfg: Needle) -> list[_Plan]:
 
 
 def draw(
-    data: Any, cfg: Needle, segment_len: int, plan: _Plan | None = None
+    data: TextData, cfg: Needle, segment_len: int, plan: _Plan | None = None
 ) -> tuple[list[Document], list[list[Fact]], list[int]]:
     """The documents of a plan (by default the first), facts that are told in none of them, and their lengths.
 
@@ -240,7 +248,7 @@ def draw(
     return documents, [unseen[i * cfg.n_fact : (i + 1) * cfg.n_fact] for i in range(cfg.n_document)], lengths
 
 
-def _strangers(data: Any, cfg: Needle, plan: _Plan, documents: Sequence[Document]) -> list[list[Fact]] | None:
+def _strangers(data: TextData, cfg: Needle, plan: _Plan, documents: Sequence[Document]) -> list[list[Fact]] | None:
     """The asked facts of each document as if of subjects that nobody was told of, where facts have subjects."""
     if not _is_told_in_sentences(plan.kind):
         return None
@@ -255,15 +263,15 @@ def _is_told_in_sentences(kind: str) -> bool:
     return kind in ("natural", "paraphrased")
 
 
-def _random(data: Any, split: str) -> FactMaker:
+def _random(data: TextData, split: str) -> FactMaker:
     return data.maker
 
 
-def _native(data: Any, split: str) -> FactMaker:
+def _native(data: TextData, split: str) -> FactMaker:
     return FactMaker(data.tokenizer, data.tokens("train"), native=data.tokens(split))
 
 
-def _natural(data: Any, split: str) -> FactMaker:
+def _natural(data: TextData, split: str) -> FactMaker:
     return SentenceMaker(data.tokenizer, data.tokens("train"))
 
 
@@ -287,7 +295,7 @@ def summarise(rows: Sequence[Row]) -> dict[str, float]:
     return tabulate(rows, _AXES)
 
 
-def applies(data: Any) -> bool:
+def applies(data: TextData) -> bool:
     """Whether facts are planted in the text that a model is trained on."""
     return data.curriculum.has_task
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -33,7 +33,11 @@ from memlm.evaluation.recall.rates import CONDITIONS, rates
 from memlm.evaluation.recall.reading import visit
 from memlm.evaluation.result import Result, Row, check_settings, evaluating
 from memlm.evaluation.share import ALONE, Share
+from memlm.models.base import LanguageModel
 from memlm.statistics import wilson
+
+if TYPE_CHECKING:
+    from memlm.data.datamodule import TextData
 
 
 @dataclass(frozen=True)
@@ -70,7 +74,11 @@ class Overwrite:
 
 
 def run(
-    model: Any, data: Any, cfg: Overwrite, progress: Callable[[float], None] | None = None, share: Share = ALONE
+    model: LanguageModel,
+    data: TextData,
+    cfg: Overwrite,
+    progress: Callable[[float], None] | None = None,
+    share: Share = ALONE,
 ) -> Result:
     """Measure how often the latest value is recalled, against the number of updates.
 
@@ -122,7 +130,7 @@ def run(
 
 
 def draw(
-    data: Any, cfg: Overwrite, segment_len: int
+    data: TextData, cfg: Overwrite, segment_len: int
 ) -> tuple[list[Document], list[list[list[Fact]]], list[list[Fact]]]:
     """The documents, whose facts are the latest; for each fact what it was before; and facts that are told in none.
 
@@ -157,7 +165,11 @@ def _versions(rng: np.random.Generator, maker: Any, fact: Fact, n_update: int) -
 
 
 def _stale(
-    model: Any, state: Any, numbers: Sequence[int], older: Sequence[Sequence[Sequence[Fact]]], rows: Sequence[Row]
+    model: LanguageModel,
+    state: Any,
+    numbers: Sequence[int],
+    older: Sequence[Sequence[Sequence[Fact]]],
+    rows: Sequence[Row],
 ) -> dict[tuple[int, int], int]:
     """By document and fact, how many updates ago the value was told that a memory gave instead of the latest."""
     wrong = {(row["document"], row["fact"]) for row in rows if row["condition"] == "on" and not row["correct"]}

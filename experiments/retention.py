@@ -18,7 +18,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from operator import itemgetter
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -34,6 +34,10 @@ from memlm.evaluation.recall.rates import CONDITIONS, above_controls, tabulate
 from memlm.evaluation.recall.reading import is_shared, part_of, visit
 from memlm.evaluation.result import Result, Row, check_settings, evaluating
 from memlm.evaluation.share import ALONE, Share
+from memlm.models.base import LanguageModel
+
+if TYPE_CHECKING:
+    from memlm.data.datamodule import TextData
 
 FILLERS = {"text": "text", "facts": "text that tells other facts"}
 """What is written after the facts, and how it is called."""
@@ -84,7 +88,11 @@ class Retention:
 
 
 def run(
-    model: Any, data: Any, cfg: Retention, progress: Callable[[float], None] | None = None, share: Share = ALONE
+    model: LanguageModel,
+    data: TextData,
+    cfg: Retention,
+    progress: Callable[[float], None] | None = None,
+    share: Share = ALONE,
 ) -> Result:
     """Measure recall against the number of writes.
 
@@ -129,7 +137,7 @@ def run(
 
 
 def draw(
-    data: Any, cfg: Retention, segment_len: int, filler: str
+    data: TextData, cfg: Retention, segment_len: int, filler: str
 ) -> tuple[list[Document], list[list[Fact]], list[int]]:
     """The documents, facts that are told in none, and the tokens of a document after each number of writes.
 

@@ -182,6 +182,19 @@ def _check_node(key: str, node: dict[str, Any], injected: frozenset[str]) -> Non
             _check_value(_dot(key, name), value, hints[name])
 
 
+def target_of(node: Mapping[str, Any], key: str) -> Any:
+    """What a node names: a class or function.
+
+    Args:
+        node: the settings.
+        key: their full name, for the errors.
+
+    Raises:
+        ConfigError: if there is no such thing.
+    """
+    return _locate(node["_target_"], _dot(key, "_target_"))
+
+
 def check_kind(node: Any, key: str, kind: type) -> None:
     """Check that a node names a class of the kind that is wanted there; of a function only its call can tell.
 
@@ -195,7 +208,7 @@ def check_kind(node: Any, key: str, kind: type) -> None:
     """
     if not isinstance(node, Mapping) or not isinstance(node.get("_target_"), str):
         raise ConfigError(f"{key} must be settings with a _target_, got {_show(node)}.")
-    thing = _locate(node["_target_"], _dot(key, "_target_"))
+    thing = target_of(node, key)
     if not (issubclass(thing, kind) if isinstance(thing, type) else callable(thing)):
         raise ConfigError(
             f"{key}._target_ must name {kind.__module__}.{kind.__name__} or a class made of it, got {node['_target_']}."

@@ -23,7 +23,7 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -41,6 +41,10 @@ from memlm.evaluation.recall.reading import device_of, is_shared, n_row_of, read
 from memlm.evaluation.result import Result, Row, check_settings, evaluating
 from memlm.evaluation.share import ALONE, Share
 from memlm.memory.slots import Slots
+from memlm.models.base import LanguageModel
+
+if TYPE_CHECKING:
+    from memlm.data.datamodule import TextData
 
 TWINS = {
     "counterfactual": "told the false value, answers it",
@@ -97,7 +101,11 @@ class ModernFacts:
 
 
 def run(
-    model: Any, data: Any, cfg: ModernFacts, progress: Callable[[float], None] | None = None, share: Share = ALONE
+    model: LanguageModel,
+    data: TextData,
+    cfg: ModernFacts,
+    progress: Callable[[float], None] | None = None,
+    share: Share = ALONE,
 ) -> Result:
     """Measure recall of true facts and its controls.
 
@@ -225,7 +233,7 @@ def _shares(progress: Callable[[float], None] | None, n: int) -> Callable[[int],
 
 
 def _watch(
-    model: Any,
+    model: LanguageModel,
     texts: Sequence[Document],
     told: Sequence[Sequence[Item]],
     length: int,
@@ -254,7 +262,7 @@ def level(cue: str) -> str:
     return "trained" if _TRAINED.fullmatch(cue) else "new_phrasing"
 
 
-def look(model: Any, state: Any, facts: Sequence[Fact]) -> list[tuple[float, float]]:
+def look(model: LanguageModel, state: Any, facts: Sequence[Fact]) -> list[tuple[float, float]]:
     """How sharply each row of ``state`` is read where the answer to a fact would begin; nothing is written.
 
     Args:
@@ -296,7 +304,7 @@ _Question = tuple[str, Any, bool, Sequence[Sequence[Item]], str]
 
 
 def _questions(
-    model: Any, state: Any, twin: str, told: Sequence[Sequence[Item]], others: Sequence[Sequence[Item]]
+    model: LanguageModel, state: Any, twin: str, told: Sequence[Sequence[Item]], others: Sequence[Sequence[Item]]
 ) -> list[_Question]:
     """Conditions that the memory of one twin answers: name, memory, whether it is read, what is asked, which value."""
     if twin == "true":
@@ -313,7 +321,7 @@ def _questions(
 
 
 def _ask(
-    model: Any,
+    model: LanguageModel,
     memory: Any,
     read: bool,
     asked: Sequence[Sequence[Item]],

@@ -38,6 +38,7 @@ from memlm.app.errors import (
     wants_traceback,
 )
 from memlm.compose import config_dir, run_dir
+from memlm.config_files import bound_files
 from memlm.files import ERROR
 from memlm.output import open_streams, output_lost
 from memlm.quoting import nothing, quote_texts
@@ -107,6 +108,7 @@ def cli(
             if cfg is not None:
                 return function(cfg)
             open_streams()
+            bound_files()
             sys.argv[1:] = quote_texts([nothing(argument) for argument in sys.argv[1:]])
             path = str(Path(directory or config_dir()).resolve())
             run = hydra.main(version_base="1.3", config_path=path, config_name=config_name)

@@ -34,7 +34,7 @@ def changes(change: Any, model: LanguageModel) -> dict[str, Any]:
     Raises:
         ConfigError: If the model lacks such a memory, the memory refuses a value, or it would need other weights.
     """
-    from memlm.training.module import check_memory_settings
+    from memlm.training.memory_settings import check_memory_settings
 
     if change is None:
         return {}
@@ -62,7 +62,7 @@ def main(cfg: DictConfig) -> None:
     from memlm.evaluation.runs import describe, write_evaluation
     from memlm.evaluation.summary import not_measured, summary
     from memlm.training.loggers import evaluation_logger, sync_hint
-    from memlm.training.module import memory_settings
+    from memlm.training.memory_settings import memory_settings
 
     config = to_dict(cfg)
     experiments = runner.chosen(config)

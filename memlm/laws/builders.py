@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import inspect
 import types
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
@@ -49,6 +49,7 @@ def names() -> list[str]:
     return sorted(path.stem for path in (config_dir() / "memory").glob("*.yaml"))
 
 
+@functools.cache
 def nodes_of(name: str) -> Nodes:
     """The nodes of ``configs/memory/<name>.yaml``, its defaults included."""
     nodes = OmegaConf.to_container(compose([f"memory={name}"]).memory, resolve=True)
@@ -103,7 +104,7 @@ def builder_of(
             known = inspect.signature(cls).parameters
             split = [(*key.rpartition("."), value) for key, value in (memory or {}).items()]
             own = {key: value for of, _, key, value in split if key in known and of in ("", cls.__name__)}
-            constructors[name] = partial(cls, **((small(cls, settings) if shrink else settings) | own))
+            constructors[name] = functools.partial(cls, **((small(cls, settings) if shrink else settings) | own))
         sizes = {key: value for key, value in (MODEL | model).items() if key in accepted or key not in MODEL}
         make_model: Any = model_class  # whose constructors differ
         built = make_model(n_vocab, constructors, **sizes)

@@ -297,6 +297,7 @@ class Memory(nn.Module):
         scope: ``sequence``, one bank per row that is reset at document starts; ``shared``, one bank for all rows.
         within: Whether a token reads what earlier tokens of its own segment wrote. `scan` is then the rule itself, and
             no faster way to what the loop over `mix` gives.
+        technical: Names of settings that say how it is computed, not what: a run may go on with other ones.
         bank: What outlives the text; see `Bank`.
     """
 
@@ -304,6 +305,7 @@ class Memory(nn.Module):
     needs: Needs = Needs()
     scope: Scope = "sequence"
     within: bool = False
+    technical: frozenset[str] = frozenset()
     bank: Bank
 
     def __init__(self) -> None:

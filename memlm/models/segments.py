@@ -24,15 +24,16 @@ from memlm.memory.contract import Memory, Sizes
 from memlm.memory.slots import Slots
 from memlm.memory.state import State, select_rows, where_rows
 from memlm.models import arguments, generation, schedule
+from memlm.models.base import LanguageModel
 from memlm.models.grid import closing_grid, lay_out
 from memlm.models.state import LocalState, ModelState, Output, shapes
-from memlm.store.operations import ExperienceModel
+from memlm.store import operations, passages
 from memlm.tensors import Host
 
 _WIDEST = 2**20  # of a model, and of its segments
 
 
-class SegmentModel(ExperienceModel):
+class SegmentModel(LanguageModel):
     """A language model that takes its text segment by segment, with memories between its layers.
 
     Subclasses make ``embedding``, ``layers`` and ``norm``, and then call `attach`.
@@ -127,7 +128,7 @@ class SegmentModel(ExperienceModel):
         return ModelState(memory, self.no_context(n_row))
 
     def bank_state(self) -> ModelState:
-        """See `ExperienceModel.bank_state`."""
+        """See `LanguageModel.bank_state`."""
         memory = {name: tuple(module.bank.state() for module in modules) for name, modules in self.memory.items()}
         return ModelState(memory, self.no_context(1))
 
@@ -337,6 +338,20 @@ class SegmentModel(ExperienceModel):
 
     generate = generation.generate
 
+    # --- what is stored: see `memlm.store.operations` ---------------------------------------------------------------
+
+    encode_text = passages.encode_text
+    store_experience = operations.store_experience
+    query_memory = operations.query_memory
+    recalled = operations.recalled
+    list_memory = operations.list_memory
+    edit_memory = operations.edit_memory
+    forget = operations.forget
+    consolidate = operations.consolidate
+    save_memory = operations.save_memory
+    load_memory = operations.load_memory
+    merge_memory = operations.merge_memory
+
 
 def _made(make: Callable[..., Memory], sizes: Sizes) -> Memory:
     """A memory module, told the sizes of the model if it asks for them."""
@@ -395,7 +410,7 @@ def _check_signals(model: SegmentModel, signals: Mapping[str, Tensor], n_row: in
             width = given.shape[-1] if given.dim() else 1
             raise ConfigError(
                 f"signals: {name!r} is used by no memory of this model, which know {', '.join(known) or 'none'}: "
-                f"leave it out, or set memory=adaptive 'memory.adaptive.signals={{{name}: {width}}}'"
+                f"leave it out, or choose a memory that takes signals, and name it there: signals={{{name}: {width}}}"
             )
         if given.shape != (n_row, known[name]):
             raise ConfigError(

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from memlm.checkpoint import FOLDER, checkpoints, find, read
-from memlm.config import ConfigError
+from memlm.config import ConfigError, target_of
 from memlm.files import ERROR, atomic_file, open_regular, read_json, remove_leftovers
 from memlm.printed import printable
 
@@ -31,8 +31,8 @@ _SAME = ("model", "memory", "data", "curriculum", "training", "replay", "seed")
 _SAME_TRAINER = ("accumulate_grad_batches", "gradient_clip_val", "gradient_clip_algorithm")
 # Where the text is: which text it is its hash tells, see `check_text`.
 _PLACES = ("data.path", "data.name", "data.corpus.path", "data.corpus.name")
-# Settings of these that say how something is computed, not what.
-_FREE = ("data.n_worker", "model.gradient_checkpointing", "training.compile", "memory.ltm.shard")
+# Settings of these that say how something is computed, not what; see also `Memory.technical`.
+_TECHNICAL = ("data.n_worker", "model.gradient_checkpointing", "training.compile")
 # Settings that no two jobs of a sweep differ in if they are the same: where files go, and what is gone on with.
 _ASIDE = ("paths", "logger", "resume")
 _ASIDE_TRAINER = ("max_time",)
@@ -403,7 +403,8 @@ def _same_run(config: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
 
 def _differences(config: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
     """Settings in which two configurations are not the same run."""
-    ours, theirs = _what(config), _what(other)
+    aside = {*_TECHNICAL, *_PLACES, *_technical_of_memories(config)}
+    ours, theirs = ({k: v for k, v in _what(part).items() if k not in aside} for part in (config, other))
     keys = sorted(set(ours) | set(theirs))
     return [
         f"{key} is {ours.get(key)!r} here, {theirs.get(key)!r} there"
@@ -420,7 +421,16 @@ def _what(config: Mapping[str, Any]) -> dict[str, Any]:
         | {"replay": config.get("replay") or {}}
         | {"trainer": {key: trainer.get(key) for key in _SAME_TRAINER}}
     )
-    return {key: value for key, value in _flat(parts).items() if key not in (*_FREE, *_PLACES)}
+    return _flat(parts)
+
+
+def _technical_of_memories(config: Mapping[str, Any]) -> set[str]:
+    """Full names of the settings that say how a memory is computed, as its class tells."""
+    return {
+        f"memory.{name}.{setting}"
+        for name, node in config["memory"].items()
+        for setting in getattr(target_of(node, f"memory.{name}"), "technical", ())
+    }
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:

@@ -72,7 +72,7 @@ def test_other_processes_than_before_have_all_rows_and_windows(before: int, afte
 
     def look(module: LanguageModeling, batch: Any) -> None:
         if batch.step == 4:
-            content = {"rows": list(tensors(module._state)), "ids": batch.ids, "bank": module.model.state_dict()}
+            content = {"rows": list(tensors(module.carried.state)), "ids": batch.ids, "bank": module.model.state_dict()}
             content["windows"] = [window.ids for window in module.replay.windows]  # type: ignore[union-attr]
             torch.save(content, tmp_path / f"{module.global_rank}.pt")
 

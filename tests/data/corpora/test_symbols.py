@@ -12,6 +12,7 @@ from memlm.config import ConfigError, instantiate
 from memlm.data.corpora.symbols import Symbols, symbols_of
 from memlm.data.stream import TrainingBatches
 from memlm.data.tasks.mqar import MQAR
+from memlm.data.tasks.pairs import Pairs
 from memlm.data.tasks.sorting import Sorting
 from memlm.data.tokenizer import Tokenizer, get_tokenizer, train_tokenizer
 from memlm.data.tokens import TokenizedCorpus, tokenize
@@ -166,6 +167,54 @@ def test_impossible_documents_are_refused(
         MQAR(*many, power_a=0.0)
 
 
+# --- graded recall
+
+
+@pytest.mark.parametrize(("n_pair", "n_segment"), [(1, 2), (3, 4), (8, 2), (13, 4)])
+def test_pairs_are_told_first_and_asked_once_later_with_nothing_else_between(
+    many: tuple[Tokenizer, TokenizedCorpus], n_pair: int, n_segment: int
+) -> None:
+    task, (blank, *symbols) = Pairs(*many), symbols_of(*many).tolist()
+    n_told = 16 * -(-n_pair // 8)  # whole segments of 8 pairs
+    seen = set()
+    for seed in range(30):
+        planted = task.document(np.random.default_rng(seed), np.zeros(n_segment * 16 + 1), 16, n_pair)
+        tokens = planted.tokens[:-1].tolist()
+        places = [i for i in range(0, len(tokens), 2) if tokens[i] != blank]
+        assert all(tokens[i + 1] == blank for i in range(0, len(tokens), 2) if i not in places)
+        told = {tokens[i]: tokens[i + 1] for i in places if i < n_told}
+        later = [i for i in places if i >= n_told]
+        assert {tokens[i]: tokens[i + 1] for i in later} == told
+        assert len(told) == len(set(told.values())) == len(later) == n_pair
+        assert set(told) <= set(symbols[:299])
+        assert set(told.values()) <= set(symbols[299:])
+        assert np.flatnonzero(planted.answer).tolist() == later
+        assert planted.weight is not None
+        assert (planted.weight == planted.answer).all()
+        assert planted.breaks.tolist() == [False] + [True] * (n_segment - 1)
+        seen |= set(later)
+    assert {place // 16 for place in seen} == set(range(n_told // 16, n_segment))
+
+
+def test_numbers_of_pairs_of_a_list_are_all_drawn(many: tuple[Tokenizer, TokenizedCorpus]) -> None:
+    task = Pairs(*many)
+    drawn = [task.document(np.random.default_rng(i), np.zeros(33), 16, [1, 2, 8]).answer.sum() for i in range(60)]
+    assert set(drawn) == {1, 2, 8}
+    assert min(Counter(drawn).values()) > 8
+
+
+def test_pairs_that_do_not_fit_are_refused(many: tuple[Tokenizer, TokenizedCorpus]) -> None:
+    draw = Pairs(*many).draw
+    for n_token, segment_len, n_pair, told in (
+        (32, 16, 9, "told in 32 tokens of segments of 16, and asked for in further 18"),
+        (16, 16, 4, "a document has 16"),
+        (30, 15, 4, "must be even"),
+        (32, 16, 0, "at least 1 pair"),
+    ):
+        with pytest.raises(ConfigError, match=told):
+            draw(np.random.default_rng(0), n_token, segment_len, n_pair)
+
+
 # --- sorting
 
 
@@ -237,7 +286,7 @@ def test_too_small_documents_and_vocabularies_are_refused(
 # --- recipes
 
 
-@pytest.mark.parametrize(("recipe", "kind"), [("mqar", MQAR), ("sorting", Sorting)])
+@pytest.mark.parametrize(("recipe", "kind"), [("mqar", MQAR), ("pairs", Pairs), ("sorting", Sorting)])
 def test_every_phase_of_the_recipe_makes_batches(recipe: str, kind: type, tmp_path: Path) -> None:
     config = to_dict(compose([f"recipe={recipe}", f"paths.cache_dir={tmp_path}"]))
     config["data"]["corpus"]["n_symbol"] = min(config["data"]["corpus"]["n_symbol"], 400)  # quicker to tokenize
