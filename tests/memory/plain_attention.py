@@ -17,10 +17,13 @@ def turned(x: Tensor, place: Tensor) -> Tensor:
     return torch.cat([z.real, z.imag], dim=2)
 
 
-def attend(layer: Layer, x: Tensor, seen: Tensor, mask: Tensor, place: Tensor, places: Tensor) -> Tensor:
+def attend(
+    layer: Layer, x: Tensor, seen: Tensor, mask: Tensor, place: Tensor, places: Tensor, bias: Tensor | float = 0.0
+) -> Tensor:
     """Cells ``x`` (L, D) behind the layer, of which each sees the cells of ``seen`` (M, D) that ``mask`` (L, M) names.
 
-    ``place`` (L,) and ``places`` (M,) say where they stand; NaN for a cell without a place.
+    ``place`` (L,) and ``places`` (M,) say where they stand; NaN for a cell without a place. ``bias`` (L, M) is added to
+    the scores.
     """
     attention, n_head = layer.attention, layer.attention.n_head
 
@@ -30,7 +33,7 @@ def attend(layer: Layer, x: Tensor, seen: Tensor, mask: Tensor, place: Tensor, p
 
     (q, _, _), (_, k, v) = heads(x), heads(seen)
     somewhere = turned(q, place.nan_to_num()) @ turned(k, places.nan_to_num()).transpose(1, 2)
-    score = torch.where(places.isnan(), q @ k.transpose(1, 2), somewhere) / q.shape[2] ** 0.5
+    score = torch.where(places.isnan(), q @ k.transpose(1, 2), somewhere) / q.shape[2] ** 0.5 + bias
     weight = score.masked_fill(~mask, -torch.inf).softmax(dim=2)
     x = x + (weight @ v).transpose(0, 1).reshape(x.shape) @ attention.to_output.weight.T
     return x + layer.feed_forward(x)
