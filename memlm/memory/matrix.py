@@ -1,6 +1,7 @@
 """What matrix memories share: heads that make queries, keys and values of a token, and a matrix for each head.
 
-A subclass says what tokens do to the matrix (`MatrixMemory.rule`) and what a query finds in it (`MatrixMemory.found`).
+A subclass says what tokens do to the matrix (`MatrixMemory.rule`), and what maps queries to what they find if it is not
+the matrix itself (`MatrixMemory.prepare`).
 
 Shapes: B rows, T tokens per segment, S segments, N = S * T cells, Q tokens that are read for, D model width, H heads, K
 width of a key, V of a value, W of a matrix, c chunks of a segment, C = S * c chunks of a window, L tokens of a chunk, A
@@ -128,15 +129,11 @@ class MatrixMemory(Memory):
         """What tokens do to the matrix, in chunks (`cut`), and numbers about it."""
         raise NotImplementedError
 
-    def found(self, query: Tensor, matrix: Tensor) -> Tensor:
-        """What queries (..., Q, K) find in a matrix (..., K, W) that stands still: (..., Q, V)."""
-        return query @ matrix
-
     def read(self, y: Tensor, prepared: MatrixState) -> Read:
         """What earlier segments wrote under the queries of ``y``; see `Memory.read`."""
         x = self.norm(y)
         with exact(y):
-            found = self.found(self._keys(self.to_query, x).transpose(1, 2), prepared.matrix)  # (B, H, Q, V)
+            found = self._keys(self.to_query, x).transpose(1, 2) @ prepared.matrix  # (B, H, Q, V)
         return self._read(found.transpose(1, 2), x)
 
     def write(self, segment: Segment, state: MatrixState) -> tuple[MatrixState, Trace]:
@@ -166,7 +163,7 @@ class MatrixMemory(Memory):
         if rule is None or not within:
             rows = x.reshape(len(x) * window.n_segment, -1, x.shape[2])
             begun = torch.stack(passed.begun, dim=1).flatten(0, 1)
-            found = self.read(rows, MatrixState(begun)).value
+            found = self.read(rows, self.prepare(MatrixState(begun))).value
             assert found is not None
             return Scanned(None, Read(found.reshape(x.shape)), passed.state, trace)
         hidden = self.norm(window.hidden[:, window.lookback :])

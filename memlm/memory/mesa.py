@@ -4,13 +4,14 @@ Sources: J. von Oswald et al., MesaNet (2506.05233) and "Uncovering mesa-optimiz
 (2309.05858); P. Das et al., Larimar (2403.11901), whose sequential write is a Kalman filter. With G = sum of k v^T and
 H = sum of k k^T over all tokens, weighted by rates and decays, a query q finds G^T (H + ridge I)^-1 q.
 
-- ``form: mesa`` keeps G and H, which fade alike, and solves for each query by conjugate gradients.
+- ``form: mesa`` keeps G and H, which fade alike, and solves with them: once for a segment, by Cholesky, where tokens
+  read what earlier segments wrote; by conjugate gradients for each token where they read ``within`` their segment.
 - ``form: kalman`` keeps the solution itself, and the covariance (H + ridge I)^-1, which each write makes anew
   (recursive least squares). It gives what the other form gives without decay; no read has anything left to solve.
 
 What differs: as in `memlm.memory.delta` nothing is convolved before and values pass no SiLU. MesaNet learns a ridge for
-each channel, here it is a setting; the start of its iteration is q over the diagonal of H + ridge, here it is 0. Its
-gradients are those of the exact solution, solved for in the same way. Larimar's keys are addresses in a memory that is
+each channel, here it is a setting; its iteration starts from q over the diagonal of H + ridge, here from 0. Gradients
+are those of the exact solution, solved for in the same way. Larimar's keys are addresses in a memory that is
 learned, here they are keys of the token; its prior mean is learned, here it is 0; and nothing is sampled.
 
 Shapes: see `memlm.memory.matrix`; the matrix has W = V + K columns: G and H, or the solution and the covariance.
@@ -26,8 +27,8 @@ from torch import Tensor, nn
 
 from memlm.memory import matrix
 from memlm.memory.chunks import Chunks, chunks_of
-from memlm.memory.contract import Trace
-from memlm.memory.matrix import MatrixMemory, MatrixState, Rule, Tokens, cut
+from memlm.memory.contract import Sizes, Trace
+from memlm.memory.matrix import MatrixMemory, MatrixState, Rule, Tokens, cut, exact
 
 Apply = Callable[[Tensor], Tensor]
 
@@ -133,13 +134,14 @@ class MesaMemory(MatrixMemory):
 
     Args:
         d_model: Width of the hidden states.
+        sizes: Sizes of the model.
         n_head: Heads, each with a matrix of its own.
         d_key: Width of a head's keys and queries.
         d_value: Width of a head's values.
         form: ``mesa``, sums are kept and solved with for each query; ``kalman``, the solution and its covariance are.
         decay: Whether what a ``head`` has seen fades as tokens and learned rates say, or ``none`` of it does.
         ridge: How much the fit is drawn to zero, above 0; below 0.1 the sums of a long text are hard to solve with.
-        n_step: Steps of conjugate gradients, of ``form: mesa``.
+        n_step: Steps of conjugate gradients, of ``form: mesa`` where tokens read ``within`` their segment.
         within: Whether a token reads what tokens up to itself wrote, or what earlier segments did.
 
     Raises:
@@ -149,12 +151,13 @@ class MesaMemory(MatrixMemory):
     def __init__(
         self,
         d_model: int,
+        sizes: Sizes,
         n_head: int = 2,
         d_key: int = 64,
         d_value: int = 64,
         form: Literal["mesa", "kalman"] = "mesa",
         decay: Literal["none", "head"] = "head",
-        ridge: float = 0.25,
+        ridge: float = 1.0,
         n_step: int = 30,
         within: bool = False,
     ) -> None:
@@ -169,7 +172,7 @@ class MesaMemory(MatrixMemory):
         if n_step < 1:
             raise ValueError(f"n_step must be at least 1, got {n_step}")
         super().__init__(d_model, n_head, d_key, d_value, decay, within)
-        self.form, self.ridge, self.n_step = form, ridge, n_step
+        self.form, self.ridge, self.n_step, self.segment_len = form, ridge, n_step, sizes.segment_len
         self.to_rate = nn.Linear(d_model, n_head)
         self.init_maps()
 
@@ -192,23 +195,23 @@ class MesaMemory(MatrixMemory):
         added = cut(rate * torch.cat([tokens.v, tokens.k], dim=-1), n_segment)
         return Sums(chunks_of(cut(tokens.k, n_segment), added, None, decay), self.ridge, self.n_step), trace
 
-    def found(self, query: Tensor, matrix: Tensor) -> Tensor:
-        """What queries find in a matrix that stands still; see `MatrixMemory.found`."""
-        values, keys = matrix.split([self.d_value, self.d_key], dim=-1)
-        if self.form == "mesa":
-            query = solve(lambda x: x @ keys + self.ridge * x, query, self.n_step)
-        return query @ values
+    def prepare(self, state: MatrixState) -> MatrixState:
+        """The solution (B, H, K, V); see `Memory.prepare`."""
+        left, right = state.matrix.split([self.d_value, self.d_key], dim=-1)
+        if self.form == "kalman":
+            return MatrixState(left)
+        with exact(left):
+            ridge = self.ridge * torch.eye(self.d_key, dtype=right.dtype, device=right.device)
+            return MatrixState(torch.cholesky_solve(left, torch.linalg.cholesky_ex(right + ridge).L))
 
     def flops_per_token(self) -> int:
-        """Maps; both matrices, written and read; each step of a solution; products with tokens of the chunk."""
-        both = self.d_key * (self.d_value + self.d_key)
-        chunk = matrix.CHUNK
+        """Maps; both matrices, written and solved or stepped with; what is found; products with tokens of the chunk."""
+        k, v, chunk = self.d_key, self.d_value, matrix.CHUNK
+        inside = k + v if self.within else 0
         if self.form == "kalman":
-            inside = self.d_key + (self.d_value + self.d_key) // 2 + chunk // 6
-            inside += self.d_key + self.d_value if self.within else 0
-            each = 2 * both + self.d_key * self.d_value + chunk * inside
+            each = 2 * k * (v + k) + chunk * (k + (v + k) // 2 + chunk // 6)
+        elif self.within:
+            each = k * (v + k) + self.n_step * (k * k + 2 * chunk * k)
         else:
-            step = self.d_key**2 + (2 * chunk * self.d_key if self.within else 0)
-            inside = self.d_key + self.d_value if self.within else 0
-            each = both + self.d_key * self.d_value + self.n_step * step + chunk * inside
-        return super().flops_per_token() + 2 * self.n_head * each
+            each = k * (v + k) + (k**3 // 6 + k * k * v) // self.segment_len
+        return super().flops_per_token() + 2 * self.n_head * (each + k * v + chunk * inside)

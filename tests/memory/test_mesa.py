@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from memlm import laws
 from memlm.memory import matrix as matrices
 from memlm.memory.chunks import chunks_of
-from memlm.memory.contract import Flags, Segment
+from memlm.memory.contract import Flags, Segment, Sizes
 from memlm.memory.matrix import MatrixState
 from memlm.memory.mesa import Kalman, MesaMemory, Sums, conjugate_gradients, solve
 from memlm.memory.state import n_byte
@@ -32,6 +32,7 @@ OTHERS: list[dict[str, Any]] = [
 ]
 D, K, V = 12, 5, 4
 RIDGE = 0.25
+SIZES = Sizes(d_model=D, n_head=2, n_layer=2, segment_len=8, overlap=0, n_vocab=9)
 
 
 # --- the rule --------------------------------------------------------------------------------------------------------
@@ -210,7 +211,7 @@ def test_gradients_are_those_of_the_solution_where_steps_are_few() -> None:
 
 def memory_of(dtype: torch.dtype = torch.float32, **settings: Any) -> MesaMemory:
     torch.manual_seed(0)
-    memory = MesaMemory(D, **({"n_head": 3, "d_key": K, "d_value": V} | settings))
+    memory = MesaMemory(D, SIZES, **({"n_head": 3, "d_key": K, "d_value": V, "ridge": RIDGE} | settings))
     with torch.no_grad():
         for parameter in memory.parameters():
             parameter.add_(0.1 * torch.randn(parameter.shape))
@@ -324,7 +325,7 @@ def test_an_empty_memory_says_nothing(settings: dict[str, Any]) -> None:
     memory = memory_of(**settings)
     x = torch.randn(2, 6, D, generator=torch.Generator().manual_seed(0))
     fresh = memory.init_state(2)
-    assert not memory.read(x, fresh).value.any()
+    assert not memory.read(x, memory.prepare(fresh)).value.any()
     assert memory.scan(x, segment_of(x), fresh, Done()).read.value.any() == memory.within
 
 
@@ -350,25 +351,25 @@ def test_the_matrix_is_worked_out_in_full_precision_under_autocast(settings: dic
     exact = memory.scan(x, segment_of(x), memory.init_state(2), Done())
     with torch.autocast("cpu", dtype=torch.bfloat16):
         mixed = memory.scan(x, segment_of(x), memory.init_state(2), Done())
-        read = memory.read(x, mixed.state)
+        read = memory.read(x, memory.prepare(mixed.state))
     assert mixed.state.matrix.dtype == torch.float32
     assert read.value.isfinite().all()
     torch.testing.assert_close(mixed.state.matrix, exact.state.matrix, atol=0.1, rtol=0.05)
 
 
 def test_what_it_costs() -> None:
-    memory = MesaMemory(D, n_head=3, d_key=5, d_value=4)
+    memory = MesaMemory(D, SIZES, n_head=3, d_key=5, d_value=4)
     assert n_byte(memory.init_state(2)) == 2 * 3 * 5 * (4 + 5) * 4
     maps = 2 * sum(parameter.numel() for parameter in memory.parameters())
-    # per head: both sums written, 30 products with one of them, one read
-    assert memory.flops_per_token() == maps + 2 * 3 * (5 * 9 + 30 * 25 + 5 * 4)
-    within = MesaMemory(D, n_head=3, d_key=5, d_value=4, within=True)
-    # and in each step, and once more, the products with tokens of the chunk: keys with queries, and with what is found
-    assert within.flops_per_token() - memory.flops_per_token() == 2 * 3 * (30 * 2 * 32 * 5 + 32 * 9)
-    kalman = MesaMemory(D, n_head=3, d_key=5, d_value=4, form="kalman", decay="none")
+    # per head: both sums written; a factor and 4 solutions for 8 tokens; one read
+    assert memory.flops_per_token() == maps + 2 * 3 * (5 * 9 + (5**3 // 6 + 5 * 5 * 4) // 8 + 5 * 4)
+    within = MesaMemory(D, SIZES, n_head=3, d_key=5, d_value=4, within=True)
+    # 30 products with one of them and with keys of the chunk, there and back; one read of the chunk too
+    assert within.flops_per_token() == maps + 2 * 3 * (5 * 9 + 30 * (25 + 2 * 32 * 5) + 5 * 4 + 32 * 9)
+    kalman = MesaMemory(D, SIZES, n_head=3, d_key=5, d_value=4, form="kalman", decay="none")
     maps = 2 * sum(parameter.numel() for parameter in kalman.parameters())
     # what is known, products of keys, a factor, half a triangle, what is written; one read
-    assert kalman.flops_per_token() == maps + 2 * 3 * (2 * 5 * 9 + 5 * 4 + 32 * (5 + 9 // 2 + 32 // 6))
+    assert kalman.flops_per_token() == maps + 2 * 3 * (2 * 5 * 9 + 32 * (5 + 9 // 2 + 32 // 6) + 5 * 4)
 
 
 @pytest.mark.parametrize(
@@ -385,7 +386,7 @@ def test_what_it_costs() -> None:
 )
 def test_settings_that_cannot_work_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        MesaMemory(D, **settings)
+        MesaMemory(D, SIZES, **settings)
 
 
 # --- the laws --------------------------------------------------------------------------------------------------------
