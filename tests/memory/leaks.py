@@ -21,6 +21,7 @@ from memlm.memory.contract import Memory, Mixer, Read
 from memlm.memory.hmt import Recalled, RecallMemory, RecallState
 from memlm.memory.lm2 import GatedMemory
 from memlm.models.lmcode import LMCode
+from memlm.statistics import mean_interval
 
 T, N_SEGMENT = 32, 8
 
@@ -89,18 +90,22 @@ def _make(cls: type[Any], d_model: int, sizes: Any, settings: dict[str, Any]) ->
 
 
 @torch.no_grad()
-def losses(model: LMCode, n_row: int = 32) -> tuple[float, float]:
-    """Nats per byte of held-out text: all tokens of a segment at once, and each from those before it alone."""
+def losses(model: LMCode, n_row: int = 32) -> tuple[Tensor, Tensor]:
+    """Nats per byte of held-out texts, (B,): all tokens of a segment at once, and each from those before it alone."""
     ids = rows(text()[1], n_row, torch.Generator().manual_seed(99))
-    at_once = F.cross_entropy(model(ids[:, :-1]).logits.flatten(0, 1), ids[:, 1:].flatten()).item()
-    state, nats = None, []
+    at_once = _nats(model(ids[:, :-1]).logits, ids[:, 1:]).mean(dim=1)
+    state, one_by_one = None, []
     for s in range(N_SEGMENT):
         segment, following = ids[:, s * T : (s + 1) * T], ids[:, s * T + 1 : (s + 1) * T + 1]
         for t in range(T):
-            last = model(segment[:, : t + 1], state=state, keep_state=False).logits[:, -1]
-            nats.append(F.cross_entropy(last, following[:, t]).item())
+            last = model(segment[:, : t + 1], state=state, keep_state=False).logits[:, -1:]
+            one_by_one.append(_nats(last, following[:, t : t + 1])[:, 0])
         state = model(segment, state=state, logits=False).state
-    return at_once, sum(nats) / len(nats)
+    return at_once, torch.stack(one_by_one).mean(dim=0)
+
+
+def _nats(logits: Tensor, following: Tensor) -> Tensor:
+    return F.cross_entropy(logits.transpose(1, 2), following, reduction="none")
 
 
 KINDS: dict[str, tuple[type[Memory] | None, dict[str, Any]]] = {
@@ -113,7 +118,10 @@ KINDS: dict[str, tuple[type[Memory] | None, dict[str, Any]]] = {
 
 
 if __name__ == "__main__":
-    n_step = int(sys.argv[1]) if len(sys.argv) > 1 else 400
+    n_step = int(sys.argv[1]) if len(sys.argv) > 1 else 300
+    print("memory, nats per byte at once, one by one, and what is lost with its 95 % interval over texts")
     for name in sys.argv[2:] or KINDS:
         kind, asked = KINDS[name]
-        print(name, n_step, *(f"{nats:.4f}" for nats in losses(trained(kind, n_step, **asked))), flush=True)
+        told, alone = losses(trained(kind, n_step, **asked))
+        lost, wide = mean_interval((alone - told).tolist())
+        print(f"{name}: {told.mean():.4f} {alone.mean():.4f} {lost:.4f} +- {wide:.4f}", flush=True)

