@@ -119,13 +119,15 @@ class _Cells(NamedTuple):
 
     front: Tensor | None  # before each segment, (B, m, D)
     tail: Tensor | None  # behind it, (B, n, D)
+    tails: tuple[Tensor, ...] = ()  # what came out of those behind it, by layer
 
 
 class _StackMixer:
     """What the whole stack of layers does with one segment."""
 
-    def __init__(self, run: _Pass, tail: Tensor | None) -> None:
-        self.run, self.tail = run, tail
+    def __init__(self, run: _Pass, tail: Tensor | None, each_layer: bool) -> None:
+        self.run, self.enters, self.each_layer = run, tail, each_layer
+        self.tail: Tensor | None = None  # what came out of the cells behind the segment
 
     def __call__(self, x: Tensor, context: Context | None = None) -> Tensor:
         """See `Mixer`. Cells before those of the segment go through the layers with it."""
@@ -133,8 +135,10 @@ class _StackMixer:
             raise ValueError("a memory around the stack puts cells before a segment: a context is of one layer")
         m = x.shape[1] - self.run.grid.n_column
         own = x.to(self.run.embeddings.dtype)
-        stream, cells = self.run.layers(own[:, None, m:], _Cells(own[:, :m] if m else None, self.tail))
+        stream, cells = self.run.layers(own[:, None, m:], _Cells(own[:, :m] if m else None, self.enters))
         self.tail, y = cells.tail, stream[:, 0]
+        if self.each_layer and cells.tails:
+            self.tail = torch.stack(cells.tails, dim=2)
         return (y if cells.front is None else torch.cat([cells.front, y], dim=1)).to(x.dtype)
 
     def at(self, s: int) -> _StackMixer:
@@ -204,7 +208,7 @@ class _Pass:
         tail = None
         if module.needs.tail and self.how.write and any(self.grid.n_complete):
             tail = module.tail(module.prepare(self.begun(name, module, 0))).to(x.dtype)
-        mixer = _StackMixer(self, tail)
+        mixer = _StackMixer(self, tail, module.needs.each_layer)
         if self.how.closing and tail is None:
             y = x
         elif self.how.read:
@@ -232,6 +236,7 @@ class _Pass:
         for i, layer in enumerate(model.layers):
             if self.how.storing and i > last:
                 break
+            x, cells = self.entering(i, x, cells)
             contexts: tuple[Context, ...] = ()
             if cells.front is not None:
                 heads = layer.heads(cells.front)
@@ -249,18 +254,31 @@ class _Pass:
                 self.keep_output(i, x)
         return x, cells
 
+    def entering(self, i: int, x: Tensor, cells: _Cells) -> tuple[Tensor, _Cells]:
+        """What enters layer ``i``, of the stream (B, S, Q, D) and of cells: see `Memory.enter`."""
+        asks = [(name, modules[0]) for name, modules in self.memory_of("stack") if modules[0].needs.each_layer]
+        if not asks or not self.how.read:
+            return x, cells
+        name, module = asks[0]
+
+        def enter(part: Tensor | None) -> Any:
+            return None if part is None else module.enter(part.float(), self.prepared[f"{name}/0"], i).to(part.dtype)
+
+        return enter(x[:, 0])[:, None], cells._replace(front=enter(cells.front), tail=enter(cells.tail))
+
     def through(self, layer: SegmentLayer, mixer: LayerMixer, cells: _Cells, contexts: tuple[Context, ...]) -> _Cells:
         """The cells behind a layer. Those before a segment see each other; those behind it see all."""
-        front, tail = cells
+        front, tail, tails = cells
         if tail is not None:
             place = self.grid.segment_len + torch.arange(tail.shape[1], device=tail.device)
             seen = layer.seen(mixer.kept, self.grid)
             tail = cells_of(layer, tail, [*contexts, *seen], place)
             tail = tail + layer.feed_forward(tail)
+            tails = (*tails, tail)
         if front is not None:
             front = cells_of(layer, front, [])
             front = front + layer.feed_forward(front)
-        return _Cells(front, tail)
+        return _Cells(front, tail, tails)
 
     # --- a layer -------------------------------------------------------------------------------------------------
 
