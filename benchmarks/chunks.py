@@ -45,7 +45,7 @@ def run(
         ConfigError: If a setting cannot work.
     """
     given = {"n_token": n_token, "n_head": n_head, "d_head": d_head, "rounds": rounds, "threads": threads}
-    check_least({**given, **{"n_row": n for n in n_row}})
+    check_least({**given, "n_row": min(n_row, default=1)})
     check_names(rules=rules, n_row=n_row)
     if unknown := [name for name in rules if name not in RULES]:
         raise ConfigError(f"rules must be among {', '.join(RULES)}, got {', '.join(unknown)}.")

@@ -56,7 +56,7 @@ def needs(model: Stack) -> None:
             )
         if asks.tail and module.around != "stack":
             raise ValueError(f"memory {name!r} needs cells behind a segment, so it must stand around the stack")
-        if needs.each_layer and module.around != "stack":
+        if asks.each_layer and module.around != "stack":
             raise ValueError(f"memory {name!r} needs each layer, so it must stand around the stack")
         if asks.heads and (module.around != "layer" or module.reads_beside):
             raise ValueError(f"memory {name!r} needs heads, so it must stand around a layer, with a mix of its own")
