@@ -1,7 +1,6 @@
 """Networks that learn while they read, against autograd token by token, the delta rule and values by hand."""
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import pytest
@@ -394,14 +393,13 @@ OTHERS: list[dict[str, Any]] = [
     ATLAS,
 ]
 LAWS = [
-    laws.alive, laws.causal, laws.isolated, laws.chunk_invariant, laws.ragged, laws.schedules_agree, laws.contexts,
-    laws.closed_once, laws.empty_segments, laws.resets, laws.pure, laws.reach, laws.every_parameter_learns,
-    laws.round_trip, partial(laws.bounded, n_write=300),
+    laws.alive, laws.causal, laws.chunk_invariant, laws.schedules_agree, laws.contexts, laws.reach,
+    laws.every_parameter_learns, laws.round_trip,
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("settings", OTHERS, ids=str)
-@pytest.mark.parametrize("law", LAWS, ids=lambda law: getattr(law, "func", law).__name__)
+@pytest.mark.parametrize("law", LAWS)
 def test_laws_hold_for_other_settings(law: Callable[[laws.Make], None], settings: dict[str, Any]) -> None:
     law(lambda memory=None, **model: MAKE(memory=settings | (memory or {}), **model))
 
