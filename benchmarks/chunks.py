@@ -45,8 +45,8 @@ def run(
         ConfigError: If a setting cannot work.
     """
     given = {"n_token": n_token, "n_head": n_head, "d_head": d_head, "rounds": rounds, "threads": threads}
-    check_least({**given, "n_row": min(n_row, default=1)})
     check_names(rules=rules, n_row=n_row)
+    check_least({**given, "n_row": min(n_row)})
     if unknown := [name for name in rules if name not in RULES]:
         raise ConfigError(f"rules must be among {', '.join(RULES)}, got {', '.join(unknown)}.")
     import torch
@@ -156,7 +156,7 @@ def _check_same(name: str, ways: dict[str, Rule], parts: dict[str, Any]) -> None
     """Check that both ways give the same, as a measurement of anything else would tell nothing."""
     first, second = (rule(name, **parts) for rule in ways.values())
     for one, other in zip(first, second, strict=True):
-        error = float((one - other).abs().max() / one.abs().max())
+        error = ((one - other).abs().max() / one.abs().max()).item()
         if not error < 1e-3:
             raise ValueError(f"chunks and loop of {name!r} differ by {error:.3g} of what they give")
 

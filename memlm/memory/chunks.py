@@ -129,10 +129,11 @@ class _FadedProducts(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, k: Tensor, decay: Tensor) -> Tensor:
-        ctx.save_for_backward(query, k, decay)
+        share = decay.exp()
+        ctx.save_for_backward(query, k, share)
         found = query.new_zeros(*query.shape[:-1], query.shape[-2])
         found.diagonal(dim1=-2, dim2=-1).copy_((query * k).sum(dim=-1))
-        for n, late, early in _shares(decay):
+        for n, late, early in _shares(share):
             first, second = _halves(k, n)[0] * early, _halves(query, n)[1] * late
             _diagonal_blocks(found, 2 * n)[..., n:, :n] = second @ first.mT
         return found
@@ -140,31 +141,36 @@ class _FadedProducts(torch.autograd.Function):
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        query, k, decay = ctx.saved_tensors
+        query, k, share = ctx.saved_tensors
         on_diagonal = grad.diagonal(dim1=-2, dim2=-1)[..., None]
         of_query, of_k = on_diagonal * k, on_diagonal * query
-        for n, late, early in _shares(decay):
+        for n, late, early in _shares(share):
             first, second = _halves(k, n)[0] * early, _halves(query, n)[1] * late
             block = _diagonal_blocks(grad, 2 * n)[..., n:, :n].contiguous()
-            _halves(of_query, n)[1].addcmul_(late, block @ first)
-            _halves(of_k, n)[0].addcmul_(early, block.mT @ second)
+            _halves(of_query, n)[1].addcmul_(late, _times(block, first))
+            _halves(of_k, n)[0].addcmul_(early, _times(block.mT, second))
         # A step fades what goes from keys before it to queries from it on: what goes to them, less what begins there.
         steps = query * of_query - k * of_k
         return of_query, of_k, steps.flip(-2).cumsum(dim=-2).flip(-2)
 
 
-def _shares(decay: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
+def _shares(share: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
     """For each size n of blocks what is left on both sides of the border between two, (..., L / 2n, n, K) each.
 
     Of what comes to it at tokens of the second block, and, until it, of what tokens of the first wrote.
     """
-    since, until, n = decay.exp(), torch.ones_like(decay), 1
-    while n < decay.shape[-2]:
+    since, until, n = share.clone(), torch.ones_like(share), 1
+    while n < share.shape[-2]:
         (first, late), (early, _) = _halves(since, n), _halves(until, n)
         yield n, late, early
         early *= late[..., -1:, :]
         late *= first[..., -1:, :]
         n *= 2
+
+
+def _times(block: Tensor, part: Tensor) -> Tensor:
+    """``block`` (..., n, n) times ``part`` (..., n, K); PyTorch has no fast product for very small ones on the CPU."""
+    return block @ part if block.shape[-1] > 2 else (block[..., None] * part[..., None, :, :]).sum(dim=-2)
 
 
 def _halves(part: Tensor, n: int) -> tuple[Tensor, ...]:
