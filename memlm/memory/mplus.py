@@ -52,7 +52,7 @@ class PlusMemory(PoolMemory):
         self,
         d_model: int,
         sizes: Sizes,
-        n_token: int = 256,
+        n_token: int = 128,
         n_new: int = 16,
         n_long: int = 512,
         top_k: int = 32,
