@@ -42,6 +42,7 @@ class Needs(NamedTuple):
         heads: Whether `Memory.mix` or a write uses queries, keys and values of the layer.
         context: Whether `Memory.mix` gives the mixer a `Context`, or puts cells before a segment.
         output: Whether a write needs what comes out of the layer (or of the stack).
+        nll: Whether a write needs to run the model: see `Segment.nll`. Of memories around the stack.
         signals: Implicit signals of the text that it uses, by name, and how many numbers each has.
     """
 
@@ -51,6 +52,7 @@ class Needs(NamedTuple):
     heads: bool = False
     context: bool = False
     output: bool = False
+    nll: bool = False
     signals: Mapping[str, int] = MappingProxyType({})
 
 
@@ -173,6 +175,9 @@ class Segment(NamedTuple):
             None unless the memory needs it.
         heads: Queries, keys and values of all cells, (B, H, C + N, E); None unless the memory needs them.
         tail: What comes out of the cells behind the segment, (B, m, D); None unless the memory needs them.
+        nll: Mean next-token loss of each row's segment, (B,), in nats, as a function of cells (B, m, D) before it; by
+            the layers alone, without the overlap and what memories read. It can be differentiated twice, in inference
+            too (``torch.inference_mode(False)``), but not by the head. None unless the memory needs it.
     """
 
     ids: Tensor
@@ -187,6 +192,7 @@ class Segment(NamedTuple):
     output: Tensor | None = None
     heads: Heads | None = None
     tail: Tensor | None = None
+    nll: Callable[[Tensor], Tensor] | None = None
 
     @property
     def complete(self) -> Tensor:

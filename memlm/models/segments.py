@@ -362,6 +362,8 @@ def _check_needs(model: SegmentModel) -> None:
             )
         if needs.tail and module.around != "stack":
             raise ValueError(f"memory {name!r} needs cells behind a segment, so it must stand around the stack")
+        if needs.nll and (module.around != "stack" or not needs.context):
+            raise ValueError(f"memory {name!r} runs the model, so it must stand around the stack and need a context")
         if needs.heads and (module.around != "layer" or module.reads_beside):
             raise ValueError(f"memory {name!r} needs heads, so it must stand around a layer, with a mix of its own")
         place = "the stack" if module.around == "stack" else None if module.reads_beside else "a layer"
