@@ -9,15 +9,17 @@ width, m cells of a memory before a segment, n behind it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from memlm.memory.contract import Context, Heads, Memory, Mixer, Read, Segment, Trace, join_reads, joined, mean_trace
 from memlm.memory.state import where_rows
-from memlm.models.grid import Grid, OpenSegment
+from memlm.models.grid import Grid, OpenSegment, lay_out
 from memlm.models.mixers import Done, LayerMixer, SegmentLayer, cells_of
 from memlm.models.stack import Stack
 from memlm.models.state import LocalState, ModelState
@@ -54,6 +56,7 @@ class How(NamedTuple):
         keep_state: Whether the state after the grid is needed.
         storing: Whether only the memories after it are needed: all that follows the last write is left out.
         closing: Whether there is no new token: the open segment is closed, for the cells behind it.
+        recompute: Whether activations may be recomputed in the backward pass, which then cannot be differentiated.
     """
 
     read: bool
@@ -62,6 +65,7 @@ class How(NamedTuple):
     keep_state: bool = True
     storing: bool = False
     closing: bool = False
+    recompute: bool = True
 
 
 def writes_within(module: Memory) -> bool:
@@ -375,9 +379,12 @@ class _Pass:
     ) -> Segment:
         """What ``module`` may use of the grid. ``hidden`` and ``output`` include the model's lookback."""
         signals = self.how.signals
-        return segment_of(
+        segment = segment_of(
             self.model, module, self.local, self.grid, self.ids, self.embeddings, hidden, output, layer, tail, signals
         )
+        if not module.needs.nll:
+            return segment
+        return segment._replace(nll=nll_after(self.model, self.ids[:, self.lookback :], self.grid.valid[:, 0]))
 
     def fill(self, stream: str, place: int, x: Tensor) -> Tensor:
         """All cells of a stream, (B, C + N, D), of those that were computed, (B, S, Q, D)."""
@@ -388,7 +395,7 @@ class _Pass:
     def checkpointed(self, function: Any, *arguments: Any) -> Any:
         """Call a function of a layer."""
         model = self.model
-        if model.gradient_checkpointing and model.training and torch.is_grad_enabled():
+        if self.how.recompute and model.gradient_checkpointing and model.training and torch.is_grad_enabled():
             return checkpoint(function, *arguments, use_reentrant=False)
         return function(*arguments)
 
@@ -413,3 +420,23 @@ class _Pass:
             document=open_segment.of(flags.document, flags.document[:, -1]),
             n_open=Host(open_len),
         )
+
+
+def nll_after(model: Stack, ids: Tensor, valid: Tensor) -> Callable[[Tensor], Tensor]:
+    """The next-token loss of one segment alone, ids (B, T), as a function of cells before it: see `Segment.nll`."""
+
+    def nll(cells: Tensor) -> Tensor:
+        own, counts = ids.clone(), valid[:, 1:].float()  # no inference tensors, through which no gradient goes
+        state = ModelState(
+            {name: tuple(module.init_state(len(own)) for module in parts) for name, parts in model.memory.items()},
+            model.no_context(len(own)),
+        )
+        grid = lay_out(own, state.local, model.segment_len, None, None, None, None)
+        run = _Pass(model, grid, state, How(read=False, write=False, keep_state=False, recompute=False))
+        x = model.enter(run.embeddings[:, None, run.lookback :], grid.columns)
+        x, _ = run.layers(x, _Cells(cells.to(x.dtype), None))
+        logits = F.linear(model.norm(x[:, 0, :-1]), model.head_weight.detach()).float()
+        nats = F.cross_entropy(logits.mT, own[:, 1:], reduction="none")
+        return (nats * counts).sum(dim=1) / counts.sum(dim=1).clamp(min=1)
+
+    return nll
