@@ -80,7 +80,7 @@ class GradientMemory(Memory):
         The steps need gradients even where none are asked for around them; only then is their own gradient not kept.
         """
         assert segment.nll is not None  # as it `needs` it
-        rows = segment.complete[:, 0] & (segment.valid.sum(dim=1) > 1)
+        rows = segment.complete[:, 0]
         if not bool(rows.any()):
             return state, {}
         train = torch.is_grad_enabled()
@@ -94,7 +94,6 @@ class GradientMemory(Memory):
                 losses.append((loss.detach() * rows).sum() / rows.sum())
                 (gradient,) = torch.autograd.grad(loss.sum(), change, create_graph=train)
                 change = change - self.rate * gradient
-        change = change if train else change.detach()
         trace = {"nll": losses[0]} if losses else {}
         return where_rows(rows, GradientState(change), state), trace
 

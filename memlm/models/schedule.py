@@ -56,7 +56,6 @@ class How(NamedTuple):
         keep_state: Whether the state after the grid is needed.
         storing: Whether only the memories after it are needed: all that follows the last write is left out.
         closing: Whether there is no new token: the open segment is closed, for the cells behind it.
-        recompute: Whether activations may be recomputed in the backward pass, which then cannot be differentiated.
     """
 
     read: bool
@@ -65,7 +64,6 @@ class How(NamedTuple):
     keep_state: bool = True
     storing: bool = False
     closing: bool = False
-    recompute: bool = True
 
 
 def writes_within(module: Memory) -> bool:
@@ -395,7 +393,7 @@ class _Pass:
     def checkpointed(self, function: Any, *arguments: Any) -> Any:
         """Call a function of a layer."""
         model = self.model
-        if self.how.recompute and model.gradient_checkpointing and model.training and torch.is_grad_enabled():
+        if model.gradient_checkpointing and model.training and torch.is_grad_enabled():
             return checkpoint(function, *arguments, use_reentrant=False)
         return function(*arguments)
 
@@ -432,7 +430,7 @@ def nll_after(model: Stack, ids: Tensor, valid: Tensor) -> Callable[[Tensor], Te
             model.no_context(len(own)),
         )
         grid = lay_out(own, state.local, model.segment_len, None, None, None, None)
-        run = _Pass(model, grid, state, How(read=False, write=False, keep_state=False, recompute=False))
+        run = _Pass(model, grid, state, How(read=False, write=False, keep_state=False))
         x = model.enter(run.embeddings[:, None, run.lookback :], grid.columns)
         x, _ = run.layers(x, _Cells(cells.to(x.dtype), None))
         logits = F.linear(model.norm(x[:, 0, :-1]), model.head_weight.detach()).float()
