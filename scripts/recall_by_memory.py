@@ -34,6 +34,7 @@ def entries(paths: Sequence[str], commit: str | None) -> list[dict[str, Any]]:
         ConfigError: If a run is not one of recipe=pairs.
     """
     from benchmarks.base import surroundings
+    from experiments.associative_recall import held
     from memlm.evaluation.compare.groups import n_token
     from memlm.evaluation.runs import find_runs
 
@@ -64,7 +65,7 @@ def entries(paths: Sequence[str], commit: str | None) -> list[dict[str, Any]]:
                 "minutes": tokens / speed / 60 if tokens and speed else None,
                 "parameters": run.trained.n_parameter,
                 "state_bytes": run.trained.state_bytes,
-                "held": int(result.metrics["held/on"]),
+                "held": int(held(result.metrics, result.metadata["n_pairs"], run.trained.state_bytes or 0)["held/on"]),
                 "rates": rates,
             }
         )
