@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from memlm.config import ConfigError
+from memlm.evaluation.headline import in_percent
 from memlm.files import atomic_file
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
@@ -99,7 +99,7 @@ def table(record: Sequence[Mapping[str, Any]]) -> str:
         lines.append(
             [
                 f"`{entry['memory']}`", str(entry["seed"]), f"{entry['state_bytes']:,}", f"{entry['held']}{more}",
-                *cells, f"{100 * control:.1f}", f"{entry['step']:,}", f"{entry['tokens']:,}", minutes, entry["commit"],
+                *cells, f"{in_percent(control):.1f}", f"{entry['step']:,}", f"{entry['tokens']:,}", minutes, entry["commit"],
             ]
         )  # fmt: skip
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
@@ -107,7 +107,7 @@ def table(record: Sequence[Mapping[str, Any]]) -> str:
 
 def _rate(rate: float, low: float, high: float) -> str:
     """A rate and its interval in percent."""
-    return f"{100 * rate:.1f} ({100 * low:.1f} to {100 * high:.1f})" if math.isfinite(rate) else "-"
+    return f"{in_percent(rate):.1f} ({in_percent(low):.1f} to {in_percent(high):.1f})"
 
 
 def filled_in(page: str, record: Sequence[Mapping[str, Any]]) -> str:
