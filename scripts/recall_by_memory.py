@@ -99,7 +99,8 @@ def table(record: Sequence[Mapping[str, Any]]) -> str:
         lines.append(
             [
                 f"`{entry['memory']}`", str(entry["seed"]), f"{entry['state_bytes']:,}", f"{entry['held']}{more}",
-                *cells, f"{in_percent(control):.1f}", f"{entry['step']:,}", f"{entry['tokens']:,}", minutes, entry["commit"],
+                *cells, f"{in_percent(control):.1f}", f"{entry['step']:,}", f"{entry['tokens']:,}", minutes,
+                entry["commit"],
             ]
         )  # fmt: skip
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
