@@ -36,10 +36,13 @@ def behind(layer: Layer, x: Tensor, found: Tensor) -> Tensor:
     return x + layer.feed_forward(x)
 
 
-def attend(layer: Layer, x: Tensor, seen: Tensor, mask: Tensor, place: Tensor, places: Tensor) -> Tensor:
+def attend(
+    layer: Layer, x: Tensor, seen: Tensor, mask: Tensor, place: Tensor, places: Tensor, bias: Tensor | float = 0.0
+) -> Tensor:
     """Cells ``x`` (L, D) behind the layer, of which each sees the cells of ``seen`` (M, D) that ``mask`` (L, M) names.
 
-    ``place`` (L,) and ``places`` (M,) say where they stand; NaN for a cell without a place.
+    ``place`` (L,) and ``places`` (M,) say where they stand; NaN for a cell without a place. ``bias`` (L, M) is added to
+    the scores.
     """
     (q, _, _), (_, k, v) = heads_of(layer, x), heads_of(layer, seen)
-    return behind(layer, x, scores(q, k, mask, place, places).softmax(dim=2) @ v)
+    return behind(layer, x, (scores(q, k, mask, place, places) + bias).softmax(dim=2) @ v)
