@@ -177,6 +177,8 @@ class Segment(NamedTuple):
         output: What comes out of the layer, or of the stack, (B, C + N, D), or of each layer (B, C + N, n_layer, D);
             None unless the memory needs it.
         heads: Queries, keys and values of all cells, (B, H, C + N, E); None unless the memory needs them.
+        maps: What makes queries, keys and values of any hidden states (B, L, D), as `Mixer.heads` does; None unless
+            the memory needs heads.
         tail: What comes out of the cells behind the segment, (B, m, D), or of each layer, (B, m, n_layer, D); None
             unless the memory needs them.
         nll: Mean next-token loss of each row's segment, (B,), in nats, as a function of cells (B, m, D) before it; by
@@ -195,6 +197,7 @@ class Segment(NamedTuple):
     surprise: Tensor | None = None
     output: Tensor | None = None
     heads: Heads | None = None
+    maps: Callable[[Tensor], Heads] | None = None
     tail: Tensor | None = None
     nll: Callable[[Tensor], Tensor] | None = None
 
