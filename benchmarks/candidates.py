@@ -92,7 +92,7 @@ class Candidate:
     """A model that can be trained by one step after another.
 
     Args:
-        name: One of `PEERS`.
+        name: One of `PEERS`, or another memory.
         setup: What it is built from.
 
     Attributes:
@@ -194,10 +194,10 @@ def _gpt2(setup: Setup) -> nn.Module:
 
 
 def _ours(name: str, setup: Setup) -> nn.Module:
-    """`LMCode` without memory, or with long-term memory alone."""
+    """Our model without memory, or with those of the configuration."""
     from memlm.assemble import build_model
 
-    memory = {key: node for key, node in setup.config["memory"].items() if key == name}
+    memory = {} if name == "none" else setup.config["memory"]
     tokenizer: Any = SimpleNamespace(vocab_size=setup.n_vocab)  # only its size is asked for
     config = setup.config | {"memory": memory, "seed": setup.seed}
     return build_model(config, tokenizer)

@@ -66,7 +66,7 @@ def run(
             "recipe=needle: what a model that learned nothing reads says nothing about searches."
         )
     from memlm.evaluation.result import Result
-    from memlm.training.module import check_memory_settings, memory_settings
+    from memlm.training.memory_settings import check_memory_settings, memory_settings
 
     model, data = trained_with_ltm(checkpoint, trust)
     if model.memory["ltm"][0].bank.exists:
@@ -146,7 +146,7 @@ def _ask(model: Any, queries: list[_Query], top_k: int) -> tuple[dict[str, float
     """Metrics ``<kind>/<measure>`` of queries by both indexes in turn, and a row for each answer."""
     from tqdm import tqdm
 
-    from memlm.training.module import memory_settings
+    from memlm.training.memory_settings import memory_settings
 
     def answer(query: str, index: str) -> tuple[list[Any], float]:
         with memory_settings(model, {"ltm.index": index}):

@@ -153,7 +153,7 @@ def trained_keys(checkpoint: str, trust: list[str], n_key: int, n_query: int, ca
     import torch
 
     from memlm.checkpoint import read_plain
-    from memlm.training.module import memory_settings
+    from memlm.training.memory_settings import memory_settings
 
     if cache and Path(cache).exists():
         kept = Keys(**read_plain(Path(cache)))

@@ -1,9 +1,13 @@
 """Associative recall: key-value pairs told once at the beginning of a document, and asked for later (MQAR).
 
-The documents are those of `memlm.data.tasks.mqar`, where the definition and its source are. The text is read segment by
-segment, each in a context of its own, so a question whose pair was told in an earlier segment can be answered from
-memory alone: the accuracy of those is the headline. Questions in the same segment as their pair, which attention can
-answer, are counted apart (`inside`). A question is answered when the likeliest next token is the value.
+The documents are those of `memlm.data.tasks.mqar`, where the definition and its source are, or of
+`memlm.data.tasks.pairs`, where there is nothing but pairs and questions. The text is read segment by segment, each in a
+context of its own, so a question whose pair was told in an earlier segment can be answered from memory alone: the
+accuracy of those is the headline. Questions in the same segment as their pair, which attention can answer, are counted
+apart (`inside`). A question is answered when the likeliest next token is the value.
+
+A number of pairs is held if at least 90 % of such questions are answered, and more than with reads off, a wiped memory
+or another document's (95 % Wilson intervals apart). What a memory costs are the bytes of its state for one row of text.
 
 Each segment is also read under every control: with reads off, with a wiped memory, with the memory of another document
 at the same place, and with every key exchanged for one that was never told (`unseen`; the right answer stays that of
@@ -22,31 +26,34 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
 
 from memlm.analysis.style import CONTROLS, PALETTE, style
 from memlm.config import ConfigError
 from memlm.data.tasks.mqar import MQAR, Recall
+from memlm.evaluation.recall.figures import Points, draw_curves
 from memlm.evaluation.recall.reading import device_of, n_row_of
 from memlm.evaluation.result import Result, Row, check_settings, evaluating
 from memlm.evaluation.share import ALONE, Share
+from memlm.memory import state as states
+from memlm.models.base import LanguageModel
 from memlm.statistics import wilson
+
+if TYPE_CHECKING:
+    from memlm.data.datamodule import TextData
 
 LABELS = {"on": "memory on", **CONTROLS, "unseen": "key never told"}
 """The memory as it is, then its controls, and what a figure calls them."""
 
+THRESHOLD = 0.9
+"""Share of answers at which a number of pairs counts as held."""
+
 _STREAM = 2**31  # keeps evaluation documents apart from training documents, whose second number is a phase
 _N_BIN = 8  # bins of gaps in the figure
-_COLORS = {"on": "blue", "off": "vermillion", "wiped": "purple", "swapped": "orange", "unseen": "green"}
-_MARKERS = {"on": "o", "off": "s", "wiped": "o", "swapped": "^", "unseen": "x"}
-_SIZES = {"on": 6, "off": 10, "wiped": 7, "swapped": 5, "unseen": 4}  # nested, so that equal rates stay visible
-Points = list[tuple[float, float, float, float]]  # x, rate, and its interval
 
 
 @dataclass(frozen=True)
@@ -88,7 +95,11 @@ class AssociativeRecall:
 
 
 def run(
-    model: Any, data: Any, cfg: AssociativeRecall, progress: Callable[[float], None] | None = None, share: Share = ALONE
+    model: LanguageModel,
+    data: TextData,
+    cfg: AssociativeRecall,
+    progress: Callable[[float], None] | None = None,
+    share: Share = ALONE,
 ) -> Result:
     """Measure recall and its controls.
 
@@ -112,7 +123,7 @@ def run(
     if not isinstance(task, MQAR):
         raise ConfigError(
             "associative_recall needs a model that knows the symbols of multi-query associative recall, and this one "
-            "was trained on other data: train one with recipe=mqar"
+            "was trained on other data: train one with recipe=pairs or recipe=mqar"
         )
     n_token = -(-cfg.n_token // model.segment_len) * model.segment_len
     rows: list[Row] = []
@@ -131,13 +142,16 @@ def run(
                     progress((i + (numbers[-1] + 1) / cfg.n_document) / len(cfg.n_pairs))
     rows = share.join(rows)
     rows.sort(key=lambda row: (row["n_pair"], list(LABELS).index(row["condition"]), row["document"], row["pair"]))
-    metrics = summarise(rows)
+    n_byte = states.n_byte(model.init_state(1).memory)
+    metrics = summarise(rows, n_byte)
     metadata = {
         "settings": asdict(cfg),
         "seed": cfg.seed,
         "n_pairs": cfg.n_pairs,
         "n_token": n_token,
         "n_symbol": len(task.symbols),
+        "task": type(task).__name__,
+        "state_bytes": n_byte,
         "power_a": task.power_a,
         "segment_len": model.segment_len,
         "memories": list(model.memory.keys()),
@@ -159,7 +173,7 @@ def _exchange(task: MQAR, document: Recall, seed: Sequence[int]) -> np.ndarray:
     return tokens
 
 
-def _read(model: Any, documents: Sequence[Recall], never: Sequence[np.ndarray], numbers: range) -> list[Row]:
+def _read(model: LanguageModel, documents: Sequence[Recall], never: Sequence[np.ndarray], numbers: range) -> list[Row]:
     """Read the documents ``numbers`` side by side, and answer their questions under every condition."""
     segment_len, device = model.segment_len, device_of(model)
     own = [documents[i].tokens for i in numbers]
@@ -214,8 +228,8 @@ def _answers(
                 "n_pair": len(document.key),
                 "document": number,
                 "pair": int(pair),
-                "gap": int(at - 2 * pair),
-                "across": bool(2 * pair // segment_len < at // segment_len),
+                "gap": int(at - document.told[pair]),
+                "across": bool(document.told[pair] // segment_len < at // segment_len),
                 "correct": right,
                 "nll": loss,
             }
@@ -224,14 +238,21 @@ def _answers(
     return rows
 
 
-def summarise(rows: Sequence[Row]) -> dict[str, float]:
+def summarise(rows: Sequence[Row], n_byte: int) -> dict[str, float]:
     """Metrics of the rows.
+
+    Args:
+        rows: The rows.
+        n_byte: Bytes of the state of one row of text.
 
     Returns:
         For each condition ``accuracy/<condition>`` of questions whose pair lies in an earlier segment, with ``low`` and
         ``high`` (95 % Wilson interval), ``n`` and ``nll``; and the same of the others, ``accuracy_inside/...``. With
         several numbers of pairs these are for the largest, and ``.../<n_pair>`` for each. ``chance`` is the rate of a
         guess among all values, ``chance_told`` that of a guess among the values that a document told, for the largest.
+        ``held/on`` is the largest number of pairs that is held, 0 if none is; ``held_strict/on`` the largest of which
+        the interval begins at 90 % or above; ``censored/on`` 1 where the largest number told is held, else 0; then
+        ``state_bytes``, and ``pairs_per_kb/on``, pairs held per 1,024 bytes, NaN without any bytes.
     """
     n_pairs = sorted({row["n_pair"] for row in rows})
     metrics: dict[str, float] = {}
@@ -255,7 +276,33 @@ def summarise(rows: Sequence[Row]) -> dict[str, float]:
                         metrics[f"{name}{kind}/{condition}/{n_pair}"] = value
     if rows:
         metrics |= {"chance": 1 / rows[0]["n_value"], "chance_told": 1 / n_pairs[-1]}
+        metrics |= held(metrics, n_pairs, n_byte)
     return metrics
+
+
+def held(metrics: Mapping[str, float], n_pairs: Sequence[int], n_byte: int) -> dict[str, float]:
+    """How many pairs are held, and what they cost: those of `summarise`.
+
+    Answers need not lie above ``unseen``: who was told one pair is right to say its value, whatever is asked.
+    """
+
+    def largest(name: str) -> int:
+        most = 0
+        for n_pair in n_pairs:
+            end = f"/{n_pair}" if len(n_pairs) > 1 else ""
+            controls = [metrics.get(f"high/{control}{end}", 0.0) for control in ("off", "wiped", "swapped")]
+            if metrics.get(f"{name}/on{end}", 0.0) >= THRESHOLD and metrics[f"low/on{end}"] > max(controls):
+                most = n_pair
+        return most
+
+    most = largest("accuracy")
+    return {
+        "held/on": most,
+        "held_strict/on": largest("low"),
+        "censored/on": float(most == n_pairs[-1]),
+        "state_bytes": n_byte,
+        "pairs_per_kb/on": most / (n_byte / 1024) if n_byte else math.nan,
+    }
 
 
 def _rate(rows: Sequence[Row]) -> tuple[float, float, float]:
@@ -265,12 +312,22 @@ def _rate(rows: Sequence[Row]) -> tuple[float, float, float]:
 
 
 def _headline(metrics: Mapping[str, float], n_pairs: Sequence[int]) -> list[dict[str, Any]]:
-    """The largest number of pairs with its controls, then the others."""
+    """How many pairs are held; the largest number of pairs with its controls, then the others."""
     last = n_pairs[-1]
     lines = [(f"{last} pairs, {label}", f"/{name}", name != "on") for name, label in LABELS.items()]
     lines.insert(1, (f"{last} pairs, pair in the same segment", "_inside/on", False))
     lines += [(f"{n} pairs, memory on", f"/on/{n}", False) for n in n_pairs[:-1]]
+    none = dict.fromkeys(("low", "high", "n"))
     entries = [
+        {"label": label, "metric": metric, "percent": False, "better": better, "control": False} | none
+        for label, metric, better in (
+            (f"pairs held at {100 * THRESHOLD:.0f} % ({last:,}: or more)", "held/on", "higher"),
+            ("the same, by the lower end of its interval", "held_strict/on", "higher"),
+            ("bytes of state", "state_bytes", "lower"),
+            ("pairs held per KB of state", "pairs_per_kb/on", "higher"),
+        )
+    ]
+    entries += [
         {"label": label, "metric": f"accuracy{name}", "low": f"low{name}", "high": f"high{name}", "n": f"n{name}",
          "percent": True, "better": "higher", "control": control}
         for label, name, control in lines
@@ -308,22 +365,21 @@ def plot(result: Result) -> dict[str, Figure]:
             if part:
                 points.append((float((low * high) ** 0.5), *_rate(part)))
     chance, n = result.metrics["chance"], int(result.metrics["n/on"])
+    line: dict[str, Any] = {"color": PALETTE["black"], "linewidth": 1.2}
     with style():
         pairs, gap = Figure(figsize=(7.0, 4.6)), Figure(figsize=(7.0, 4.6))
         axes = pairs.subplots()
-        curves(axes, by_pairs, LABELS)
-        axes.axhline(chance, color=PALETTE["black"], linewidth=1.2, linestyle=":", label="a guess among all values")
-        axes.plot(
-            n_pairs, [1 / n for n in n_pairs], color=PALETTE["black"], linewidth=1.2, linestyle="--",
-            label="a guess among the values told",
-        )  # fmt: skip
-        axes.set(title="Associative recall across segments by number of pairs")
+        draw_curves(axes, by_pairs, LABELS)
+        axes.axhline(chance, linestyle=":", label="a guess among all values", **line)
+        axes.plot(n_pairs, [1 / n for n in n_pairs], linestyle="--", label="a guess among the values told", **line)
+        axes.axhline(THRESHOLD, linestyle=(0, (6, 3)), label=f"{100 * THRESHOLD:.0f} %", **line)
+        axes.set(title=_title(result.metrics, n_pairs[-1]))
         axes.set(xlabel="key-value pairs told in a document", xscale="log")
         axes.set_xticks(n_pairs, [f"{n:,}" for n in n_pairs])
         axes.minorticks_off()
         axes = gap.subplots()
-        curves(axes, by_gap, LABELS)
-        axes.axhline(chance, color=PALETTE["black"], linewidth=1.2, linestyle=":", label="a guess among all values")
+        draw_curves(axes, by_gap, LABELS)
+        axes.axhline(chance, linestyle=":", label="a guess among all values", **line)
         axes.set(title=f"Associative recall across segments by gap, {n_pairs[-1]} pairs")
         axes.set(xlabel="tokens from key to question", xscale="log")
         ticks = 2 ** np.arange(np.log2(gaps.min()) // 1, np.log2(gaps.max()) // 1 + 2)
@@ -336,18 +392,9 @@ def plot(result: Result) -> dict[str, Figure]:
     return {"accuracy_by_pairs": pairs, "accuracy_by_gap": gap}
 
 
-def curves(axes: Axes, points: Mapping[str, Points], labels: Mapping[str, str]) -> None:
-    """Rates of conditions with their intervals, in percent; the memory as it is stands out, its controls are nested."""
-    for name, found in points.items():
-        if not found:
-            continue
-        x, rate, low, high = (np.array(part) for part in zip(*found, strict=True))
-        color, on = PALETTE[_COLORS[name]], name == "on"
-        axes.errorbar(
-            x, rate, yerr=[(rate - low).clip(min=0), (high - rate).clip(min=0)], color=color, capsize=3,
-            linestyle="-" if on else "--", linewidth=2.5 if on else 1.2, elinewidth=1.2, marker=_MARKERS[name],
-            markersize=_SIZES[name], markerfacecolor=color if on else "none", clip_on=False, zorder=5 if on else 3,
-            label=labels[name],
-        )  # fmt: skip
-    axes.set_ylim(0, 1)
-    axes.yaxis.set_major_formatter(PercentFormatter(xmax=1, symbol=" %"))
+def _title(metrics: Mapping[str, float], most: int) -> str:
+    """What the figure says in words."""
+    held, n_byte = metrics["held/on"], metrics["state_bytes"]
+    bound = "at least " if held == most else ""
+    title = f"Associative recall across segments: {bound}{held:,.0f} pairs held at {100 * THRESHOLD:.0f} %"
+    return f"{title}\n{n_byte / 1024:,.1f} KB of state" if n_byte else title

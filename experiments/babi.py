@@ -14,7 +14,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -32,6 +32,10 @@ from memlm.evaluation.recall.rates import CONDITIONS, rates
 from memlm.evaluation.recall.reading import part_of, visit
 from memlm.evaluation.result import Result, Row, check_settings, evaluating
 from memlm.evaluation.share import ALONE, Share
+from memlm.models.base import LanguageModel
+
+if TYPE_CHECKING:
+    from memlm.data.datamodule import TextData
 
 VOCABULARIES: dict[str, Literal["train", "evaluation"]] = {"open": "evaluation", "closed": "train"}
 """Vocabularies of stories, and which words they have."""
@@ -123,7 +127,11 @@ class Stories(Document):
 
 
 def run(
-    model: Any, data: Any, cfg: Babi, progress: Callable[[float], None] | None = None, share: Share = ALONE
+    model: LanguageModel,
+    data: TextData,
+    cfg: Babi,
+    progress: Callable[[float], None] | None = None,
+    share: Share = ALONE,
 ) -> Result:
     """Measure how well questions about stories are answered, against the length of the text around them.
 

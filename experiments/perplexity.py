@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from matplotlib.figure import Figure
@@ -23,8 +23,12 @@ from memlm.config import ConfigError
 from memlm.data.stream import Batch, ValidationBatches
 from memlm.evaluation.result import Result, Row, check_settings, evaluating
 from memlm.evaluation.share import ALONE, Share
+from memlm.models.base import LanguageModel
 from memlm.statistics import mean_interval
 from memlm.training.loss import token_nll
+
+if TYPE_CHECKING:
+    from memlm.data.datamodule import TextData
 
 CONDITIONS = {"on": "memory on", "off": "reads off", "wiped": "memory wiped"}
 """What is measured, and how it is called."""
@@ -66,7 +70,11 @@ class Perplexity:
 
 
 def run(
-    model: Any, data: Any, cfg: Perplexity, progress: Callable[[float], None] | None = None, share: Share = ALONE
+    model: LanguageModel,
+    data: TextData,
+    cfg: Perplexity,
+    progress: Callable[[float], None] | None = None,
+    share: Share = ALONE,
 ) -> Result:
     """Measure perplexity under each condition on the same tokens.
 
@@ -133,7 +141,7 @@ def _window(batch: Batch, segment_len: int) -> _Window:
 
 
 def _measure(
-    model: Any, windows: Sequence[_Window], streams: range, condition: str, progress: Callable[[float], None]
+    model: LanguageModel, windows: Sequence[_Window], streams: range, condition: str, progress: Callable[[float], None]
 ) -> list[Row]:
     """Rows of some streams under one condition."""
     device = next(model.parameters(), torch.empty(0)).device

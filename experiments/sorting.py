@@ -26,22 +26,26 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from statistics import fmean
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from matplotlib.figure import Figure
 
 from experiments.associative_recall import LABELS as RECALL_LABELS
-from experiments.associative_recall import Points, curves
 from memlm.analysis.style import PALETTE, style
 from memlm.config import ConfigError
 from memlm.data.tasks.sorting import Sequence as Symbols
 from memlm.data.tasks.sorting import Sorting as Task
+from memlm.evaluation.recall.figures import Points, draw_curves
 from memlm.evaluation.recall.reading import device_of, n_row_of
 from memlm.evaluation.result import Result, Row, check_settings, evaluating
 from memlm.evaluation.share import ALONE, Share
+from memlm.models.base import LanguageModel
 from memlm.statistics import mean_interval, wilson
+
+if TYPE_CHECKING:
+    from memlm.data.datamodule import TextData
 
 LABELS = {name: RECALL_LABELS[name] for name in ("on", "off", "wiped")} | {"swapped": "another sequence's memory"}
 """The memory as it is, then its controls, and what a figure calls them."""
@@ -82,7 +86,11 @@ class Sorting:
 
 
 def run(
-    model: Any, data: Any, cfg: Sorting, progress: Callable[[float], None] | None = None, share: Share = ALONE
+    model: LanguageModel,
+    data: TextData,
+    cfg: Sorting,
+    progress: Callable[[float], None] | None = None,
+    share: Share = ALONE,
 ) -> Result:
     """Measure how well symbols are sorted, and all controls.
 
@@ -143,7 +151,7 @@ def run(
     return Result("sorting", summarise(rows), tuple(rows), metadata)
 
 
-def _read(model: Any, texts: Sequence[np.ndarray]) -> Any:
+def _read(model: LanguageModel, texts: Sequence[np.ndarray]) -> Any:
     """The memory of sequences that were read side by side, with no local context."""
     device = device_of(model)
     ids = torch.from_numpy(np.stack(texts)).to(device)
@@ -153,7 +161,7 @@ def _read(model: Any, texts: Sequence[np.ndarray]) -> Any:
     return model.new_context(state)
 
 
-def _question(model: Any, task: Task, state: Any, documents: Sequence[Symbols], numbers: range) -> list[Row]:
+def _question(model: LanguageModel, task: Task, state: Any, documents: Sequence[Symbols], numbers: range) -> list[Row]:
     """Ask for the order of the documents ``numbers``, whose memories are the rows of ``state``; nothing is written."""
     before = [(i - 1) % len(documents) for i in numbers]  # so that no other memory need be at hand
     wiped = model.wipe(state)
@@ -193,7 +201,7 @@ def _question(model: Any, task: Task, state: Any, documents: Sequence[Symbols], 
     return rows
 
 
-def _name_all(model: Any, task: Task, memory: Any, read: bool, n_row: int) -> torch.Tensor:
+def _name_all(model: LanguageModel, task: Task, memory: Any, read: bool, n_row: int) -> torch.Tensor:
     """The order that a model gives by itself, each symbol once, (B, K)."""
     device = device_of(model)
     symbols = torch.from_numpy(task.symbols).to(device)
@@ -327,7 +335,7 @@ def plot(result: Result) -> dict[str, Figure]:
     with style():
         figure = Figure(figsize=(7.0, 4.8))
         axes = figure.subplots()
-        curves(axes, by_place, LABELS)
+        draw_curves(axes, by_place, LABELS)
         x = range(1, n_place + 1)
         axes.plot(x, known, color=PALETTE["sky"], linewidth=1.6, linestyle="-.", label="counts of the last segment")
         guess = [1 / (n_place - place) for place in range(n_place)]
@@ -360,7 +368,7 @@ def _by_length(metrics: Mapping[str, float], lengths: Sequence[int]) -> Figure:
     }
     figure = Figure(figsize=(7.0, 4.8))
     axes = figure.subplots()
-    curves(axes, points, LABELS)
+    draw_curves(axes, points, LABELS)
     axes.plot(
         lengths, [metrics[f"accuracy/last_segment/{n}"] for n in lengths], color=PALETTE["sky"], linewidth=1.6,
         linestyle="-.", label="counts of the last segment",

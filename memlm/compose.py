@@ -30,6 +30,7 @@ from memlm.config import (
     check_settings,
     did_you_mean,
 )
+from memlm.config_files import bound_files
 from memlm.known import is_experiment, referred_keys, refuse_unknown, unknown
 from memlm.quoting import nothing
 from memlm.schema import SCHEMAS, Evaluate, Train
@@ -143,6 +144,7 @@ def session(directory: str | Path | None) -> Iterator[ConfigLoader]:
     state, runtime = GlobalHydra.instance(), JobRuntime.instance()
     outer, job_name = state.hydra, runtime.get("name")
     state.hydra = None
+    bound_files()
     try:
         with hydra.initialize_config_dir(str(path), job_name=job_name, version_base="1.3"):
             yield GlobalHydra.instance().config_loader()
@@ -175,28 +177,34 @@ def compose_with(
 
     groups = functools.cache(lambda: _groups(loader, config_name, extra))  # which takes a while
     settings: list[Override] = []
+    choices: list[str] = []
     base = list(extra)
     for override, line in zip(parsed, overrides, strict=True):
         if override.is_hydra_override():
             base.append(line)
         elif options := options_of(loader, override.key_or_group, extra, config_name):
             check_choice(override, options)
-            if override.type.name == "CHANGE" and override.key_or_group not in groups():
-                known = ", ".join(groups())
-                raise ConfigError(
-                    f"{override.key_or_group} is no choice of {config_name}, which has {known}. See --help."
-                )
+            if override.type.name == "CHANGE":
+                choices.append(override.key_or_group)
             base.append(line)
         elif override.type.name != "CHANGE":  # +key, ++key and ~key may name what is not there
             base.append(line)
         else:
             settings.append(override)
-    # First only what decides which settings there are, so that each of the others can be looked up.
-    if settings:
-        chosen = _hydra_compose(config_name, base)
-        for override in settings:
-            _check_key(chosen, override, groups)
-    whole = _hydra_compose(config_name, extra + overrides, return_hydra_config=True)
+    try:
+        # First only what decides which settings there are, so that each of the others can be looked up.
+        if settings:
+            chosen = _hydra_compose(config_name, base)
+            for override in settings:
+                _check_key(chosen, override, groups)
+        whole = _hydra_compose(config_name, extra + overrides, return_hydra_config=True)
+    except ConfigError as error:
+        for group in choices:
+            if group not in groups():
+                raise ConfigError(
+                    f"{group} is no choice of {config_name}, which has {', '.join(groups())}. See --help."
+                ) from error
+        raise
     config = whole.copy()
     with open_dict(config):
         config.pop("hydra", None)

@@ -35,7 +35,8 @@ _NUMBER = re.compile(r"\(os error (\d+)\)|\bOs \{ code: (\d+)|\[Errno (\d+)\]")
 _SHORT = re.compile(r"file write failed|unexpected pos \d+|\d+ requested and \d+ written|encoder error -2 when writing")
 _MEMORY = re.compile(
     r"can't allocate memory|Cannot allocate memory|std::bad_alloc|out of memory|unable to mmap|can't start new thread"
-    r"|Unable to allocate|Resource temporarily unavailable|failed to map segment",
+    r"|Unable to allocate|Resource temporarily unavailable|failed to map segment"
+    r"|could not (?:create|execute) a primitive$|could not create a memory object$",  # oneDNN
     re.IGNORECASE,
 )
 _AMOUNT = re.compile(r"(?:tried to allocate|Unable to allocate) ([\d.,]+ ?\w+)", re.IGNORECASE)

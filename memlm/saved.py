@@ -32,15 +32,19 @@ _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*(\.[A-Za-z_][A-Za-z0-9_]*)*")
 _OURS = "memlm"
 
 
-def check_size(value: Any) -> None:
+def check_size(value: Any, most: int = MOST_VALUES) -> None:
     """Refuse what is too deep, or would be too large once every value was looked at where it occurs.
 
-    Lists and mappings of a checkpoint may be in several places, or in themselves; here each is looked at once.
+    Lists and mappings of a file may be in several places, or in themselves; here each is looked at once.
+
+    Args:
+        value: What is in the file.
+        most: Values that it may hold, each counted as often as it occurs.
 
     Raises:
         ConfigError: Says which limit is passed.
     """
-    _count(value, 0, {}, MOST_VALUES, texts=False)
+    _count(value, 0, {}, most, texts=False)
 
 
 def plain(value: Any) -> Any:

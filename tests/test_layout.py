@@ -10,6 +10,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # package: it names what lies below without importing it. Nothing uses `memlm.compat`, which may use all.
 FLOORS = [
     {
+        "memlm.annotations",
         "memlm.config",
         "memlm.distributed",
         "memlm.files",
@@ -23,7 +24,7 @@ FLOORS = [
         "memlm.tensors",
         "memlm.version",
     },
-    {"memlm.data", "memlm.retrieval", "memlm.compose", "memlm.known"},
+    {"memlm.data", "memlm.retrieval", "memlm.compose", "memlm.config_files", "memlm.known"},
     {"memlm.memory"},
     {"memlm.models", "memlm.store"},
     {"memlm.assemble"},
@@ -40,7 +41,14 @@ OURS = {"memlm", "experiments", "benchmarks", "scripts", "train"}
 # A trained model is loaded and used without what trains it: that holds for the floors up to `memlm.assemble` but for
 # a few of their modules, for `memlm.checkpoint`, and for all that these import when they are imported.
 TRAINING = {"hydra", "omegaconf", "lightning", "lightning_fabric", "pytorch_lightning", "wandb"}
-NOT_LOADED = {"memlm.compose", "memlm.known", "memlm.quoting", "memlm.data.datamodule", "memlm.__main__"}
+NOT_LOADED = {
+    "memlm.compose",
+    "memlm.config_files",
+    "memlm.known",
+    "memlm.quoting",
+    "memlm.data.datamodule",
+    "memlm.__main__",
+}
 
 
 def floor(module: str) -> int:

@@ -38,6 +38,7 @@ def test_what_the_system_refuses_is_named_with_the_file(name: str) -> None:
         (OSError("encoder error -2 when writing image file"), "No space left"),
         (MemoryError(), "memory ran out: make"),
         (OSError(errno.ENOMEM, "Cannot allocate memory"), "memory ran out: make"),
+        (RuntimeError("could not create a primitive"), "memory ran out: make"),
         (
             RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 40000000000 bytes. Error"),
             r"memory ran out \(37.3 GiB more was asked for\)",

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -35,6 +35,10 @@ from memlm.evaluation.recall import streams
 from memlm.evaluation.recall.asking import question
 from memlm.evaluation.recall.haystack import Document
 from memlm.evaluation.result import Result, Row, check_settings, evaluating
+from memlm.models.base import LanguageModel
+
+if TYPE_CHECKING:
+    from memlm.data.datamodule import TextData
 
 OTHERS = ("off", "wiped", "swapped")
 
@@ -94,7 +98,9 @@ class ContextInfluence:
             raise ConfigError(f"context_influence.limit must be at least 1 or null, got {self.limit}")
 
 
-def run(model: Any, data: Any, cfg: ContextInfluence, progress: Callable[[float], None] | None = None) -> Result:
+def run(
+    model: LanguageModel, data: TextData, cfg: ContextInfluence, progress: Callable[[float], None] | None = None
+) -> Result:
     """Compare the predictions with memory on with those of its controls.
 
     Args:
@@ -145,7 +151,7 @@ def run(model: Any, data: Any, cfg: ContextInfluence, progress: Callable[[float]
 
 
 def _text(
-    model: Any, stream: TextStream, n_row: int, limit: int | None, progress: Callable[[float], None]
+    model: LanguageModel, stream: TextStream, n_row: int, limit: int | None, progress: Callable[[float], None]
 ) -> list[Row]:
     """Rows of plain text, which streams through the model segment by segment in ``n_row`` streams."""
     states = {name: streams.start(model, n_row) for name in ("on", *OTHERS)}
@@ -192,7 +198,7 @@ def _text(
     ]
 
 
-def _answers(model: Any, documents: Sequence[Document], length: int) -> list[Row]:
+def _answers(model: LanguageModel, documents: Sequence[Document], length: int) -> list[Row]:
     """Rows of the answers to questions about every fact of the documents, after ``length`` tokens."""
     segment_len, n = model.segment_len, len(documents)
     states = streams.start(model, n)
@@ -229,7 +235,7 @@ def _means_of(nll: Tensor, delta: Tensor, kl: Tensor, counted: Tensor) -> Row:
 
 
 def _influence(
-    model: Any, hidden: dict[str, Tensor], targets: Tensor
+    model: LanguageModel, hidden: dict[str, Tensor], targets: Tensor
 ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
     """Loss of each token, its change and the divergence of its prediction.
 

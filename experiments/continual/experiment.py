@@ -30,7 +30,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -39,7 +39,11 @@ from experiments.continual.tasks import streams, vocabulary
 from experiments.continual.training import train
 from memlm.config import ConfigError
 from memlm.evaluation.result import Result, Row
+from memlm.models.base import LanguageModel
 from memlm.statistics import mean_interval
+
+if TYPE_CHECKING:
+    from memlm.data.datamodule import TextData
 
 SCORES = {
     "final": "accuracy after all tasks",
@@ -54,7 +58,9 @@ SCORES = {
 """Metrics of a matrix, by what they are called."""
 
 
-def run(model: Any, data: Any, cfg: Continual, progress: Callable[[float], None] | None = None) -> Result:
+def run(
+    model: LanguageModel, data: TextData, cfg: Continual, progress: Callable[[float], None] | None = None
+) -> Result:
     """Train one model per condition and seed on all tasks in turn; see above.
 
     Args:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from experiments.continual.settings import N_SYMBOL, Continual
 from memlm.evaluation.result import evaluating
+from memlm.models.base import LanguageModel
+
+if TYPE_CHECKING:
+    from memlm.data.datamodule import TextData
 
 TASKS: dict[str, tuple[str | None, dict[str, Any]]] = {
     "prose": (None, {}),
@@ -34,7 +38,7 @@ class Stream(NamedTuple):
     held_out: list[Any]
 
 
-def vocabulary(data: Any, cfg: Continual) -> tuple[Any, dict[str, Any]]:
+def vocabulary(data: TextData, cfg: Continual) -> tuple[Any, dict[str, Any]]:
     """A tokenizer of words and symbols, and with it the text of ``data`` (``train``, ``val``) and ``symbols``."""
     from memlm.data.corpora.symbols import Symbols
     from memlm.data.tokenizer import train_tokenizer
@@ -76,7 +80,7 @@ def streams(tokenizer: Any, texts: Mapping[str, Any], cfg: Continual, segment_le
     return found
 
 
-def measure(model: Any, batches: Sequence[Any], read: bool = True) -> tuple[float, float, int]:
+def measure(model: LanguageModel, batches: Sequence[Any], read: bool = True) -> tuple[float, float, int]:
     """Accuracy, nats per token and number of the tokens that ``batches`` are about: answers, or else all."""
     from torch.nn import functional as F
 

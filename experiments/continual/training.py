@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from experiments.continual.settings import Continual
 from experiments.continual.tasks import Stream, measure
 from memlm.evaluation.result import Row
+from memlm.models.base import LanguageModel
 
 
 class Point(NamedTuple):
@@ -39,7 +40,7 @@ class Trained(NamedTuple):
 
 
 def train(
-    model: Any,
+    model: LanguageModel,
     tasks: Mapping[str, Stream],
     cfg: Continual,
     condition: str,

@@ -23,7 +23,7 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -38,9 +38,14 @@ from memlm.evaluation.recall.asking import answer
 from memlm.evaluation.recall.haystack import Document, Haystack
 from memlm.evaluation.recall.rates import rate
 from memlm.evaluation.recall.reading import device_of, is_shared, n_row_of, read
+from memlm.evaluation.recall.settings import Telling
 from memlm.evaluation.result import Result, Row, check_settings, evaluating
 from memlm.evaluation.share import ALONE, Share
 from memlm.memory.slots import Slots
+from memlm.models.base import LanguageModel
+
+if TYPE_CHECKING:
+    from memlm.data.datamodule import TextData
 
 TWINS = {
     "counterfactual": "told the false value, answers it",
@@ -69,16 +74,13 @@ CONDITIONS = {"on": "memory on", **CONTROLS, **TWINS}
 _WINDOW = 4  # segments between two looks
 
 
-@dataclass(frozen=True)
-class ModernFacts:
-    """Settings.
+@dataclass(frozen=True, kw_only=True)
+class ModernFacts(Telling):
+    """Settings, beside those of `Telling`.
 
     Attributes:
         n_document: Documents that the facts are dealt out to; at least 2, as one is the other's control.
         distance: Fewest tokens between the end of any fact and the questions.
-        facts_per_segment: How densely facts are told, on average.
-        split: Where the text around the facts is from: ``val``, or ``test`` for final numbers.
-        seed: Of the order of the facts, gaps and passages.
         n_row: Documents read at once; the result does not depend on it. One at a time with a shared memory.
 
     Raises:
@@ -87,17 +89,19 @@ class ModernFacts:
 
     n_document: int = 4
     distance: int = 4096
-    facts_per_segment: float = 2.0
-    split: Literal["val", "test"] = "val"
-    seed: int = 0
     n_row: int = 4
 
     def __post_init__(self) -> None:
-        check_settings(self, {"n_document": 2, "distance": 0, "seed": 0, "n_row": 1})
+        super().__post_init__()
+        check_settings(self, {"distance": 0})
 
 
 def run(
-    model: Any, data: Any, cfg: ModernFacts, progress: Callable[[float], None] | None = None, share: Share = ALONE
+    model: LanguageModel,
+    data: TextData,
+    cfg: ModernFacts,
+    progress: Callable[[float], None] | None = None,
+    share: Share = ALONE,
 ) -> Result:
     """Measure recall of true facts and its controls.
 
@@ -225,7 +229,7 @@ def _shares(progress: Callable[[float], None] | None, n: int) -> Callable[[int],
 
 
 def _watch(
-    model: Any,
+    model: LanguageModel,
     texts: Sequence[Document],
     told: Sequence[Sequence[Item]],
     length: int,
@@ -254,7 +258,7 @@ def level(cue: str) -> str:
     return "trained" if _TRAINED.fullmatch(cue) else "new_phrasing"
 
 
-def look(model: Any, state: Any, facts: Sequence[Fact]) -> list[tuple[float, float]]:
+def look(model: LanguageModel, state: Any, facts: Sequence[Fact]) -> list[tuple[float, float]]:
     """How sharply each row of ``state`` is read where the answer to a fact would begin; nothing is written.
 
     Args:
@@ -296,7 +300,7 @@ _Question = tuple[str, Any, bool, Sequence[Sequence[Item]], str]
 
 
 def _questions(
-    model: Any, state: Any, twin: str, told: Sequence[Sequence[Item]], others: Sequence[Sequence[Item]]
+    model: LanguageModel, state: Any, twin: str, told: Sequence[Sequence[Item]], others: Sequence[Sequence[Item]]
 ) -> list[_Question]:
     """Conditions that the memory of one twin answers: name, memory, whether it is read, what is asked, which value."""
     if twin == "true":
@@ -313,7 +317,7 @@ def _questions(
 
 
 def _ask(
-    model: Any,
+    model: LanguageModel,
     memory: Any,
     read: bool,
     asked: Sequence[Sequence[Item]],

@@ -6,13 +6,16 @@ import csv
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from memlm.data.tasks.makers import Fact, decoded
 from memlm.data.tokenizer import Tokenizer
 from memlm.evaluation.recall.haystack import Document, Haystack, tell
+
+if TYPE_CHECKING:
+    from memlm.data.datamodule import TextData
 
 FACTS = Path(__file__).with_suffix(".csv")
 
@@ -79,7 +82,7 @@ def load(tokenizer: Tokenizer) -> list[Item]:
     return items
 
 
-def check(items: Sequence[Item], data: Any) -> tuple[set[int], set[int]]:
+def check(items: Sequence[Item], data: TextData) -> tuple[set[int], set[int]]:
     """Facts whose value the training text has, and those whose value it has near a word of their cue.
 
     Values count as whole words, cues by their words of four or more letters, within 200 characters on either side.

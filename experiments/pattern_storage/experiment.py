@@ -29,7 +29,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -46,8 +46,12 @@ from memlm.evaluation.recall.asking import question
 from memlm.evaluation.recall.haystack import Document
 from memlm.evaluation.recall.rates import CONDITIONS
 from memlm.evaluation.result import Result, Row, check_settings, evaluating
+from memlm.models.base import LanguageModel
 from memlm.statistics import mean_interval, wilson
 from memlm.training.loss import token_nll
+
+if TYPE_CHECKING:
+    from memlm.data.datamodule import TextData
 
 MODELS = ("trained", "untrained")
 
@@ -102,7 +106,9 @@ class PatternStorage:
             raise ConfigError(f"pattern_storage.patterns_per_segment must be positive, got {self.patterns_per_segment}")
 
 
-def run(model: Any, data: Any, cfg: PatternStorage, progress: Callable[[float], None] | None = None) -> Result:
+def run(
+    model: LanguageModel, data: TextData, cfg: PatternStorage, progress: Callable[[float], None] | None = None
+) -> Result:
     """Measure whether stored patterns are found again.
 
     Args:
@@ -121,7 +127,7 @@ def run(model: Any, data: Any, cfg: PatternStorage, progress: Callable[[float], 
         document and segment. For metrics see `summarise`.
     """
     check_slots(model, "pattern_storage")
-    source = data if cfg.pattern == "fact" else Passages(data.tokens(cfg.split), cfg.passage_len)
+    source: Any = data if cfg.pattern == "fact" else Passages(data.tokens(cfg.split), cfg.passage_len)
     told = Needle(
         n_document=cfg.n_document, n_fact=cfg.n_stored[-1], distance=0, facts_per_segment=cfg.patterns_per_segment,
         split=cfg.split, seed=cfg.seed,
@@ -147,7 +153,7 @@ def run(model: Any, data: Any, cfg: PatternStorage, progress: Callable[[float], 
 
 
 def _measure(
-    model: Any,
+    model: LanguageModel,
     documents: Sequence[Document],
     unseen: Sequence[Sequence[Any]],
     cfg: PatternStorage,
@@ -172,7 +178,7 @@ def _measure(
             yield end / length, _probe(model, closed, documents, unseen, stops[end], end, cfg, conditions)
 
 
-def _similarity(model: Any, states: list[Any], hidden: torch.Tensor, place: int) -> list[Row]:
+def _similarity(model: LanguageModel, states: list[Any], hidden: torch.Tensor, place: int) -> list[Row]:
     """Cosine between slots and the mean hidden states (B, D) of the segments that end at ``place``."""
     contents = streams.of_banks(model, states, lambda module, part: module.contents(part).float())
     filled = streams.of_banks(model, states, lambda module, part: module.filled(part))
@@ -194,7 +200,7 @@ def _similarity(model: Any, states: list[Any], hidden: torch.Tensor, place: int)
 
 
 def _probe(
-    model: Any,
+    model: LanguageModel,
     states: list[Any],
     documents: Sequence[Document],
     unseen: Sequence[Sequence[Any]],
@@ -244,7 +250,7 @@ def _probe(
     return rows
 
 
-def _log_likelihood(model: Any, states: list[Any], patterns: Sequence[Passage], read: bool) -> np.ndarray:
+def _log_likelihood(model: LanguageModel, states: list[Any], patterns: Sequence[Passage], read: bool) -> np.ndarray:
     """Of one rest after its cue for each document, in nats, (B,)."""
     ids, asked = question(patterns)
     out = streams.go_on(model, ids, states, read=read, write=False)

@@ -26,7 +26,7 @@ import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -49,7 +49,11 @@ from experiments.preferences.users import ASPECTS, SIGNALS, Users, draw
 from memlm.config import ConfigError
 from memlm.evaluation.result import Result, Row
 from memlm.memory.adaptive import AdaptiveMemory
+from memlm.models.base import LanguageModel
 from memlm.statistics import wilson
+
+if TYPE_CHECKING:
+    from memlm.data.datamodule import TextData
 
 CONTROLLERS = {
     "policy": "policy gradient",
@@ -76,7 +80,7 @@ LABELS = {
 _N_BATCH = 16  # batches of users that controllers are trained on
 
 
-def settings_of(model: Any, cfg: Preferences) -> dict[str, Any]:
+def settings_of(model: LanguageModel, cfg: Preferences) -> dict[str, Any]:
     """Settings of the agent's memory: those of the model's, and sizes for utterances.
 
     Raises:
@@ -106,7 +110,9 @@ def settings_of(model: Any, cfg: Preferences) -> dict[str, Any]:
     return settings | sizes | widths
 
 
-def run(model: Any, data: Any, cfg: Preferences, progress: Callable[[float], None] | None = None) -> Result:
+def run(
+    model: LanguageModel, data: TextData, cfg: Preferences, progress: Callable[[float], None] | None = None
+) -> Result:
     """Train the agent and measure what its memory holds and finds, beside controls and baselines.
 
     Args:

@@ -23,7 +23,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -38,13 +38,19 @@ from memlm.evaluation.recall import streams
 from memlm.evaluation.recall.asking import question
 from memlm.evaluation.recall.haystack import Document
 from memlm.evaluation.result import Result, Row, evaluating
+from memlm.models.base import LanguageModel
 from memlm.statistics import effective, mean_interval
 from memlm.training.loss import token_nll
+
+if TYPE_CHECKING:
+    from memlm.data.datamodule import TextData
 
 _N_BIN = 64  # bins of slots in the heat map
 
 
-def run(model: Any, data: Any, cfg: SlotUsage, progress: Callable[[float], None] | None = None) -> Result:
+def run(
+    model: LanguageModel, data: TextData, cfg: SlotUsage, progress: Callable[[float], None] | None = None
+) -> Result:
     """Measure how slots are used.
 
     Args:
@@ -94,7 +100,7 @@ def run(model: Any, data: Any, cfg: SlotUsage, progress: Callable[[float], None]
 
 
 def _stream(
-    model: Any, documents: Sequence[Document], length: int, cfg: SlotUsage, progress: Callable[[float], None]
+    model: LanguageModel, documents: Sequence[Document], length: int, cfg: SlotUsage, progress: Callable[[float], None]
 ) -> tuple[list[Any], list[Row]]:
     """The states after ``length`` tokens of the documents, and rows of the kinds ``use`` and ``bin``."""
     segment_len, n = model.segment_len, len(documents)
@@ -189,7 +195,7 @@ def _bins(label: str, shares: Mapping[str, list[np.ndarray]], filled: np.ndarray
 
 
 def _ablate(
-    model: Any,
+    model: LanguageModel,
     documents: Sequence[Document],
     states: list[Any],
     length: int,
@@ -224,7 +230,7 @@ def _ablate(
 
 
 def _losses(
-    model: Any, asked: Sequence[tuple[Tensor, Tensor]], states: list[Any]
+    model: LanguageModel, asked: Sequence[tuple[Tensor, Tensor]], states: list[Any]
 ) -> tuple[list[float], dict[str, Tensor]]:
     """By document, the mean loss of the tokens that are asked for; by bank, the weight with which slots were read."""
     total = torch.zeros(len(asked[0][0]), dtype=torch.float64)
@@ -242,7 +248,7 @@ def _losses(
     return (total / count).tolist(), read
 
 
-def _random_order(model: Any, states: list[Any], seed: int) -> dict[str, Tensor]:
+def _random_order(model: LanguageModel, states: list[Any], seed: int) -> dict[str, Tensor]:
     """By bank, a random number for each slot, (B, M)."""
     orders = {}
     for k, (label, filled) in enumerate(
@@ -253,7 +259,7 @@ def _random_order(model: Any, states: list[Any], seed: int) -> dict[str, Tensor]
     return orders
 
 
-def _forget(model: Any, states: list[Any], worth: Mapping[str, Tensor], share: float) -> list[Any]:
+def _forget(model: LanguageModel, states: list[Any], worth: Mapping[str, Tensor], share: float) -> list[Any]:
     """The states without the filled slots that are worth most, a ``share`` of them (at least one) in every bank."""
     done, row = [], 0
     for state in states:

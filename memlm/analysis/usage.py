@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -12,10 +12,13 @@ from memlm.config import ConfigError
 from memlm.data.stream import ValidationBatches
 from memlm.memory.contract import Read
 from memlm.memory.slots import Slots
-from memlm.models.base import placed
+from memlm.models.base import LanguageModel, placed
+
+if TYPE_CHECKING:
+    from memlm.data.datamodule import TextData
 
 
-def banks(model: Any, state: Any) -> dict[str, tuple[Slots, Any]]:
+def banks(model: LanguageModel, state: Any) -> dict[str, tuple[Slots, Any]]:
     """Every memory module that has slots, with its state, by its label (see `Placed`)."""
     return {
         label: (module, state.memory[name][number])
@@ -24,7 +27,7 @@ def banks(model: Any, state: Any) -> dict[str, tuple[Slots, Any]]:
     }
 
 
-def check_slots(model: Any, what: str) -> None:
+def check_slots(model: LanguageModel, what: str) -> None:
     """Refuse a model one of whose memories has no slots to look into.
 
     Args:
@@ -51,7 +54,9 @@ def slot_reads(reads: Mapping[str, Read]) -> dict[str, tuple[Tensor, Tensor]]:
     }
 
 
-def read_weights(model: Any, reads: Mapping[str, Read], state: Any, mask: Tensor | None = None) -> dict[str, Tensor]:
+def read_weights(
+    model: LanguageModel, reads: Mapping[str, Read], state: Any, mask: Tensor | None = None
+) -> dict[str, Tensor]:
     """Total weight with which each slot was read.
 
     Args:
@@ -155,7 +160,7 @@ def _among(values: Tensor, pool: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def slot_usage(model: Any, data: Any, n_window: int = 4) -> dict[str, dict[str, Tensor]]:
+def slot_usage(model: LanguageModel, data: TextData, n_window: int = 4) -> dict[str, dict[str, Tensor]]:
     """Which slots are filled and read when held-out text streams through a model.
 
     Args:

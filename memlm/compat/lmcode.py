@@ -193,7 +193,7 @@ class LMCODE(nn.Module):
         return self.model.generate(input_ids, new, temperature, top_k, top_p)
 
     def store_experience(self, text: str) -> list[int]:
-        """Store a text in long-term memory; ids of its records. See `memlm.store.operations.ExperienceModel`."""
+        """Store a text in long-term memory; ids of its records. See `memlm.store.operations`."""
         return self.model.store_experience(text)
 
     def query_memory(self, text: str, top_k: int = 5) -> tuple[list[Remembered], list[int]]:

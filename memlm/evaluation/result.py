@@ -16,6 +16,7 @@ from typing import Any
 
 from memlm.config import ConfigError
 from memlm.evaluation.experiment import name_of
+from memlm.models.base import LanguageModel
 
 Row = dict[str, Any]
 
@@ -154,7 +155,7 @@ def _check_most(name: str, settings: Mapping[str, Any]) -> None:
 
 
 @contextmanager
-def evaluating(model: Any) -> Iterator[None]:
+def evaluating(model: LanguageModel) -> Iterator[None]:
     """Evaluation mode and no gradients inside the block; then every module is in the mode it was in."""
     import torch
 

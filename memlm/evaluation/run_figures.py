@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from matplotlib.figure import Figure
 
 from memlm.analysis.figures import gates, loss_curve, recall_curve, slot_use
 from memlm.analysis.usage import slot_usage
 from memlm.evaluation.result import Result
+from memlm.models.base import LanguageModel
+
+if TYPE_CHECKING:
+    from memlm.data.datamodule import TextData
 
 
 def training_result(
-    model: Any, data: Any, history: Sequence[Mapping[str, Any]]
+    model: LanguageModel, data: TextData, history: Sequence[Mapping[str, Any]]
 ) -> tuple[Result, dict[str, Figure | None]]:
     """The history of a run and its figures: loss, recall beside its controls, gates, and use of the slots.
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from memlm.config import ConfigError
 from memlm.evaluation.emit import emit
@@ -17,7 +17,11 @@ from memlm.evaluation.experiment import home_of, name_of
 from memlm.evaluation.headline import headline
 from memlm.evaluation.result import Result
 from memlm.evaluation.share import Share
+from memlm.models.base import LanguageModel
 from memlm.printed import printable
+
+if TYPE_CHECKING:
+    from memlm.data.datamodule import TextData
 
 
 def chosen(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -30,7 +34,11 @@ def chosen(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def run_all(
-    model: Any, data: Any, experiments: Mapping[str, Any], directory: Path, logger: Any | None = None
+    model: LanguageModel,
+    data: TextData | None,
+    experiments: Mapping[str, Any],
+    directory: Path,
+    logger: Any | None = None,
 ) -> tuple[list[Result], list[Path], dict[str, str]]:
     """All experiments one after the other, with a progress bar.
 
@@ -39,7 +47,7 @@ def run_all(
 
     Args:
         model: A language model.
-        data: Its data.
+        data: Its data; None where no experiment needs any.
         experiments: Settings by name, see `chosen`.
         directory: Each experiment writes into a folder of its own below it.
         logger: A W&B logger that gets tables and images too.
@@ -125,7 +133,7 @@ def watched(nodes: Mapping[str, Any] | None) -> dict[str, Any]:
     return found
 
 
-def watch(experiments: Mapping[str, Any], data: Any) -> Callable[[Any], dict[str, float]] | None:
+def watch(experiments: Mapping[str, Any], data: TextData) -> Callable[[Any], dict[str, float]] | None:
     """What measures a model while it is trained.
 
     Args:
@@ -145,7 +153,7 @@ def watch(experiments: Mapping[str, Any], data: Any) -> Callable[[Any], dict[str
     if not left:
         return None
 
-    def measure(model: Any) -> dict[str, float]:
+    def measure(model: LanguageModel) -> dict[str, float]:
         numbers: dict[str, float] = {}
         for name, settings in list(left.items()):
             try:
@@ -159,7 +167,9 @@ def watch(experiments: Mapping[str, Any], data: Any) -> Callable[[Any], dict[str
     return measure
 
 
-def _run(model: Any, data: Any, settings: Any, progress: Callable[[float], None] | None = None) -> Result | None:
+def _run(
+    model: LanguageModel, data: TextData | None, settings: Any, progress: Callable[[float], None] | None = None
+) -> Result | None:
     """The result of an experiment; None where it is left to another process."""
     run, share = home_of(settings).run, Share.here()
     if "share" in inspect.signature(run).parameters:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import inspect
 import types
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
@@ -39,8 +39,8 @@ MODEL: dict[str, Any] = {"n_layer": 3, "n_head": 4, "d_model": 32, "d_ff": 48, "
 
 # Small enough that a handful of segments fills and overfills every memory.
 SMALL: dict[str, Any] = {
-    "n_slot": 20, "n_token": 50, "d_key": 16, "top_k": 6, "write_budget": 5, "span": 2,
-    "n_working": 4, "n_stm": 8, "n_reminded_stm": 4, "n_reminded_ltm": 4, "search_depth": 2,
+    "n_slot": 20, "n_token": 50, "n_mode": 50, "d_key": 16, "top_k": 6, "write_budget": 5, "span": 2,
+    "n_working": 4, "n_stm": 8, "n_reminded_stm": 4, "n_reminded_ltm": 4, "search_depth": 2, "period": 2,
 }  # fmt: skip
 
 
@@ -49,6 +49,7 @@ def names() -> list[str]:
     return sorted(path.stem for path in (config_dir() / "memory").glob("*.yaml"))
 
 
+@functools.cache
 def nodes_of(name: str) -> Nodes:
     """The nodes of ``configs/memory/<name>.yaml``, its defaults included."""
     nodes = OmegaConf.to_container(compose([f"memory={name}"]).memory, resolve=True)
@@ -103,7 +104,7 @@ def builder_of(
             known = inspect.signature(cls).parameters
             split = [(*key.rpartition("."), value) for key, value in (memory or {}).items()]
             own = {key: value for of, _, key, value in split if key in known and of in ("", cls.__name__)}
-            constructors[name] = partial(cls, **((small(cls, settings) if shrink else settings) | own))
+            constructors[name] = functools.partial(cls, **((small(cls, settings) if shrink else settings) | own))
         sizes = {key: value for key, value in (MODEL | model).items() if key in accepted or key not in MODEL}
         make_model: Any = model_class  # whose constructors differ
         built = make_model(n_vocab, constructors, **sizes)

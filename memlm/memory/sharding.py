@@ -27,6 +27,7 @@ class SharedBank(Slots):
         rank: Rank and number of the processes over which the bank is sharded now; (0, 1) if it is whole.
     """
 
+    technical = frozenset({"shard"})
     n_slot: int
     over_ranks: bool = False
     shard: bool = False

@@ -41,6 +41,7 @@ class LanguageModel(nn.Module):
         memory: By name, the `Memory` modules of each memory: one per layer with memory, or one for all of them.
         memory_layers: Indices of the layers with memory.
         segment_len: Tokens per segment.
+        lookback: Tokens before a segment that its state carries, as writes need them.
         sizes: What memories are told of the model.
         tokenizer: What encodes and decodes text; set by `memlm.build`.
         config: The plain configuration the model was built from; set by `memlm.build`.
@@ -49,6 +50,7 @@ class LanguageModel(nn.Module):
     memory: Any  # nn.ModuleDict of nn.ModuleList of Memory, whose items torch types as bare modules
     memory_layers: list[int]
     segment_len: int
+    lookback: int
     sizes: Sizes
     tokenizer: Tokenizer
     config: dict[str, Any]
@@ -64,6 +66,10 @@ class LanguageModel(nn.Module):
 
     def init_state(self, n_row: int) -> Any:
         """State before any text."""
+        raise NotImplementedError
+
+    def bank_state(self) -> Any:
+        """A state of one row without context whose memories are the persistent banks themselves: to be read only."""
         raise NotImplementedError
 
     def new_context(self, state: Any, write: bool = True) -> Any:

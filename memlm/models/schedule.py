@@ -10,7 +10,7 @@ width, m cells of a memory before a segment, n behind it.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,13 +20,11 @@ from torch.utils.checkpoint import checkpoint
 from memlm.memory.contract import Context, Heads, Memory, Mixer, Read, Segment, Trace, join_reads, joined, mean_trace
 from memlm.memory.state import where_rows
 from memlm.models.grid import Grid, OpenSegment, lay_out
-from memlm.models.mixers import Done, LayerMixer, SegmentLayer, cells_of, heads_of
+from memlm.models.mixers import Done, LayerMixer, SegmentLayer, cells_of
+from memlm.models.stack import Stack
 from memlm.models.state import LocalState, ModelState
+from memlm.models.views import segment_of, stream_of
 from memlm.tensors import Host
-
-if TYPE_CHECKING:
-    from memlm.models.segments import SegmentModel
-
 
 WINDOW = 2**12
 """Tokens of a row that go through the layers together where no gradients are asked for, if a segment has fewer."""
@@ -73,7 +71,7 @@ def writes_within(module: Memory) -> bool:
     return module.around == "layer" and not module.needs.output
 
 
-def run(model: SegmentModel, grid: Grid, state: ModelState, how: How) -> Ran:
+def run(model: Stack, grid: Grid, state: ModelState, how: How) -> Ran:
     """All layers over one window of segments after the other, joined; see `at_once`.
 
     What is found does not depend on where windows begin. The definition, and the only way for some memories, is one
@@ -104,7 +102,7 @@ def run(model: SegmentModel, grid: Grid, state: ModelState, how: How) -> Ran:
     )
 
 
-def segments_at_once(model: SegmentModel) -> int | None:
+def segments_at_once(model: Stack) -> int | None:
     """Segments that layers may run over together; None for any number."""
     if not all(writes_within(modules[0]) for modules in model.memory.values()):
         return 1
@@ -113,7 +111,7 @@ def segments_at_once(model: SegmentModel) -> int | None:
     return None if torch.is_grad_enabled() else max(1, WINDOW // model.segment_len)
 
 
-def at_once(model: SegmentModel, grid: Grid, state: ModelState, how: How) -> Ran:
+def at_once(model: Stack, grid: Grid, state: ModelState, how: How) -> Ran:
     """All layers over the grid, one layer after the other for all segments."""
     return _Pass(model, grid, state, how).run()
 
@@ -123,13 +121,15 @@ class _Cells(NamedTuple):
 
     front: Tensor | None  # before each segment, (B, m, D)
     tail: Tensor | None  # behind it, (B, n, D)
+    tails: tuple[Tensor, ...] = ()  # what came out of those behind it, by layer
 
 
 class _StackMixer:
     """What the whole stack of layers does with one segment."""
 
-    def __init__(self, run: _Pass, tail: Tensor | None) -> None:
-        self.run, self.tail = run, tail
+    def __init__(self, run: _Pass, tail: Tensor | None, each_layer: bool) -> None:
+        self.run, self.enters, self.each_layer = run, tail, each_layer
+        self.tail: Tensor | None = None  # what came out of the cells behind the segment
 
     def __call__(self, x: Tensor, context: Context | None = None) -> Tensor:
         """See `Mixer`. Cells before those of the segment go through the layers with it."""
@@ -137,8 +137,10 @@ class _StackMixer:
             raise ValueError("a memory around the stack puts cells before a segment: a context is of one layer")
         m = x.shape[1] - self.run.grid.n_column
         own = x.to(self.run.embeddings.dtype)
-        stream, cells = self.run.layers(own[:, None, m:], _Cells(own[:, :m] if m else None, self.tail))
+        stream, cells = self.run.layers(own[:, None, m:], _Cells(own[:, :m] if m else None, self.enters))
         self.tail, y = cells.tail, stream[:, 0]
+        if self.each_layer and cells.tails:
+            self.tail = torch.stack(cells.tails, dim=2)
         return (y if cells.front is None else torch.cat([cells.front, y], dim=1)).to(x.dtype)
 
     def at(self, s: int) -> _StackMixer:
@@ -161,7 +163,7 @@ class _StackMixer:
 class _Pass:
     """One run of all layers over a grid."""
 
-    def __init__(self, model: SegmentModel, grid: Grid, state: ModelState, how: How) -> None:
+    def __init__(self, model: Stack, grid: Grid, state: ModelState, how: How) -> None:
         self.model, self.grid, self.local, self.how = model, grid, state.local, how
         self.lookback = model.lookback
         ids = torch.cat([self.local.ids[:, : self.lookback], grid.ids], dim=1)  # (B, C + N)
@@ -208,7 +210,7 @@ class _Pass:
         tail = None
         if module.needs.tail and self.how.write and any(self.grid.n_complete):
             tail = module.tail(module.prepare(self.begun(name, module, 0))).to(x.dtype)
-        mixer = _StackMixer(self, tail)
+        mixer = _StackMixer(self, tail, module.needs.each_layer)
         if self.how.closing and tail is None:
             y = x
         elif self.how.read:
@@ -236,6 +238,7 @@ class _Pass:
         for i, layer in enumerate(model.layers):
             if self.how.storing and i > last:
                 break
+            x, cells = self.entering(i, x, cells)
             contexts: tuple[Context, ...] = ()
             if cells.front is not None:
                 heads = layer.heads(cells.front)
@@ -253,18 +256,31 @@ class _Pass:
                 self.keep_output(i, x)
         return x, cells
 
+    def entering(self, i: int, x: Tensor, cells: _Cells) -> tuple[Tensor, _Cells]:
+        """What enters layer ``i``, of the stream (B, S, Q, D) and of cells: see `Memory.enter`."""
+        asks = [(name, modules[0]) for name, modules in self.memory_of("stack") if modules[0].needs.each_layer]
+        if not asks or not self.how.read:
+            return x, cells
+        name, module = asks[0]
+
+        def enter(part: Tensor | None) -> Any:
+            return None if part is None else module.enter(part.float(), self.prepared[f"{name}/0"], i).to(part.dtype)
+
+        return enter(x[:, 0])[:, None], cells._replace(front=enter(cells.front), tail=enter(cells.tail))
+
     def through(self, layer: SegmentLayer, mixer: LayerMixer, cells: _Cells, contexts: tuple[Context, ...]) -> _Cells:
         """The cells behind a layer. Those before a segment see each other; those behind it see all."""
-        front, tail = cells
+        front, tail, tails = cells
         if tail is not None:
             place = self.grid.segment_len + torch.arange(tail.shape[1], device=tail.device)
             seen = layer.seen(mixer.kept, self.grid)
             tail = cells_of(layer, tail, [*contexts, *seen], place)
             tail = tail + layer.feed_forward(tail)
+            tails = (*tails, tail)
         if front is not None:
             front = cells_of(layer, front, [])
             front = front + layer.feed_forward(front)
-        return _Cells(front, tail)
+        return _Cells(front, tail, tails)
 
     # --- a layer -------------------------------------------------------------------------------------------------
 
@@ -361,9 +377,12 @@ class _Pass:
     ) -> Segment:
         """What ``module`` may use of the grid. ``hidden`` and ``output`` include the model's lookback."""
         signals = self.how.signals
-        return segment_of(
+        segment = segment_of(
             self.model, module, self.local, self.grid, self.ids, self.embeddings, hidden, output, layer, tail, signals
         )
+        if not module.needs.nll:
+            return segment
+        return segment._replace(nll=nll_after(self.model, self.ids[:, self.lookback :], self.grid.valid[:, 0]))
 
     def fill(self, stream: str, place: int, x: Tensor) -> Tensor:
         """All cells of a stream, (B, C + N, D), of those that were computed, (B, S, Q, D)."""
@@ -401,49 +420,7 @@ class _Pass:
         )
 
 
-def stream_of(module: Memory) -> str:
-    """Which stream is `Segment.hidden` of a memory in a layer."""
-    return "mixed" if module.reads_beside else "input"
-
-
-def segment_of(
-    model: SegmentModel,
-    module: Memory,
-    local: LocalState,
-    grid: Grid,
-    ids: Tensor,
-    embeddings: Tensor,
-    hidden: Tensor,
-    output: Tensor | None = None,
-    layer: SegmentLayer | None = None,
-    tail: Tensor | None = None,
-    signals: dict[str, Tensor] | None = None,
-) -> Segment:
-    """What ``module`` may use of a grid. Token fields given include the model's lookback; its own may be shorter.
-
-    Memories work in 32 bits, whatever the model does.
-    """
-    needs = module.needs
-    skip = model.lookback - needs.lookback
-    before = grid.flags.continues[:, :1].expand(-1, needs.lookback)
-    return Segment(
-        ids=ids[:, skip:],
-        embeddings=embeddings[:, skip:].float(),
-        hidden=hidden[:, skip:].float(),
-        valid=torch.cat([before, grid.valid.flatten(1)], dim=1),
-        flags=grid.flags,
-        signals=None if signals is None else {name: signals[name] for name in needs.signals if name in signals},
-        lookback=needs.lookback,
-        columns=grid.columns,
-        surprise=_surprise(model, hidden, ids)[:, skip:] if needs.surprise else None,
-        output=None if output is None or not needs.output else output[:, skip:].float(),
-        heads=None if layer is None or not needs.heads else heads_of(layer, hidden[:, skip:].float(), hidden.dtype),
-        tail=None if tail is None else tail.float(),
-        nll=nll_after(model, ids[:, model.lookback :], grid.valid[:, 0]) if needs.nll else None,
-    )
-
-
-def nll_after(model: SegmentModel, ids: Tensor, valid: Tensor) -> Callable[[Tensor], Tensor]:
+def nll_after(model: Stack, ids: Tensor, valid: Tensor) -> Callable[[Tensor], Tensor]:
     """The next-token loss of one segment alone, ids (B, T), as a function of cells before it: see `Segment.nll`."""
 
     def nll(cells: Tensor) -> Tensor:
@@ -461,12 +438,3 @@ def nll_after(model: SegmentModel, ids: Tensor, valid: Tensor) -> Callable[[Tens
         return (nats * counts).sum(dim=1) / counts.sum(dim=1).clamp(min=1)
 
     return nll
-
-
-@torch.no_grad()
-def _surprise(model: SegmentModel, hidden: Tensor, ids: Tensor) -> Tensor:
-    """Nats of the token after each cell, predicted from ``hidden`` (B, L, D) as if by the last layer, (B, L)."""
-    following = ids.roll(-1, dims=1)[..., None]  # the last cell has none, and no slot
-    parts = zip(hidden.split(model.segment_len, dim=1), following.split(model.segment_len, dim=1), strict=True)
-    nats = [-model.head(model.norm(part)).log_softmax(dim=-1).gather(2, targets) for part, targets in parts]
-    return torch.cat(nats, dim=1)[..., 0].float()

@@ -7,23 +7,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
 from memlm.config import ConfigError, did_you_mean
-from memlm.store.operations import ExperienceModel
+from memlm.models.segments import SegmentModel
 from memlm.store.remembered import READ, Remembered
 
 _ANSWER = 24  # most tokens of an answer
-
-
 _END = re.compile(r"[.!?](?=\s|$)|(?<=\S)\s*\n")
-
-
 _SHORT = 120  # characters of a record that are shown whole
-
-
 HELP = """\
 A sentence (it ends in . or !) is told: it is stored. Anything else is asked: a question, or a sentence to complete.
   /clear           forget what was said in this context; memory stays
@@ -63,9 +57,9 @@ class Conversation:
         ConfigError: If the model has no such memory.
     """
 
-    def __init__(self, model: ExperienceModel) -> None:
+    def __init__(self, model: SegmentModel) -> None:
         model.list_memory(0)
-        self.model: Any = model
+        self.model = model
         self.context: list[int] = []
 
     def tell(self, text: str) -> list[int]:

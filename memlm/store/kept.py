@@ -1,16 +1,24 @@
-"""What a model keeps: records and the slots made of them."""
+"""What a model keeps: records and the slots made of them, in the persistent banks of its memories.
+
+Shapes: B rows (1 here), n slots, R origins.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import reprlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from memlm.config import ConfigError
+from memlm.memory.contract import Memory
 from memlm.memory.records import MANY, RecordKeeper, Records
 from memlm.memory.state import State
+from memlm.models.base import LanguageModel, placed
 
 
 class Kept(NamedTuple):
@@ -34,6 +42,22 @@ class Opened(NamedTuple):
 def plain(value: Any) -> Any:
     """Numbers and arrays of numpy and torch as those of Python."""
     return value.tolist() if isinstance(value, Tensor | np.ndarray | np.generic) else value
+
+
+def kept_of(model: LanguageModel, what: str) -> list[Kept]:
+    """The memory modules that keep records."""
+    found = [
+        Kept(label, name, number, reads, module)
+        for label, name, number, reads, module in placed(model)
+        if isinstance(module, RecordKeeper)
+    ]
+    if not found:
+        has = ", ".join(model.memory) or "none"
+        raise ConfigError(
+            f"{what}: no memory of this model keeps records (memory: {has}); build one whose memory "
+            "does (such as memory=ltm), or load its checkpoint"
+        )
+    return found
 
 
 def opened_of(kept: list[Kept], banks: Any) -> dict[str, Opened]:
@@ -72,3 +96,75 @@ def n_filled(kept: list[Kept]) -> int:
 def documents_of(module: RecordKeeper) -> list[int]:
     """Numbers of the documents that the bank holds something of."""
     return module.records(module.bank.state()).document.unique().tolist()
+
+
+def ids_of(kept: list[Kept]) -> list[int]:
+    """Ids of all records that hold a slot, in order."""
+    found: set[int] = set()
+    for part in kept:
+        found |= set(part.module.records(part.module.bank.state()).record.unique().tolist())
+    return sorted(found - {-1})
+
+
+def may_be_merged(number: int, kept: list[Kept]) -> bool:
+    """Whether a record that holds no slot of its own may be part of a merged one."""
+    records = [part.module.records(part.module.bank.state()) for part in kept]
+    return number < int(n_record_of(kept)) and any(bool(merged_from(found, [number]).any()) for found in records)
+
+
+def check_ids(asked: Iterable[Any], kept: list[Kept]) -> list[int]:
+    """The ids ``asked``; refuses those of which nothing is stored."""
+    n_record, numbers, stored = int(n_record_of(kept)), [], set(ids_of(kept))
+    for part in kept:
+        stored |= set(part.module.records(part.module.bank.state()).origins.unique().tolist())
+    for value in asked:
+        number = plain(value)
+        if type(number) is not int or not 0 <= number < n_record:
+            shown = reprlib.repr(value)
+            if n_record == 0:
+                raise ConfigError(f"there is no record {shown}: nothing is stored yet")
+            raise ConfigError(
+                f"there is no record {shown}: ids are whole numbers below {n_record} here; list_memory and "
+                "query_memory tell them"
+            )
+        numbers.append(number)
+        if number not in stored and MANY not in stored:
+            raise ConfigError(
+                f"record {number} is no longer stored: it was forgotten, or replaced by more important ones; "
+                "list_memory and query_memory tell what is"
+            )
+    return numbers
+
+
+def without(model: LanguageModel, gone: Callable[[Records], Tensor]) -> Any:
+    """A state with what is stored but for the slots that ``gone`` names of their `Records`."""
+
+    def forget(module: Memory, part: State) -> State:
+        return module.forget(part, gone(module.records(part))) if isinstance(module, RecordKeeper) else part
+
+    return model.map_memory(forget, model.init_state(1))
+
+
+def commit(model: LanguageModel, state: Any) -> None:
+    """Make the memories of ``state`` that keep records persistent; slots that changed hands were never used."""
+    for name, modules in model.memory.items():
+        for module, part in zip(modules, state.memory[name], strict=True):
+            if not isinstance(module, RecordKeeper):
+                continue
+            bank = module.bank.state()
+            same = module.records(bank).record == module.records(part).record
+            same = same & (module.places(bank) == module.places(part))
+            module.bank.commit(part)
+            module.bank.uses().mul_(same[0])
+
+
+@contextmanager
+def at_rest(model: LanguageModel) -> Iterator[None]:
+    """Without gradients and dropout."""
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(training)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import reprlib
 import zlib
@@ -21,53 +22,14 @@ from torch import Tensor
 
 from memlm.config import ConfigError
 from memlm.files import atomic_file, from_home
-from memlm.memory.state import State, from_dict, move, tensors, to_dict
-from memlm.store import memory_file
+from memlm.memory.records import RecordKeeper
+from memlm.memory.state import State, from_dict, move, n_byte, tensors, to_dict
+from memlm.models.base import LanguageModel
 from memlm.store.kept import Kept
 
-
-def flat(state: State) -> dict[str, Tensor]:
-    """Tensors of a state by the path of their field."""
-    found: dict[str, Tensor] = {}
-
-    def walk(plain: Any, path: str) -> None:
-        if isinstance(plain, Tensor):
-            found[path.removeprefix("/")] = plain
-        elif isinstance(plain, dict):
-            for name, part in plain.items():
-                walk(part, f"{path}/{name}")
-
-    walk(to_dict(state), "")
-    return found
-
-
-def restored(content: memory_file.MemoryFile, part: Kept) -> State:
-    """The bank of a module as the file holds it, on the module's device."""
-    like = part.module.init_state(1)
-    device = tensors(like)[0].device
-
-    def fill(plain: Any, path: str) -> Any:
-        if isinstance(plain, dict):
-            return {name: fill(value, f"{path}/{name}") for name, value in plain.items()}
-        if plain is None:
-            return None
-        return content.tensors[path]
-
-    return move(from_dict(fill(to_dict(like), part.name), like), device)
-
-
-def fingerprint(kept: list[Kept]) -> str:
-    """Of the weights of the memories."""
-    digest = hashlib.sha256()
-    for part in kept:
-        for parameter in part.module.parameters():
-            digest.update(parameter.detach().float().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
-
+log = logging.getLogger(__name__)
 
 FORMAT = "memlm.memory.2"
-
-
 """Changes when old files can no longer be read."""
 
 
@@ -204,3 +166,91 @@ def check(content: MemoryFile, path: str | os.PathLike[str], geometry: dict[str,
                 f"{path} is the memory of another model: {name} is {there} there and {mine.get(part, 'absent')} here; "
                 "load it into a model of the same memory, scope, d_model and tokenizer"
             )
+
+
+def flat(state: State) -> dict[str, Tensor]:
+    """Tensors of a state by the path of their field."""
+    found: dict[str, Tensor] = {}
+
+    def walk(plain: Any, path: str) -> None:
+        if isinstance(plain, Tensor):
+            found[path.removeprefix("/")] = plain
+        elif isinstance(plain, dict):
+            for name, part in plain.items():
+                walk(part, f"{path}/{name}")
+
+    walk(to_dict(state), "")
+    return found
+
+
+def restored(content: MemoryFile, part: Kept) -> State:
+    """The bank of a module as the file holds it, on the module's device."""
+    like = part.module.init_state(1)
+    device = tensors(like)[0].device
+
+    def fill(plain: Any, path: str) -> Any:
+        if isinstance(plain, dict):
+            return {name: fill(value, f"{path}/{name}") for name, value in plain.items()}
+        if plain is None:
+            return None
+        return content.tensors[path]
+
+    return move(from_dict(fill(to_dict(like), part.name), like), device)
+
+
+def fingerprint(kept: list[Kept]) -> str:
+    """Of the weights of the memories."""
+    digest = hashlib.sha256()
+    for part in kept:
+        for parameter in part.module.parameters():
+            digest.update(parameter.detach().float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def geometry(model: LanguageModel, kept: list[Kept]) -> dict[str, str]:
+    """Type and shape of all that a file of the memory holds, the model's width, and the scopes of the memories."""
+    scopes = ", ".join(f"{part.name} {part.module.scope}" for part in kept)
+    fields = {"d_model": str(model.sizes.d_model), "scope": scopes}
+    for part in kept:
+        fresh = part.module.init_state(1)
+        holds = flat(fresh) | {"uses": part.module.filled(fresh)[0].long()}
+        fields |= {f"{part.name}/{name}": describe(tensor) for name, tensor in holds.items()}
+    return fields
+
+
+def banks_of_file(
+    model: LanguageModel, path: str | os.PathLike[str], kept: list[Kept]
+) -> tuple[MemoryFile, dict[str, State]]:
+    """A file for this model, and the banks in it by name; refuses what no text can have led to."""
+    most = 2**30 + 4 * sum(n_byte(part.module.init_state(1)) for part in kept)  # far above, but there is an end
+    content = read(path, most)
+    check(content, path, geometry(model, kept), model.tokenizer.fingerprint())
+    banks = {part.name: restored(content, part) for part in kept}
+    for part in kept:
+        try:
+            _check_bank(model, part.module, banks[part.name], content.tensors[f"{part.name}/uses"])
+        except ValueError as error:
+            raise ConfigError(
+                f"{path} cannot be read: {part.name} holds what no text can have written ({error}); "
+                "save the memory again"
+            ) from error
+    if len({int(part.module.records(banks[part.name]).n_record) for part in kept}) > 1:
+        raise ConfigError(
+            f"{path} cannot be read: other numbers of records were written in one layer than in another; save the "
+            "memory again"
+        )
+    if content.weights != fingerprint(kept):
+        log.warning(
+            "%s was written by a model with other weights: what it holds may be read badly, or not at all", path
+        )
+    return content, banks
+
+
+def _check_bank(model: LanguageModel, module: RecordKeeper, bank: State, uses: Tensor) -> None:
+    """`Memory.check`, and what the memory does not know: the vocabulary, and how often slots were shown."""
+    module.check(bank)
+    tokens, filled = module.tokens(bank), module.filled(bank)[0].to(uses.device)
+    if tokens is not None and bool((tokens >= len(model.head_weight)).any()):
+        raise ValueError("the id of a token is not in the vocabulary")
+    if bool(((uses < 0) | (uses > 2**32) | ((uses > 0) & ~filled)).any()):
+        raise ValueError("uses are out of range, or of a slot that is empty")

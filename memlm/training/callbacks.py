@@ -228,8 +228,9 @@ class DuringTraining(Callback):
         if (batch_idx + 1) % self.every:
             return
         pause = self.clock.paused() if self.clock is not None else contextlib.nullcontext()
-        with pause, module.whole_banks(), module.whole_layers():  # type: ignore[operator]
-            numbers = {name: float(value) for name, value in self.run(module.model).items()}  # type: ignore[operator, arg-type]
+        training: Any = module  # a LanguageModeling
+        with pause, training.banks.whole(training.device), training.dealt.whole(training.device):
+            numbers = {name: float(value) for name, value in self.run(training.model).items()}
         if not numbers:
             return
         for name, value in numbers.items():

@@ -245,7 +245,7 @@ def check_sources(model: LanguageModel) -> None:
         names = ", ".join(model.memory) or "none"
         raise ConfigError(
             f"replay.policy=retrieved replays the text of the slots that are read, but no memory of this model "
-            f"({names}) says which text its slots hold: use memory=ltm or memory=dual, or replay=reservoir"
+            f"({names}) says which text its slots hold: choose one that does (such as memory=ltm), or replay=reservoir"
         )
 
 
@@ -281,6 +281,12 @@ def retrieved(model: LanguageModel, before: Any, after: Any, reads: Mapping[str,
         held = same & (weight > 0)
         found.append(Read(tokens[held].cpu(), weight[held].cpu()))
     return found
+
+
+def weightless(batch: Batch) -> Batch:
+    """The first row of a batch, in which nothing counts in the loss."""
+    first: dict[str, Any] = {name: part[:1] for name, part in batch._asdict().items() if isinstance(part, Tensor)}
+    return batch._replace(**first | {"weight": torch.zeros_like(first["weight"])})
 
 
 def build_replay(config: Mapping[str, Any]) -> Replay | None:

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import csv
 import errno
 import fcntl
 import io
 import itertools
 import json
 import os
-import re
 import stat
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,8 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from memlm.checkpoint import FOLDER, checkpoints, find, read
-from memlm.config import ConfigError
-from memlm.files import ERROR, atomic_file, open_regular, read_json, remove_leftovers
+from memlm.config import ConfigError, target_of
+from memlm.files import ERROR, atomic_file, read_json, remove_leftovers
 from memlm.printed import printable
 
 if TYPE_CHECKING:
@@ -31,15 +29,12 @@ _SAME = ("model", "memory", "data", "curriculum", "training", "replay", "seed")
 _SAME_TRAINER = ("accumulate_grad_batches", "gradient_clip_val", "gradient_clip_algorithm")
 # Where the text is: which text it is its hash tells, see `check_text`.
 _PLACES = ("data.path", "data.name", "data.corpus.path", "data.corpus.name")
-# Settings of these that say how something is computed, not what.
-_FREE = ("data.n_worker", "model.gradient_checkpointing", "training.compile", "memory.ltm.shard")
+# Settings of these that say how something is computed, not what; see also `Memory.technical`.
+_TECHNICAL = ("data.n_worker", "model.gradient_checkpointing", "training.compile")
 # Settings that no two jobs of a sweep differ in if they are the same: where files go, and what is gone on with.
 _ASIDE = ("paths", "logger", "resume")
 _ASIDE_TRAINER = ("max_time",)
 _FINISHED = "finished.json"  # of a run that is trained and measured: its settings, and what it returned
-_EARLIER = "earlier-{}.csv"  # what was logged before a run was resumed, oldest first
-_STEP = re.compile(r"[0-9]{1,18}")
-_IS_EARLIER = re.compile(r"earlier-(\d{1,9})")
 
 
 class Origin(NamedTuple):
@@ -212,48 +207,6 @@ def check_text(origin: Origin, data: TextData) -> None:
         )
 
 
-def keep_earlier_history(run: Path, origin: Origin) -> None:
-    """Copy what was logged before the checkpoint into the run that goes on."""
-    sources = history_files(origin.run)
-    if sources and run.resolve() == origin.run.resolve():  # at once: a run killed in between would have it twice
-        sources.append(sources.pop().replace(run / "csv" / _EARLIER.format(len(sources))))
-    for i, source in enumerate(sources):
-        columns, rows = _logged(source)
-        with atomic_file(run / "csv" / _EARLIER.format(i)) as target:
-            lines = [columns, *([row[c] for c in columns] for row in rows if int(row["step"]) < origin.step)]
-            target.write("".join(",".join(_quoted(cell) for cell in line) + "\n" for line in lines).encode())
-
-
-def _logged(path: Path) -> tuple[list[str], list[dict[str, str]]]:
-    """The columns and whole lines of a file of what was logged."""
-    with open_regular(path) as binary, io.TextIOWrapper(binary, newline="", encoding="utf-8") as file:
-        reader = csv.DictReader(file)
-        try:
-            columns = list(reader.fieldnames or [])
-            # A process that was killed may have left half a line.
-            rows = [
-                row for row in reader if None not in (*row, *row.values()) and _STEP.fullmatch(row.get("step") or "")
-            ]
-        except (UnicodeDecodeError, csv.Error) as error:
-            raise ConfigError(
-                f"{path} cannot be read: it is damaged ({error}); remove it to go on without it"
-            ) from error
-    return columns, rows
-
-
-def history_files(run: Path) -> list[Path]:
-    """What a run and those it went on from have logged, oldest first."""
-    folder = run / "csv"
-    earlier = {int(found[1]): file for file in folder.glob("*.csv") if (found := _IS_EARLIER.fullmatch(file.stem))}
-    return [*(earlier[i] for i in sorted(earlier)), *folder.glob("metrics.csv")]
-
-
-def _quoted(cell: str | None) -> str:
-    """A cell of a CSV file."""
-    cell = cell or ""
-    return '"' + cell.replace('"', '""') + '"' if any(c in cell for c in ',"\n\r') else cell
-
-
 def _content(path: Path, peek: bool = False) -> dict[str, Any]:
     """What a checkpoint holds, if it has a state of training."""
     content = read(path, peek)
@@ -403,7 +356,8 @@ def _same_run(config: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
 
 def _differences(config: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
     """Settings in which two configurations are not the same run."""
-    ours, theirs = _what(config), _what(other)
+    aside = {*_TECHNICAL, *_PLACES, *_technical_of_memories(config)}
+    ours, theirs = ({k: v for k, v in _what(part).items() if k not in aside} for part in (config, other))
     keys = sorted(set(ours) | set(theirs))
     return [
         f"{key} is {ours.get(key)!r} here, {theirs.get(key)!r} there"
@@ -420,7 +374,16 @@ def _what(config: Mapping[str, Any]) -> dict[str, Any]:
         | {"replay": config.get("replay") or {}}
         | {"trainer": {key: trainer.get(key) for key in _SAME_TRAINER}}
     )
-    return {key: value for key, value in _flat(parts).items() if key not in (*_FREE, *_PLACES)}
+    return _flat(parts)
+
+
+def _technical_of_memories(config: Mapping[str, Any]) -> set[str]:
+    """Full names of the settings that say how a memory is computed, as its class tells."""
+    return {
+        f"memory.{name}.{setting}"
+        for name, node in config["memory"].items()
+        for setting in getattr(target_of(node, f"memory.{name}"), "technical", ())
+    }
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:

@@ -120,8 +120,8 @@ def _check_tensor(where: str, part: Any, like: Tensor, finite: bool = True) -> N
 
 
 def _check_optimizer(content: Mapping[str, Any], model: Any, training: Mapping[str, Any], step: int) -> None:
-    """AdamW and its schedule, see `LanguageModeling.configure_optimizers`; parameters are numbered by place."""
-    from memlm.training.module import decay_groups
+    """AdamW and its schedule, see `memlm.training.optimizer`; parameters are numbered by place."""
+    from memlm.training.optimizer import decay_groups
 
     states, schedules = content["optimizer_states"], content.get("lr_schedulers")
     for name, parts in (("optimizer_states", states), ("lr_schedulers", schedules)):

@@ -21,8 +21,8 @@ from memlm.checkpoint import checkpoints, load_run, read
 from memlm.compose import compose, config_dir, to_dict
 from memlm.config import ConfigError
 from memlm.evaluation import runner
+from memlm.training.logged import history_files
 from memlm.training.replay import Replay, build_replay
-from memlm.training.resume import history_files
 from memlm.training.settings import Training, build_training, plan_steps
 from tests.training.small import curve, fit, overrides
 from tests.training.test_fit import records

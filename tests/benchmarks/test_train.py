@@ -99,7 +99,7 @@ def test_empty_bank_is_no_evidence(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("name", ["none", "ltm"])
 def test_step_is_that_of_the_trainer(name: str) -> None:
     """One step equals the same written plainly: mean loss over all targets, clip at 1, our AdamW."""
-    from memlm.training.module import decay_groups
+    from memlm.training.optimizer import decay_groups
 
     tiny = setup()
     candidate, twin = candidates.Candidate(name, tiny), candidates.Candidate(name, tiny)

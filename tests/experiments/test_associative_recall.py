@@ -13,6 +13,7 @@ from memlm.config import ConfigError
 from memlm.data.curriculum import Curriculum
 from memlm.data.stream import TrainingBatches
 from memlm.data.tasks.mqar import MQAR
+from memlm.data.tasks.pairs import Pairs
 from memlm.data.tasks.sorting import Sorting
 from memlm.evaluation.result import Result
 from memlm.evaluation.share import ALONE, Share
@@ -155,17 +156,72 @@ def test_rates_intervals_and_suffixes_by_hand():
                 "across": across, "correct": correct, "nll": 2.0 * correct}  # fmt: skip
 
     rows = [row("on", True, True)] * 3 + [row("on", True, False), row("on", False, True), row("off", True, False)]
-    metrics = summarise(rows)
+    metrics = summarise(rows, 512)
     assert (metrics["accuracy/on"], metrics["n/on"], metrics["nll/on"]) == (0.75, 4, 1.5)
     assert (metrics["low/on"], metrics["high/on"]) == pytest.approx((0.3006, 0.9544), abs=1e-4)
     assert (metrics["accuracy_inside/on"], metrics["n_inside/on"]) == (1.0, 1)
     assert "accuracy_inside/off" not in metrics
     assert (metrics["chance"], metrics["chance_told"]) == (0.02, 0.5)
-    two = summarise([*rows, row("on", True, False, n_pair=5)])
+    two = summarise([*rows, row("on", True, False, n_pair=5)], 512)
     assert two["accuracy/on"] == two["accuracy/on/5"] == 0.0
     assert two["accuracy/on/2"] == 0.75
     assert two["chance_told"] == 0.2
-    assert summarise([]) == {}
+    assert (metrics["state_bytes"], metrics["held/on"], metrics["pairs_per_kb/on"]) == (512, 0, 0)
+    assert summarise([], 512) == {}
+
+
+def answers(n_pair, on, **controls):
+    """100 answers under each condition, of which so many are right."""
+    right = {"on": on, **dict.fromkeys(("off", "wiped", "swapped", "unseen"), 0)} | controls
+    return [
+        {"condition": name, "n_pair": n_pair, "document": i, "pair": 0, "gap": 4, "n_value": 50, "across": True,
+         "correct": i < k, "nll": 0.0}
+        for name, k in right.items() for i in range(100)
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("rows", "held", "strict"),
+    # By hand: the interval of 90 of 100 begins at 83 %, that of 97 at 91.5 %.
+    [
+        (answers(1, 100, unseen=100) + answers(2, 97) + answers(4, 90) + answers(8, 89), 4, 2),
+        (answers(1, 100) + answers(2, 80) + answers(4, 93), 4, 1),  # the largest, whatever lies below
+        (answers(1, 100, off=97) + answers(2, 100, wiped=97) + answers(4, 100, swapped=97), 0, 0),  # it is not memory
+        (answers(1, 89), 0, 0),
+        (answers(1, 100, unseen=100) + answers(2, 60), 1, 1),  # the only value told is right whatever is asked
+        (answers(16, 100), 16, 16),
+    ],
+)
+def test_pairs_are_held_from_90_percent_on_and_above_the_controls(rows, held, strict):
+    metrics = summarise(rows, 512)
+    assert (metrics["held/on"], metrics["held_strict/on"]) == (held, strict)
+    assert metrics["pairs_per_kb/on"] == 2 * held
+    assert metrics["censored/on"] == (held == rows[-1]["n_pair"])
+    assert np.isnan(summarise(rows, 0)["pairs_per_kb/on"])
+
+
+@pytest.mark.parametrize("n_held", [0, 3, 8])
+def test_a_memory_of_few_pairs_holds_so_many(n_held):
+    class Holds(Remembers):
+        def find(self, key, memory):
+            told = [i for i in range(0, len(memory), 2) if memory[i] != task.blank][:n_held]
+            return next((memory[i + 1] for i in told if memory[i] == key), 0)
+
+    data = symbol_data(100, Pairs)
+    task = data.task
+    result = run(Holds(102, SEGMENT_LEN), data, AssociativeRecall(n_pair=[1, 2, 4, 8, 16], n_token=64, n_document=30))
+    held = [n for n in (1, 2, 4, 8) if n <= n_held]
+    assert result.metrics["held/on"] == max(held, default=0)
+    assert result.metrics["state_bytes"] == 256
+    assert all(row["across"] for row in result.rows)
+    assert {row["gap"] // SEGMENT_LEN for row in result.rows} >= {0, 1, 2, 3}
+    for n_pair in (1, 2, 4, 8, 16):
+        assert result.metrics[f"n/on/{n_pair}"] == 30 * n_pair
+        rate = result.metrics[f"accuracy/on/{n_pair}"]
+        assert rate >= min(n_held / n_pair, 1) - 1e-9  # told keys may come again in later segments, with their values
+    (entry, *_) = result.metadata["headline"]
+    assert entry["metric"] == "held/on"
+    assert "pairs held at 90 %" in plot(result)["accuracy_by_pairs"].axes[0].get_title(loc="left")
 
 
 def test_documents_of_evaluation_are_none_of_training(data):
@@ -225,8 +281,8 @@ def test_several_processes_find_what_one_does(data):
 def test_headline_names_metrics_that_are_there_and_its_controls(data):
     result = run(Remembers(402, SEGMENT_LEN), data, AssociativeRecall([3, 12], 64, 4))
     headline = result.metadata["headline"]
-    assert headline[0]["metric"] == "accuracy/on"
-    assert not headline[0]["control"]
+    assert headline[0]["metric"] == "held/on"
+    assert "accuracy/on" in {entry["metric"] for entry in headline if not entry["control"]}
     for entry in headline:
         assert all(entry[key] is None or entry[key] in result.metrics for key in ("metric", "low", "high", "n"))
     controls = {entry["metric"] for entry in headline if entry["control"]}

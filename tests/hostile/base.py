@@ -191,6 +191,8 @@ def _child(case: Case, folder: Path) -> None:
     code = 1
     try:
         os.setsid()  # so that all that it starts can be ended with it
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background, or under nohup, they are ignored
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
         out = os.open(folder / PRINTED, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         os.dup2(out, 1)

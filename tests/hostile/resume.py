@@ -50,7 +50,9 @@ def _place(change: Change) -> tuple[Path, dict[str, Any]]:
     content = read(source / "step=5.ckpt")
     change(content)
     write(content, run / "checkpoints" / "step=5.ckpt")
-    return run, settings | {"paths": settings["paths"] | {"run_dir": str(Path.cwd() / "new")}}
+    new = str(Path.cwd() / "new")
+    csv = settings["logger"]["csv"] | {"save_dir": new}
+    return run, settings | {"paths": settings["paths"] | {"run_dir": new}, "logger": {"csv": csv}}
 
 
 def _changed(name: str, change: Change) -> Case:
@@ -205,9 +207,10 @@ def _states() -> dict[str, Change]:
             f"{name} no tensor": _put("state_dict", name, value="x"),
         }
     for field in ("ids", "n_open", "position", "streams", "continues"):
+        place = ("streams", "mixed") if field == "streams" else (field,)
         found |= {
             f"carried {field} of another shape": _put(*local, field, value=torch.zeros(2, 3, 5, 7)),
-            f"carried {field} of another type": _put(*local, field, value=lambda part: part.to(torch.float64)),
+            f"carried {field} of another type": _put(*local, *place, value=lambda part: part.to(torch.float64)),
             f"no carried {field}": _drop(*local, field),
         }
     found |= {

@@ -252,4 +252,4 @@ def test_only_a_memory_around_the_stack_may_run_the_model() -> None:
 @pytest.mark.parametrize("law", [laws.alive, laws.chunk_invariant, laws.contexts, laws.reach])
 def test_laws_hold_beside_a_memory_in_a_layer(law: Callable[[laws.Make], None]) -> None:
     make = laws.builder({**laws.nodes_of("gradmem"), **laws.nodes_of("delta")})
-    law(lambda memory=None, **model: make(memory={"n_step": 1, "rate": 3.0} | (memory or {}), **model))
+    law(lambda memory=None, **model: make(memory={"n_step": 1, "GradientMemory.rate": 3.0} | (memory or {}), **model))

@@ -22,6 +22,7 @@ from memlm.config import ConfigError
 from memlm.data.tokenizer import Tokenizer, train_tokenizer
 from memlm.memory.records import MANY
 from memlm.store import memory_file
+from memlm.store.passages import passages_of
 from tests.experiments.tiny import MEMORIES, tiny
 
 T = 64
@@ -112,7 +113,7 @@ def test_a_sentence_without_end_is_cut_in_a_time_that_grows_with_its_length(
 ) -> None:
     model, ids, begun = build(tokenizer), list(range(2_000_000)), time.perf_counter()
     monkeypatch.setattr(type(tokenizer), "encode_batch", lambda _, texts: [ids for _ in texts])
-    passages = list(model._passages("x"))
+    passages = list(passages_of(model, "x"))
     assert list(itertools.chain.from_iterable(passages)) == ids
     assert {len(passage) for passage in passages} == {T}
     assert time.perf_counter() - begun < 5  # copying the rest for each passage would take minutes

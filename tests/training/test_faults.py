@@ -15,7 +15,7 @@ from memlm.config import ConfigError
 from memlm.data.stream import TrainingBatches
 from memlm.memory.state import tensors
 from memlm.training import fit as fit_module
-from memlm.training import loggers, resume
+from memlm.training import logged, loggers
 from memlm.training.module import LanguageModeling
 from memlm.training.resume import find_origin
 from scripts.survival import differences
@@ -72,7 +72,7 @@ def test_other_processes_than_before_have_all_rows_and_windows(before: int, afte
 
     def look(module: LanguageModeling, batch: Any) -> None:
         if batch.step == 4:
-            content = {"rows": list(tensors(module._state)), "ids": batch.ids, "bank": module.model.state_dict()}
+            content = {"rows": list(tensors(module.carried.state)), "ids": batch.ids, "bank": module.model.state_dict()}
             content["windows"] = [window.ids for window in module.replay.windows]  # type: ignore[union-attr]
             torch.save(content, tmp_path / f"{module.global_rank}.pt")
 
@@ -194,7 +194,7 @@ def test_a_run_killed_while_it_takes_over_its_own_log_logs_nothing_twice(
 ) -> None:
     fit_until_killed(config(tmp_path, "a"), step=8)
     settings = config(tmp_path, "a", f"resume={tmp_path / 'a'}")  # in its own directory
-    original = resume.keep_earlier_history
+    original = logged.keep_earlier_history
 
     def killed(*arguments: Any) -> None:
         original(*arguments)

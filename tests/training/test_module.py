@@ -17,7 +17,10 @@ from memlm.memory import state as states
 from memlm.memory.ltm import LongTermMemory
 from memlm.training import fit as fit_module
 from memlm.training import loss
-from memlm.training.module import LanguageModeling, NonFiniteLoss, decay_groups, memory_settings
+from memlm.training.finite import NonFiniteLoss
+from memlm.training.memory_settings import memory_settings
+from memlm.training.module import LanguageModeling
+from memlm.training.optimizer import decay_groups
 from memlm.training.settings import Training
 from tests.training.small import FACTS, PLAIN, SHORT, config, curve, fit
 
@@ -287,7 +290,7 @@ def test_training_steps_write_the_shared_bank(phase: dict[str, Any], tmp_path: P
     def before_step(module: LanguageModeling, batch: Any) -> None:
         bank = module.model.memory["ltm"][0]
         banks.append((bank.bank.n_record.item(), bank.bank.key.clone()))
-        states_seen.append(module._state)
+        states_seen.append(module.carried.state)
 
     cfg = config(tmp_path, "a", "memory.ltm.scope=shared", "trainer.max_steps=5", phases=[phase])
     _, module, _rows = fit(cfg, before_step=before_step)
@@ -398,7 +401,7 @@ def test_compiled_training_is_the_same_and_keeps_its_keys(
     assert list(curve(rows).values()) == pytest.approx(list(curve(whole).values()), abs=1e-4)
     keys = [set(read(checkpoints(tmp_path / run)[-1])["state_dict"]) for run in "ab"]
     assert keys[0] == keys[1]
-    assert module._compiled is None
+    assert module.objective.compiled is None
     memlm.load(tmp_path / "b")
 
 
@@ -426,8 +429,8 @@ def test_memories_are_consolidated_every_so_many_steps(
     def look(module: LanguageModeling, batch: Any) -> None:
         if scope == "shared":
             carried[batch.step] = module.model.memory["ltm"][0].bank.first(1)
-        elif module._state is not None:
-            carried[batch.step] = module._state.memory["ltm"][0]
+        elif module.carried.state is not None:
+            carried[batch.step] = module.carried.state.memory["ltm"][0]
 
     settings = [f"memory.ltm.scope={scope}", "training.consolidate_every=2", "trainer.max_steps=6"]
     _, _, rows = fit(config(tmp_path, "a", *settings, phases=[FACTS | {"n_window": 5}]), before_step=look)

@@ -10,9 +10,9 @@ from memlm.analysis.run_log import read_history
 from memlm.checkpoint import checkpoints, read_plain
 from memlm.config import ConfigError
 from memlm.data.stream import Batch
+from memlm.training.logged import history_files
 from memlm.training.module import LanguageModeling
 from memlm.training.replay import Read, Replay
-from memlm.training.resume import history_files
 from tests.training.small import FACTS, PLAIN, SHORT, config, curve, fit, fit_until_killed
 
 
@@ -215,7 +215,7 @@ def test_replayed_rows_are_trained_and_leave_no_trace_in_memory(
 
         def look(module: LanguageModeling, batch: Batch, seen: list[Any] = seen) -> None:
             bank = getattr(module.model.memory["ltm"][0].bank, "key", torch.zeros(()))
-            seen.append((module._state, bank.clone()))
+            seen.append((module.carried.state, bank.clone()))
             if module.replay is not None and len(module.replay):
                 totals.append(_naive(module, batch))
 
@@ -241,15 +241,15 @@ def test_replayed_rows_are_trained_and_leave_no_trace_in_memory(
 
 def _naive(module: LanguageModeling, batch: Batch) -> tuple[float, float]:
     """The loss of a step, and the mean over the weights of its rows and of those replayed, each row by itself."""
-    before = module._state, module.replay.state_dict()  # type: ignore[union-attr]
+    before = module.carried.state, module.replay.state_dict()  # type: ignore[union-attr]
     banks = {name: buffer.clone() for name, buffer in module.model.named_buffers()}
     drawn = module.replay.draw(batch)  # type: ignore[union-attr]
     assert drawn is not None
     model, total, weights, extra = module.model, 0.0, 0.0, 0.0
     with torch.no_grad():
-        for part, state in ((batch, None if batch.fresh else module._state), (drawn[0], None)):
+        for part, state in ((batch, None if batch.fresh else module.carried.state), (drawn[0], None)):
             if state is not None:
-                state = module._with_banks(state)
+                state = module.banks.put_in(state)
             out = model(part.ids, state=state, reset=part.reset, breaks=part.breaks, mask=part.mask)
             weight = part.weight * torch.where(part.answer, module.settings.answer_weight, 1.0)
             nll = F.cross_entropy(out.logits.flatten(0, 1), part.targets.flatten(), reduction="none")
@@ -257,7 +257,7 @@ def _naive(module: LanguageModeling, batch: Batch) -> tuple[float, float]:
             weights += float(weight.sum())
             extra += sum(float(value) for value in model.memory["ltm"][0].losses(out.trace["ltm"], nll).values())
         loss = float(module._loss(batch))
-    module._state = before[0]
+    module.carried.state = before[0]
     module.replay.load_state_dict(before[1])  # type: ignore[union-attr]
     for name, buffer in model.named_buffers():
         buffer.copy_(banks[name])
@@ -291,8 +291,8 @@ def test_the_memory_says_what_is_replayed(scope: str, phase: dict[str, Any], tmp
     def look(module: LanguageModeling, batch: Batch) -> None:
         replay, model = module.replay, module.model
         assert replay is not None
-        state = None if batch.fresh else module._state
-        state = model.init_state(len(batch.ids)) if state is None else module._with_banks(state)
+        state = None if batch.fresh else module.carried.state
+        state = model.init_state(len(batch.ids)) if state is None else module.banks.put_in(state)
         banks.append(state.memory["ltm"][0])
         read, n = naive_reads(module, state, batch), len(state.memory["ltm"][0].tokens[0, 0])
         score = []

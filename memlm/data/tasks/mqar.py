@@ -37,12 +37,14 @@ class Recall(NamedTuple):
         tokens: Token ids, (N,).
         key: Token id of the key of each pair, in the order of telling, (P,).
         value: Token id of its value, (P,).
-        place: Place of the question for it, (P,). Its key was told at 2 * pair; its answer stands at place + 1.
+        told: Place where its key was told, (P,).
+        place: Place of the question for it, (P,); its answer stands at place + 1.
     """
 
     tokens: np.ndarray
     key: np.ndarray
     value: np.ndarray
+    told: np.ndarray
     place: np.ndarray
 
 
@@ -93,11 +95,29 @@ class MQAR:
         Raises:
             ConfigError: If pairs and questions do not fit, a pair would be cut by a segment, or symbols are too few.
         """
-        if n_pair < 1 or 4 * n_pair > n_token:
+        if 4 * n_pair > n_token:
             raise ConfigError(
-                f"{n_pair} pairs and their questions need {4 * n_pair} tokens and at least 1 pair, but a document has "
-                f"{n_token}: change n_pair, or the segments of a document"
+                f"{n_pair} pairs and their questions need {4 * n_pair} tokens, but a document has {n_token}: change "
+                "n_pair, or the segments of a document"
             )
+        key, value = self.choose(rng, n_pair, segment_len)
+        n_place = n_token // 2 - n_pair
+        chance = np.arange(1, n_place + 1) ** (self.power_a - 1)
+        place = 2 * (n_pair + rng.choice(n_place, size=n_pair, replace=False, p=chance / chance.sum()))
+        told = 2 * np.arange(n_pair)
+        tokens = rng.choice(self.symbols, size=n_token)
+        for at in (told, place):
+            tokens[at], tokens[at + 1] = key, value
+        return Recall(tokens, key, value, told, place)
+
+    def choose(self, rng: np.random.Generator, n_pair: int, segment_len: int) -> tuple[np.ndarray, np.ndarray]:
+        """Keys and values of the pairs of a document, (P,) each.
+
+        Raises:
+            ConfigError: If there is no pair, a pair would be cut by a segment, or symbols are too few.
+        """
+        if n_pair < 1:
+            raise ConfigError(f"a document needs at least 1 pair, got n_pair={n_pair}")
         if segment_len % 2:
             raise ConfigError(f"pairs must not be cut: model.segment_len must be even for this task, got {segment_len}")
         if n_pair > len(self.keys):
@@ -106,11 +126,4 @@ class MQAR:
                 "larger data.corpus.n_symbol"
             )
         key = rng.choice(self.keys, size=n_pair, replace=False)
-        value = rng.choice(self.values, size=n_pair, replace=False)
-        n_place = n_token // 2 - n_pair
-        chance = np.arange(1, n_place + 1) ** (self.power_a - 1)
-        place = 2 * (n_pair + rng.choice(n_place, size=n_pair, replace=False, p=chance / chance.sum()))
-        tokens = rng.choice(self.symbols, size=n_token)
-        tokens[0 : 2 * n_pair : 2], tokens[1 : 2 * n_pair : 2] = key, value
-        tokens[place], tokens[place + 1] = key, value
-        return Recall(tokens, key, value, place)
+        return key, rng.choice(self.values, size=n_pair, replace=False)

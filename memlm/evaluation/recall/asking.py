@@ -26,12 +26,13 @@ from memlm.data.tasks.makers import Fact
 from memlm.evaluation.recall.haystack import Document
 from memlm.evaluation.recall.reading import device_of, is_shared
 from memlm.evaluation.result import Row
+from memlm.models.base import LanguageModel
 
 _Asked = list[tuple[int, Sequence[Fact]]]  # by row of a state: number of a document, and facts to ask for
 
 
 def ask(
-    model: Any,
+    model: LanguageModel,
     state: Any,
     documents: Sequence[Document],
     unseen: Sequence[Sequence[Fact]],
@@ -140,7 +141,7 @@ def question(facts: Sequence[Any]) -> tuple[Tensor, Tensor]:
 
 
 def answer(
-    model: Any,
+    model: LanguageModel,
     state: Any,
     facts: Sequence[Fact],
     read: bool = True,

@@ -12,6 +12,7 @@ from torch import Tensor
 from memlm.analysis.usage import banks
 from memlm.evaluation.recall.haystack import Document
 from memlm.evaluation.share import ALONE, Share
+from memlm.models.base import LanguageModel
 
 _WINDOW = 16  # segments read per call
 
@@ -31,21 +32,21 @@ class Consolidation:
         self.every = every
         self.merged = torch.tensor(0)
 
-    def __call__(self, model: Any, state: Any, turn: int) -> Any:
+    def __call__(self, model: LanguageModel, state: Any, turn: int) -> Any:
         """The state with consolidated memories; ``turn`` is how often that was done before."""
         new = model.map_memory(lambda module, part: module.consolidate(part, turn=turn)[0], state)
         self.merged = self.merged + _n_filled(model, state) - _n_filled(model, new)
         return new
 
 
-def _n_filled(model: Any, state: Any) -> Tensor:
+def _n_filled(model: LanguageModel, state: Any) -> Tensor:
     """Slots that hold something, of all memories, for each row, (B,); 0 without memory."""
     counts = (module.filled(part).sum(dim=1).cpu() for module, part in banks(model, state).values())
     return sum(counts, torch.tensor(0))
 
 
 def read(
-    model: Any,
+    model: LanguageModel,
     documents: Sequence[Document],
     lengths: Sequence[int],
     progress: Callable[[int], None] | None = None,
@@ -82,7 +83,7 @@ def read(
 
 
 def visit(
-    model: Any,
+    model: LanguageModel,
     documents: Sequence[Document],
     lengths: Sequence[int],
     n_row: int,
@@ -129,16 +130,16 @@ def part_of(
     return report
 
 
-def n_row_of(model: Any, wanted: int) -> int:
+def n_row_of(model: LanguageModel, wanted: int) -> int:
     """Documents to read at once: one where all rows share a memory."""
     return 1 if is_shared(model) else wanted
 
 
-def is_shared(model: Any) -> bool:
+def is_shared(model: LanguageModel) -> bool:
     """Whether a memory of the model has one bank for all rows."""
     return any(modules[0].scope == "shared" for modules in model.memory.values())
 
 
-def device_of(model: Any) -> torch.device:
+def device_of(model: LanguageModel) -> torch.device:
     """Where the model is."""
     return next(model.parameters(), torch.empty(0)).device

@@ -15,16 +15,17 @@ from torch import Tensor
 
 from memlm.analysis.usage import banks
 from memlm.evaluation.recall.reading import is_shared
+from memlm.models.base import LanguageModel
 
 
-def start(model: Any, n_document: int) -> list[Any]:
+def start(model: LanguageModel, n_document: int) -> list[Any]:
     """States before any text: one for all documents, or one for each where a bank is shared."""
     if is_shared(model):
         return [model.init_state(1) for _ in range(n_document)]
     return [model.init_state(n_document)]
 
 
-def go_on(model: Any, ids: Tensor, states: list[Any], **options: Any) -> list[Any]:
+def go_on(model: LanguageModel, ids: Tensor, states: list[Any], **options: Any) -> list[Any]:
     """The model's outputs, one for each state, for more text (B, L) of all documents; without logits.
 
     Of the ``options``, tensors hold one row per document.
@@ -44,7 +45,7 @@ def hidden(outputs: list[Any]) -> Tensor:
     return torch.cat([out.hidden for out in outputs])
 
 
-def of_banks(model: Any, states: list[Any], function: Callable[[Any, Any], Tensor]) -> dict[str, Tensor]:
+def of_banks(model: LanguageModel, states: list[Any], function: Callable[[Any, Any], Tensor]) -> dict[str, Tensor]:
     """By bank (see `memlm.analysis.usage.banks`), ``function`` of its module and its state, (B, ...)."""
     return joined([{label: function(*pair) for label, pair in banks(model, state).items()} for state in states])
 
@@ -54,7 +55,7 @@ def joined(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     return {label: torch.cat([part[label] for part in parts]) for label in parts[0]}
 
 
-def swap(model: Any, states: list[Any], others: list[Any], n_document: int) -> list[Any]:
+def swap(model: LanguageModel, states: list[Any], others: list[Any], n_document: int) -> list[Any]:
     """The states, each document with the memory that the next one has in ``others``; the first is next to the last."""
     if len(others) > 1:
         turned = others[1:] + others[:1]

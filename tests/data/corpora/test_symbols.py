@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 
 from memlm.assemble import build_corpus, build_data, build_tokenizer
-from memlm.compose import compose, to_dict
+from memlm.compose import compose, config_dir, to_dict
 from memlm.config import ConfigError, instantiate
 from memlm.data.corpora.symbols import Symbols, symbols_of
 from memlm.data.stream import TrainingBatches
 from memlm.data.tasks.mqar import MQAR
+from memlm.data.tasks.pairs import Pairs
 from memlm.data.tasks.sorting import Sorting
 from memlm.data.tokenizer import Tokenizer, get_tokenizer, train_tokenizer
 from memlm.data.tokens import TokenizedCorpus, tokenize
@@ -166,6 +167,79 @@ def test_impossible_documents_are_refused(
         MQAR(*many, power_a=0.0)
 
 
+# --- graded recall
+
+
+@pytest.mark.parametrize(("n_pair", "n_segment"), [(1, 2), (3, 4), (8, 2), (13, 4)])
+def test_pairs_are_told_first_and_asked_once_later_with_nothing_else_between(
+    many: tuple[Tokenizer, TokenizedCorpus], n_pair: int, n_segment: int
+) -> None:
+    task, (blank, *symbols) = Pairs(*many), symbols_of(*many).tolist()
+    n_told = 16 * -(-n_pair // 8)  # whole segments of 8 pairs
+    seen = set()
+    for seed in range(30):
+        planted = task.document(np.random.default_rng(seed), np.zeros(n_segment * 16 + 1), 16, n_pair)
+        tokens = planted.tokens[:-1].tolist()
+        places = [i for i in range(0, len(tokens), 2) if tokens[i] != blank]
+        assert all(tokens[i + 1] == blank for i in range(0, len(tokens), 2) if i not in places)
+        told = {tokens[i]: tokens[i + 1] for i in places if i < n_told}
+        later = [i for i in places if i >= n_told]
+        assert {tokens[i]: tokens[i + 1] for i in later} == told
+        assert len(told) == len(set(told.values())) == len(later) == n_pair
+        assert set(told) <= set(symbols[:299])
+        assert set(told.values()) <= set(symbols[299:])
+        assert np.flatnonzero(planted.answer).tolist() == later
+        assert planted.weight is not None
+        assert (planted.weight == planted.answer).all()
+        assert planted.breaks.tolist() == [False] + [True] * (n_segment - 1)
+        seen |= set(later)
+    assert {place // 16 for place in seen} == set(range(n_told // 16, n_segment))
+
+
+def test_numbers_of_pairs_of_a_list_are_all_drawn(many: tuple[Tokenizer, TokenizedCorpus]) -> None:
+    task = Pairs(*many)
+    drawn = [task.document(np.random.default_rng(i), np.zeros(33), 16, [1, 2, 8]).answer.sum() for i in range(60)]
+    assert set(drawn) == {1, 2, 8}
+    assert min(Counter(drawn).values()) > 8
+
+
+@pytest.mark.parametrize("again", [0.5, 1.0])
+def test_pairs_come_again_in_place_of_blanks_and_count_where_their_key_stood_before(
+    many: tuple[Tokenizer, TokenizedCorpus], again: float
+) -> None:
+    task, blank = Pairs(*many), int(symbols_of(*many)[0])
+    n_blank = 0
+    for seed in range(30):
+        once = task.document(np.random.default_rng(seed), np.zeros(65), 16, 3)
+        planted = task.document(np.random.default_rng(seed), np.zeros(65), 16, 3, again)
+        kept = once.tokens != blank
+        assert (planted.tokens[kept] == once.tokens[kept]).all()
+        pairs = {(int(once.tokens[i]), int(once.tokens[i + 1])) for i in range(0, 16, 2) if once.tokens[i] != blank}
+        seen: set[int] = set()
+        for i in range(0, 64, 2):
+            key, value = planted.tokens[i : i + 2].tolist()
+            assert (key, value) in pairs or key == value == blank
+            assert planted.answer[i] == (key in seen)
+            assert not planted.answer[i + 1]
+            seen |= {key} - {blank}
+            n_blank += key == blank
+        assert planted.weight is not None
+        assert (planted.weight == planted.answer).all()
+    assert n_blank == 0 if again == 1 else 0.4 < n_blank / (30 * (32 - 6)) < 0.6
+
+
+def test_pairs_that_do_not_fit_are_refused(many: tuple[Tokenizer, TokenizedCorpus]) -> None:
+    draw = Pairs(*many).draw
+    for n_token, segment_len, n_pair, told in (
+        (32, 16, 9, "told in 32 tokens of segments of 16, and asked for in further 18"),
+        (16, 16, 4, "a document has 16"),
+        (30, 15, 4, "must be even"),
+        (32, 16, 0, "at least 1 pair"),
+    ):
+        with pytest.raises(ConfigError, match=told):
+            draw(np.random.default_rng(0), n_token, segment_len, n_pair)
+
+
 # --- sorting
 
 
@@ -237,7 +311,7 @@ def test_too_small_documents_and_vocabularies_are_refused(
 # --- recipes
 
 
-@pytest.mark.parametrize(("recipe", "kind"), [("mqar", MQAR), ("sorting", Sorting)])
+@pytest.mark.parametrize(("recipe", "kind"), [("mqar", MQAR), ("pairs", Pairs), ("sorting", Sorting)])
 def test_every_phase_of_the_recipe_makes_batches(recipe: str, kind: type, tmp_path: Path) -> None:
     config = to_dict(compose([f"recipe={recipe}", f"paths.cache_dir={tmp_path}"]))
     config["data"]["corpus"]["n_symbol"] = min(config["data"]["corpus"]["n_symbol"], 400)  # quicker to tokenize
@@ -258,3 +332,26 @@ def test_every_phase_of_the_recipe_makes_batches(recipe: str, kind: type, tmp_pa
         step += phase.steps
     assert set(config) >= {recipe if recipe == "sorting" else "associative_recall"}
     assert instantiate(config["curriculum"], "curriculum").has_task
+
+
+def test_what_a_recipe_sets_for_a_memory_is_set_for_it_alone() -> None:
+    known = {path.stem for path in (config_dir() / "memory").glob("*.yaml")}
+    for path in (config_dir() / "recipe_memory").glob("*/*.yaml"):
+        assert path.stem in known
+        assert (config_dir() / "recipe" / f"{path.parent.name}.yaml").exists()
+    assert compose(["recipe=pairs", "memory=ltm"]).memory.ltm.gate_penalty == 0
+    assert compose(["memory=ltm"]).memory.ltm.gate_penalty > 0
+    assert compose(["recipe=mqar", "memory=ltm"]).memory.ltm.gate_penalty > 0
+    assert list(compose(["recipe=pairs", "memory=rmt"]).memory) == ["rmt"]
+
+
+def test_a_recipe_may_have_settings_for_a_memory_of_somebody_else(tmp_path: Path) -> None:
+    (tmp_path / "recipe_memory/pairs").mkdir(parents=True)
+    (tmp_path / "memory").mkdir()
+    (tmp_path / "memory/mine.yaml").write_text(
+        "mine: {_target_: memlm.memory.rmt.RecurrentMemory, n_cell: 8, map: none}"
+    )
+    own = "# @package _global_\nmemory: {mine: {n_cell: 3}}\ntraining: {lr: 0.5}\n"
+    (tmp_path / "recipe_memory/pairs/mine.yaml").write_text(own)
+    config = compose(["recipe=pairs", "memory=mine"], searchpath=[tmp_path])
+    assert (config.memory.mine.n_cell, config.memory.mine.map, config.training.lr) == (3, "none", 0.5)
