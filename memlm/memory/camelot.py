@@ -39,14 +39,14 @@ class CamelotState(NamedTuple):
     Attributes:
         key: Mean key of the tokens of each slot, before any position is encoded, (B, n, H, E).
         value: Mean value, (B, n, H, E).
-        count: Tokens that are in the mean, (B, n); 0 if the slot is empty.
+        n_part: Tokens that are in the mean, (B, n); 0 if the slot is empty.
         last: Number of the token that joined last, (B, n); -1 if the slot is empty. Age is counted from there.
         n_token: Tokens written so far, (B,).
     """
 
     key: Tensor
     value: Tensor
-    count: Tensor
+    n_part: Tensor
     last: Tensor
     n_token: Tensor
 
@@ -117,7 +117,7 @@ class CamelotMemory(Slots):
 
     def filled(self, state: CamelotState) -> Tensor:
         """Which slots hold something, (B, n)."""
-        return state.count > 0
+        return state.n_part > 0
 
     def mix(self, x: Tensor, prepared: CamelotState, mixer: Mixer) -> tuple[Tensor, Read | None]:
         """Not used: what a token sees depends on the whole segment up to it, which `scan` knows."""
@@ -165,7 +165,7 @@ class CamelotMemory(Slots):
             slots = like.topk(min(self.top_k, self.n_mode), dim=2).indices  # (B, T, k)
             cell = torch.arange(n_token, device=device)
             finder = torch.where(segment.valid, cell, n_token)[..., None].expand_as(slots)
-            first = torch.full_like(state.count, n_token)  # token that finds each slot first; T if none does
+            first = torch.full_like(state.n_part, n_token)  # token that finds each slot first; T if none does
             first = first.scatter_reduce(1, slots.flatten(1), finder.flatten(1), "amin")
             first = first.masked_fill(~self.filled(state), n_token)
             first, order = (part[:, : slots[0].numel()] for part in first.sort(dim=1, stable=True))  # (B, M)
@@ -184,7 +184,7 @@ class CamelotMemory(Slots):
             cell = torch.arange(valid.shape[1], device=valid.device)
             part_of = places.slot[:, None] == torch.arange(self.n_mode, device=valid.device)[:, None]  # (B, n, T)
             part_of = part_of & (cell >= places.begun[..., None])
-            kept = state.count.where(places.begun < 0, 0)
+            kept = state.n_part.where(places.begun < 0, 0)
             count = kept + part_of.sum(dim=2)
             each = count.clamp(min=1)[..., None, None]
 
@@ -208,7 +208,7 @@ class CamelotMemory(Slots):
         """
         n_row, n_token = valid.shape
         n_slot, row = self.n_mode, torch.arange(n_row, device=key.device)
-        total = state.key.flatten(2) * state.count[..., None]  # (B, n, D): a sum is as like a key as the mean is
+        total = state.key.flatten(2) * state.n_part[..., None]  # (B, n, D): a sum is as like a key as the mean is
         among = key @ key.mT  # (B, T, T)
         square = among.diagonal(dim1=1, dim2=2)  # (B, T)
         limit = square.sqrt() * (self.threshold if self.threshold < 1 else torch.inf)

@@ -58,7 +58,7 @@ def token_loop(bank: list[Slot], keys: Tensor, values: Tensor, threshold: float)
 
 
 def same_bank(state: CamelotState, row: int, bank: list[Slot]) -> None:
-    assert state.count[row].tolist() == [slot.count for slot in bank]
+    assert state.n_part[row].tolist() == [slot.count for slot in bank]
     ages = [float(state.n_token[row] - 1 - last) if last >= 0 else torch.inf for last in state.last[row]]
     assert ages == [slot.age for slot in bank]
     torch.testing.assert_close(state.key[row], torch.stack([slot.key for slot in bank]), atol=1e-5, rtol=1e-5)
@@ -106,7 +106,7 @@ def test_above_all_cosines_it_is_a_fifo_and_below_all_one_running_mean() -> None
     torch.testing.assert_close(fifo.key[0], key[0].transpose(0, 1)[[8, 5, 6, 7]])
     torch.testing.assert_close(fifo.value[0], value[0].transpose(0, 1)[[8, 5, 6, 7]])
     one = written(memory_of(n_mode=4, threshold=-1.0), memory_of(n_mode=4).init_state(1), key, value)
-    assert one.count.tolist() == [[9, 0, 0, 0]]
+    assert one.n_part.tolist() == [[9, 0, 0, 0]]
     torch.testing.assert_close(one.key[0, 0], key[0].mean(dim=1))
     torch.testing.assert_close(one.value[0, 0], value[0].mean(dim=1))
 
@@ -116,7 +116,7 @@ def test_equal_keys_join_and_the_slot_joined_longest_ago_goes() -> None:
     key = torch.stack([a, b, a, c])[None, None].expand(1, H, 4, 3)  # a and b fill two slots; a again; c takes that of b
     value = torch.arange(4.0).view(1, 1, 4, 1).expand(1, H, 4, 3)
     state = written(memory_of(n_mode=2), memory_of(n_mode=2).init_state(1), key, value)
-    assert state.count.tolist() == [[2, 1]]
+    assert state.n_part.tolist() == [[2, 1]]
     assert state.last.tolist() == [[2, 3]]
     assert state.value[0, :, 0, 0].tolist() == [1.0, 3.0]  # the mean of 0 and 2; 3
 
@@ -199,7 +199,7 @@ def test_outputs_and_slots_equal_the_naive_model(overlap: int, top_k: int) -> No
         torch.testing.assert_close(out.logits[row], logits, atol=2e-4, rtol=0)
         for i, bank in enumerate(banks):
             same_bank(out.state.memory["camelot"][i], row, bank)
-    joined = [count for part in out.state.memory["camelot"] for count in part.count.flatten().tolist()]
+    joined = [count for part in out.state.memory["camelot"] for count in part.n_part.flatten().tolist()]
     assert max(joined) > 1, "the test joins nothing"
 
 
@@ -211,7 +211,7 @@ def test_a_token_sees_what_tokens_up_to_itself_found_and_nothing_of_an_empty_mem
     segment = segment_of(torch.zeros(1, 3, H * E))._replace(heads=Heads(key, key, key))
     assert not memory.find(segment, state)[2].any()
     held = where_rows(torch.tensor([True]), written(memory, state, key, key), state)
-    assert held.count.tolist() == [[2, 1, 0, 0]]
+    assert held.n_part.tolist() == [[2, 1, 0, 0]]
     seen = memory.find(segment, held)[2][0]
     assert seen.sum(dim=1).tolist() == [1, 2, 2]  # token 2 finds again what token 0 found
     short = segment._replace(valid=torch.tensor([[True, False, False]]))
