@@ -131,23 +131,24 @@ def _loop(
     from memlm.memory.mesa import solve
 
     d, found = k.shape[-1], []
-    kept = None if decay is None else decay.exp()
     value = v if rate is None or name in ("mesa", "kalman") else write_rate * v
     erase = None if rate is None else rate * k
-    for t in range(k.shape[1]):
-        key, query, new = k[:, t, :, :, None], q[:, t, :, None], value[:, t, :, None]  # (B, H, K, 1), (B, H, 1, K or V)
-        if kept is not None:
-            matrix = kept[:, t, :, :, None] * matrix
+    kept = None if decay is None else decay.exp()
+    given = (None if part is None else part[..., None, :].unbind(dim=1) for part in (q, k, value, rate, erase, kept))
+    queries, keys, values, rates, erasing, left = given  # (B, H, 1, d) of each token
+    for t, (query, key, new) in enumerate(zip(queries, keys, values, strict=True)):
+        if left is not None:
+            matrix = left[t].mT * matrix
         if name == "kalman":
-            left = matrix[..., d:] @ key
-            gain = left / (key.mT @ left + 1 / rate[:, t, :, None])
-            matrix = matrix + gain @ (torch.cat([new, torch.zeros_like(new)], dim=-1) - key.mT @ matrix)
+            known = key @ matrix
+            gain = known[..., d:] / (known[..., d:] @ key.mT + 1 / rates[t])
+            matrix = matrix + gain.mT @ (torch.cat([new, torch.zeros_like(key)], dim=-1) - known)
         elif name == "mesa":
-            matrix = matrix + rate[:, t, :, None] * (key @ torch.cat([new, key.mT], dim=-1))
-            keys = matrix[..., d:]
-            query = solve(lambda x, keys=keys: x @ keys + RIDGE * x, query, N_STEP)
+            matrix = matrix + (rates[t] * key).mT @ torch.cat([new, key], dim=-1)
+            sums = matrix[..., d:]
+            query = solve(lambda x, sums=sums: x @ sums + RIDGE * x, query, N_STEP)
         else:
-            matrix = matrix + key @ (new if erase is None else new - erase[:, t, :, None] @ matrix)
+            matrix = matrix + key.mT @ (new if erasing is None else new - erasing[t] @ matrix)
         found.append((query @ matrix[..., :d])[:, :, 0])
     return torch.stack(found, dim=1), matrix
 
