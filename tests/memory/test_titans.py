@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from memlm import build, laws
-from memlm.config import ConfigError
+from memlm import laws
 from memlm.memory.contract import Flags, Segment, Sizes
 from memlm.memory.state import n_byte
 from memlm.memory.titans import FastNetwork, TitansMemory, TitansState, bounded, orthogonal
+from memlm.models.lstm import LSTM
 from memlm.models.segments import SegmentModel
 from tests.memory.plain_attention import attend
 from tests.memory.segments import segment_of
@@ -378,10 +378,11 @@ def test_settings_that_cannot_work_are_refused(settings: dict[str, Any], message
 
 
 def test_memory_as_context_needs_attention() -> None:
+    make = laws.builder(laws.nodes_of("titans"), model_class=LSTM)
     for variant in ("add", "mag", "mal"):
-        build("model=lstm", "memory=titans", f"memory.titans.variant={variant}", "data.tokenizer.kind=byte")
-    with pytest.raises(ConfigError, match=r"'titans' needs context of attention.* choose model=lmcode"):
-        build("model=lstm", "memory=titans", "memory.titans.variant=mac", "data.tokenizer.kind=byte")
+        laws.alive(lambda variant=variant, **model: make(memory={"variant": variant}, **model))
+    with pytest.raises(ValueError, match=r"'titans' needs context of attention.* choose model=lmcode"):
+        make(memory={"variant": "mac"})
 
 
 # --- the laws --------------------------------------------------------------------------------------------------------
