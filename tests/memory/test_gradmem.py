@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from memlm import build, laws
-from memlm.config import ConfigError
+from memlm import laws
 from memlm.memory.contract import Needs
 from memlm.memory.gradmem import GradientMemory
 from memlm.memory.state import n_byte
 from memlm.models.lmcode import LMCode
+from memlm.models.lstm import LSTM
 from memlm.models.segments import SegmentModel
 from tests.memory.plain_attention import attend
 
@@ -228,13 +228,13 @@ def test_what_it_costs() -> None:
 
 
 def test_what_cannot_work_is_refused_in_a_sentence() -> None:
-    settings = {"n_cell=0": "n_cell must be at least 1, got 0", "n_step=-1": "n_step must be at least 0, got -1",
-                "rate=0.0": "rate must be above 0, got 0"}  # fmt: skip
-    for setting, message in settings.items():
-        with pytest.raises(ConfigError, match=rf"memory\.gradmem\.{message}"):
-            build("memory=gradmem", f"memory.gradmem.{setting}", "data.tokenizer.kind=byte")
-    with pytest.raises(ConfigError, match=r"'gradmem' needs context of attention.* choose model=lmcode"):
-        build("model=lstm", "memory=gradmem", "data.tokenizer.kind=byte")
+    messages = {"n_cell": "n_cell must be at least 1, got -1", "n_step": "n_step must be at least 0, got -1",
+                "rate": "rate must be above 0, got -1"}  # fmt: skip
+    for name, message in messages.items():
+        with pytest.raises(ValueError, match=message):
+            MAKE(memory={name: -1})
+    with pytest.raises(ValueError, match=r"'gradmem' needs context of attention.* choose model=lmcode"):
+        laws.builder(laws.nodes_of("gradmem"), model_class=LSTM)()
 
 
 def test_only_a_memory_around_the_stack_may_run_the_model() -> None:
