@@ -57,7 +57,7 @@ def run(
     """
     given = {"n_parameter": n_parameter, "n_row": n_row, "n_segment": n_segment, "n_read": n_read}
     given |= {"n_generate": n_generate, "warmup": warmup, "rounds": rounds}
-    check_least({**given, "threads": threads}, {"n_segment": 2, "n_read": 0})
+    check_least({**given, "threads": threads}, {"n_segment": 2})
     names = ["none", *(name for name in memory_names(memories) if name != "none")]
     found = [name for name in get_args(PeerName) if installed(name)] if peers is None else peers
     if found:

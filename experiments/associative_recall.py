@@ -30,14 +30,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
 
 from memlm.analysis.style import CONTROLS, PALETTE, style
 from memlm.config import ConfigError
 from memlm.data.tasks.mqar import MQAR, Recall
-from memlm.evaluation.recall.rates import above_controls
+from memlm.evaluation.recall.figures import Points, draw_curves
 from memlm.evaluation.recall.reading import device_of, n_row_of
 from memlm.evaluation.result import Result, Row, check_settings, evaluating
 from memlm.evaluation.share import ALONE, Share
@@ -56,10 +54,6 @@ THRESHOLD = 0.9
 
 _STREAM = 2**31  # keeps evaluation documents apart from training documents, whose second number is a phase
 _N_BIN = 8  # bins of gaps in the figure
-_COLORS = {"on": "blue", "off": "vermillion", "wiped": "purple", "swapped": "orange", "unseen": "green"}
-_MARKERS = {"on": "o", "off": "s", "wiped": "o", "swapped": "^", "unseen": "x"}
-_SIZES = {"on": 6, "off": 10, "wiped": 7, "swapped": 5, "unseen": 4}  # nested, so that equal rates stay visible
-Points = list[tuple[float, float, float, float]]  # x, rate, and its interval
 
 
 @dataclass(frozen=True)
@@ -282,31 +276,32 @@ def summarise(rows: Sequence[Row], n_byte: int) -> dict[str, float]:
                         metrics[f"{name}{kind}/{condition}/{n_pair}"] = value
     if rows:
         metrics |= {"chance": 1 / rows[0]["n_value"], "chance_told": 1 / n_pairs[-1]}
-        metrics |= _held(metrics, n_pairs, n_byte)
+        metrics |= held(metrics, n_pairs, n_byte)
     return metrics
 
 
-def _held(metrics: Mapping[str, float], n_pairs: Sequence[int], n_byte: int) -> dict[str, float]:
-    """How many pairs are held, and what they cost.
+def held(metrics: Mapping[str, float], n_pairs: Sequence[int], n_byte: int) -> dict[str, float]:
+    """How many pairs are held, and what they cost: those of `summarise`.
 
-    They need not lie above ``unseen``: who was told one pair is right to say its value, whatever is asked.
+    Answers need not lie above ``unseen``: who was told one pair is right to say its value, whatever is asked.
     """
 
     def largest(name: str) -> int:
-        held = 0
+        most = 0
         for n_pair in n_pairs:
             end = f"/{n_pair}" if len(n_pairs) > 1 else ""
-            if metrics.get(f"{name}/on{end}", 0.0) >= THRESHOLD and above_controls(metrics, end):
-                held = n_pair
-        return held
+            controls = [metrics.get(f"high/{control}{end}", 0.0) for control in ("off", "wiped", "swapped")]
+            if metrics.get(f"{name}/on{end}", 0.0) >= THRESHOLD and metrics[f"low/on{end}"] > max(controls):
+                most = n_pair
+        return most
 
-    held = largest("accuracy")
+    most = largest("accuracy")
     return {
-        "held/on": held,
+        "held/on": most,
         "held_strict/on": largest("low"),
-        "censored/on": float(held == n_pairs[-1]),
+        "censored/on": float(most == n_pairs[-1]),
         "state_bytes": n_byte,
-        "pairs_per_kb/on": held / (n_byte / 1024) if n_byte else math.nan,
+        "pairs_per_kb/on": most / (n_byte / 1024) if n_byte else math.nan,
     }
 
 
@@ -370,25 +365,21 @@ def plot(result: Result) -> dict[str, Figure]:
             if part:
                 points.append((float((low * high) ** 0.5), *_rate(part)))
     chance, n = result.metrics["chance"], int(result.metrics["n/on"])
+    line: dict[str, Any] = {"color": PALETTE["black"], "linewidth": 1.2}
     with style():
         pairs, gap = Figure(figsize=(7.0, 4.6)), Figure(figsize=(7.0, 4.6))
         axes = pairs.subplots()
-        curves(axes, by_pairs, LABELS)
-        axes.axhline(chance, color=PALETTE["black"], linewidth=1.2, linestyle=":", label="a guess among all values")
-        axes.plot(
-            n_pairs, [1 / n for n in n_pairs], color=PALETTE["black"], linewidth=1.2, linestyle="--",
-            label="a guess among the values told",
-        )  # fmt: skip
-        axes.axhline(
-            THRESHOLD, color=PALETTE["black"], linewidth=1.2, linestyle=(0, (6, 3)), label=f"{100 * THRESHOLD:.0f} %"
-        )
+        draw_curves(axes, by_pairs, LABELS)
+        axes.axhline(chance, linestyle=":", label="a guess among all values", **line)
+        axes.plot(n_pairs, [1 / n for n in n_pairs], linestyle="--", label="a guess among the values told", **line)
+        axes.axhline(THRESHOLD, linestyle=(0, (6, 3)), label=f"{100 * THRESHOLD:.0f} %", **line)
         axes.set(title=_title(result.metrics, n_pairs[-1]))
         axes.set(xlabel="key-value pairs told in a document", xscale="log")
         axes.set_xticks(n_pairs, [f"{n:,}" for n in n_pairs])
         axes.minorticks_off()
         axes = gap.subplots()
-        curves(axes, by_gap, LABELS)
-        axes.axhline(chance, color=PALETTE["black"], linewidth=1.2, linestyle=":", label="a guess among all values")
+        draw_curves(axes, by_gap, LABELS)
+        axes.axhline(chance, linestyle=":", label="a guess among all values", **line)
         axes.set(title=f"Associative recall across segments by gap, {n_pairs[-1]} pairs")
         axes.set(xlabel="tokens from key to question", xscale="log")
         ticks = 2 ** np.arange(np.log2(gaps.min()) // 1, np.log2(gaps.max()) // 1 + 2)
@@ -407,20 +398,3 @@ def _title(metrics: Mapping[str, float], most: int) -> str:
     bound = "at least " if held == most else ""
     title = f"Associative recall across segments: {bound}{held:,.0f} pairs held at {100 * THRESHOLD:.0f} %"
     return f"{title}\n{n_byte / 1024:,.1f} KB of state" if n_byte else title
-
-
-def curves(axes: Axes, points: Mapping[str, Points], labels: Mapping[str, str]) -> None:
-    """Rates of conditions with their intervals, in percent; the memory as it is stands out, its controls are nested."""
-    for name, found in points.items():
-        if not found:
-            continue
-        x, rate, low, high = (np.array(part) for part in zip(*found, strict=True))
-        color, on = PALETTE[_COLORS[name]], name == "on"
-        axes.errorbar(
-            x, rate, yerr=[(rate - low).clip(min=0), (high - rate).clip(min=0)], color=color, capsize=3,
-            linestyle="-" if on else "--", linewidth=2.5 if on else 1.2, elinewidth=1.2, marker=_MARKERS[name],
-            markersize=_SIZES[name], markerfacecolor=color if on else "none", clip_on=False, zorder=5 if on else 3,
-            label=labels[name],
-        )  # fmt: skip
-    axes.set_ylim(0, 1)
-    axes.yaxis.set_major_formatter(PercentFormatter(xmax=1, symbol=" %"))

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from matplotlib.figure import Figure
 
@@ -25,6 +25,7 @@ from memlm.evaluation.headline import recall_entries
 from memlm.evaluation.recall.figures import draw_rates
 from memlm.evaluation.recall.rates import CONDITIONS, above_controls, rates
 from memlm.evaluation.recall.reading import is_shared, part_of
+from memlm.evaluation.recall.settings import Telling
 from memlm.evaluation.result import Result, Row, check_settings
 from memlm.evaluation.share import ALONE, Share
 from memlm.memory import state as states
@@ -37,18 +38,13 @@ THRESHOLD = 0.95
 """Recall at which a number of facts counts as held."""
 
 
-@dataclass(frozen=True)
-class Capacity:
-    """Settings.
+@dataclass(frozen=True, kw_only=True)
+class Capacity(Telling):
+    """Settings, beside those of `Telling`.
 
     Attributes:
         n_fact: Numbers of facts told in a document, ascending; other documents for each.
         n_ask: Facts asked for per document, at most; if more are told, as many at random.
-        n_document: Documents for each number, each with facts of its own; at least 2, as one is the other's control.
-        facts_per_segment: How densely facts are told, on average.
-        split: Where the text around the facts is from: ``val``, or ``test`` for final numbers.
-        seed: Of facts, gaps and passages.
-        n_row: Documents read at once; the result does not depend on it. One at a time with a shared memory.
 
     Raises:
         ConfigError: If a setting cannot work.
@@ -56,14 +52,10 @@ class Capacity:
 
     n_fact: list[int] = field(default_factory=lambda: [16, 64, 256, 1024])
     n_ask: int = 32
-    n_document: int = 8
-    facts_per_segment: float = 2.0
-    split: Literal["val", "test"] = "val"
-    seed: int = 0
-    n_row: int = 8
 
     def __post_init__(self) -> None:
-        check_settings(self, {"n_ask": 1, "n_document": 2, "seed": 0, "n_row": 1})
+        super().__post_init__()
+        check_settings(self, {"n_ask": 1})
         if not self.n_fact or min(self.n_fact) < 1 or sorted(set(self.n_fact)) != list(self.n_fact):
             raise ConfigError(f"capacity.n_fact must be numbers from 1 in ascending order, got {self.n_fact}")
 

@@ -19,7 +19,7 @@ import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from operator import itemgetter
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -34,6 +34,7 @@ from memlm.evaluation.recall.figures import COLORS, draw_rates
 from memlm.evaluation.recall.haystack import Document, Haystack, tell
 from memlm.evaluation.recall.rates import CONDITIONS, LABELS, tabulate
 from memlm.evaluation.recall.reading import Consolidation, is_shared, part_of, visit
+from memlm.evaluation.recall.settings import Telling
 from memlm.evaluation.result import Result, Row, check_settings, evaluating
 from memlm.evaluation.share import ALONE, Share
 from memlm.models.base import LanguageModel
@@ -46,12 +47,11 @@ _AXES: dict[str, Callable[[list[Any]], Any]] = {"kind": itemgetter(0), "n_other"
 _ORDER = list(LABELS)  # of conditions
 
 
-@dataclass(frozen=True)
-class Needle:
-    """Settings.
+@dataclass(frozen=True, kw_only=True)
+class Needle(Telling):
+    """Settings, beside those of `Telling`.
 
     Attributes:
-        n_document: Documents, each with facts of its own; at least 2, as one is the other's control.
         n_fact: Facts asked for per document, and as many that are told in none.
         distance: Fewest tokens between the end of any fact and the questions. With a list the same documents go on
             and questions are asked at each length.
@@ -59,10 +59,6 @@ class Needle:
             list there are other documents for each length.
         n_other: Further facts told per document, for which nobody asks; a list: other documents for each number.
         kind: ``random``, ``native``, ``natural`` or ``paraphrased``; a list: other documents for each.
-        facts_per_segment: How densely facts are told, on average; without effect if they are spread.
-        split: Where the text around the facts is from: ``val``, or ``test`` for final numbers.
-        seed: Of facts, gaps and passages.
-        n_row: Documents read at once; the result does not depend on it. One at a time with a shared memory.
         consolidate_every: Segments of a document after which similar slots of memories are merged
             (`memlm.memory.contract.Memory.consolidate`); None for never.
 
@@ -70,20 +66,16 @@ class Needle:
         ConfigError: If a setting cannot work.
     """
 
-    n_document: int = 8
     n_fact: int = 32
     distance: int | list[int] = 4096
     spread: bool = False
     n_other: int | list[int] = 0
     kind: str | list[str] = "random"
-    facts_per_segment: float = 2.0
-    split: Literal["val", "test"] = "val"
-    seed: int = 0
-    n_row: int = 8
     consolidate_every: int | None = None
 
     def __post_init__(self) -> None:
-        check_settings(self, {"n_document": 2, "n_fact": 1, "seed": 0, "n_row": 1, "consolidate_every": 1})
+        super().__post_init__()
+        check_settings(self, {"n_fact": 1, "consolidate_every": 1})
         for name in ("distance", "n_other"):
             values = _several(getattr(self, name))
             if not values or min(values) < 0:
@@ -263,23 +255,11 @@ def _is_told_in_sentences(kind: str) -> bool:
     return kind in ("natural", "paraphrased")
 
 
-def _random(data: TextData, split: str) -> FactMaker:
-    return data.maker
-
-
-def _native(data: TextData, split: str) -> FactMaker:
-    return FactMaker(data.tokenizer, data.tokens("train"), native=data.tokens(split))
-
-
-def _natural(data: TextData, split: str) -> FactMaker:
-    return SentenceMaker(data.tokenizer, data.tokens("train"))
-
-
-KINDS: dict[str, Callable[[Any, str], FactMaker]] = {
-    "random": _random,
-    "native": _native,
-    "natural": _natural,
-    "paraphrased": _natural,
+KINDS: dict[str, Callable[[TextData, str], FactMaker]] = {
+    "random": lambda data, split: data.maker,
+    "native": lambda data, split: FactMaker(data.tokenizer, data.tokens("train"), native=data.tokens(split)),
+    "natural": lambda data, split: SentenceMaker(data.tokenizer, data.tokens("train")),
+    "paraphrased": lambda data, split: SentenceMaker(data.tokenizer, data.tokens("train")),
 }
 """Where facts of each kind come from, given the data and the split of the haystack."""
 

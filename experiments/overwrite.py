@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -31,6 +31,7 @@ from memlm.evaluation.recall.figures import draw_interval
 from memlm.evaluation.recall.haystack import Document, Haystack, tell
 from memlm.evaluation.recall.rates import CONDITIONS, rates
 from memlm.evaluation.recall.reading import visit
+from memlm.evaluation.recall.settings import Telling
 from memlm.evaluation.result import Result, Row, check_settings, evaluating
 from memlm.evaluation.share import ALONE, Share
 from memlm.models.base import LanguageModel
@@ -40,35 +41,26 @@ if TYPE_CHECKING:
     from memlm.data.datamodule import TextData
 
 
-@dataclass(frozen=True)
-class Overwrite:
-    """Settings.
+@dataclass(frozen=True, kw_only=True)
+class Overwrite(Telling):
+    """Settings, beside those of `Telling`.
 
     Attributes:
-        n_document: Documents, each with facts of its own; at least 2, as one is the other's control.
         n_fact: Facts per document and number of updates.
         updates: How often a fact is updated after it was told.
         distance: Fewest tokens between the last telling and the questions.
-        facts_per_segment: How densely facts are told, on average.
-        split: Where the text around the facts is from: ``val``, or ``test`` for final numbers.
-        seed: Of facts, their order, gaps and passages.
-        n_row: Documents read at once; the result does not depend on it. One at a time with a shared memory.
 
     Raises:
         ConfigError: If a setting cannot work.
     """
 
-    n_document: int = 8
     n_fact: int = 16
     updates: list[int] = field(default_factory=lambda: [0, 1, 2, 5, 10])
     distance: int = 1024
-    facts_per_segment: float = 2.0
-    split: Literal["val", "test"] = "val"
-    seed: int = 0
-    n_row: int = 8
 
     def __post_init__(self) -> None:
-        check_settings(self, {"n_document": 2, "n_fact": 1, "distance": 0, "seed": 0, "n_row": 1})
+        super().__post_init__()
+        check_settings(self, {"n_fact": 1, "distance": 0})
         if not self.updates or min(self.updates) < 0 or sorted(set(self.updates)) != list(self.updates):
             raise ConfigError(f"overwrite.updates must be numbers from 0 in ascending order, got {self.updates}")
 

@@ -18,7 +18,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from operator import itemgetter
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -32,6 +32,7 @@ from memlm.evaluation.recall.figures import draw_rates
 from memlm.evaluation.recall.haystack import Document, Haystack, tell
 from memlm.evaluation.recall.rates import CONDITIONS, above_controls, tabulate
 from memlm.evaluation.recall.reading import is_shared, part_of, visit
+from memlm.evaluation.recall.settings import Telling
 from memlm.evaluation.result import Result, Row, check_settings, evaluating
 from memlm.evaluation.share import ALONE, Share
 from memlm.models.base import LanguageModel
@@ -45,36 +46,27 @@ FILLERS = {"text": "text", "facts": "text that tells other facts"}
 _N_RESAMPLE = 1000  # of the bootstrap
 
 
-@dataclass(frozen=True)
-class Retention:
-    """Settings.
+@dataclass(frozen=True, kw_only=True)
+class Retention(Telling):
+    """Settings, beside those of `Telling`.
 
     Attributes:
-        n_document: Documents, each with facts of its own; at least 2, as one is the other's control.
         n_fact: Facts told and asked for per document, and as many that are told in none.
         n_write: Segments that follow the facts, ascending; the first is 0, as the half-life is counted from there.
         filler: What these segments are: ``text``, or ``facts``, in which other facts are told as densely; a list: the
             same documents go on with each.
-        facts_per_segment: How densely facts are told, on average.
-        split: Where the text is from: ``val``, or ``test`` for final numbers.
-        seed: Of facts, gaps and passages.
-        n_row: Documents read at once; the result does not depend on it. One at a time with a shared memory.
 
     Raises:
         ConfigError: If a setting cannot work.
     """
 
-    n_document: int = 8
     n_fact: int = 16
     n_write: list[int] = field(default_factory=lambda: [0, 8, 32, 128, 512])
     filler: str | list[str] = "text"
-    facts_per_segment: float = 2.0
-    split: Literal["val", "test"] = "val"
-    seed: int = 0
-    n_row: int = 8
 
     def __post_init__(self) -> None:
-        check_settings(self, {"n_document": 2, "n_fact": 1, "seed": 0, "n_row": 1})
+        super().__post_init__()
+        check_settings(self, {"n_fact": 1})
         n_write = list(self.n_write)
         if len(n_write) < 2 or n_write[0] != 0 or sorted(set(n_write)) != n_write:
             raise ConfigError(f"retention.n_write must be two or more numbers from 0 in ascending order, got {n_write}")

@@ -33,11 +33,11 @@ import torch
 from matplotlib.figure import Figure
 
 from experiments.associative_recall import LABELS as RECALL_LABELS
-from experiments.associative_recall import Points, curves
 from memlm.analysis.style import PALETTE, style
 from memlm.config import ConfigError
 from memlm.data.tasks.sorting import Sequence as Symbols
 from memlm.data.tasks.sorting import Sorting as Task
+from memlm.evaluation.recall.figures import Points, draw_curves
 from memlm.evaluation.recall.reading import device_of, n_row_of
 from memlm.evaluation.result import Result, Row, check_settings, evaluating
 from memlm.evaluation.share import ALONE, Share
@@ -335,7 +335,7 @@ def plot(result: Result) -> dict[str, Figure]:
     with style():
         figure = Figure(figsize=(7.0, 4.8))
         axes = figure.subplots()
-        curves(axes, by_place, LABELS)
+        draw_curves(axes, by_place, LABELS)
         x = range(1, n_place + 1)
         axes.plot(x, known, color=PALETTE["sky"], linewidth=1.6, linestyle="-.", label="counts of the last segment")
         guess = [1 / (n_place - place) for place in range(n_place)]
@@ -368,7 +368,7 @@ def _by_length(metrics: Mapping[str, float], lengths: Sequence[int]) -> Figure:
     }
     figure = Figure(figsize=(7.0, 4.8))
     axes = figure.subplots()
-    curves(axes, points, LABELS)
+    draw_curves(axes, points, LABELS)
     axes.plot(
         lengths, [metrics[f"accuracy/last_segment/{n}"] for n in lengths], color=PALETTE["sky"], linewidth=1.6,
         linestyle="-.", label="counts of the last segment",

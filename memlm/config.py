@@ -10,19 +10,17 @@ was expected. Whatever needs torch or lightning is imported only when a node tha
 
 from __future__ import annotations
 
-import collections.abc
 import difflib
 import functools
 import importlib
 import inspect
 import math
-import os
 import reprlib
-import types
 import typing
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, NewType, TypeVar, Union
+from typing import Any, Literal
+
+from memlm.annotations import Node, described, fits, hints_of, members_of, ranges_of, shown
 
 # Constructor parameters that the code supplies, so that no YAML has to: the width of the model for its memories,
 # the size of the vocabulary for the model, what one built object hands to the next.
@@ -31,17 +29,6 @@ INJECTED = frozenset({"d_model", "memories", "model", "n_vocab", "sizes", "token
 # Packages that take seconds to import.
 _SLOW = ("lightning", "pytorch_lightning", "wandb")
 _HYDRA_KEYS = frozenset({"_target_", "_partial_", "_recursive_", "_convert_", "_args_"})
-
-
-class Range(NamedTuple):
-    """What a number may be: `Annotated[int, Range(1, 100)]`, both ends included."""
-
-    least: float
-    most: float = math.inf
-
-
-class Node:
-    """As an annotation: settings with a `_target_`, which `validate` checks against what it names."""
 
 
 class ConfigError(ValueError):
@@ -109,7 +96,7 @@ def check_settings(settings: Any, schema: type, key: str = "") -> None:
         ConfigError: naming the setting, what was given and what was expected.
     """
     if not isinstance(settings, Mapping):
-        raise ConfigError(f"{key} must be a mapping, with {', '.join(schema_hints(schema))}, got {_show(settings)}.")
+        raise ConfigError(f"{key} must be a mapping, with {', '.join(schema_hints(schema))}, got {shown(settings)}.")
     for name, hint in schema_hints(schema).items():
         full, value = _dot(key, name), settings.get(name)
         if name not in settings:
@@ -118,7 +105,7 @@ def check_settings(settings: Any, schema: type, key: str = "") -> None:
         elif is_section(hint):
             check_settings(value, hint, full)
         elif isinstance(value, dict) and (
-            inner := [part for part in _members(hint) if typing.get_origin(part) is dict]
+            inner := [part for part in members_of(hint) if typing.get_origin(part) is dict]
         ):
             for child in value:
                 _check_value(_dot(full, str(child)), value[child], typing.get_args(inner[0])[1])
@@ -207,7 +194,7 @@ def check_kind(node: Any, key: str, kind: type) -> None:
         ConfigError: if they name no class, or another kind of class.
     """
     if not isinstance(node, Mapping) or not isinstance(node.get("_target_"), str):
-        raise ConfigError(f"{key} must be settings with a _target_, got {_show(node)}.")
+        raise ConfigError(f"{key} must be settings with a _target_, got {shown(node)}.")
     thing = target_of(node, key)
     if not (issubclass(thing, kind) if isinstance(thing, type) else callable(thing)):
         raise ConfigError(
@@ -271,30 +258,7 @@ def _signature(target: str, key: str) -> tuple[dict[str, inspect.Parameter], dic
     except (TypeError, ValueError):  # written in C without a signature: anything goes
         empty = inspect.Parameter("kwargs", inspect.Parameter.VAR_KEYWORD)
         return {"kwargs": empty}, {}
-    source: Any = thing
-    if inspect.isclass(thing):
-        init = getattr(thing, "__init__")  # noqa: B009 - `thing.__init__` of a class is an error to type checkers
-        source = thing.__new__ if init is object.__init__ else init
-    return parameters, _hints(source, parameters)
-
-
-def _hints(source: Any, parameters: Mapping[str, inspect.Parameter]) -> dict[str, Any]:
-    inner = inspect.unwrap(source)
-    try:
-        return typing.get_type_hints(inner, include_extras=True)
-    except Exception:
-        # One name that is imported only for type checkers must not cost the other annotations.
-        hints = {}
-        for name, parameter in parameters.items():
-            hint = parameter.annotation
-            if isinstance(hint, str):
-                try:
-                    hint = eval(hint, getattr(inner, "__globals__", {}))
-                except Exception:
-                    continue
-            if hint is not parameter.empty:
-                hints[name] = hint
-        return hints
+    return parameters, hints_of(thing, parameters)
 
 
 def _locate(target: str, key: str) -> Any:
@@ -327,134 +291,13 @@ def _locate(target: str, key: str) -> Any:
 
 
 def _check_value(key: str, value: Any, hint: Any) -> None:
-    if _fits(value, hint):
-        for least, most in _ranges(hint):
+    if fits(value, hint):
+        for least, most in ranges_of(hint):
             if isinstance(value, int | float) and not least <= value <= most:
                 bounds = f"at least {least:,}" if most == math.inf else f"in {least:,}..{most:,}"
                 raise ConfigError(f"{key} must be {bounds}, got {value:,}.")
         return
-    choices = [str(c) for part in _members(hint) if typing.get_origin(part) is Literal for c in typing.get_args(part)]
+    choices = [str(c) for part in members_of(hint) if typing.get_origin(part) is Literal for c in typing.get_args(part)]
     raise ConfigError(
-        f"{key} must be {_describe(hint)}, got {_show(value)}.{did_you_mean(value, choices) if choices else ''}"
+        f"{key} must be {described(hint)}, got {shown(value)}.{did_you_mean(value, choices) if choices else ''}"
     )
-
-
-def _unwrap(hint: Any) -> Any:
-    while True:
-        if typing.get_origin(hint) is Annotated:
-            hint = typing.get_args(hint)[0]
-        elif isinstance(hint, NewType):
-            hint = hint.__supertype__
-        elif type(hint).__name__ == "TypeAliasType":  # `type X = ...` of Python 3.12
-            hint = hint.__value__
-        else:
-            return hint
-
-
-def _ranges(hint: Any) -> Iterator[Range]:
-    """The ranges of numbers in an annotation."""
-    if typing.get_origin(hint) is Annotated:
-        yield from (part for part in hint.__metadata__ if isinstance(part, Range))
-        hint = typing.get_args(hint)[0]
-    if typing.get_origin(hint) in (Union, types.UnionType):
-        for part in typing.get_args(hint):
-            yield from _ranges(part)
-
-
-def _members(hint: Any) -> list[Any]:
-    hint = _unwrap(hint)
-    if typing.get_origin(hint) in (Union, types.UnionType):
-        return [m for part in typing.get_args(hint) for m in _members(part)]
-    return [hint]
-
-
-_LISTS = (list, collections.abc.Sequence, collections.abc.Iterable, collections.abc.Collection, set, frozenset)
-_DICTS = (dict, collections.abc.Mapping, collections.abc.MutableMapping)
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    """Tell whether a plain config value may be passed where `hint` is asked for; True if that cannot be known."""
-    hint = _unwrap(hint)
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if hint is Node:
-        return isinstance(value, dict) and "_target_" in value
-    if isinstance(value, dict) and "_target_" in value:
-        return hint not in (int, float, bool, str)  # will be an object by then
-    if origin in (Union, types.UnionType):
-        return any(_fits(value, part) for part in args)
-    if origin is Literal:
-        return any(value == choice and type(value) is type(choice) for choice in args)
-    if hint is None or hint is type(None):
-        return value is None
-    if hint is bool:
-        return isinstance(value, bool)
-    if hint in (int, float) and isinstance(value, int):
-        return not isinstance(value, bool) and abs(value) < 2**63  # which torch can count
-    if hint is int:
-        return False
-    if hint is float:
-        return isinstance(value, float) and math.isfinite(value)
-    if hint is str:
-        return isinstance(value, str)
-    if hint in (Path, os.PathLike) or origin is os.PathLike:
-        return isinstance(value, str)
-    if (origin or hint) is tuple:
-        if not isinstance(value, list | tuple):
-            return False
-        if not args:
-            return True
-        if len(args) == 2 and args[1] is Ellipsis:
-            return all(_fits(v, args[0]) for v in value)
-        return len(value) == len(args) and all(map(_fits, value, args))
-    if (origin or hint) in _LISTS:
-        if isinstance(value, str):  # a string is a sequence, but hardly ever the one that was meant
-            return (origin or hint) is not list and args[:1] in ((str,), ())
-        return isinstance(value, list | tuple) and all(_fits(v, args[0]) for v in value if args)
-    if (origin or hint) in _DICTS:
-        if not isinstance(value, dict):
-            return False
-        return len(args) != 2 or all(_fits(k, args[0]) and _fits(v, args[1]) for k, v in value.items())
-    if isinstance(hint, type) and hint is not Any:  # no plain value is an object of a class
-        try:
-            return isinstance(value, hint)
-        except TypeError:  # a protocol that says nothing of its objects
-            return True
-    # Any, a type variable, a function: what is right there only the constructor can tell, except that nothing but None
-    # stands for None.
-    return hint is Any or isinstance(hint, TypeVar) or value is not None
-
-
-def _describe(hint: Any) -> str:
-    words: list[str] = []
-    for part in _members(hint):
-        origin, args = typing.get_origin(part), typing.get_args(part)
-        if origin is Literal:
-            words += [_show(choice) if not isinstance(choice, str) else repr(choice) for choice in args]
-        elif part in (None, type(None)):
-            words.append("null")
-        elif part is Node:
-            words.append("settings with a _target_")
-        elif part in (Path, os.PathLike) or origin is os.PathLike:
-            words.append("a path")
-        elif (origin or part) is tuple or (origin or part) in _LISTS:
-            inner = [a for a in args if a is not Ellipsis]
-            words.append("a list" + (f" of {' and '.join(dict.fromkeys(map(_describe, inner)))}" if inner else ""))
-        elif (origin or part) in _DICTS:
-            words.append("a mapping" + (f" of {_describe(args[1])}" if len(args) == 2 else ""))
-        else:
-            names = {int: "an int", float: "a float", bool: "true or false", str: "a string"}
-            words.append(str(names.get(part) or getattr(part, "__name__", part)))
-    words = list(dict.fromkeys(words))
-    return " or ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
-
-
-def _show(value: Any) -> str:
-    names = {bool: "", int: " (an int)", float: " (a float)", str: " (a string)"}
-    if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
-    text = reprlib.repr(value) if isinstance(value, int) else repr(value)
-    if isinstance(value, float) and not math.isfinite(value):
-        return f"{text} (not a finite number)"
-    if isinstance(value, int) and abs(value) >= 2**63:
-        return f"{text[:77]} (too large)"
-    return (text if len(text) <= 80 else f"{text[:77]}...") + names.get(type(value), "")

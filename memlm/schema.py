@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from memlm.config import Node, Range
+from memlm.annotations import Node, Range
 
 Seed = Annotated[int, Range(0, 2**31 - 1)]
 Count = Annotated[int, Range(1)]

@@ -22,14 +22,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from memlm.app.cli import cli
-from memlm.compose import compose, to_dict
+from memlm.compose import compose
 from memlm.config import ConfigError
 from memlm.quoting import quoted
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
-
-    from omegaconf import DictConfig
 
     from memlm.evaluation.result import Result
 
@@ -199,7 +197,7 @@ def differences(run: Path, other: Path) -> list[str]:
     """Where the last checkpoints and the logs of two runs are not the same, bit for bit."""
     from memlm.analysis.run_log import read_history
     from memlm.checkpoint import checkpoints, read
-    from memlm.training.resume import history_files
+    from memlm.training.logged import history_files
 
     parts: list[dict[str, Any]] = []
     for place in (run, other):
@@ -249,12 +247,11 @@ def _differing(one: Any, other: Any, name: str) -> Iterator[str]:
 
 
 @cli("survival")
-def main(cfg: DictConfig) -> None:
+def main(config: dict[str, Any]) -> None:
     """Kill, resume, compare, report."""
     from memlm.evaluation.emit import emit
     from memlm.evaluation.table import table
 
-    config = to_dict(cfg)
     out = Path(config["out"])
     result = survive(config["overrides"], config["n_kill"], config["workers"], config["seed"], out)
     print("\n" + table(["", "number"], [[name, value] for name, value in result.metrics.items()]))

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from omegaconf import OmegaConf
 
-from memlm.config import ConfigError, Node, Range, check_settings, did_you_mean, slow_parts, validate, whole
+from memlm.annotations import Node, Range
+from memlm.config import ConfigError, check_settings, did_you_mean, slow_parts, validate, whole
 from tests.targets import HERE, error
 
 

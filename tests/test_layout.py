@@ -10,6 +10,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # package: it names what lies below without importing it. Nothing uses `memlm.compat`, which may use all.
 FLOORS = [
     {
+        "memlm.annotations",
         "memlm.config",
         "memlm.distributed",
         "memlm.files",

@@ -23,7 +23,7 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -38,6 +38,7 @@ from memlm.evaluation.recall.asking import answer
 from memlm.evaluation.recall.haystack import Document, Haystack
 from memlm.evaluation.recall.rates import rate
 from memlm.evaluation.recall.reading import device_of, is_shared, n_row_of, read
+from memlm.evaluation.recall.settings import Telling
 from memlm.evaluation.result import Result, Row, check_settings, evaluating
 from memlm.evaluation.share import ALONE, Share
 from memlm.memory.slots import Slots
@@ -73,16 +74,13 @@ CONDITIONS = {"on": "memory on", **CONTROLS, **TWINS}
 _WINDOW = 4  # segments between two looks
 
 
-@dataclass(frozen=True)
-class ModernFacts:
-    """Settings.
+@dataclass(frozen=True, kw_only=True)
+class ModernFacts(Telling):
+    """Settings, beside those of `Telling`.
 
     Attributes:
         n_document: Documents that the facts are dealt out to; at least 2, as one is the other's control.
         distance: Fewest tokens between the end of any fact and the questions.
-        facts_per_segment: How densely facts are told, on average.
-        split: Where the text around the facts is from: ``val``, or ``test`` for final numbers.
-        seed: Of the order of the facts, gaps and passages.
         n_row: Documents read at once; the result does not depend on it. One at a time with a shared memory.
 
     Raises:
@@ -91,13 +89,11 @@ class ModernFacts:
 
     n_document: int = 4
     distance: int = 4096
-    facts_per_segment: float = 2.0
-    split: Literal["val", "test"] = "val"
-    seed: int = 0
     n_row: int = 4
 
     def __post_init__(self) -> None:
-        check_settings(self, {"n_document": 2, "distance": 0, "seed": 0, "n_row": 1})
+        super().__post_init__()
+        check_settings(self, {"distance": 0})
 
 
 def run(

@@ -12,13 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 from memlm.app.cli import cli
 from memlm.app.errors import mistakes_told
-from memlm.compose import config_dir, to_dict
+from memlm.compose import config_dir
 from memlm.config import ConfigError, check_settings, did_you_mean, schema_hints, validate
 from memlm.schema import Benchmark
 
 if TYPE_CHECKING:
-    from omegaconf import DictConfig
-
     from memlm.evaluation.result import Result
 
 
@@ -37,9 +35,8 @@ def name_command(arguments: list[str]) -> list[str]:
     return [f"benchmark={name}", *arguments[1:]]
 
 
-def check(cfg: DictConfig) -> None:
+def check(config: Mapping[str, Any]) -> None:
     """Refuse settings that the benchmark does not take."""
-    config = to_dict(cfg)
     check_settings(config, Benchmark)
     for name, value in _settings(config).items():
         least, most = (0 if name in ("seed", "warmup") else 1), (1024 if name == "threads" else 10**9)
@@ -72,9 +69,8 @@ def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 @cli("benchmark", check)
-def main(cfg: DictConfig) -> None:
+def main(config: Mapping[str, Any]) -> None:
     """Measure, print, write."""
-    config = to_dict(cfg)
     result, text = run(config)
     print(text)
     from memlm.evaluation.emit import emit

@@ -6,10 +6,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-from omegaconf import DictConfig
-
 from memlm.app.cli import cli
-from memlm.compose import to_dict
 from memlm.printed import printable
 
 
@@ -31,12 +28,12 @@ def lines() -> Iterator[str]:
 
 
 @cli("chat")
-def main(cfg: DictConfig) -> None:
+def main(config: dict[str, Any]) -> None:
     """Answer line after line."""
     from memlm.checkpoint import load, place
     from memlm.store.conversation import HELP, Conversation
 
-    model: Any = place(load(cfg.checkpoint, trust=to_dict(cfg.trust)), cfg.device)
+    model: Any = place(load(config["checkpoint"], trust=config["trust"]), config["device"])
     conversation = Conversation(model)
     print(HELP)
     try:

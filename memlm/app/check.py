@@ -11,11 +11,11 @@ from memlm.compose import compose, to_dict
 from memlm.config import ConfigError, validate
 
 if TYPE_CHECKING:
-    from omegaconf import DictConfig
+    pass
 
 
 @cli("check")
-def main(cfg: DictConfig) -> None:
+def main(config: dict[str, Any]) -> None:
     """Print what each law says.
 
     Raises:
@@ -27,7 +27,6 @@ def main(cfg: DictConfig) -> None:
     from memlm.laws.builders import builder, class_of
     from memlm.laws.judge import judge, n_verdict
 
-    config = to_dict(cfg)
     if not config["memory"]:
         raise ConfigError("memory=none has nothing to judge: give the name of a memory, as memory=ltm.")
     validate(config["memory"], key="memory")

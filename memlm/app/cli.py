@@ -37,7 +37,7 @@ from memlm.app.errors import (
     report,
     wants_traceback,
 )
-from memlm.compose import config_dir, run_dir
+from memlm.compose import config_dir, run_dir, to_dict
 from memlm.config_files import bound_files
 from memlm.files import ERROR
 from memlm.output import open_streams, output_lost
@@ -47,14 +47,14 @@ from memlm.training.stopping import OUT_OF_TIME, UNREAD
 
 def cli(
     config_name: str,
-    check: Callable[[DictConfig], None] | None = None,
+    check: Callable[[dict[str, Any]], None] | None = None,
     *,
     directory: str | Path | None = None,
-) -> Callable[[Callable[[DictConfig], Any]], Any]:
+) -> Callable[[Callable[[dict[str, Any]], Any]], Any]:
     """Make a function of a config the main function of a script.
 
         @cli("train")
-        def main(cfg: DictConfig) -> float | None: ...
+        def main(config: dict[str, Any]) -> float | None: ...
 
         if __name__ == "__main__":
             main()
@@ -62,7 +62,8 @@ def cli(
     The command line is checked first. A mistake of the user ends the program with `error: <sentence>` on stderr and
     exit code 2; `MEMLM_TRACEBACK=1` (or Hydra's `HYDRA_FULL_ERROR=1`) shows the traceback instead. Of a sweep the
     other jobs still run; the failed ones are reported when they fail, and listed at the end. A run that leaves
-    nothing leaves no directory. Called with a config, `main(cfg)` is the bare function.
+    nothing leaves no directory. The function gets the config as plain dicts and lists, every reference resolved.
+    Called with a config, composed or plain, `main(cfg)` is the bare function.
 
     Args:
         config_name: the primary config.
@@ -70,7 +71,11 @@ def cli(
         directory: the config tree; the shipped one by default.
     """
 
-    def decorate(function: Callable[[DictConfig], Any]) -> Callable[..., Any]:
+    def decorate(function: Callable[[dict[str, Any]], Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def plainly(cfg: Any) -> Any:
+            return function(to_dict(cfg))
+
         @functools.wraps(function)
         def job(cfg: DictConfig) -> Any:
             # What _quiet_hydra() sets must not reach the processes that this job starts.
@@ -79,7 +84,7 @@ def cli(
             try:
                 if is_sweep():
                     (Path(run_dir()) / ERROR).unlink(missing_ok=True)
-                return function(cfg)
+                return plainly(cfg)
             except Exception as error:
                 if isinstance(error, OSError) and output_lost():
                     raise SystemExit(UNREAD) from error
@@ -104,9 +109,9 @@ def cli(
                 _remove_if_bare(Path(run_dir()), ended)
 
         @functools.wraps(function)
-        def main(cfg: DictConfig | None = None) -> Any:
+        def main(cfg: DictConfig | dict[str, Any] | None = None) -> Any:
             if cfg is not None:
-                return function(cfg)
+                return plainly(cfg)
             open_streams()
             bound_files()
             sys.argv[1:] = quote_texts([nothing(argument) for argument in sys.argv[1:]])
@@ -115,7 +120,7 @@ def cli(
             if wants_traceback():
                 os.environ["HYDRA_FULL_ERROR"] = "1"
                 check_command_line(sys.argv[1:], config_name, directory=directory, check=check)
-                return run(function)()
+                return run(plainly)()
             try:
                 check_command_line(sys.argv[1:], config_name, directory=directory, check=check)
                 with _quiet_hydra():

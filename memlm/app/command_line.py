@@ -16,7 +16,6 @@ from hydra._internal.utils import get_args_parser  # the flags of a Hydra comman
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
 from hydra.errors import MissingConfigException
-from omegaconf import DictConfig
 
 from memlm.compose import (
     brief,
@@ -44,7 +43,7 @@ def check_command_line(
     *,
     directory: str | Path | None = None,
     injected: Collection[str] = INJECTED,
-    check: Callable[[DictConfig], None] | None = None,
+    check: Callable[[dict[str, Any]], None] | None = None,
 ) -> None:
     """Check a command line before Hydra acts on it.
 
@@ -56,7 +55,7 @@ def check_command_line(
         config_name: the primary config, unless `argv` names another.
         directory: the config tree; the shipped one by default.
         injected: see `memlm.config.validate`.
-        check: what else a config is put before.
+        check: what else a config, plain dicts, is put before.
 
     Raises:
         ConfigError: what `compose`, `validate` and `check` raise.
@@ -97,7 +96,7 @@ def check_command_line(
                 check_settings(plain, schema)
             validate(plain, injected=injected, skip=slow_parts(plain) - touched)
             if check is not None:
-                check(config)
+                check(plain)
 
 
 def _check_options(argv: Sequence[str]) -> None:

@@ -6,10 +6,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from omegaconf import DictConfig
-
 from memlm.app.cli import cli
-from memlm.compose import config_dir, run_dir, to_dict
+from memlm.compose import config_dir, run_dir
 from memlm.config import ConfigError, did_you_mean
 from memlm.printed import printable
 
@@ -53,7 +51,7 @@ def changes(change: Any, model: LanguageModel) -> dict[str, Any]:
 
 
 @cli("evaluate")
-def main(cfg: DictConfig) -> None:
+def main(config: dict[str, Any]) -> None:
     """Run the chosen experiments, write their results and print the summary; several processes do it together."""
     from memlm.checkpoint import find, load_run, place
     from memlm.evaluation import runner
@@ -64,19 +62,18 @@ def main(cfg: DictConfig) -> None:
     from memlm.training.loggers import evaluation_logger, sync_hint
     from memlm.training.memory_settings import memory_settings
 
-    config = to_dict(cfg)
     experiments = runner.chosen(config)
     if not experiments:
         raise ConfigError("experiment selects nothing to measure: give a name, a list of names, or all.")
-    checkpoint, directory = find(cfg.checkpoint), Path(run_dir())
+    checkpoint, directory = find(config["checkpoint"]), Path(run_dir())
     with runner.together(directory) as share:
         model, data = load_run(
             checkpoint,
-            paths={"cache_dir": cfg.paths.cache_dir},
+            paths={"cache_dir": config["paths"]["cache_dir"]},
             text=config["data"]["path"],
             trust=config["trust"],
         )
-        place(model, cfg.device)
+        place(model, config["device"])
         changed = changes(config["change"], model)
         if share.rank > 0:
             with memory_settings(model, changed):
@@ -95,7 +92,7 @@ def main(cfg: DictConfig) -> None:
     print("\nWritten:", *(f"  {path}" for path in [about, *written]), sep="\n")
     if hint:
         print(f"\nW&B ran offline. To upload: {hint}")
-    if skipped and not cfg.skip_inapplicable:
+    if skipped and not config["skip_inapplicable"]:
         raise ConfigError("; ".join(f"{name} was not measured: {reason}" for name, reason in skipped.items()))
     if skipped:
         print("\n" + not_measured(skipped))

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from omegaconf import DictConfig
+from typing import Any
 
 from memlm.app.cli import cli
-from memlm.compose import to_dict
 
 
 @cli("export")
-def main(cfg: DictConfig) -> None:
+def main(config: dict[str, Any]) -> None:
     """Write the files and name them."""
     from memlm.checkpoint import export, load
 
-    files = export(load(cfg.checkpoint, trust=to_dict(cfg.trust)), cfg.output)
+    output = config["output"]
+    files = export(load(config["checkpoint"], trust=config["trust"]), output)
     print("Written:", *(f"  {path}" for path in files), sep="\n")
-    print(f"\nIn Python: memlm.load({str(cfg.output)!r})")
+    print(f"\nIn Python: memlm.load({str(output)!r})")
 
 
 def start() -> None:

@@ -5,10 +5,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from omegaconf import DictConfig
-
 from memlm.app.cli import cli
-from memlm.compose import to_dict
 from memlm.config import ConfigError
 from memlm.printed import printable
 
@@ -52,9 +49,8 @@ def _read(file: str | None, where: str) -> str:
 
 
 @cli("generate")
-def main(cfg: DictConfig) -> str:
+def main(settings: dict[str, Any]) -> str:
     """Print the prompt and what the model makes of it; returns both."""
-    settings = to_dict(cfg)
     prompt = read_prompt(settings["prompt"], settings["prompt_file"])
     import torch
 

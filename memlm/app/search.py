@@ -23,13 +23,13 @@ from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
 from memlm.app import train
 from memlm.app.cli import cli
 from memlm.app.command_line import check_command_line
-from memlm.compose import run_dir, to_dict
+from memlm.compose import run_dir
 from memlm.config import ConfigError, did_you_mean
 from memlm.printed import one_line, printable
 from memlm.quoting import quoted
 
 if TYPE_CHECKING:
-    from omegaconf import DictConfig
+    pass
 
 
 def apart(arguments: Sequence[str]) -> list[str]:
@@ -143,25 +143,25 @@ def open_study(directory: Path, settings: Mapping[str, Any], about: Mapping[str,
     return study
 
 
-def check(cfg: DictConfig) -> None:
+def check(config: dict[str, Any]) -> None:
     """Refuse wrong settings of the search, and of the trials what `train.py` refuses."""
     if importlib.util.find_spec("optuna") is None:
         raise ConfigError(
             "a search needs Optuna: pip install 'memlm[search]', in a checkout pip install -e '.[search]'"
         )
-    search = to_dict(cfg)["search"]
+    search = config["search"]
     if not search["space"]:
         raise ConfigError("there is nothing to search over: give a setting several values, or hparams_search=NAME")
     distributions(search["space"])
-    _check_metric(to_dict(cfg)["optimized_metric"], cfg)
-    train.check(cfg)
+    _check_metric(config["optimized_metric"], config)
+    train.check(config)
 
 
-def _check_metric(metric: str, cfg: DictConfig) -> None:
+def _check_metric(metric: str, config: dict[str, Any]) -> None:
     """Refuse a number of an experiment that no trial would run."""
     from memlm.evaluation import runner
 
-    names = runner.chosen(to_dict(cfg))
+    names = runner.chosen(config)
     experiment = metric.partition("/")[0]
     if experiment not in names:
         raise ConfigError(
@@ -172,7 +172,7 @@ def _check_metric(metric: str, cfg: DictConfig) -> None:
 
 
 @cli("search", check)
-def main(cfg: DictConfig) -> None:
+def main(config: dict[str, Any]) -> None:
     """Run trials until there are enough, and show them."""
     from optuna.trial import TrialState
 
@@ -180,8 +180,8 @@ def main(cfg: DictConfig) -> None:
     from memlm.training.apart import config_dirs, run_apart
     from memlm.training.resume import running
 
-    settings, directory = to_dict(cfg)["search"], Path(run_dir())
-    space, metric = settings["space"], to_dict(cfg)["optimized_metric"]
+    settings, directory = config["search"], Path(run_dir())
+    space, metric = settings["space"], config["optimized_metric"]
     fixed = [line for line in HydraConfig.get().overrides.task
              if not line.lstrip("+").startswith(("search.", "hparams_search="))]  # fmt: skip
     drawn_from = distributions(space)

@@ -5,27 +5,24 @@ python train.py model=lmcode memory=ltm
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from memlm.app.cli import cli
-from memlm.compose import to_dict
 from memlm.config import validate
 from memlm.printed import printable
 
 if TYPE_CHECKING:
-    from omegaconf import DictConfig
-
     from memlm.training.stopping import Answer
 
 
-def check(cfg: DictConfig) -> None:
+def check(config: dict[str, Any]) -> None:
     """Refuse what can be told to be wrong without a look at text, files or devices."""
     from memlm.assemble import check_model
     from memlm.evaluation import runner
     from memlm.training.replay import build_replay
     from memlm.training.settings import plan_steps
 
-    config = plan_steps(to_dict(cfg))
+    config = plan_steps(config)
     build_replay(config)
     runner.chosen(config)
     runner.watched(config["watch"])
@@ -33,7 +30,7 @@ def check(cfg: DictConfig) -> None:
 
 
 @cli("train", check)
-def main(cfg: DictConfig) -> float | None:
+def main(config: dict[str, Any]) -> float | None:
     """Compose, validate, build, fit, report.
 
     Returns:
@@ -42,10 +39,10 @@ def main(cfg: DictConfig) -> float | None:
     from memlm.training.stopping import answering
 
     with answering() as answer:
-        return _train(cfg, answer)
+        return _train(config, answer)
 
 
-def _train(cfg: DictConfig, answer: Answer) -> float | None:
+def _train(config: dict[str, Any], answer: Answer) -> float | None:
     from pathlib import Path
 
     from memlm.assemble import build_corpus, build_data, build_model, build_tokenizer
@@ -57,7 +54,7 @@ def _train(cfg: DictConfig, answer: Answer) -> float | None:
     from memlm.training.resume import Finished, check_text, find_in_sweep, find_origin, mark_finished
     from memlm.training.settings import build_training, check_device, places_of_runs, plan_steps, sweep_dir
 
-    config = plan_steps(to_dict(cfg))
+    config = plan_steps(config)
     check_device(config)
     run = Path(config["paths"]["run_dir"])
     experiments, watched = runner.chosen(config), runner.watched(config["watch"])
@@ -82,7 +79,7 @@ def _train(cfg: DictConfig, answer: Answer) -> float | None:
     from memlm.training.module import LanguageModeling
     from memlm.training.replay import build_replay
 
-    validate(to_dict(cfg))
+    validate(config)
     data = build_data(config, tokenizer, corpus)
     if origin is not None:
         check_text(origin, data)

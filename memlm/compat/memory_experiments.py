@@ -14,8 +14,7 @@ from __future__ import annotations
 import shutil
 import sys
 from pathlib import Path
-
-from omegaconf import DictConfig
+from typing import Any
 
 from memlm.app.cli import cli
 
@@ -34,12 +33,12 @@ PLOTS = {
 
 
 @cli("train")
-def main(cfg: DictConfig) -> None:
+def main(config: dict[str, Any]) -> None:
     """Train, measure, and put the plots into the current directory."""
     from memlm.app.train import main as train
 
-    train(cfg)
-    run = Path(cfg.paths.run_dir)
+    train(config)
+    run = Path(config["paths"]["run_dir"])
     drawn = [name for name, path in PLOTS.items() if (run / path).exists()]  # an experiment may not apply
     for name in drawn:
         shutil.copyfile(run / PLOTS[name], name)

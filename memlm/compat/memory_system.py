@@ -14,24 +14,21 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-
-from omegaconf import DictConfig
+from typing import Any
 
 from memlm.app.cli import cli
-from memlm.compose import to_dict
 
 SETTINGS = ("recipe=preferences", "experiment=[preferences]")
 """The source's simulation, in memlm's settings."""
 
 
 @cli("train")
-def main(cfg: DictConfig) -> None:
+def main(config: dict[str, Any]) -> None:
     """Simulate, and print what was learned, ignored, forgotten and retrieved."""
     from memlm.assemble import build_model, build_tokenizer
     from memlm.evaluation import runner
     from memlm.evaluation.summary import summary
 
-    config = to_dict(cfg)
     model = build_model(config, build_tokenizer(config))
     results, written, _ = runner.run_all(model, None, runner.chosen(config), Path(config["paths"]["run_dir"]))
     metrics, example = results[0].metrics, results[0].metadata["example"]

@@ -1,7 +1,8 @@
 """What an experiment is: a module, or a folder of modules, with settings, ``run`` and ``plot``.
 
 - The settings are a class that a ``_target_`` names.
-- ``run(model, data, settings, progress=None, share=ALONE) -> Result`` touches no files, loggers or global random state.
+- ``run(model, data, settings, progress=None, share=ALONE) -> Result`` takes a `memlm.models.base.LanguageModel` and its
+  `memlm.data.datamodule.TextData`, and touches no files, loggers or global random state.
 - ``plot(result) -> dict[str, Figure]`` draws it.
 - ``applies(data) -> bool``, if there is one, says whether it is worth measuring while a model is trained on this data.
 - ``logged(result) -> dict[str, float]``, if there is one, names the numbers that are logged while a model is trained,

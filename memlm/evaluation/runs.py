@@ -20,7 +20,7 @@ from memlm.evaluation.result import Result
 from memlm.files import atomic_file, read_json
 from memlm.memory import state as states
 from memlm.printed import one_line
-from memlm.training.resume import history_files
+from memlm.training.logged import history_files
 
 EVALUATION = "evaluation.json"
 

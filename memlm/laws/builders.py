@@ -40,7 +40,7 @@ MODEL: dict[str, Any] = {"n_layer": 3, "n_head": 4, "d_model": 32, "d_ff": 48, "
 # Small enough that a handful of segments fills and overfills every memory.
 SMALL: dict[str, Any] = {
     "n_slot": 20, "n_token": 50, "n_mode": 50, "d_key": 16, "top_k": 6, "write_budget": 5, "span": 2,
-    "n_working": 4, "n_stm": 8, "n_reminded_stm": 4, "n_reminded_ltm": 4, "search_depth": 2,
+    "n_working": 4, "n_stm": 8, "n_reminded_stm": 4, "n_reminded_ltm": 4, "search_depth": 2, "period": 2,
 }  # fmt: skip
 
 

@@ -67,7 +67,7 @@ def pure(make: Make, scope: str = "sequence") -> None:
 
 
 @torch.no_grad()
-def bounded(make: Make, n_write: int = 10_000) -> None:
+def bounded(make: Make, n_write: int = 3_000) -> None:
     """After ``n_write`` writes the state has the size it began with and finite values."""
     memory = {"span": 1, "write_budget": 2}
     needed = max(make(memory=memory).lookback, 1)

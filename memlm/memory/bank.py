@@ -8,19 +8,31 @@ Shapes: B rows, n slots.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from memlm.memory.state import State, named_tensors, select_rows, with_tensors
 
-if TYPE_CHECKING:
-    from memlm.memory.contract import Memory
-
 Scope = Literal["sequence", "shared"]
 
 _USES = "slot_uses"
+
+
+class Owner(Protocol):
+    """What a bank asks of the memory whose bank it is: see `memlm.memory.contract.Memory`."""
+
+    scope: Scope
+
+    def init_state(self, n_row: int) -> State:
+        """A fresh state."""
+
+    def restored(self, state: State, missing: set[str]) -> State:
+        """A state with what the bank lacked."""
+
+    def check(self, state: State) -> None:
+        """Refuse a state that no text can have led to."""
 
 
 class Bank(nn.Module):
@@ -33,12 +45,12 @@ class Bank(nn.Module):
         memory: Whose bank it is.
     """
 
-    def __init__(self, memory: Memory) -> None:
+    def __init__(self, memory: Owner) -> None:
         super().__init__()
         self._memory = (memory,)  # no submodule
 
     @property
-    def memory(self) -> Memory:
+    def memory(self) -> Owner:
         """Whose bank it is."""
         return self._memory[0]
 

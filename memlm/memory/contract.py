@@ -42,6 +42,9 @@ class Needs(NamedTuple):
         heads: Whether `Memory.mix` or a write uses queries, keys and values of the layer.
         context: Whether `Memory.mix` gives the mixer a `Context`, or puts cells before a segment.
         output: Whether a write needs what comes out of the layer (or of the stack).
+        each_layer: Whether a memory around the stack stands before each layer too: see `Memory.enter`. A write then
+            gets what comes out of the cells behind the segment from each layer.
+        nll: Whether a write needs to run the model: see `Segment.nll`. Of memories around the stack.
         signals: Implicit signals of the text that it uses, by name, and how many numbers each has.
     """
 
@@ -51,6 +54,8 @@ class Needs(NamedTuple):
     heads: bool = False
     context: bool = False
     output: bool = False
+    each_layer: bool = False
+    nll: bool = False
     signals: Mapping[str, int] = MappingProxyType({})
 
 
@@ -172,7 +177,13 @@ class Segment(NamedTuple):
         output: What comes out of the layer, or of the stack, (B, C + N, D), or of each layer (B, C + N, n_layer, D);
             None unless the memory needs it.
         heads: Queries, keys and values of all cells, (B, H, C + N, E); None unless the memory needs them.
-        tail: What comes out of the cells behind the segment, (B, m, D); None unless the memory needs them.
+        maps: What makes queries, keys and values of any hidden states (B, L, D), as `Mixer.heads` does; None unless
+            the memory needs heads.
+        tail: What comes out of the cells behind the segment, (B, m, D), or of each layer, (B, m, n_layer, D); None
+            unless the memory needs them.
+        nll: Mean next-token loss of each row's segment, (B,), in nats, as a function of cells (B, m, D) before it; by
+            the layers alone, without the overlap and what memories read. It can be differentiated twice, in inference
+            too (``torch.inference_mode(False)``), but not by the head. None unless the memory needs it.
     """
 
     ids: Tensor
@@ -186,7 +197,9 @@ class Segment(NamedTuple):
     surprise: Tensor | None = None
     output: Tensor | None = None
     heads: Heads | None = None
+    maps: Callable[[Tensor], Heads] | None = None
     tail: Tensor | None = None
+    nll: Callable[[Tensor], Tensor] | None = None
 
     @property
     def complete(self) -> Tensor:
@@ -372,6 +385,16 @@ class Memory(nn.Module):
         """
         return mixer(x)
 
+    def enter(self, x: Tensor, prepared: Any, layer: int) -> Tensor:
+        """What enters a layer, of a memory around the stack that ``needs.each_layer``; not called where reads are off.
+
+        Args:
+            x: The stream before the layer, (B, L, D): cells of one segment, or those before or behind it.
+            prepared: Result of `prepare`.
+            layer: Number of the layer.
+        """
+        raise NotImplementedError
+
     def tail(self, prepared: Any) -> Tensor:
         """The ``needs.tail`` cells behind a segment, (B, m, D), as they enter the layers.
 
@@ -510,11 +533,11 @@ def at_once(
     write: bool = True,
     keep_state: bool = True,
 ) -> Scanned:
-    """A `Memory.scan` that writes all segments of a window first, then mixes them in one call, each as a row.
+    """A `Memory.scan` that writes all segments of a window first, then mixes or reads them in one call, each as a row.
 
     For a memory of scope ``sequence`` with a small state, of which one copy per segment is made: ``scan = at_once``.
     """
-    if window.n_segment == 1 or memory.scope == "shared" or memory.reads_beside:
+    if window.n_segment == 1 or memory.scope == "shared":
         return Memory.scan(memory, x, window, state, mixer, read, write, keep_state)
     before, traces = [], []
     for s in range(window.n_segment):
@@ -525,13 +548,19 @@ def at_once(
             state, trace = memory.write(segment, state)
             traces.append(trace)
     rows = x.reshape(len(x) * window.n_segment, -1, x.shape[2])  # (R, Q, D)
-    if not read:
-        return Scanned(memory.off(rows, mixer).view_as(x), None, state, mean_trace(traces))
-    each = map_tensors(lambda *parts: torch.stack(parts, dim=1).flatten(0, 1), before[0], *before[1:])
-    y, found = memory.mix(rows, memory.prepare(each), mixer)
+    y: Tensor | None = None
+    found: Read | None = None
+    if read:
+        each = map_tensors(lambda *parts: torch.stack(parts, dim=1).flatten(0, 1), before[0], *before[1:])
+        if memory.reads_beside:
+            found = memory.read(rows, memory.prepare(each))
+        else:
+            y, found = memory.mix(rows, memory.prepare(each), mixer)
+    elif not memory.reads_beside:
+        y = memory.off(rows, mixer)
     if found is not None:
         found = Read(*(None if part is None else part.reshape(*x.shape[:2], *part.shape[2:]) for part in found))
-    return Scanned(y.reshape(x.shape), found, state, mean_trace(traces))
+    return Scanned(None if y is None else y.reshape(x.shape), found, state, mean_trace(traces))
 
 
 def joined(parts: list[Tensor]) -> Tensor:

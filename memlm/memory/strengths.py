@@ -7,14 +7,11 @@ Shapes: B rows, K items offered by one segment, M = n_short + n_slot slots, the 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-
-if TYPE_CHECKING:
-    from memlm.memory.adaptive import AdaptiveMemory
 
 
 class AdaptiveState(NamedTuple):
@@ -33,7 +30,20 @@ class AdaptiveState(NamedTuple):
     position: Tensor
 
 
-def settle(memory: AdaptiveMemory, state: AdaptiveState, items: AdaptiveState) -> tuple[AdaptiveState, Tensor]:
+class Rules(Protocol):
+    """What is asked of the memory: see `memlm.memory.adaptive.AdaptiveMemory`."""
+
+    n_short: int
+    n_slot: int
+    decay: float
+    match_threshold: float
+    promote_at: float
+
+    def init_state(self, n_row: int) -> AdaptiveState:
+        """A fresh state."""
+
+
+def settle(memory: Rules, state: AdaptiveState, items: AdaptiveState) -> tuple[AdaptiveState, Tensor]:
     """Slots and items (B, M + K) after decay and reinforcement, and which of them each slot is to hold, (B, M)."""
     n, n_item = state.strength.shape[1], items.strength.shape[1]
     strength = state.strength * memory.decay  # (B, M)
@@ -63,7 +73,7 @@ def settle(memory: AdaptiveMemory, state: AdaptiveState, items: AdaptiveState) -
     return everything, torch.cat([short, long], dim=1)
 
 
-def placed(memory: AdaptiveMemory, everything: AdaptiveState, source: Tensor) -> AdaptiveState:
+def placed(memory: Rules, everything: AdaptiveState, source: Tensor) -> AdaptiveState:
     """What `settle` found, put into slots."""
     new = [
         torch.where(like(source >= 0, part), part.gather(1, like(source.clamp(min=0), part)), empty)
@@ -73,7 +83,7 @@ def placed(memory: AdaptiveMemory, everything: AdaptiveState, source: Tensor) ->
 
 
 @torch.no_grad()
-def joins_of(memory: AdaptiveMemory, state: AdaptiveState, items: AdaptiveState) -> Tensor:
+def joins_of(memory: Rules, state: AdaptiveState, items: AdaptiveState) -> Tensor:
     """Where each item goes, one-hot over the slots and the items themselves, (B, K, M + K)."""
     n, n_item = state.strength.shape[1], items.strength.shape[1]
     number = torch.arange(n_item, device=state.strength.device)

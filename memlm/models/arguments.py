@@ -1,17 +1,72 @@
-"""What is checked of the arguments of a model before it runs."""
+"""What is checked: settings of a model, what its memories ask of it, and the arguments of its calls."""
 
 from __future__ import annotations
 
 import math
 import reprlib
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from memlm.config import ConfigError, whole
+from memlm.models.stack import Stack
 
 _COLDEST = 1e-6  # temperature; below, logits would overflow
+
+
+def memory_layers(choice: str | Sequence[int], n_layer: int) -> list[int]:
+    """Indices of the layers with memory, ascending.
+
+    Raises:
+        ValueError: If there are no such layers.
+    """
+    if choice == "middle":
+        return [n_layer // 2]
+    if choice == "all":
+        return list(range(n_layer))
+    if isinstance(choice, str):
+        raise ValueError(f"model.memory_layers must be 'middle', 'all' or a list of layers, got {choice!r}")
+    layers = sorted(choice)
+    if not layers or len(set(layers)) < len(layers) or not all(0 <= layer < n_layer for layer in layers):
+        raise ValueError(f"model.memory_layers must name different layers of 0..{n_layer - 1}, got {list(choice)}")
+    return layers
+
+
+def needs(model: Stack) -> None:
+    """Refuse memories that ask for what a model cannot give, or for the same place.
+
+    Raises:
+        ValueError: With the name of the memory.
+    """
+    around: dict[str, str] = {}
+    for name, modules in model.memory.items():
+        module, asks = modules[0], modules[0].needs
+        if asks.lookback > model.segment_len:
+            raise ValueError(
+                f"memory {name!r} looks back {asks.lookback} tokens, more than a segment: "
+                f"set model.segment_len to at least {asks.lookback}, got {model.segment_len}"
+            )
+        asked = [what for what in ("heads", "context", "tail") if getattr(asks, what)]
+        if asked and not model.layers[0].n_head:
+            raise ValueError(
+                f"memory {name!r} needs {asked[0]} of attention, which {type(model).__name__} does not have: "
+                "choose model=lmcode, or another memory"
+            )
+        if asks.tail and module.around != "stack":
+            raise ValueError(f"memory {name!r} needs cells behind a segment, so it must stand around the stack")
+        if asks.each_layer and module.around != "stack":
+            raise ValueError(f"memory {name!r} needs each layer, so it must stand around the stack")
+        if asks.nll and (module.around != "stack" or not asks.context):
+            raise ValueError(f"memory {name!r} runs the model, so it must stand around the stack and need a context")
+        if asks.heads and (module.around != "layer" or module.reads_beside):
+            raise ValueError(f"memory {name!r} needs heads, so it must stand around a layer, with a mix of its own")
+        place = "the stack" if module.around == "stack" else None if module.reads_beside else "a layer"
+        if place is not None and place in around:
+            raise ValueError(f"memories {around[place]!r} and {name!r} both stand around {place}: choose one of them")
+        if place is not None:
+            around[place] = name
 
 
 def token_ids(ids: Any, n_vocab: int) -> Tensor:
@@ -47,6 +102,30 @@ def flags(name: str, given: Any) -> None:
     if given is not None and not (isinstance(given, Tensor) and given.dtype == torch.bool):
         got = given.dtype if isinstance(given, Tensor) else type(given).__name__
         raise ConfigError(f"{name} must be bool, got {got}: give a tensor of bools, or None")
+
+
+def signals(model: Stack, asked: Mapping[str, Tensor], n_row: int) -> None:
+    """Refuse signals that no memory uses, other shapes than (B, n), and NaN, which is looked for on a CPU alone.
+
+    Raises:
+        ConfigError: With the name of the signal.
+    """
+    known = {name: width for modules in model.memory.values() for name, width in modules[0].needs.signals.items()}
+    if not isinstance(asked, Mapping) or not all(isinstance(given, Tensor) for given in asked.values()):
+        raise ConfigError(f"signals must be tensors by name, got {reprlib.repr(asked)}")
+    for name, given in asked.items():
+        if name not in known:
+            width = given.shape[-1] if given.dim() else 1
+            raise ConfigError(
+                f"signals: {name!r} is used by no memory of this model, which know {', '.join(known) or 'none'}: "
+                f"leave it out, or choose a memory that takes signals, and name it there: signals={{{name}: {width}}}"
+            )
+        if given.shape != (n_row, known[name]):
+            raise ConfigError(
+                f"signals.{name} must be (rows, numbers) = {(n_row, known[name])}, got shape {tuple(given.shape)}"
+            )
+        if given.device.type == "cpu" and not torch.compiler.is_compiling() and bool(given.isnan().any()):
+            raise ConfigError(f"signals.{name} holds NaN: give 0 where it is unknown")
 
 
 def sampling(max_new_tokens: Any, temperature: Any, top_k: Any, top_p: Any) -> None:

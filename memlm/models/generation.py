@@ -5,22 +5,18 @@ Shapes: B rows, L tokens of the prompt, V vocabulary.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
 from memlm.config import ConfigError
 from memlm.models import arguments, schedule
-
-if TYPE_CHECKING:
-    from memlm.models.segments import SegmentModel
-    from memlm.models.state import ModelState
+from memlm.models.stack import Stack
+from memlm.models.state import ModelState
 
 
 @torch.no_grad()
 def generate(
-    model: SegmentModel,
+    model: Stack,
     ids: Tensor,
     max_new_tokens: int = 100,
     temperature: float = 0.8,

@@ -9,22 +9,22 @@ width, m cells of a memory before a segment, n behind it.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from memlm.memory.contract import Context, Heads, Memory, Mixer, Read, Segment, Trace, join_reads, joined, mean_trace
+from memlm.memory.contract import Context, Memory, Mixer, Read, Segment, Trace, join_reads, joined, mean_trace
 from memlm.memory.state import where_rows
-from memlm.models.grid import Grid, OpenSegment
-from memlm.models.mixers import Done, LayerMixer, SegmentLayer, cells_of, heads_of
+from memlm.models.grid import Grid, OpenSegment, lay_out
+from memlm.models.mixers import Cells, Done, LayerMixer, SegmentLayer, StackMixer, cells_of
+from memlm.models.stack import Stack
 from memlm.models.state import LocalState, ModelState
+from memlm.models.views import segment_of, stream_of
 from memlm.tensors import Host
-
-if TYPE_CHECKING:
-    from memlm.models.segments import SegmentModel
-
 
 WINDOW = 2**12
 """Tokens of a row that go through the layers together where no gradients are asked for, if a segment has fewer."""
@@ -71,7 +71,7 @@ def writes_within(module: Memory) -> bool:
     return module.around == "layer" and not module.needs.output
 
 
-def run(model: SegmentModel, grid: Grid, state: ModelState, how: How) -> Ran:
+def run(model: Stack, grid: Grid, state: ModelState, how: How) -> Ran:
     """All layers over one window of segments after the other, joined; see `at_once`.
 
     What is found does not depend on where windows begin. The definition, and the only way for some memories, is one
@@ -102,7 +102,7 @@ def run(model: SegmentModel, grid: Grid, state: ModelState, how: How) -> Ran:
     )
 
 
-def segments_at_once(model: SegmentModel) -> int | None:
+def segments_at_once(model: Stack) -> int | None:
     """Segments that layers may run over together; None for any number."""
     if not all(writes_within(modules[0]) for modules in model.memory.values()):
         return 1
@@ -111,55 +111,15 @@ def segments_at_once(model: SegmentModel) -> int | None:
     return None if torch.is_grad_enabled() else max(1, WINDOW // model.segment_len)
 
 
-def at_once(model: SegmentModel, grid: Grid, state: ModelState, how: How) -> Ran:
+def at_once(model: Stack, grid: Grid, state: ModelState, how: How) -> Ran:
     """All layers over the grid, one layer after the other for all segments."""
     return _Pass(model, grid, state, how).run()
-
-
-class _Cells(NamedTuple):
-    """Cells of a memory around the stack, on their way through the layers."""
-
-    front: Tensor | None  # before each segment, (B, m, D)
-    tail: Tensor | None  # behind it, (B, n, D)
-
-
-class _StackMixer:
-    """What the whole stack of layers does with one segment."""
-
-    def __init__(self, run: _Pass, tail: Tensor | None) -> None:
-        self.run, self.tail = run, tail
-
-    def __call__(self, x: Tensor, context: Context | None = None) -> Tensor:
-        """See `Mixer`. Cells before those of the segment go through the layers with it."""
-        if context is not None:
-            raise ValueError("a memory around the stack puts cells before a segment: a context is of one layer")
-        m = x.shape[1] - self.run.grid.n_column
-        own = x.to(self.run.embeddings.dtype)
-        stream, cells = self.run.layers(own[:, None, m:], _Cells(own[:, :m] if m else None, self.tail))
-        self.tail, y = cells.tail, stream[:, 0]
-        return (y if cells.front is None else torch.cat([cells.front, y], dim=1)).to(x.dtype)
-
-    def at(self, s: int) -> _StackMixer:
-        """Itself: the stack is run for one segment at a time."""
-        return self
-
-    def heads(self, x: Tensor) -> Heads:
-        """The stack has none."""
-        raise ValueError("the stack has no heads: only a memory around a layer can use them")
-
-    def attend(self, heads: Heads, context: Context | None = None) -> Tensor:
-        """The stack has none."""
-        raise ValueError("the stack has no heads: only a memory around a layer can use them")
-
-    def out(self, mixed: Tensor, x: Tensor) -> Tensor:
-        """The stack has none."""
-        raise ValueError("the stack has no heads: only a memory around a layer can use them")
 
 
 class _Pass:
     """One run of all layers over a grid."""
 
-    def __init__(self, model: SegmentModel, grid: Grid, state: ModelState, how: How) -> None:
+    def __init__(self, model: Stack, grid: Grid, state: ModelState, how: How) -> None:
         self.model, self.grid, self.local, self.how = model, grid, state.local, how
         self.lookback = model.lookback
         ids = torch.cat([self.local.ids[:, : self.lookback], grid.ids], dim=1)  # (B, C + N)
@@ -206,7 +166,7 @@ class _Pass:
         tail = None
         if module.needs.tail and self.how.write and any(self.grid.n_complete):
             tail = module.tail(module.prepare(self.begun(name, module, 0))).to(x.dtype)
-        mixer = _StackMixer(self, tail)
+        mixer = StackMixer(self.layers, self.grid.n_column, self.embeddings.dtype, tail, module.needs.each_layer)
         if self.how.closing and tail is None:
             y = x
         elif self.how.read:
@@ -223,17 +183,18 @@ class _Pass:
         self.write(name, module, 0, self.embeddings if ends else None, output, tail=mixer.tail)
         return y
 
-    def layers(self, x: Tensor, cells: _Cells | None = None) -> tuple[Tensor, _Cells]:
+    def layers(self, x: Tensor, cells: Cells | None = None) -> tuple[Tensor, Cells]:
         """All layers; and with them the cells of a memory around the stack. What counts is the last call."""
         self.caches = []
         self.streams = {name: [] for name in self.streams}
         for name, _ in self.memory_of("layer", "layers"):
             self.memory[name], self.traces[name] = list(self.before[name]), []
         model, last = self.model, self.model.memory_layers[-1] if self.model.memory else -1
-        cells = cells or _Cells(None, None)
+        cells = cells or Cells(None, None)
         for i, layer in enumerate(model.layers):
             if self.how.storing and i > last:
                 break
+            x, cells = self.entering(i, x, cells)
             contexts: tuple[Context, ...] = ()
             if cells.front is not None:
                 heads = layer.heads(cells.front)
@@ -251,18 +212,31 @@ class _Pass:
                 self.keep_output(i, x)
         return x, cells
 
-    def through(self, layer: SegmentLayer, mixer: LayerMixer, cells: _Cells, contexts: tuple[Context, ...]) -> _Cells:
+    def entering(self, i: int, x: Tensor, cells: Cells) -> tuple[Tensor, Cells]:
+        """What enters layer ``i``, of the stream (B, S, Q, D) and of cells: see `Memory.enter`."""
+        asks = [(name, modules[0]) for name, modules in self.memory_of("stack") if modules[0].needs.each_layer]
+        if not asks or not self.how.read:
+            return x, cells
+        name, module = asks[0]
+
+        def enter(part: Tensor | None) -> Any:
+            return None if part is None else module.enter(part.float(), self.prepared[f"{name}/0"], i).to(part.dtype)
+
+        return enter(x[:, 0])[:, None], cells._replace(front=enter(cells.front), tail=enter(cells.tail))
+
+    def through(self, layer: SegmentLayer, mixer: LayerMixer, cells: Cells, contexts: tuple[Context, ...]) -> Cells:
         """The cells behind a layer. Those before a segment see each other; those behind it see all."""
-        front, tail = cells
+        front, tail, tails = cells
         if tail is not None:
             place = self.grid.segment_len + torch.arange(tail.shape[1], device=tail.device)
             seen = layer.seen(mixer.kept, self.grid)
             tail = cells_of(layer, tail, [*contexts, *seen], place)
             tail = tail + layer.feed_forward(tail)
+            tails = (*tails, tail)
         if front is not None:
             front = cells_of(layer, front, [])
             front = front + layer.feed_forward(front)
-        return _Cells(front, tail)
+        return Cells(front, tail, tails)
 
     # --- a layer -------------------------------------------------------------------------------------------------
 
@@ -359,9 +333,12 @@ class _Pass:
     ) -> Segment:
         """What ``module`` may use of the grid. ``hidden`` and ``output`` include the model's lookback."""
         signals = self.how.signals
-        return segment_of(
+        segment = segment_of(
             self.model, module, self.local, self.grid, self.ids, self.embeddings, hidden, output, layer, tail, signals
         )
+        if not module.needs.nll:
+            return segment
+        return segment._replace(nll=nll_after(self.model, self.ids[:, self.lookback :], self.grid.valid[:, 0]))
 
     def fill(self, stream: str, place: int, x: Tensor) -> Tensor:
         """All cells of a stream, (B, C + N, D), of those that were computed, (B, S, Q, D)."""
@@ -399,51 +376,21 @@ class _Pass:
         )
 
 
-def stream_of(module: Memory) -> str:
-    """Which stream is `Segment.hidden` of a memory in a layer."""
-    return "mixed" if module.reads_beside else "input"
+def nll_after(model: Stack, ids: Tensor, valid: Tensor) -> Callable[[Tensor], Tensor]:
+    """The next-token loss of one segment alone, ids (B, T), as a function of cells before it: see `Segment.nll`."""
 
+    def nll(cells: Tensor) -> Tensor:
+        own, counts = ids.clone(), valid[:, 1:].float()  # no inference tensors, through which no gradient goes
+        state = ModelState(
+            {name: tuple(module.init_state(len(own)) for module in parts) for name, parts in model.memory.items()},
+            model.no_context(len(own)),
+        )
+        grid = lay_out(own, state.local, model.segment_len, None, None, None, None)
+        run = _Pass(model, grid, state, How(read=False, write=False, keep_state=False))
+        x = model.enter(run.embeddings[:, None, run.lookback :], grid.columns)
+        x, _ = run.layers(x, Cells(cells.to(x.dtype), None))
+        logits = F.linear(model.norm(x[:, 0, :-1]), model.head_weight.detach()).float()
+        nats = F.cross_entropy(logits.mT, own[:, 1:], reduction="none")
+        return (nats * counts).sum(dim=1) / counts.sum(dim=1).clamp(min=1)
 
-def segment_of(
-    model: SegmentModel,
-    module: Memory,
-    local: LocalState,
-    grid: Grid,
-    ids: Tensor,
-    embeddings: Tensor,
-    hidden: Tensor,
-    output: Tensor | None = None,
-    layer: SegmentLayer | None = None,
-    tail: Tensor | None = None,
-    signals: dict[str, Tensor] | None = None,
-) -> Segment:
-    """What ``module`` may use of a grid. Token fields given include the model's lookback; its own may be shorter.
-
-    Memories work in 32 bits, whatever the model does.
-    """
-    needs = module.needs
-    skip = model.lookback - needs.lookback
-    before = grid.flags.continues[:, :1].expand(-1, needs.lookback)
-    return Segment(
-        ids=ids[:, skip:],
-        embeddings=embeddings[:, skip:].float(),
-        hidden=hidden[:, skip:].float(),
-        valid=torch.cat([before, grid.valid.flatten(1)], dim=1),
-        flags=grid.flags,
-        signals=None if signals is None else {name: signals[name] for name in needs.signals if name in signals},
-        lookback=needs.lookback,
-        columns=grid.columns,
-        surprise=_surprise(model, hidden, ids)[:, skip:] if needs.surprise else None,
-        output=None if output is None or not needs.output else output[:, skip:].float(),
-        heads=None if layer is None or not needs.heads else heads_of(layer, hidden[:, skip:].float(), hidden.dtype),
-        tail=None if tail is None else tail.float(),
-    )
-
-
-@torch.no_grad()
-def _surprise(model: SegmentModel, hidden: Tensor, ids: Tensor) -> Tensor:
-    """Nats of the token after each cell, predicted from ``hidden`` (B, L, D) as if by the last layer, (B, L)."""
-    following = ids.roll(-1, dims=1)[..., None]  # the last cell has none, and no slot
-    parts = zip(hidden.split(model.segment_len, dim=1), following.split(model.segment_len, dim=1), strict=True)
-    nats = [-model.head(model.norm(part)).log_softmax(dim=-1).gather(2, targets) for part, targets in parts]
-    return torch.cat(nats, dim=1)[..., 0].float()
+    return nll

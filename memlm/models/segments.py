@@ -12,8 +12,7 @@ V vocabulary.
 from __future__ import annotations
 
 import inspect
-import reprlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import torch
@@ -23,9 +22,9 @@ from memlm.config import ConfigError
 from memlm.memory.contract import Memory, Sizes
 from memlm.memory.slots import Slots
 from memlm.memory.state import State, select_rows, where_rows
-from memlm.models import arguments, generation, schedule
-from memlm.models.base import LanguageModel
+from memlm.models import arguments, generation, schedule, views
 from memlm.models.grid import closing_grid, lay_out
+from memlm.models.stack import Stack
 from memlm.models.state import LocalState, ModelState, Output, shapes
 from memlm.store import operations, passages
 from memlm.tensors import Host
@@ -33,7 +32,7 @@ from memlm.tensors import Host
 _WIDEST = 2**20  # of a model, and of its segments
 
 
-class SegmentModel(LanguageModel):
+class SegmentModel(Stack):
     """A language model that takes its text segment by segment, with memories between its layers.
 
     Subclasses make ``embedding``, ``layers`` and ``norm``, and then call `attach`.
@@ -47,18 +46,9 @@ class SegmentModel(LanguageModel):
         memory_layers: Layers with memory: ``middle``, ``all``, or a list of indices from 0.
         gradient_checkpointing: Recompute activations in the backward pass, to save memory.
 
-    Attributes:
-        n_together: Segments that layers run over together, at most; None for as many as fit. With 1, a call is run as
-            the definition says.
-
     Raises:
         ValueError: If a setting cannot work; the message names it.
     """
-
-    n_together: int | None = None
-    embedding: nn.Embedding
-    layers: Any  # nn.ModuleList of SegmentLayer, whose items torch types as bare modules
-    norm: nn.Module
 
     def __init__(
         self,
@@ -85,7 +75,7 @@ class SegmentModel(LanguageModel):
         self.n_vocab, self.d_model, self.n_layer = n_vocab, d_model, n_layer
         self.segment_len, self.overlap = segment_len, overlap
         self.gradient_checkpointing = gradient_checkpointing
-        self.memory_layers = _memory_layers(memory_layers, n_layer)
+        self.memory_layers = arguments.memory_layers(memory_layers, n_layer)
 
     def attach(self, memories: Mapping[str, Callable[..., Memory]]) -> None:
         """Make the modules of each memory.
@@ -108,17 +98,9 @@ class SegmentModel(LanguageModel):
             if first.scope == "shared":
                 for module in self.memory[name]:
                     module.bank.create()
-        _check_needs(self)
+        arguments.needs(self)
         self.lookback = max((modules[0].needs.lookback for modules in self.memory.values()), default=0)
         self._shapes = shapes(self.no_context(1))
-
-    def embed(self, ids: Tensor) -> Tensor:
-        """Token embeddings of unit variance, (..., D)."""
-        return self.embedding(ids) * self.d_model**0.5
-
-    def enter(self, embeddings: Tensor, columns: slice) -> Tensor:
-        """What the first layer gets, (B, S, Q, D), of the embeddings of the ``columns`` of each segment."""
-        return embeddings
 
     # --- state ---------------------------------------------------------------------------------------------------
 
@@ -133,7 +115,7 @@ class SegmentModel(LanguageModel):
         return ModelState(memory, self.no_context(1))
 
     def no_context(self, n_row: int) -> LocalState:
-        """A local state before any text."""
+        """See `Stack.no_context`."""
         weight = self.embedding.weight
         n_cell = self.lookback + self.segment_len
         return LocalState(
@@ -207,17 +189,17 @@ class SegmentModel(LanguageModel):
         if module.around == "stack":
             how = schedule.How(read=True, write=True, keep_state=False, closing=True)
             return schedule.at_once(self, grid, state, how).state.memory[name]
-        hidden = local.streams[schedule.stream_of(module)]  # (B, n_layer, C + T, D)
+        hidden = local.streams[views.stream_of(module)]  # (B, n_layer, C + T, D)
         output = local.streams.get("output", hidden)  # not looked at unless the memory needs it
         cells = (local.ids, embeddings)
         if module.around == "layers":
             streams = hidden.transpose(1, 2), output.transpose(1, 2)
-            segment = schedule.segment_of(self, module, local, grid, *cells, *streams)
+            segment = views.segment_of(self, module, local, grid, *cells, *streams)
             return (module.write(segment, state.memory[name][0])[0],)
         closed = []
         for place, (module, part) in enumerate(zip(modules, state.memory[name], strict=True)):
             streams, layer = (hidden[:, place], output[:, place]), self.layers[self.memory_layers[place]]
-            segment = schedule.segment_of(self, module, local, grid, *cells, *streams, layer)
+            segment = views.segment_of(self, module, local, grid, *cells, *streams, layer)
             closed.append(module.write(segment, part)[0])
         return tuple(closed)
 
@@ -263,7 +245,7 @@ class SegmentModel(LanguageModel):
         n_row = ids.shape[0]
         for name, flags in (("mask", mask), ("reset", reset), ("breaks", breaks)):
             arguments.flags(name, flags)
-        _check_signals(self, signals or {}, n_row)
+        arguments.signals(self, signals or {}, n_row)
         state = _state_for(self, state, n_row)
         if breaks is not None and (breaks.dim() != 2 or len(breaks) != n_row):
             raise ConfigError(f"breaks must be ({n_row}, segments), got {tuple(breaks.shape)}")
@@ -322,11 +304,6 @@ class SegmentModel(LanguageModel):
         how = schedule.How(read, any(grid.n_complete), storing=True)
         return schedule.run(self, grid, state, how).state
 
-    @property
-    def head_weight(self) -> Tensor:
-        """Weights of the language-model head, (V, D)."""
-        return self.embedding.weight
-
     def _begin_documents(self, state: ModelState, rows: Tensor | None, reset: Tensor | None, write: bool) -> ModelState:
         """``state`` with the rows that begin a document at once out of their old context."""
         n_row = state.local.n_row
@@ -359,33 +336,6 @@ def _made(make: Callable[..., Memory], sizes: Sizes) -> Memory:
     return make(sizes.d_model, sizes=sizes) if asks else make(sizes.d_model)
 
 
-def _check_needs(model: SegmentModel) -> None:
-    """Refuse memories that ask for what this model cannot give, or for the same place."""
-    around: dict[str, str] = {}
-    for name, modules in model.memory.items():
-        module, needs = modules[0], modules[0].needs
-        if needs.lookback > model.segment_len:
-            raise ValueError(
-                f"memory {name!r} looks back {needs.lookback} tokens, more than a segment: "
-                f"set model.segment_len to at least {needs.lookback}, got {model.segment_len}"
-            )
-        asked = [what for what in ("heads", "context", "tail") if getattr(needs, what)]
-        if asked and not model.layers[0].n_head:
-            raise ValueError(
-                f"memory {name!r} needs {asked[0]} of attention, which {type(model).__name__} does not have: "
-                "choose model=lmcode, or another memory"
-            )
-        if needs.tail and module.around != "stack":
-            raise ValueError(f"memory {name!r} needs cells behind a segment, so it must stand around the stack")
-        if needs.heads and (module.around != "layer" or module.reads_beside):
-            raise ValueError(f"memory {name!r} needs heads, so it must stand around a layer, with a mix of its own")
-        place = "the stack" if module.around == "stack" else None if module.reads_beside else "a layer"
-        if place is not None and place in around:
-            raise ValueError(f"memories {around[place]!r} and {name!r} both stand around {place}: choose one of them")
-        if place is not None:
-            around[place] = name
-
-
 def _n_stream(model: SegmentModel) -> dict[str, int]:
     """At how many places each stream of `LocalState` is kept."""
     modules = [modules[0] for modules in model.memory.values()]
@@ -398,26 +348,6 @@ def _n_stream(model: SegmentModel) -> dict[str, int]:
         "output": n * any(module.needs.output for module in inside),
         "top": int(any(module.needs.output for module in stack)),
     }
-
-
-def _check_signals(model: SegmentModel, signals: Mapping[str, Tensor], n_row: int) -> None:
-    """Refuse what no memory uses, other shapes than (B, n), and NaN, which is looked for on a CPU alone."""
-    known = {name: width for modules in model.memory.values() for name, width in modules[0].needs.signals.items()}
-    if not isinstance(signals, Mapping) or not all(isinstance(given, Tensor) for given in signals.values()):
-        raise ConfigError(f"signals must be tensors by name, got {reprlib.repr(signals)}")
-    for name, given in signals.items():
-        if name not in known:
-            width = given.shape[-1] if given.dim() else 1
-            raise ConfigError(
-                f"signals: {name!r} is used by no memory of this model, which know {', '.join(known) or 'none'}: "
-                f"leave it out, or choose a memory that takes signals, and name it there: signals={{{name}: {width}}}"
-            )
-        if given.shape != (n_row, known[name]):
-            raise ConfigError(
-                f"signals.{name} must be (rows, numbers) = {(n_row, known[name])}, got shape {tuple(given.shape)}"
-            )
-        if given.device.type == "cpu" and not torch.compiler.is_compiling() and bool(given.isnan().any()):
-            raise ConfigError(f"signals.{name} holds NaN: give 0 where it is unknown")
 
 
 def _state_for(model: SegmentModel, state: ModelState | None, n_row: int) -> ModelState:
@@ -449,17 +379,3 @@ def _renewed(local: LocalState, fresh: LocalState, rows: Tensor) -> LocalState:
         return fresh
     cache = tuple(None if old is None else new for old, new in zip(local.cache, fresh.cache, strict=True))
     return where_rows(rows, fresh._replace(cache=cache), local)
-
-
-def _memory_layers(choice: str | Sequence[int], n_layer: int) -> list[int]:
-    """Indices of the layers with memory, ascending."""
-    if choice == "middle":
-        return [n_layer // 2]
-    if choice == "all":
-        return list(range(n_layer))
-    if isinstance(choice, str):
-        raise ValueError(f"model.memory_layers must be 'middle', 'all' or a list of layers, got {choice!r}")
-    layers = sorted(choice)
-    if not layers or len(set(layers)) < len(layers) or not all(0 <= layer < n_layer for layer in layers):
-        raise ValueError(f"model.memory_layers must name different layers of 0..{n_layer - 1}, got {list(choice)}")
-    return layers

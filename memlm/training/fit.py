@@ -21,16 +21,9 @@ from memlm.config import ConfigError, instantiate
 from memlm.machine import no_space
 from memlm.output import output_lost
 from memlm.training.callbacks import AtomicCheckpointIO, Checkpoints, DuringTraining, Progress, Throughput
+from memlm.training.logged import history_files, keep_earlier_history
 from memlm.training.loggers import is_first, make_loggers
-from memlm.training.resume import (
-    Origin,
-    forget_finished,
-    history_files,
-    keep_earlier_history,
-    refuse_other_run,
-    remove_leftovers_of_runs,
-    running,
-)
+from memlm.training.resume import Origin, forget_finished, refuse_other_run, remove_leftovers_of_runs, running
 from memlm.training.settings import places_of_runs, seconds_of
 from memlm.training.stopping import UNREAD, Stopped
 from memlm.training.told import fault, lost_process, quiet, then
@@ -79,7 +72,7 @@ def make_trainer(
             if is_first():
                 refuse_other_run(run, origin)
                 if origin is not None:
-                    keep_earlier_history(run, origin)
+                    keep_earlier_history(run, origin.run, origin.step)
                 forget_finished(run)
                 remove_leftovers_of_runs(run, places_of_runs(config))
             trainer = _trainer(

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import csv
 import errno
 import fcntl
 import io
 import itertools
 import json
 import os
-import re
 import stat
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from memlm.checkpoint import FOLDER, checkpoints, find, read
 from memlm.config import ConfigError, target_of
-from memlm.files import ERROR, atomic_file, open_regular, read_json, remove_leftovers
+from memlm.files import ERROR, atomic_file, read_json, remove_leftovers
 from memlm.printed import printable
 
 if TYPE_CHECKING:
@@ -37,9 +35,6 @@ _TECHNICAL = ("data.n_worker", "model.gradient_checkpointing", "training.compile
 _ASIDE = ("paths", "logger", "resume")
 _ASIDE_TRAINER = ("max_time",)
 _FINISHED = "finished.json"  # of a run that is trained and measured: its settings, and what it returned
-_EARLIER = "earlier-{}.csv"  # what was logged before a run was resumed, oldest first
-_STEP = re.compile(r"[0-9]{1,18}")
-_IS_EARLIER = re.compile(r"earlier-(\d{1,9})")
 
 
 class Origin(NamedTuple):
@@ -210,48 +205,6 @@ def check_text(origin: Origin, data: TextData) -> None:
             f"{origin.path} was trained on another text than {data.corpus.name!r} holds now: "
             "put it back, or leave out resume"
         )
-
-
-def keep_earlier_history(run: Path, origin: Origin) -> None:
-    """Copy what was logged before the checkpoint into the run that goes on."""
-    sources = history_files(origin.run)
-    if sources and run.resolve() == origin.run.resolve():  # at once: a run killed in between would have it twice
-        sources.append(sources.pop().replace(run / "csv" / _EARLIER.format(len(sources))))
-    for i, source in enumerate(sources):
-        columns, rows = _logged(source)
-        with atomic_file(run / "csv" / _EARLIER.format(i)) as target:
-            lines = [columns, *([row[c] for c in columns] for row in rows if int(row["step"]) < origin.step)]
-            target.write("".join(",".join(_quoted(cell) for cell in line) + "\n" for line in lines).encode())
-
-
-def _logged(path: Path) -> tuple[list[str], list[dict[str, str]]]:
-    """The columns and whole lines of a file of what was logged."""
-    with open_regular(path) as binary, io.TextIOWrapper(binary, newline="", encoding="utf-8") as file:
-        reader = csv.DictReader(file)
-        try:
-            columns = list(reader.fieldnames or [])
-            # A process that was killed may have left half a line.
-            rows = [
-                row for row in reader if None not in (*row, *row.values()) and _STEP.fullmatch(row.get("step") or "")
-            ]
-        except (UnicodeDecodeError, csv.Error) as error:
-            raise ConfigError(
-                f"{path} cannot be read: it is damaged ({error}); remove it to go on without it"
-            ) from error
-    return columns, rows
-
-
-def history_files(run: Path) -> list[Path]:
-    """What a run and those it went on from have logged, oldest first."""
-    folder = run / "csv"
-    earlier = {int(found[1]): file for file in folder.glob("*.csv") if (found := _IS_EARLIER.fullmatch(file.stem))}
-    return [*(earlier[i] for i in sorted(earlier)), *folder.glob("metrics.csv")]
-
-
-def _quoted(cell: str | None) -> str:
-    """A cell of a CSV file."""
-    cell = cell or ""
-    return '"' + cell.replace('"', '""') + '"' if any(c in cell for c in ',"\n\r') else cell
 
 
 def _content(path: Path, peek: bool = False) -> dict[str, Any]:

@@ -57,6 +57,7 @@ def test_every_benchmark_has_settings_and_a_module() -> None:
         "__init__",
         "base",
         "candidates",
+        "mixer_peers",
     }
     for name in names:
         config = to_dict(compose([f"benchmark={name}"], "benchmark"))

@@ -215,7 +215,7 @@ def test_cli_runs_the_function(tree: Path, monkeypatch: pytest.MonkeyPatch) -> N
     seen = []
 
     def main(cfg: Any) -> None:
-        seen.append((list(cfg.memory), run_dir(), os.environ.get("HYDRA_FULL_ERROR")))
+        seen.append((list(cfg["memory"]), run_dir(), os.environ.get("HYDRA_FULL_ERROR")))
 
     run(tree, monkeypatch, main, "memory=stm")
     assert seen == [(["stm"], f"{tree}/out", None)]
@@ -272,7 +272,7 @@ def test_cli_checks_before_it_runs(
 ) -> None:
     jobs: list[int] = []
     with pytest.raises(SystemExit) as left:
-        run(tree, monkeypatch, lambda cfg: jobs.append(cfg.seed), "-m", "model.n_layer=1,2,x")
+        run(tree, monkeypatch, lambda cfg: jobs.append(cfg["seed"]), "-m", "model.n_layer=1,2,x")
     assert (left.value.code, jobs) == (2, [])
     assert capsys.readouterr().err == "error: model.n_layer must be an int, got 'x' (a string).\n"
 
@@ -283,9 +283,9 @@ def test_cli_sweep_goes_on_after_a_failed_job(
     jobs: list[int] = []
 
     def main(cfg: Any) -> None:
-        jobs.append(cfg.seed)
-        if cfg.seed != 2:
-            raise ConfigError(f"seed {cfg.seed} is unlucky.")
+        jobs.append(cfg["seed"])
+        if cfg["seed"] != 2:
+            raise ConfigError(f"seed {cfg['seed']} is unlucky.")
 
     with pytest.raises(SystemExit) as left:
         run(tree, monkeypatch, main, "-m", "seed=1,2,3")
@@ -303,7 +303,7 @@ def test_cli_sweep_goes_on_after_a_failed_job(
     ]
     # a job that comes to an end the next time is no longer among them
     with pytest.raises(SystemExit):
-        run(tree, monkeypatch, lambda cfg: 1 / (cfg.seed - 3), "-m", "seed=1,2,3")
+        run(tree, monkeypatch, lambda cfg: 1 / (cfg["seed"] - 3), "-m", "seed=1,2,3")
     stderr = capsys.readouterr().err
     assert f"error: 1 of the jobs in {tree}/out failed:\n  {tree}/out/2: division by zero\n" in stderr
     assert "ZeroDivisionError" in (tree / "out" / "2" / ERROR).read_text()
@@ -311,7 +311,7 @@ def test_cli_sweep_goes_on_after_a_failed_job(
 
 def test_a_fault_in_a_job_is_no_mistake_of_the_user(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(SystemExit) as left:
-        run(tree, monkeypatch, lambda cfg: 1 / cfg.seed, "-m", "seed=1,0")
+        run(tree, monkeypatch, lambda cfg: 1 / cfg["seed"], "-m", "seed=1,0")
     assert left.value.code == 1
 
 
@@ -322,7 +322,7 @@ def test_a_sweep_that_is_stopped_starts_no_other_job(
     jobs: list[int] = []
 
     def main(cfg: Any) -> None:
-        jobs.append(cfg.seed)
+        jobs.append(cfg["seed"])
         raise stop
 
     with pytest.raises(SystemExit) as left:
@@ -357,12 +357,12 @@ def test_what_a_constructor_refuses_is_told_before_the_first_job(
     jobs: list[int] = []
 
     def check(cfg: Any) -> None:
-        if cfg.seed == 3:
+        if cfg["seed"] == 3:
             raise ConfigError("seed 3 is unlucky.")
 
     monkeypatch.setattr(sys, "argv", ["train.py", "-m", "seed=1,2,3", f"hydra.sweep.dir={tree}/out"])
     with pytest.raises(SystemExit) as left:
-        cli.cli("train", check, directory=tree)(lambda cfg: jobs.append(cfg.seed))()
+        cli.cli("train", check, directory=tree)(lambda cfg: jobs.append(cfg["seed"]))()
     assert (left.value.code, jobs) == (2, [])
     assert capsys.readouterr().err == "error: seed 3 is unlucky.\n"
     assert not (tree / "out").exists()
@@ -387,13 +387,13 @@ def test_jobs_side_by_side(tree: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
 
         from memlm.config import ConfigError
 
-        mine = Path(place, f"job{cfg.seed}")
+        mine = Path(place, f"job{cfg['seed']}")
         mine.write_text(f"{os.getpid()} {os.environ['CUDA_VISIBLE_DEVICES']} {os.environ['OMP_NUM_THREADS']}")
         deadline = time.monotonic() + 60
-        while not Path(place, f"job{1 - cfg.seed}").exists():  # each waits for the other: they run at the same time
+        while not Path(place, f"job{1 - cfg['seed']}").exists():  # each waits for the other: they run at the same time
             assert time.monotonic() < deadline
             time.sleep(0.01)
-        if cfg.seed == 1:
+        if cfg["seed"] == 1:
             raise ConfigError("seed 1 is unlucky.")
 
     with pytest.raises(SystemExit) as left:
@@ -467,7 +467,7 @@ def test_script(tree: Path) -> None:
 
             @cli("train", directory={str(tree)!r})
             def main(cfg):
-                print("ran", cfg.seed, cfg.paths.run_dir)
+                print("ran", cfg["seed"], cfg["paths"]["run_dir"])
 
             try:
                 main()
@@ -671,7 +671,7 @@ def test_of_very_many_values_some_are_checked(tree: Path) -> None:
     seen = []
     values = [*range(1000, 0, -1), 5000, 7]
     line = f"model.n_layer={','.join(map(str, values))}"
-    check_command_line(["-m", line], directory=tree, check=lambda cfg: seen.append(cfg.model.n_layer))
+    check_command_line(["-m", line], directory=tree, check=lambda cfg: seen.append(cfg["model"]["n_layer"]))
     assert {1000, 7, 1, 5000} <= set(seen)
     assert len(seen) < 30
     assert "got 'x'" in error(check_command_line, ["-m", line.replace(",500,", ",x,")], directory=tree)

@@ -33,7 +33,7 @@ def house(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for _, title, body in BLOCK.findall("\n".join(TEXTS.values())):
         if title:
             files[title] = f"{files[title]}\n{body}" if title in files else body
-    names = ("echo", "infini")
+    names = ("echo", "infini_lite")
     assert set(files) == {f"configs/memory/{name}.yaml" for name in names} | {
         f"memlm/memory/{name}.py" for name in names
     }
@@ -55,7 +55,7 @@ def laws(house: Path, names: str) -> tuple[int, str]:
 
 
 # The law about slots asks memories of slots alone.
-@pytest.mark.parametrize(("name", "n_law"), [("echo", 20), ("infini", 19)])
+@pytest.mark.parametrize(("name", "n_law"), [("echo", 20), ("infini_lite", 19)])
 def test_its_memory_keeps_every_law(house: Path, name: str, n_law: int) -> None:
     code, out = laws(house, name)
     assert code == 0, out
@@ -64,7 +64,7 @@ def test_its_memory_keeps_every_law(house: Path, name: str, n_law: int) -> None:
 
 @pytest.mark.parametrize(
     ("page", "name", "law"),
-    [("tutorial", "echo", "3_chunk_invariant"), ("attention_memory", "infini", "3_contexts_end_within_a_call")],
+    [("tutorial", "echo", "3_chunk_invariant"), ("attention_memory", "infini_lite", "3_contexts_end_within_a_call")],
 )
 def test_a_law_sees_what_it_breaks(house: Path, page: str, name: str, law: str) -> None:
     (diff,) = (body for kind, _, body in BLOCK.findall(TEXTS[page]) if kind == "diff")

@@ -323,7 +323,8 @@ _LINES = {
 
 
 def _history(content: bytes, resumed: bool, name: str = "metrics.csv") -> None:
-    from memlm.training.resume import find_origin, keep_earlier_history
+    from memlm.training.logged import keep_earlier_history
+    from memlm.training.resume import find_origin
 
     run = _copy()
     (run / "csv" / name).write_bytes(content)
@@ -333,7 +334,7 @@ def _history(content: bytes, resumed: bool, name: str = "metrics.csv") -> None:
     settings["trainer"]["max_steps"] = 5
     origin = find_origin(str(run), settings, [])
     assert origin is not None
-    return keep_earlier_history(run, origin)
+    return keep_earlier_history(run, origin.run, origin.step)
 
 
 def _histories() -> list[Case]:

@@ -17,6 +17,25 @@ def turned(x: Tensor, place: Tensor) -> Tensor:
     return torch.cat([z.real, z.imag], dim=2)
 
 
+def heads_of(layer: Layer, cells: Tensor) -> list[Tensor]:
+    """Queries, keys and values of cells (L, D), (H, L, E) each."""
+    qkv = layer.attention_norm(cells) @ layer.attention.to_qkv.weight.T
+    return [part.reshape(len(cells), layer.n_head, -1).transpose(0, 1) for part in qkv.chunk(3, dim=1)]
+
+
+def scores(q: Tensor, k: Tensor, mask: Tensor, place: Tensor, places: Tensor) -> Tensor:
+    """Scores (H, L, M) of keys (H, M, E) for queries (H, L, E); see `attend`."""
+    somewhere = turned(q, place.nan_to_num()) @ turned(k, places.nan_to_num()).transpose(1, 2)
+    score = torch.where(places.isnan(), q @ k.transpose(1, 2), somewhere) / q.shape[2] ** 0.5
+    return score.masked_fill(~mask, -torch.inf)
+
+
+def behind(layer: Layer, x: Tensor, found: Tensor) -> Tensor:
+    """Cells ``x`` (L, D) behind a layer whose heads have found (H, L, E)."""
+    x = x + found.transpose(0, 1).reshape(x.shape) @ layer.attention.to_output.weight.T
+    return x + layer.feed_forward(x)
+
+
 def attend(
     layer: Layer, x: Tensor, seen: Tensor, mask: Tensor, place: Tensor, places: Tensor, bias: Tensor | float = 0.0
 ) -> Tensor:
@@ -25,15 +44,5 @@ def attend(
     ``place`` (L,) and ``places`` (M,) say where they stand; NaN for a cell without a place. ``bias`` (L, M) is added to
     the scores.
     """
-    attention, n_head = layer.attention, layer.attention.n_head
-
-    def heads(cells: Tensor) -> list[Tensor]:
-        qkv = layer.attention_norm(cells) @ attention.to_qkv.weight.T
-        return [part.reshape(len(cells), n_head, -1).transpose(0, 1) for part in qkv.chunk(3, dim=1)]  # (H, L, E)
-
-    (q, _, _), (_, k, v) = heads(x), heads(seen)
-    somewhere = turned(q, place.nan_to_num()) @ turned(k, places.nan_to_num()).transpose(1, 2)
-    score = torch.where(places.isnan(), q @ k.transpose(1, 2), somewhere) / q.shape[2] ** 0.5 + bias
-    weight = score.masked_fill(~mask, -torch.inf).softmax(dim=2)
-    x = x + (weight @ v).transpose(0, 1).reshape(x.shape) @ attention.to_output.weight.T
-    return x + layer.feed_forward(x)
+    (q, _, _), (_, k, v) = heads_of(layer, x), heads_of(layer, seen)
+    return behind(layer, x, (scores(q, k, mask, place, places) + bias).softmax(dim=2) @ v)

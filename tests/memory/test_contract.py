@@ -60,6 +60,10 @@ class TailOfALayer(guests.TokenWise):
     needs = Needs(tail=1)
 
 
+class EachLayerOfOne(guests.TokenWise):
+    needs = Needs(each_layer=True)
+
+
 class HeadsBeside(ShortTermMemory):
     needs = Needs(heads=True)
 
@@ -76,6 +80,7 @@ class HeadsBeside(ShortTermMemory):
             "looks back 7 tokens, more than a segment: set model.segment_len to at least 7, got 6",
         ),
         ((TailOfALayer,), LMCode, "needs cells behind a segment, so it must stand around the stack"),
+        ((EachLayerOfOne,), LMCode, "needs each layer, so it must stand around the stack"),
         ((HeadsBeside,), LMCode, "needs heads, so it must stand around a layer, with a mix of its own"),
         ((guests.Cache, guests.Pool), LMCode, "'cache' and 'pool' both stand around a layer: choose one"),
     ],

@@ -13,23 +13,28 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from memlm import laws
-from memlm.memory import delta
+from memlm.memory import matrix as matrices
+from memlm.memory.chunks import chunks_of, decay_between, faded_products, inverse_of
 from memlm.memory.contract import Flags, Segment
-from memlm.memory.delta import DeltaMemory, DeltaState, chunks_of, decay_between
+from memlm.memory.delta import DeltaMemory
+from memlm.memory.matrix import MatrixState, cut
 from memlm.memory.state import n_byte
 from memlm.models.mixers import Done
 from tests.laws.test_laws import LAWS
 from tests.memory.segments import segment_of
 
-RULES = [
+RULES: list[dict[str, Any]] = [
     {"rule": rule, "decay": decay, "within": within}
-    for rule, decay, within in itertools.product(("delta", "linear"), (False, True), (False, True))
+    for rule, decay, within in itertools.product(("delta", "linear"), ("none", "head", "channel"), (False, True))
 ]
-# Beside the default, which tests/laws tests: each rule in both forms, two of them with decay.
+GDN2 = {"rate": "channel", "decay": "channel"}
+# Beside the default, which tests/laws tests: each rule in both forms, with each kind of decay.
 OTHERS: list[dict[str, Any]] = [
-    {"decay": True, "within": True},
+    {"decay": "head", "within": True},
+    {"decay": "channel"},
     {"rule": "linear", "within": True},
-    {"rule": "linear", "decay": True},
+    {"rule": "linear", "decay": "head"},
+    GDN2 | {"within": True},
 ]
 D = 12
 
@@ -38,38 +43,52 @@ D = 12
 
 
 def token_loop(
-    q: Tensor, k: Tensor, v: Tensor, rate: Tensor | None, decay: Tensor | None, matrix: Tensor
+    q: Tensor, k: Tensor, value: Tensor, erase: Tensor | None, decay: Tensor | None, matrix: Tensor
 ) -> tuple[Tensor, Tensor]:
     """The rule for one head, token after token: what each finds once it has written, and the matrix at the end."""
     found = []
     for t in range(len(k)):
         if decay is not None:
-            matrix = decay[t].exp() * matrix
-        new = v[t] if rate is None else rate[t] * (v[t] - matrix.T @ k[t])
+            matrix = decay[t, :, None].exp() * matrix
+        new = value[t] if erase is None else value[t] - matrix.T @ erase[t]
         matrix = matrix + torch.outer(k[t], new)
         found.append(matrix.T @ q[t])
     return torch.stack(found), matrix
 
 
 def in_chunk(
-    q: Tensor, k: Tensor, v: Tensor, rate: Tensor | None, decay: Tensor | None, matrix: Tensor
+    q: Tensor, k: Tensor, value: Tensor, erase: Tensor | None, decay: Tensor | None, matrix: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The same as one chunk."""
-    chunk = chunks_of(k, v, rate, decay)
+    """The same as one chunk, filled up with zeros to a power of two."""
+    n_token = len(k)
+    n_more = (1 << (n_token - 1).bit_length()) - n_token
+    q, k, value, erase, decay = (
+        None if part is None else F.pad(part, (0, 0, 0, n_more)) for part in (q, k, value, erase, decay)
+    )
+    chunk = chunks_of(k, value, erase, decay)
     written = chunk.written(matrix)
-    return chunk.found(q, matrix, written), chunk.after(matrix, written)
+    return chunk.found(q, matrix, written)[:n_token], chunk.after(matrix, written)
 
 
-def inputs_of(n_token: int, dtype: torch.dtype, delta: bool, decay: str, seed: int = 0) -> list[Tensor | None]:
-    """Queries, keys, values, rates, decays and a matrix; decays leave little, nearly all, or something in between."""
+RATES = ["none", "head", "channel"]
+
+
+def inputs_of(
+    n_token: int, dtype: torch.dtype, rate: str, decay: str, by_channel: bool = False, seed: int = 0
+) -> list[Tensor | None]:
+    """Queries, keys, values, erasing keys, decays and a matrix; decays leave little, nearly all, or in between."""
     draw = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=draw, dtype=torch.float64)
 
+    def uniform(*shape: int) -> Tensor:
+        return torch.rand(shape, generator=draw, dtype=torch.float64)
+
     q, k, v = F.normalize(normal(n_token, 5), dim=1), F.normalize(normal(n_token, 5), dim=1), normal(n_token, 4)
-    rate = torch.rand(n_token, generator=draw, dtype=torch.float64) * 2 if delta else None
-    share = torch.rand(n_token, generator=draw, dtype=torch.float64)
+    rates = {"none": None, "head": 2 * uniform(n_token, 1), "channel": uniform(n_token, 5)}[rate]
+    erase = None if rates is None else rates * k
+    share = uniform(n_token, 5 if by_channel else 1)
     logs = {
         "none": None,
         "some": -share,
@@ -77,18 +96,23 @@ def inputs_of(n_token: int, dtype: torch.dtype, delta: bool, decay: str, seed: i
         "near 0": -1000 * share,
         "both": torch.where(share < 0.2, -1e5, -1e-4 * share),
     }[decay]
-    parts = [q, k, v, rate, logs, normal(5, 4)]
+    parts = [q, k, v, erase, logs, normal(5, 4)]
     return [None if part is None else part.to(dtype).requires_grad_() for part in parts]
 
 
-@pytest.mark.parametrize("decay", ["none", "some", "near 1", "near 0", "both"])
-@pytest.mark.parametrize("delta", [True, False])
-@pytest.mark.parametrize("n_token", [1, 2, 17, 64])
+@pytest.mark.parametrize(
+    ("decay", "by_channel"),
+    [("none", False), *itertools.product(["some", "near 1", "near 0", "both"], [False, True])],
+)
+@pytest.mark.parametrize("rate", RATES)
+@pytest.mark.parametrize("n_token", [1, 17, 64])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 3e-5), (torch.float64, 1e-12)])
-def test_a_chunk_is_the_token_loop(n_token: int, delta: bool, decay: str, dtype: torch.dtype, tolerance: float) -> None:
+def test_a_chunk_is_the_token_loop(
+    n_token: int, rate: str, decay: str, by_channel: bool, dtype: torch.dtype, tolerance: float
+) -> None:
     results = []
     for function in (token_loop, in_chunk):
-        inputs = inputs_of(n_token, dtype, delta, decay)
+        inputs = inputs_of(n_token, dtype, rate, decay, by_channel)
         outputs = function(*inputs)
         probe = torch.Generator().manual_seed(1)
         loss = sum(
@@ -99,6 +123,46 @@ def test_a_chunk_is_the_token_loop(n_token: int, delta: bool, decay: str, dtype:
     for loop, chunk in zip(*results, strict=True):
         scale = max(1.0, loop.abs().max().item())
         assert (chunk - loop).abs().max() <= tolerance * scale
+
+
+def test_an_inverse_stays_exact_where_one_key_comes_again_and_again() -> None:
+    """Powers of such a system grow as binomials do: to 1e17 within 64 tokens."""
+    lower = torch.ones(64, 64).tril(-1)
+    expected = torch.eye(64) - torch.eye(64).roll(-1, dims=1).tril(-1)  # each token undoes the one before it
+    assert torch.equal(inverse_of(lower), expected)
+    assert torch.equal(inverse_of(lower + torch.ones(64, 64).triu()), expected)  # only what lies below the diagonal
+
+
+def test_channels_that_fade_alike_fade_as_one() -> None:
+    q, k, v, erase, decay, matrix = inputs_of(32, torch.float64, "head", "some")
+    each = in_chunk(q, k, v, erase, decay.expand(-1, 5), matrix)
+    torch.testing.assert_close(each, in_chunk(q, k, v, erase, decay, matrix), atol=1e-12, rtol=1e-12)
+
+
+def test_a_channel_that_leaves_nothing_takes_no_digits_from_others() -> None:
+    decay = torch.zeros(4, 2)
+    decay[2, 0], decay[3] = -1e30, torch.tensor([-0.125, -0.25])
+    found = faded_products(torch.ones(4, 2), torch.ones(4, 2), decay)
+    one = torch.tensor([-0.125, -0.25]).exp()
+    expected = torch.tensor([[2, 0, 0, 0], [2, 2, 0, 0], [1, 1, 2, 0], [one[1], one[1], one.sum(), 2]])
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("rate_max", [1.0, 2.0])
+def test_a_rate_above_one_turns_round_what_a_key_holds(rate_max: float) -> None:
+    """With the rate 2 and nothing to write a token is a reflection: parity, which rates up to 1 cannot count."""
+    memory = memory_of(rate_max=rate_max, within=True)
+    with torch.no_grad():
+        memory.to_rate.weight.zero_()
+        memory.to_rate.bias.fill_(50.0)
+        memory.to_value.weight.zero_()
+    held = torch.randn(1, 3, 5, 4, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(1, 1, D, generator=torch.Generator().manual_seed(1)).repeat(1, 4, 1)
+    key = memory._keys(memory.to_key, memory.norm(x[:, :1]))[0, 0, :, None]  # (H, 1, K)
+    first = (key @ held[0]).detach()
+    for n in range(1, 5):
+        after = memory.scan(x[:, :n], segment_of(x[:, :n]), MatrixState(held), Done()).state.matrix
+        torch.testing.assert_close(key @ after[0], first * (1 - rate_max) ** n, atol=1e-5, rtol=1e-5)
 
 
 def test_decays_are_summed_between_tokens_alone() -> None:
@@ -112,7 +176,7 @@ def test_decays_are_summed_between_tokens_alone() -> None:
 
 
 def test_linear_attention_is_the_causal_sum() -> None:
-    q, k, v, _, _, matrix = inputs_of(20, torch.float64, False, "none")
+    q, k, v, _, _, matrix = inputs_of(20, torch.float64, "none", "none")
     found, after = in_chunk(q, k, v, None, None, torch.zeros_like(matrix))
     for t in range(20):
         torch.testing.assert_close(found[t], sum((q[t] @ k[i]) * v[i] for i in range(t + 1)))
@@ -122,44 +186,70 @@ def test_linear_attention_is_the_causal_sum() -> None:
 def test_the_delta_rule_by_hand() -> None:
     """Keys (1, 0) and (0.6, 0.8), rates 1 and 1/2: the second token finds 0.6 * 2 under its key and wants 3."""
     k, v = torch.tensor([[1.0, 0.0], [0.6, 0.8]]), torch.tensor([[2.0], [3.0]])
-    found, after = in_chunk(k, k, v, torch.tensor([1.0, 0.5]), None, torch.zeros(2, 1))
+    rate = torch.tensor([[1.0], [0.5]])
+    found, after = in_chunk(k, k, rate * v, rate * k, None, torch.zeros(2, 1))
     torch.testing.assert_close(found, torch.tensor([[2.0], [2.1]]))
     torch.testing.assert_close(after, torch.tensor([[2.54], [0.72]]))
     # With half of the matrix left before the second token it finds 0.6, and writes 1.2 under its key.
-    _, after = in_chunk(k, k, v, torch.tensor([1.0, 0.5]), torch.tensor([0.0, 0.5]).log(), torch.zeros(2, 1))
+    _, after = in_chunk(k, k, rate * v, rate * k, torch.tensor([[0.0], [0.5]]).log(), torch.zeros(2, 1))
     torch.testing.assert_close(after, torch.tensor([[1.72], [0.96]]))
 
 
 def test_a_key_that_is_written_again_holds_the_new_value() -> None:
     k, v = torch.eye(4)[[0, 1, 0]], torch.tensor([[1.0], [2.0], [5.0]])
-    _, replaced = in_chunk(k, k, v, torch.ones(3), None, torch.zeros(4, 1))
+    _, replaced = in_chunk(k, k, v, k, None, torch.zeros(4, 1))
     _, added = in_chunk(k, k, v, None, None, torch.zeros(4, 1))
     assert replaced[:, 0].tolist() == [5, 2, 0, 0]
     assert added[:, 0].tolist() == [6, 2, 0, 0]
 
 
-@pytest.mark.parametrize("gated", [False, True])
-def test_a_chunk_is_the_loop_of_flash_linear_attention(gated: bool) -> None:
+def naive_of_fla(name: str) -> Any:
+    """The loops of fla-core for an operation, without its kernels."""
     pytest.importorskip("einops")
     found = importlib.util.find_spec("fla")
     if found is None or not found.submodule_search_locations:
         pytest.skip("fla-core is not installed")
-    name = "gated_delta_rule" if gated else "delta_rule"
-    file = Path(found.submodule_search_locations[0]) / "ops" / name / "naive.py"  # without its kernels
+    file = Path(found.submodule_search_locations[0]) / "ops" / name / "naive.py"
+    if not file.exists():
+        pytest.skip(f"this fla-core has no {name}")
     spec = importlib.util.spec_from_file_location(f"fla_{name}", file)
     assert spec is not None
     assert spec.loader is not None
     source = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(source)
-    q, k, v, rate, decay, _ = (part.detach()[None, :, None] for part in inputs_of(40, torch.float32, True, "some"))
-    if gated:
-        theirs = source.naive_recurrent_gated_delta_rule(q, k, v, rate, decay, scale=1.0)[0]
+    return source
+
+
+@pytest.mark.parametrize(
+    ("name", "function", "rate", "by_channel"),
+    [
+        ("gla", "naive_recurrent_gla", "none", True),
+        ("delta_rule", "delta_rule_recurrence", "head", None),
+        ("gated_delta_rule", "naive_recurrent_gated_delta_rule", "head", False),
+        ("kda", "naive_recurrent_kda", "head", True),
+        ("gdn2", "naive_recurrent_gdn2", "channel", True),
+    ],
+)
+def test_a_chunk_is_the_loop_of_flash_linear_attention(
+    name: str, function: str, rate: str, by_channel: bool | None
+) -> None:
+    naive = getattr(naive_of_fla(name), function)
+    draw = torch.Generator().manual_seed(0)
+    q, k = (F.normalize(torch.randn(1, 40, 1, 5, generator=draw), dim=-1) for _ in range(2))
+    v, b, w = torch.randn(1, 40, 1, 4, generator=draw), *(torch.rand(1, 40, 1, n, generator=draw) for n in (5, 4))
+    if rate == "head":
+        b = w = b[..., :1]
+    decay = None if by_channel is None else -torch.rand(1, 40, 1, 5 if by_channel else 1, generator=draw)
+    long = q * 5**0.5  # as they divide it by the root of its width
+    if name == "delta_rule":
+        theirs = naive(*(part.transpose(1, 2) for part in (long, k, v, b[..., 0])))[0].transpose(1, 2)
+    elif name == "gated_delta_rule":
+        theirs = naive(long, k, v, b[..., 0], decay[..., 0])[0]
     else:
-        q, k, v = (part.transpose(1, 2) for part in (q, k, v))
-        theirs = source.delta_rule_recurrence(q * 5**0.5, k, v, rate.transpose(1, 2))[0].transpose(1, 2)
-    inputs = inputs_of(40, torch.float32, True, "some" if gated else "none")
-    inputs[3] = rate[0, :, 0]
-    ours, _ = in_chunk(*inputs[:5], torch.zeros(5, 4))
+        theirs = naive(long, k, v, decay, *{"none": (), "head": (b[..., 0],), "channel": (b, w)}[rate])[0]
+    q, k, v, b, w = (part[0, :, 0] for part in (q, k, v, b, w))
+    value, erase = (v, None) if rate == "none" else (w * v, b * k)
+    ours, _ = in_chunk(q, k, value, erase, None if decay is None else decay[0, :, 0], torch.zeros(5, 4))
     torch.testing.assert_close(ours, theirs[0, :, 0], atol=1e-5, rtol=1e-4)
 
 
@@ -193,13 +283,18 @@ def naive_scan(memory: DeltaMemory, hidden: Tensor, window: Segment, matrix: Ten
                     q, k = (part / part.norm(dim=1, keepdim=True) for part in (q, k))
                 v = memory.to_value(x).view(memory.n_head, -1)
                 if window.valid[b, t]:
-                    rate = None if memory.to_rate is None else memory.rate_max * memory.to_rate(x).sigmoid()
-                    decay = None
+                    value, erase, decay = v, None, None
+                    if memory.to_rate is not None:
+                        rate = memory.rate_max * memory.to_rate(x).sigmoid().view(memory.n_head, -1)
+                        erase = rate * k
+                        if memory.to_write_rate is not None:
+                            rate = memory.rate_max * memory.to_write_rate(x).sigmoid().view_as(v)
+                        value = rate * v
                     if memory.to_step is not None:
-                        decay = -memory.log_decay.exp() * F.softplus(memory.to_step(x))
+                        decay = -memory.log_decay.exp()[:, None] * F.softplus(memory.to_step(x)).view(memory.n_head, -1)
                     after = [
                         token_loop(
-                            q[h, None], k[h, None], v[h, None], None if rate is None else rate[h, None],
+                            q[h, None], k[h, None], value[h, None], None if erase is None else erase[h, None],
                             None if decay is None else decay[h, None], after[h],
                         )[1]
                         for h in range(memory.n_head)
@@ -232,7 +327,8 @@ def window_of(n_token: int, dtype: torch.dtype) -> tuple[Segment, Tensor, Tensor
 
 
 @pytest.mark.parametrize(
-    "settings", [*RULES, {"rule": "linear", "norm_keys": False}, {"rate_max": 2.0, "within": True}]
+    "settings",
+    [*RULES, {"rule": "linear", "norm_keys": False}, {"rate_max": 2.0, "within": True}, GDN2, GDN2 | {"within": True}],
 )
 @pytest.mark.parametrize(("n_token", "chunk"), [(9, 64), (9, 4), (8, 4)])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-4), (torch.float64, 1e-11)])
@@ -240,14 +336,14 @@ def test_a_window_is_the_token_loop(
     settings: dict[str, Any], n_token: int, chunk: int, dtype: torch.dtype, tolerance: float,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(delta, "CHUNK", chunk)
+    monkeypatch.setattr(matrices, "CHUNK", chunk)
     memory, results = memory_of(dtype, **settings), []
     for naive in (True, False):
         window, hidden, matrix = window_of(n_token, dtype)
         if naive:
             out, after = naive_scan(memory, hidden, window, matrix)
         else:
-            scanned = memory.scan(hidden, window, DeltaState(matrix), Done())
+            scanned = memory.scan(hidden, window, MatrixState(matrix), Done())
             assert scanned.read is not None
             out, after = scanned.read.value, scanned.state.matrix
         out = out[window.valid]
@@ -265,14 +361,19 @@ def test_a_window_is_the_token_loop(
     if memory.within:
         return
     window, hidden, matrix = window_of(n_token, dtype)
-    slow = super(DeltaMemory, memory).scan(hidden, window, DeltaState(matrix), Done())
+    slow = super(DeltaMemory, memory).scan(hidden, window, MatrixState(matrix), Done())
     torch.testing.assert_close(slow.read.value[window.valid], results[1][0], atol=tolerance, rtol=tolerance)
 
 
-def test_chunks_have_at_most_64_tokens() -> None:
-    for n_token, expected in ((1, (1, 1)), (64, (1, 64)), (65, (2, 33)), (128, (2, 64)), (200, (4, 50))):
-        cut = memory_of()._cut(torch.zeros(2, 3 * n_token, 3, 5), 3)
-        assert cut.shape == (2, 3, expected[0], 3, expected[1], 5)
+def test_chunks_have_at_most_32_tokens() -> None:
+    for n_token, (n_chunk, size) in {1: (1, 1), 5: (1, 8), 32: (1, 32), 33: (2, 32), 128: (4, 32)}.items():
+        cells = torch.arange(1.0, 2 * 3 * n_token + 1).view(2, 3 * n_token, 1, 1).expand(-1, -1, 3, 5)
+        parts = cut(cells, 3)
+        assert parts.shape == (3 * n_chunk, 2, 3, size, 5)
+        assert parts.is_contiguous()
+        whole = parts[..., 0, :, 0].view(3, n_chunk, 2, size).transpose(1, 2).flatten(2)  # (S, B, c L)
+        assert torch.equal(whole[..., :n_token], cells[..., 0, 0].unflatten(1, (3, -1)).transpose(0, 1))
+        assert not whole[..., n_token:].any()
 
 
 @torch.no_grad()
@@ -306,7 +407,7 @@ def test_tokens_read_their_own_segment_only_within() -> None:
 
 @torch.no_grad()
 def test_the_matrix_is_worked_out_in_full_precision_under_autocast() -> None:
-    memory = memory_of(decay=True, within=True)
+    memory = memory_of(decay="head", within=True)
     x = torch.randn(2, 70, D, generator=torch.Generator().manual_seed(0))
     exact = memory.scan(x, segment_of(x), memory.init_state(2), Done())
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -321,18 +422,30 @@ def test_what_it_costs() -> None:
     memory = DeltaMemory(D, n_head=3, d_key=5, d_value=4)
     assert n_byte(memory.init_state(2)) == 2 * 3 * 5 * 4 * 4
     maps = 2 * sum(parameter.numel() for parameter in memory.parameters())
-    # per head: read, read under the key and write of the matrix; keys with keys and half a triangle, 64 tokens each
-    assert memory.flops_per_token() == maps + 2 * 3 * (3 * 5 * 4 + 64 * (5 + (5 + 4) // 2))
+    # per head: read, read under the key and write of the matrix; keys with keys, an inverse, and its use
+    assert memory.flops_per_token() == maps + 2 * 3 * (3 * 5 * 4 + 32 * (5 + 4 + 32 // 3))
     linear = DeltaMemory(D, n_head=3, d_key=5, d_value=4, rule="linear", within=True)
     maps = 2 * sum(parameter.numel() for parameter in linear.parameters())
-    assert linear.flops_per_token() == maps + 2 * 3 * (2 * 5 * 4 + 64 * (5 + 4))
+    assert linear.flops_per_token() == maps + 2 * 3 * (2 * 5 * 4 + 32 * (5 + 4))
 
 
 @torch.no_grad()
-def test_heads_forget_at_different_paces_at_first() -> None:
-    memory = DeltaMemory(D, n_head=3, decay=True)
-    left = -memory.log_decay.exp() * F.softplus(memory.to_step(torch.zeros(D)))
-    torch.testing.assert_close(left, torch.tensor([-0.001, -0.01, -0.1]))
+def test_heads_and_channels_forget_at_different_paces_at_first() -> None:
+    for settings in ({"n_head": 3, "decay": "head"}, {"n_head": 1, "d_key": 3, "decay": "channel"}):
+        memory = DeltaMemory(D, **settings)
+        assert not memory.log_decay.any()  # a rate of 1
+        torch.testing.assert_close(F.softplus(memory.to_step(torch.zeros(D))), torch.tensor([0.001, 0.01, 0.1]))
+
+
+@torch.no_grad()
+def test_rates_per_channel_can_make_the_matrix_grow() -> None:
+    """What is erased by another key than it was written under is not a projection: two tokens in turn, nothing told."""
+    k, b = torch.tensor([[0.6, 0.8], [0.96, 0.28]]), torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+    k, b = k.repeat(32, 1), b.repeat(32, 1)
+    _, by_channel = in_chunk(k, k, torch.zeros(64, 1), b * k, None, torch.eye(2))
+    _, by_head = in_chunk(k, k, torch.zeros(64, 1), b.mean(dim=1, keepdim=True) * k, None, torch.eye(2))
+    assert by_head.abs().max() <= 1
+    assert by_channel.abs().max() > 100  # 1.2 to the power of 32
 
 
 @pytest.mark.parametrize(
@@ -341,6 +454,10 @@ def test_heads_forget_at_different_paces_at_first() -> None:
         ({"n_head": 0}, "n_head must be at least 1, got 0"),
         ({"d_key": 0}, "d_key must be at least 1, got 0"),
         ({"d_value": -1}, "d_value must be at least 1, got -1"),
+        ({"rate": "token"}, "rate must be 'head' or 'channel', got 'token'"),
+        ({"rate": "channel", "rule": "linear"}, "rate must be 'head' with rule 'linear'"),
+        ({"rate": "channel"}, "decay must be 'head' or 'channel' with rate 'channel'"),
+        ({"decay": True}, "decay must be 'none', 'head' or 'channel', got True"),
         ({"rule": "hebb"}, "rule must be 'linear' or 'delta', got 'hebb'"),
         ({"rate_max": 0.0}, r"rate_max must be in \(0, 2\], got 0"),
         ({"rate_max": 2.1}, r"rate_max must be in \(0, 2\], got 2.1"),
@@ -360,7 +477,7 @@ def test_settings_that_cannot_work_are_refused(settings: dict[str, Any], message
 def test_laws_hold_for_every_rule(
     law: Callable[[laws.Make], None], settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(delta, "CHUNK", 5)  # segments of 12 tokens are three chunks
+    monkeypatch.setattr(matrices, "CHUNK", 4)  # segments of 12 tokens are three chunks
     make = laws.builder(laws.nodes_of("delta"))
     law(lambda memory=None, **model: make(memory=settings | (memory or {}), **model))
 

@@ -15,7 +15,7 @@ from memlm.config import ConfigError
 from memlm.data.stream import TrainingBatches
 from memlm.memory.state import tensors
 from memlm.training import fit as fit_module
-from memlm.training import loggers, resume
+from memlm.training import logged, loggers
 from memlm.training.module import LanguageModeling
 from memlm.training.resume import find_origin
 from scripts.survival import differences
@@ -194,7 +194,7 @@ def test_a_run_killed_while_it_takes_over_its_own_log_logs_nothing_twice(
 ) -> None:
     fit_until_killed(config(tmp_path, "a"), step=8)
     settings = config(tmp_path, "a", f"resume={tmp_path / 'a'}")  # in its own directory
-    original = resume.keep_earlier_history
+    original = logged.keep_earlier_history
 
     def killed(*arguments: Any) -> None:
         original(*arguments)

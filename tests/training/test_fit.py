@@ -24,9 +24,10 @@ from memlm.training import callbacks
 from memlm.training import settings as settings_module
 from memlm.training.callbacks import Progress, Throughput
 from memlm.training.fit import make_trainer, save_last
+from memlm.training.logged import history_files
 from memlm.training.loggers import sync_hint, wandb_logger
 from memlm.training.module import LanguageModeling
-from memlm.training.resume import find_origin, history_files
+from memlm.training.resume import find_origin
 from memlm.training.settings import check_device, check_trainer, plan_steps, seconds_of
 from tests.training.small import FACTS, PLAIN, SHORT, config, curve, fit
 from tests.training.wandb_file import history, records

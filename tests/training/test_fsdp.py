@@ -14,7 +14,7 @@ import memlm
 from memlm.analysis.run_log import read_history
 from memlm.checkpoint import FOLDER
 from memlm.compose import compose, to_dict
-from memlm.training.resume import history_files
+from memlm.training.logged import history_files
 from tests.training.small import FACTS, SHORT, config, curve, fit
 
 # Without the price of writing, which is a mean over the tokens of each process.

@@ -10,9 +10,9 @@ from memlm.analysis.run_log import read_history
 from memlm.checkpoint import checkpoints, read_plain
 from memlm.config import ConfigError
 from memlm.data.stream import Batch
+from memlm.training.logged import history_files
 from memlm.training.module import LanguageModeling
 from memlm.training.replay import Read, Replay
-from memlm.training.resume import history_files
 from tests.training.small import FACTS, PLAIN, SHORT, config, curve, fit, fit_until_killed
 
 

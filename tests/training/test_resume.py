@@ -15,16 +15,8 @@ from memlm.analysis.run_log import read_history
 from memlm.checkpoint import checkpoints, read, write
 from memlm.config import ConfigError
 from memlm.files import unfinished
-from memlm.training.resume import (
-    Origin,
-    find_in_sweep,
-    find_origin,
-    history_files,
-    keep_earlier_history,
-    mark_finished,
-    remove_leftovers_of_runs,
-    running,
-)
+from memlm.training.logged import history_files, keep_earlier_history
+from memlm.training.resume import Origin, find_in_sweep, find_origin, mark_finished, remove_leftovers_of_runs, running
 from memlm.training.stopping import answering
 from tests.training.small import CURRICULA, FACTS, PLAIN, SHORT, config, curve, fit, fit_until_killed, write_text
 
@@ -567,7 +559,7 @@ def test_a_damaged_log_of_a_run_is_told_with_its_file(content: bytes, tmp_path: 
     file.parent.mkdir()
     file.write_bytes(content)
     with pytest.raises(ConfigError, match=r"csv/(metrics|earlier-0)\.csv cannot be read: it is damaged"):
-        keep_earlier_history(tmp_path / "new", Origin(tmp_path / "checkpoints" / "step=1.ckpt", 1, {}))
+        keep_earlier_history(tmp_path / "new", tmp_path, 1)
     assert file.read_bytes() == content
 
 

@@ -38,7 +38,12 @@ class Pairs(MQAR):
         self.blank = int(self.symbols[0])
 
     def document(  # type: ignore[override]
-        self, rng: np.random.Generator, passage: np.ndarray, segment_len: int, n_pair: int | list[int] = 4
+        self,
+        rng: np.random.Generator,
+        passage: np.ndarray,
+        segment_len: int,
+        n_pair: int | list[int] = 4,
+        again: float = 0.0,
     ) -> Planted:
         """A training document.
 
@@ -47,9 +52,24 @@ class Pairs(MQAR):
             passage: Only its length counts, (N + 1,).
             segment_len: Tokens per segment, even.
             n_pair: Pairs told, and questions asked; of a list each document takes one number by chance.
+            again: Share of the blanks where a pair comes once more, any of them; it counts as an answer where its key
+                stands before it. So more is learned from a document of few pairs, and what attention learns within a
+                segment helps to find pairs beyond it.
         """
         number = n_pair if isinstance(n_pair, int) else int(rng.choice(n_pair))
-        return super().document(rng, passage, segment_len, number)
+        planted = super().document(rng, passage, segment_len, number)
+        if not again:
+            return planted
+        tokens, answer = planted.tokens.copy(), planted.answer.copy()
+        first, second = tokens[:-1:2], tokens[1::2]  # of each place
+        blank = (first == self.blank) & (rng.random(len(first)) < again)
+        told = np.flatnonzero(first != self.blank)
+        chosen = rng.choice(told, size=blank.sum())
+        first[blank], second[blank] = first[chosen], second[chosen]
+        seen = np.unique(first, return_index=True)[1]  # where each key stands for the first time
+        answer[::2] = first != self.blank
+        answer[2 * seen] = False
+        return planted._replace(tokens=tokens, answer=answer, weight=answer.astype(np.float32))
 
     def draw(self, rng: np.random.Generator, n_token: int, segment_len: int, n_pair: int) -> Recall:
         """A document of ``n_token`` tokens.

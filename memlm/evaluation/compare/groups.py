@@ -217,7 +217,7 @@ def _unlike(groups: Sequence[Group]) -> list[str]:
         "texts": lambda trained: trained.text and trained.text[:10],
         "tokenizers": lambda trained: trained.tokenizer[:10],
         "numbers of steps": lambda trained: trained.step,
-        "numbers of tokens": _n_token,
+        "numbers of tokens": n_token,
         "curricula": lambda trained: _planted(trained.config),
     }
     reasons = []
@@ -232,7 +232,7 @@ def _unlike(groups: Sequence[Group]) -> list[str]:
     return reasons
 
 
-def _n_token(trained: Trained) -> int | None:
+def n_token(trained: Trained) -> int | None:
     """Tokens of all training batches."""
     if trained.step is None:
         return None

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import PercentFormatter, StrMethodFormatter
 
 from memlm.analysis.style import PALETTE
 from memlm.evaluation.recall.rates import LABELS
 
+Points = list[tuple[float, float, float, float]]  # x, rate, and its interval
+_MARKERS = {"on": "o", "off": "s", "wiped": "o", "swapped": "^", "unseen": "x"}
+_SIZES = {"on": 6, "off": 10, "wiped": 7, "swapped": 5, "unseen": 4}  # nested, so that equal rates stay visible
 COLORS = dict(zip(LABELS, ("blue", "vermillion", "purple", "orange", "green", "sky"), strict=True))
-
-
 """What of `PALETTE` draws each condition."""
 
 
@@ -70,3 +72,20 @@ def draw_interval(
         axes.fill_between(x, low, high, color=color, alpha=0.18, linewidth=0)
     else:
         axes.vlines(x, low, high, color=color, alpha=0.6, linewidth=1.2)
+
+
+def draw_curves(axes: Axes, points: Mapping[str, Points], labels: Mapping[str, str]) -> None:
+    """Rates of conditions with their intervals, in percent; the memory as it is stands out, its controls are nested."""
+    for name, found in points.items():
+        if not found:
+            continue
+        x, rate, low, high = (np.array(part) for part in zip(*found, strict=True))
+        color, on = PALETTE[COLORS[name]], name == "on"
+        axes.errorbar(
+            x, rate, yerr=[(rate - low).clip(min=0), (high - rate).clip(min=0)], color=color, capsize=3,
+            linestyle="-" if on else "--", linewidth=2.5 if on else 1.2, elinewidth=1.2, marker=_MARKERS[name],
+            markersize=_SIZES[name], markerfacecolor=color if on else "none", clip_on=False, zorder=5 if on else 3,
+            label=labels[name],
+        )  # fmt: skip
+    axes.set_ylim(0, 1)
+    axes.yaxis.set_major_formatter(PercentFormatter(xmax=1, symbol=" %"))

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from memlm.assemble import build_corpus, build_data, build_tokenizer
-from memlm.compose import compose, to_dict
+from memlm.compose import compose, config_dir, to_dict
 from memlm.config import ConfigError, instantiate
 from memlm.data.corpora.symbols import Symbols, symbols_of
 from memlm.data.stream import TrainingBatches
@@ -203,6 +203,31 @@ def test_numbers_of_pairs_of_a_list_are_all_drawn(many: tuple[Tokenizer, Tokeniz
     assert min(Counter(drawn).values()) > 8
 
 
+@pytest.mark.parametrize("again", [0.5, 1.0])
+def test_pairs_come_again_in_place_of_blanks_and_count_where_their_key_stood_before(
+    many: tuple[Tokenizer, TokenizedCorpus], again: float
+) -> None:
+    task, blank = Pairs(*many), int(symbols_of(*many)[0])
+    n_blank = 0
+    for seed in range(30):
+        once = task.document(np.random.default_rng(seed), np.zeros(65), 16, 3)
+        planted = task.document(np.random.default_rng(seed), np.zeros(65), 16, 3, again)
+        kept = once.tokens != blank
+        assert (planted.tokens[kept] == once.tokens[kept]).all()
+        pairs = {(int(once.tokens[i]), int(once.tokens[i + 1])) for i in range(0, 16, 2) if once.tokens[i] != blank}
+        seen: set[int] = set()
+        for i in range(0, 64, 2):
+            key, value = planted.tokens[i : i + 2].tolist()
+            assert (key, value) in pairs or key == value == blank
+            assert planted.answer[i] == (key in seen)
+            assert not planted.answer[i + 1]
+            seen |= {key} - {blank}
+            n_blank += key == blank
+        assert planted.weight is not None
+        assert (planted.weight == planted.answer).all()
+    assert n_blank == 0 if again == 1 else 0.4 < n_blank / (30 * (32 - 6)) < 0.6
+
+
 def test_pairs_that_do_not_fit_are_refused(many: tuple[Tokenizer, TokenizedCorpus]) -> None:
     draw = Pairs(*many).draw
     for n_token, segment_len, n_pair, told in (
@@ -307,3 +332,26 @@ def test_every_phase_of_the_recipe_makes_batches(recipe: str, kind: type, tmp_pa
         step += phase.steps
     assert set(config) >= {recipe if recipe == "sorting" else "associative_recall"}
     assert instantiate(config["curriculum"], "curriculum").has_task
+
+
+def test_what_a_recipe_sets_for_a_memory_is_set_for_it_alone() -> None:
+    known = {path.stem for path in (config_dir() / "memory").glob("*.yaml")}
+    for path in (config_dir() / "recipe_memory").glob("*/*.yaml"):
+        assert path.stem in known
+        assert (config_dir() / "recipe" / f"{path.parent.name}.yaml").exists()
+    assert compose(["recipe=pairs", "memory=ltm"]).memory.ltm.gate_penalty == 0
+    assert compose(["memory=ltm"]).memory.ltm.gate_penalty > 0
+    assert compose(["recipe=mqar", "memory=ltm"]).memory.ltm.gate_penalty > 0
+    assert list(compose(["recipe=pairs", "memory=rmt"]).memory) == ["rmt"]
+
+
+def test_a_recipe_may_have_settings_for_a_memory_of_somebody_else(tmp_path: Path) -> None:
+    (tmp_path / "recipe_memory/pairs").mkdir(parents=True)
+    (tmp_path / "memory").mkdir()
+    (tmp_path / "memory/mine.yaml").write_text(
+        "mine: {_target_: memlm.memory.rmt.RecurrentMemory, n_cell: 8, map: none}"
+    )
+    own = "# @package _global_\nmemory: {mine: {n_cell: 3}}\ntraining: {lr: 0.5}\n"
+    (tmp_path / "recipe_memory/pairs/mine.yaml").write_text(own)
+    config = compose(["recipe=pairs", "memory=mine"], searchpath=[tmp_path])
+    assert (config.memory.mine.n_cell, config.memory.mine.map, config.training.lr) == (3, "none", 0.5)

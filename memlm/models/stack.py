@@ -1,0 +1,54 @@
+"""The layers of a model, with what stands before and behind them.
+
+Shapes: B rows, S segments of the grid, Q columns computed, D model width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from memlm.models.base import LanguageModel
+from memlm.models.state import LocalState
+
+
+class Stack(LanguageModel):
+    """A language model of an embedding, layers and a norm; the head has the weights of the embedding.
+
+    Attributes:
+        n_vocab: Size of the vocabulary.
+        n_layer: Number of layers.
+        gradient_checkpointing: Whether activations are worked out again in the backward pass.
+        n_together: Segments that layers run over together, at most; None for as many as fit. With 1, a call is run as
+            the definition says.
+        embedding: Token embeddings.
+        layers: `memlm.models.mixers.SegmentLayer` one above the other.
+        norm: What stands behind the last one.
+    """
+
+    n_vocab: int
+    d_model: int
+    n_layer: int
+    gradient_checkpointing: bool = False
+    n_together: int | None = None
+    embedding: nn.Embedding
+    layers: Any  # nn.ModuleList of SegmentLayer, whose items torch types as bare modules
+    norm: nn.Module
+
+    def no_context(self, n_row: int) -> LocalState:
+        """A local state before any text."""
+        raise NotImplementedError
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """Token embeddings of unit variance, (..., D)."""
+        return self.embedding(ids) * self.d_model**0.5
+
+    def enter(self, embeddings: Tensor, columns: slice) -> Tensor:
+        """What the first layer gets, (B, S, Q, D), of the embeddings of the ``columns`` of each segment."""
+        return embeddings
+
+    @property
+    def head_weight(self) -> Tensor:
+        """Weights of the language-model head, (V, D)."""
+        return self.embedding.weight
