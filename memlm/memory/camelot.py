@@ -1,20 +1,20 @@
 """Consolidated associative memory: slots of keys and values that are means of tokens alike (CAMELoT).
 
 Source: Z. He et al., "CAMELoT: Towards large language models with training-free consolidated associative memory"
-(2024), arXiv 2402.13449. There is no code of its authors; what the paper leaves open is decided here:
+(2024), arXiv 2402.13449. There is no code of its authors; decided here:
 
 - A slot holds the key and value of all heads of a layer, with one count and one age. Keys are taken before rotation.
 - Similarity is the cosine of whole keys, all heads side by side.
 - What is found has no place: scores are those of queries and keys before positions are encoded.
-- A token sees the slots that tokens of its segment found up to itself, each once. That a token sees what later ones
-  found, as one would read the paper's concatenation, tells it something of these.
+- A token sees the slots that tokens of its segment up to itself found, each once. The paper puts all that a window
+  finds before it; a token that saw what later tokens found would learn something of them.
 - A token finds ``top_k`` slots. The paper has 1, with which nothing could be learned in a short training.
 - A document empties the memory; the end of a context does not. A token that attention still sees (the overlap) may
   stand in a slot too.
 
-The loop over tokens of a write decides alone where each token goes, on products that are worked out for the whole
-segment before. All tokens can be decided at once too, from a guess that is corrected until it holds; that took tens of
-rounds, and longer (docs/memories/camelot.md).
+A write has a loop over tokens, which only decides where each goes, on products that are worked out for the whole
+segment before. All can be decided at once, from a guess that is corrected until it holds; but that takes tens of rounds
+and is slower (measured: docs/memories/camelot.md).
 
 Shapes: B rows, S segments, T tokens of a segment, Q of them mixed, n slots, H heads, E width of a head, M slots found.
 """
