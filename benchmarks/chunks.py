@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.base import check_least, check_names, conditions, quartiles, surroundings, torch_threads
@@ -134,8 +135,9 @@ def _loop(
     value = v if rate is None or name in ("mesa", "kalman") else write_rate * v
     erase = None if rate is None else rate * k
     kept = None if decay is None else decay.exp()
-    given = (None if part is None else part[..., None, :].unbind(dim=1) for part in (q, k, value, rate, erase, kept))
-    queries, keys, values, rates, erasing, left = given  # (B, H, 1, d) of each token
+    given: list[Any] = [q, k, value, rate, erase, kept]
+    each: list[Any] = [None if part is None else part[..., None, :].unbind(dim=1) for part in given]
+    queries, keys, values, rates, erasing, left = each  # (B, H, 1, d) of each token
     for t, (query, key, new) in enumerate(zip(queries, keys, values, strict=True)):
         if left is not None:
             matrix = left[t].mT * matrix
@@ -145,12 +147,16 @@ def _loop(
             matrix = matrix + gain.mT @ (torch.cat([new, torch.zeros_like(key)], dim=-1) - known)
         elif name == "mesa":
             matrix = matrix + (rates[t] * key).mT @ torch.cat([new, key], dim=-1)
-            sums = matrix[..., d:]
-            query = solve(lambda x, sums=sums: x @ sums + RIDGE * x, query, N_STEP)
+            query = solve(partial(_with_ridge, matrix[..., d:]), query, N_STEP)
         else:
             matrix = matrix + key.mT @ (new if erasing is None else new - erasing[t] @ matrix)
         found.append((query @ matrix[..., :d])[:, :, 0])
     return torch.stack(found, dim=1), matrix
+
+
+def _with_ridge(keys: Tensor, x: Tensor) -> Tensor:
+    """Rows ``x`` times the sum of keys with its ridge."""
+    return x @ keys + RIDGE * x
 
 
 def _check_same(name: str, ways: dict[str, Rule], parts: dict[str, Any]) -> None:
