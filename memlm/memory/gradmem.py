@@ -80,7 +80,7 @@ class GradientMemory(Memory):
         The steps need gradients even where none are asked for around them; only then is their own gradient not kept.
         """
         assert segment.nll is not None  # as it `needs` it
-        rows = segment.complete[:, 0]
+        rows = segment.complete[:, 0] & (segment.valid.sum(dim=1) > 1)  # a token alone predicts nothing
         if not bool(rows.any()):
             return state, {}
         train = torch.is_grad_enabled()

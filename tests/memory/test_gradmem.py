@@ -193,6 +193,8 @@ def test_an_open_segment_runs_no_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.testing.assert_close(state.memory["gradmem"][0].change, changes(model, ids))
     model.new_context(state)
     assert len(ran) == 6
+    model.new_context(model(ids[:, :1]).state)  # no token has one after it
+    assert len(ran) == 6
 
 
 @torch.no_grad()
