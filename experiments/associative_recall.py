@@ -316,7 +316,7 @@ def _headline(metrics: Mapping[str, float], n_pairs: Sequence[int]) -> list[dict
     last = n_pairs[-1]
     lines = [(f"{last} pairs, {label}", f"/{name}", name != "on") for name, label in LABELS.items()]
     lines.insert(1, (f"{last} pairs, pair in the same segment", "_inside/on", False))
-    lines += [(f"{n} pairs, memory on", f"/on/{n}", False) for n in n_pairs[:-1]]
+    lines += [(f"{n} pair{'s' * (n > 1)}, memory on", f"/on/{n}", False) for n in n_pairs[:-1]]
     none = dict.fromkeys(("low", "high", "n"))
     entries = [
         {"label": label, "metric": metric, "percent": False, "better": better, "control": False} | none
