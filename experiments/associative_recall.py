@@ -36,7 +36,6 @@ from memlm.analysis.style import CONTROLS, PALETTE, style
 from memlm.config import ConfigError
 from memlm.data.tasks.mqar import MQAR, Recall
 from memlm.evaluation.recall.figures import Points, draw_curves
-from memlm.evaluation.recall.rates import above_controls
 from memlm.evaluation.recall.reading import device_of, n_row_of
 from memlm.evaluation.result import Result, Row, check_settings, evaluating
 from memlm.evaluation.share import ALONE, Share
@@ -277,31 +276,32 @@ def summarise(rows: Sequence[Row], n_byte: int) -> dict[str, float]:
                         metrics[f"{name}{kind}/{condition}/{n_pair}"] = value
     if rows:
         metrics |= {"chance": 1 / rows[0]["n_value"], "chance_told": 1 / n_pairs[-1]}
-        metrics |= _held(metrics, n_pairs, n_byte)
+        metrics |= held(metrics, n_pairs, n_byte)
     return metrics
 
 
-def _held(metrics: Mapping[str, float], n_pairs: Sequence[int], n_byte: int) -> dict[str, float]:
-    """How many pairs are held, and what they cost.
+def held(metrics: Mapping[str, float], n_pairs: Sequence[int], n_byte: int) -> dict[str, float]:
+    """How many pairs are held, and what they cost: those of `summarise`.
 
-    They need not lie above ``unseen``: who was told one pair is right to say its value, whatever is asked.
+    Answers need not lie above ``unseen``: who was told one pair is right to say its value, whatever is asked.
     """
 
     def largest(name: str) -> int:
-        held = 0
+        most = 0
         for n_pair in n_pairs:
             end = f"/{n_pair}" if len(n_pairs) > 1 else ""
-            if metrics.get(f"{name}/on{end}", 0.0) >= THRESHOLD and above_controls(metrics, end):
-                held = n_pair
-        return held
+            controls = [metrics.get(f"high/{control}{end}", 0.0) for control in ("off", "wiped", "swapped")]
+            if metrics.get(f"{name}/on{end}", 0.0) >= THRESHOLD and metrics[f"low/on{end}"] > max(controls):
+                most = n_pair
+        return most
 
-    held = largest("accuracy")
+    most = largest("accuracy")
     return {
-        "held/on": held,
+        "held/on": most,
         "held_strict/on": largest("low"),
-        "censored/on": float(held == n_pairs[-1]),
+        "censored/on": float(most == n_pairs[-1]),
         "state_bytes": n_byte,
-        "pairs_per_kb/on": held / (n_byte / 1024) if n_byte else math.nan,
+        "pairs_per_kb/on": most / (n_byte / 1024) if n_byte else math.nan,
     }
 
 

@@ -38,7 +38,7 @@ THRESHOLD = 0.95
 """Recall at which a number of facts counts as held."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Capacity(Telling):
     """Settings, beside those of `Telling`.
 

@@ -47,7 +47,7 @@ _AXES: dict[str, Callable[[list[Any]], Any]] = {"kind": itemgetter(0), "n_other"
 _ORDER = list(LABELS)  # of conditions
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Needle(Telling):
     """Settings, beside those of `Telling`.
 

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from memlm.data.datamodule import TextData
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Overwrite(Telling):
     """Settings, beside those of `Telling`.
 

@@ -46,7 +46,7 @@ FILLERS = {"text": "text", "facts": "text that tells other facts"}
 _N_RESAMPLE = 1000  # of the bootstrap
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Retention(Telling):
     """Settings, beside those of `Telling`.
 

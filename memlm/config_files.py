@@ -10,7 +10,7 @@ import os
 from typing import Any
 
 import yaml
-from hydra._internal.core_plugins.file_config_source import FileConfigSource  # they have no public home
+from hydra._internal.core_plugins import file_config_source  # they have no public home
 from hydra._internal.sources_registry import SourcesRegistry
 from hydra.core.plugins import Plugins
 from hydra.plugins.config_source import ConfigResult
@@ -21,8 +21,11 @@ from memlm.saved import check_size
 _MOST_VALUES = 10_000  # of a file with aliases; a config has some hundreds
 
 
-class BoundedFiles(FileConfigSource):
-    """Directories of config files."""
+class FileConfigSource(file_config_source.FileConfigSource):
+    """Directories of config files.
+
+    It has the name of Hydra's own: Hydra takes that to be registered then, also in a process that a launcher starts.
+    """
 
     def load_config(self, config_path: str) -> ConfigResult:
         """Read a file.
@@ -39,7 +42,7 @@ class BoundedFiles(FileConfigSource):
 def bound_files() -> None:
     """Have Hydra read files in this way, in this process."""
     Plugins.instance()  # which registers Hydra's own way
-    SourcesRegistry.instance().types["file"] = BoundedFiles
+    SourcesRegistry.instance().types["file"] = FileConfigSource
 
 
 def _check_aliases(path: str) -> None:

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from memlm.config import ConfigError
+from memlm.evaluation.headline import in_percent
 from memlm.files import atomic_file
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
@@ -34,6 +34,7 @@ def entries(paths: Sequence[str], commit: str | None) -> list[dict[str, Any]]:
         ConfigError: If a run is not one of recipe=pairs.
     """
     from benchmarks.base import surroundings
+    from experiments.associative_recall import held
     from memlm.evaluation.compare.groups import n_token
     from memlm.evaluation.runs import find_runs
 
@@ -64,7 +65,7 @@ def entries(paths: Sequence[str], commit: str | None) -> list[dict[str, Any]]:
                 "minutes": tokens / speed / 60 if tokens and speed else None,
                 "parameters": run.trained.n_parameter,
                 "state_bytes": run.trained.state_bytes,
-                "held": int(result.metrics["held/on"]),
+                "held": int(held(result.metrics, result.metadata["n_pairs"], run.trained.state_bytes or 0)["held/on"]),
                 "rates": rates,
             }
         )
@@ -98,7 +99,8 @@ def table(record: Sequence[Mapping[str, Any]]) -> str:
         lines.append(
             [
                 f"`{entry['memory']}`", str(entry["seed"]), f"{entry['state_bytes']:,}", f"{entry['held']}{more}",
-                *cells, f"{100 * control:.1f}", f"{entry['step']:,}", f"{entry['tokens']:,}", minutes, entry["commit"],
+                *cells, f"{in_percent(control):.1f}", f"{entry['step']:,}", f"{entry['tokens']:,}", minutes,
+                entry["commit"],
             ]
         )  # fmt: skip
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
@@ -106,7 +108,7 @@ def table(record: Sequence[Mapping[str, Any]]) -> str:
 
 def _rate(rate: float, low: float, high: float) -> str:
     """A rate and its interval in percent."""
-    return f"{100 * rate:.1f} ({100 * low:.1f} to {100 * high:.1f})" if math.isfinite(rate) else "-"
+    return f"{in_percent(rate):.1f} ({in_percent(low):.1f} to {in_percent(high):.1f})"
 
 
 def filled_in(page: str, record: Sequence[Mapping[str, Any]]) -> str:

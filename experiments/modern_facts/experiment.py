@@ -74,7 +74,7 @@ CONDITIONS = {"on": "memory on", **CONTROLS, **TWINS}
 _WINDOW = 4  # segments between two looks
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ModernFacts(Telling):
     """Settings, beside those of `Telling`.
 

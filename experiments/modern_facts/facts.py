@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from memlm.data.tasks.makers import Fact, decoded
+from memlm.data.tasks.makers import Fact
+from memlm.data.tasks.words import decoded
 from memlm.data.tokenizer import Tokenizer
 from memlm.evaluation.recall.haystack import Document, Haystack, tell
 

@@ -61,7 +61,7 @@ class BankFlow:
         weights: Weight of each, (N, k).
         gate: How far the read is let in, (N,).
         strength: Gate times the weight on slots, (N,): the share of a read that is of something remembered.
-        norm: Length of what is added to the residual stream, (N,).
+        norm: Length of what is added to the residual stream, (N,); NaN if a memory reads in another way.
         origins: Where what was read comes from: by segment of the reader, by slot.
     """
 
@@ -253,9 +253,11 @@ class _Walk:
             read = reads[key]
             weights, order = read.weights[0].float().masked_fill(read.slots[0] < 0, 0).sort(dim=1, descending=True)
             slots = read.slots[0].gather(1, order).masked_fill(weights == 0, -1)
-            mass, gate = weights.sum(dim=1), read.gate[0].float()
+            mass = weights.sum(dim=1)
+            gate = torch.ones_like(mass) if read.gate is None else read.gate[0].float()
+            norm = torch.full_like(mass, torch.nan) if read.value is None else read.value[0].float().norm(dim=1)
             told = slots[:, : self.top].cpu()
-            parts = (told, weights[:, : self.top], gate, gate * mass, read.value[0].float().norm(dim=1))
+            parts = (told, weights[:, : self.top], gate, gate * mass, norm)
             self.reads.setdefault(key, []).append(tuple(part.cpu() for part in parts))
             label = key if key in held else key.partition("/")[0]
             slots_read = told[told >= 0].unique()

@@ -39,6 +39,21 @@ class CacheState(NamedTuple):
     full: Tensor
 
 
+def unseen(segment: Segment, gradient: bool) -> CacheState:
+    """The tokens of a segment, and of the overlap before it, that attention sees no more; maybe without gradients."""
+    hidden = segment.hidden if gradient else segment.hidden.detach()
+    leaves = torch.arange(hidden.shape[1], device=hidden.device) < segment.segment_len  # all but the next overlap
+    return CacheState(hidden, segment.valid & (leaves | segment.closes))
+
+
+def last(held: CacheState, new: CacheState, n: int) -> CacheState:
+    """The last ``n`` tokens of those held and the new ones: what is empty first and zero, then by place."""
+    hidden, full = (torch.cat(parts, dim=1) for parts in zip(held, new, strict=True))
+    index = full.long().argsort(dim=1, stable=True)[:, -n:]
+    full = full.gather(1, index)
+    return CacheState(take(hidden, index) * full[..., None], full)
+
+
 class CacheMemory(Memory):
     """The last ``n_token`` tokens that attention sees no more, in one softmax with those that it sees.
 
@@ -78,13 +93,8 @@ class CacheMemory(Memory):
 
     def write(self, segment: Segment, state: CacheState) -> tuple[CacheState, Trace]:
         """Append what attention sees no more, and keep the last ``n_token``; see `Memory.write`."""
-        hidden = segment.hidden if self.gradient else segment.hidden.detach()
-        leaves = torch.arange(hidden.shape[1], device=hidden.device) < segment.segment_len  # all but the next overlap
-        new = segment.valid & (leaves | segment.closes)
-        held = torch.cat([state.hidden, hidden.where(new[..., None], self.get_buffer("cell"))], dim=1)
-        full = torch.cat([state.full, new], dim=1)
-        last = full.long().argsort(dim=1, stable=True)[:, -self.n_token :]  # what is empty first, then by place
-        return where_rows(segment.complete[:, 0], CacheState(take(held, last), full.gather(1, last)), state), {}
+        after = last(state, unseen(segment, self.gradient), self.n_token)
+        return where_rows(segment.complete[:, 0], after, state), {}
 
     def flops_per_token(self) -> int:
         """Attention to the cells, and their keys and values, made anew for each segment."""

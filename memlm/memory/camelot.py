@@ -1,19 +1,22 @@
 """Consolidated associative memory: slots of keys and values that are means of tokens alike (CAMELoT).
 
 Source: Z. He et al., "CAMELoT: Towards large language models with training-free consolidated associative memory"
-(2024), arXiv 2402.13449. There is no code of its authors; what the paper leaves open is decided here:
+(2024), arXiv 2402.13449. There is no code of its authors; decided here:
 
 - A slot holds the key and value of all heads of a layer, with one count and one age. Keys are taken before rotation.
 - Similarity is the cosine of whole keys, all heads side by side.
 - What is found has no place: scores are those of queries and keys before positions are encoded.
-- A token sees the slots that tokens of its segment found up to itself, each once. That a token sees what later ones
-  found, as one would read the paper's concatenation, tells it something of these.
+- A token sees the slots that tokens of its segment up to itself found, each once. The paper puts all that a window
+  finds before it; a token that saw what later tokens found would learn something of them.
 - A token finds ``top_k`` slots. The paper has 1, with which nothing could be learned in a short training.
 - A document empties the memory; the end of a context does not. A token that attention still sees (the overlap) may
   stand in a slot too.
 
-Shapes: B rows, S segments, T tokens of a segment, Q of them mixed, n slots, H heads, E width of a head, M slots found,
-G groups = n + T: what may stand in a slot during a segment is a slot as it was, or what token t founded (n + t).
+A write has a loop over tokens, which only decides where each goes, on products that are worked out for the whole
+segment before. All can be decided at once, from a guess that is corrected until it holds; but that takes tens of rounds
+and is slower (measured: docs/memories/camelot.md).
+
+Shapes: B rows, S segments, T tokens of a segment, Q of them mixed, n slots, H heads, E width of a head, M slots found.
 """
 
 from __future__ import annotations
@@ -36,33 +39,32 @@ class CamelotState(NamedTuple):
     Attributes:
         key: Mean key of the tokens of each slot, before any position is encoded, (B, n, H, E).
         value: Mean value, (B, n, H, E).
-        count: Tokens that are in the mean, (B, n); 0 if the slot is empty.
+        n_part: Tokens that are in the mean, (B, n); 0 if the slot is empty.
         last: Number of the token that joined last, (B, n); -1 if the slot is empty. Age is counted from there.
         n_token: Tokens written so far, (B,).
     """
 
     key: Tensor
     value: Tensor
-    count: Tensor
+    n_part: Tensor
     last: Tensor
     n_token: Tensor
 
 
-class Groups(NamedTuple):
+class Places(NamedTuple):
     """Where the tokens of a segment go.
 
     Attributes:
-        group: The group of each token, (B, T).
-        last: Number of the token that joined each group last, (B, G); negative for empty slots, in their order, and
-            least for groups that nothing founded.
-        victim: The group in whose place that of each token stands, if the token founds one, (B, T).
-        n_round: Rounds that it took to know.
+        slot: The slot of each token, (B, T); n for padding.
+        joins: Tokens that became part of what was there, (B, T).
+        begun: The token whose key and value a slot began with, (B, n); -1 if that was before the segment.
+        last: As in the state, (B, n).
     """
 
-    group: Tensor
+    slot: Tensor
+    joins: Tensor
+    begun: Tensor
     last: Tensor
-    victim: Tensor
-    n_round: int
 
 
 class CamelotMemory(Slots):
@@ -115,7 +117,7 @@ class CamelotMemory(Slots):
 
     def filled(self, state: CamelotState) -> Tensor:
         """Which slots hold something, (B, n)."""
-        return state.count > 0
+        return state.n_part > 0
 
     def mix(self, x: Tensor, prepared: CamelotState, mixer: Mixer) -> tuple[Tensor, Read | None]:
         """Not used: what a token sees depends on the whole segment up to it, which `scan` knows."""
@@ -163,7 +165,7 @@ class CamelotMemory(Slots):
             slots = like.topk(min(self.top_k, self.n_mode), dim=2).indices  # (B, T, k)
             cell = torch.arange(n_token, device=device)
             finder = torch.where(segment.valid, cell, n_token)[..., None].expand_as(slots)
-            first = torch.full_like(state.count, n_token)  # token that finds each slot first; T if none does
+            first = torch.full_like(state.n_part, n_token)  # token that finds each slot first; T if none does
             first = first.scatter_reduce(1, slots.flatten(1), finder.flatten(1), "amin")
             first = first.masked_fill(~self.filled(state), n_token)
             first, order = (part[:, : slots[0].numel()] for part in first.sort(dim=1, stable=True))  # (B, M)
@@ -176,42 +178,28 @@ class CamelotMemory(Slots):
         new = [part.transpose(1, 2) for part in segment.heads[1:]]  # keys and values, (B, T, H, E)
         if not self.gradient:
             new = [part.detach() for part in new]
-        valid, n_slot = segment.valid, self.n_mode
+        valid = segment.valid
         with torch.autocast(new[0].device.type, enabled=False):
-            groups = self.groups_of(new[0].flatten(2), valid, state)
-            group, owner = groups.group, owner_of(groups)  # (B, T), (B, n)
-            joins = (group[:, None] == owner[..., None]) & valid[:, None]  # (B, n, T)
-            kept = state.count.where(owner < n_slot, 0)
-            count = kept + joins.sum(dim=2)
+            places = self.places_of(new[0].flatten(2), valid, state)
+            cell = torch.arange(valid.shape[1], device=valid.device)
+            part_of = places.slot[:, None] == torch.arange(self.n_mode, device=valid.device)[:, None]  # (B, n, T)
+            part_of = part_of & (cell >= places.begun[..., None])
+            kept = state.n_part.where(places.begun < 0, 0)
+            count = kept + part_of.sum(dim=2)
             each = count.clamp(min=1)[..., None, None]
 
             def mean(old: Tensor, part: Tensor) -> Tensor:
-                total = (joins.to(part.dtype) @ part.flatten(2)).view_as(old)
+                total = (part_of.to(part.dtype) @ part.flatten(2)).view_as(old)
                 return old * (kept[..., None, None] / each) + total / each
 
-            after = CamelotState(
-                key=mean(state.key, new[0]),
-                value=mean(state.value, new[1]),
-                count=count,
-                last=groups.last.gather(1, owner).clamp(min=-1),
-                n_token=state.n_token + valid.sum(dim=1),
-            )
-        joined = (group != n_slot + torch.arange(valid.shape[1], device=group.device)) & valid
-        trace = {
-            "joined": joined.sum() / valid.sum().clamp(min=1),
-            "rounds": torch.tensor(float(groups.n_round), device=group.device),
-        }
+            n_token = state.n_token + valid.sum(dim=1)
+            after = CamelotState(mean(state.key, new[0]), mean(state.value, new[1]), count, places.last, n_token)
+        trace = {"joined": places.joins.sum() / valid.sum().clamp(min=1)}
         return where_rows(segment.complete[:, 0], after, state), trace
 
     @torch.no_grad()
-    def groups_of(self, key: Tensor, valid: Tensor, state: CamelotState) -> Groups:
-        """Where each token of a segment goes, by the rule that is told token by token.
-
-        The group of a token depends on the groups of tokens before it alone. So if all groups are worked out at once
-        from guesses, the first guess that was wrong is right in the next round; and where nothing changes any more,
-        the groups are those of the loop over tokens. That takes at most T + 1 rounds, mostly a few.
-
-        What stands in the slots before a token are the n groups that were joined last.
+    def places_of(self, key: Tensor, valid: Tensor, state: CamelotState) -> Places:
+        """Where each token of a segment goes, token by token, as each depends on those before it.
 
         Args:
             key: Keys of the tokens, (B, T, D).
@@ -219,62 +207,40 @@ class CamelotMemory(Slots):
             state: State before the segment.
         """
         n_row, n_token = valid.shape
-        n_slot = self.n_mode
-        place = torch.arange(n_token, device=key.device)
-        time = torch.where(valid, state.n_token[:, None] + place, -n_slot - 1)  # (B, T); after padding nothing comes
-        empty = torch.arange(-n_slot, 0, device=key.device)
-        before = F.pad(torch.where(self.filled(state), state.last, empty), (0, n_token), value=-n_slot - 1)  # (B, G)
-        total = state.key.flatten(2) * state.count[..., None]  # (B, n, D)
-        dots = F.pad(key @ total.mT, (0, n_token))  # of keys and what slots hold, (B, T, G)
-        square = F.pad(total.square().sum(dim=2), (0, n_token))[:, None]  # (B, 1, G)
-        among = (key @ key.mT).tril(-1)  # of keys and keys of tokens before, (B, T, T)
-        length = key.square().sum(dim=2)[..., None]  # (B, T, 1)
-        founded = (n_slot + place).expand(n_row, -1)
-        group = founded
-        groups = torch.arange(n_slot + n_token, device=key.device)
-        n_round = 0
-        while True:
-            n_round += 1
-            joins = (group[..., None] == groups) & valid[..., None]  # (B, T, G)
-            product = dots + among @ joins.to(key.dtype)
-            grown = square + before_each(((2 * product + length) * joins).cumsum(dim=1), 0.0)  # squared lengths of sums
-            last = before_each(torch.where(joins, time[..., None], -n_slot - 1).cummax(dim=1).values, -n_slot - 1)
-            last = torch.maximum(last, before[:, None])
-            oldest, victim = last.kthvalue(n_token + 1, dim=2)  # n groups are joined at least as late
-            like = (product / (length * grown).clamp(min=1e-24).sqrt()).clamp(max=1.0)
-            stands = (last >= oldest[..., None]) & (last >= 0)
-            best, nearest = like.masked_fill(~stands, -torch.inf).max(dim=2)
-            found = torch.where((best > self.threshold) & valid, nearest, founded)
-            if torch.equal(found, group):
-                break
-            group = found
-        return Groups(group, before.scatter_reduce(1, group, time, "amax"), victim, n_round)
+        n_slot, row = self.n_mode, torch.arange(n_row, device=key.device)
+        total = state.key.flatten(2) * state.n_part[..., None]  # (B, n, D): a sum is as like a key as the mean is
+        among = key @ key.mT  # (B, T, T)
+        square = among.diagonal(dim1=1, dim2=2)  # (B, T)
+        limit = square.sqrt() * (self.threshold if self.threshold < 1 else torch.inf)
+        # Products of the sum of each slot with all keys, and its length; the slot behind the last takes padding.
+        product = (total @ key.mT).masked_fill(~self.filled(state)[..., None], -torch.inf)
+        product = F.pad(product, (0, 0, 0, 1), value=-torch.inf)  # (B, n + 1, T)
+        length = F.pad(total.square().sum(dim=2).clamp(min=1e-24).sqrt(), (0, 1), value=1.0)
+        last = F.pad(state.last, (0, 1), value=2**62)
+        begun = torch.full_like(last, -1)
+        slots, joined = [], []
+        for t in range(n_token):
+            best, nearest = (product[..., t] / length).max(dim=1)
+            joins = best > limit[:, t]
+            slot = torch.where(joins, nearest, last.argmin(dim=1)).where(valid[:, t], n_slot)
+            held = product[row, slot].where(joins[:, None], 0.0)  # (B, T)
+            grown = (length[row, slot].square() + 2 * held[:, t]).where(joins, 0.0) + square[:, t]
+            product[row, slot] = held + among[:, t]
+            length[row, slot] = grown.clamp(min=1e-24).sqrt()
+            begun[row, slot] = begun[row, slot].where(joins, t)
+            last[row, slot] = state.n_token + t
+            slots.append(slot)
+            joined.append(joins)
+        joins = torch.stack(joined, dim=1) & valid
+        return Places(torch.stack(slots, dim=1), joins, begun[:, :n_slot], last[:, :n_slot])
 
     def flops_per_token(self) -> int:
-        """Keys and values once more, the search of read and write, attention to what is found, and one round."""
+        """Keys and values once more, the search of read and write, attention to what is found, and the means."""
         d_model, n_token = self.sizes.d_model, self.sizes.segment_len
         attention = 4 * min(self.n_mode, n_token * self.top_k) * d_model
-        means = 4 * self.n_mode * d_model
-        return 6 * d_model**2 + 4 * self.n_mode * d_model + attention + means + 2 * n_token * (self.n_mode + n_token)
+        return 6 * d_model**2 + 8 * self.n_mode * d_model + attention + 2 * n_token * d_model
 
 
 def unit(key: Tensor) -> Tensor:
     """Keys of all heads (B, L, H, E) side by side, of length 1: (B, L, D)."""
     return F.normalize(key.flatten(2), dim=2)
-
-
-def before_each(running: Tensor, first: float) -> Tensor:
-    """Of a running sum or maximum over tokens (B, T, G) what it is before each token; ``first`` before all of them."""
-    return F.pad(running[:, :-1], (0, 0, 1, 0), value=first)
-
-
-def owner_of(groups: Groups) -> Tensor:
-    """The group that stands in each slot after a segment, (B, n)."""
-    _, last, victim, _ = groups
-    n_token = victim.shape[1]
-    n_slot = last.shape[1] - n_token
-    slot = torch.cat([torch.arange(n_slot, device=last.device).expand(len(last), -1), victim], dim=1)  # (B, G)
-    for _ in range(n_token.bit_length()):  # in whose place a victim stood itself
-        slot = slot.gather(1, slot)
-    stays = last.topk(n_slot, dim=1).indices
-    return torch.empty_like(stays).scatter(1, slot.gather(1, stays), stays)

@@ -44,6 +44,7 @@ class Needs(NamedTuple):
         output: Whether a write needs what comes out of the layer (or of the stack).
         each_layer: Whether a memory around the stack stands before each layer too: see `Memory.enter`. A write then
             gets what comes out of the cells behind the segment from each layer.
+        nll: Whether a write needs to run the model: see `Segment.nll`. Of memories around the stack.
         signals: Implicit signals of the text that it uses, by name, and how many numbers each has.
     """
 
@@ -54,6 +55,7 @@ class Needs(NamedTuple):
     context: bool = False
     output: bool = False
     each_layer: bool = False
+    nll: bool = False
     signals: Mapping[str, int] = MappingProxyType({})
 
 
@@ -175,8 +177,13 @@ class Segment(NamedTuple):
         output: What comes out of the layer, or of the stack, (B, C + N, D), or of each layer (B, C + N, n_layer, D);
             None unless the memory needs it.
         heads: Queries, keys and values of all cells, (B, H, C + N, E); None unless the memory needs them.
+        maps: What makes queries, keys and values of any hidden states (B, L, D), as `Mixer.heads` does; None unless
+            the memory needs heads.
         tail: What comes out of the cells behind the segment, (B, m, D), or of each layer, (B, m, n_layer, D); None
             unless the memory needs them.
+        nll: Mean next-token loss of each row's segment, (B,), in nats, as a function of cells (B, m, D) before it; by
+            the layers alone, without the overlap and what memories read. It can be differentiated twice, in inference
+            too (``torch.inference_mode(False)``), but not by the head. None unless the memory needs it.
     """
 
     ids: Tensor
@@ -190,7 +197,9 @@ class Segment(NamedTuple):
     surprise: Tensor | None = None
     output: Tensor | None = None
     heads: Heads | None = None
+    maps: Callable[[Tensor], Heads] | None = None
     tail: Tensor | None = None
+    nll: Callable[[Tensor], Tensor] | None = None
 
     @property
     def complete(self) -> Tensor:

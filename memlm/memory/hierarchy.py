@@ -121,8 +121,9 @@ class HierarchyMemory(Slots):
         key, value, written = prepared
         found, weight = attend(self.to_query(self.norm(y)), key, value, self.n_head)
         gate = self.read_gate(y).sigmoid()  # (B, T, 1)
-        slots = torch.arange(key.shape[1], device=y.device).expand_as(weight)
-        return Read(gate * self.to_output(found), slots.masked_fill(~written[:, None], -1), weight, gate[..., 0])
+        empty = ~written[:, None]
+        slots = torch.arange(key.shape[1], device=y.device).expand_as(weight).masked_fill(empty, -1)
+        return Read(gate * self.to_output(found), slots, weight.masked_fill(empty, 0.0), gate[..., 0])
 
     def write(self, segment: Segment, state: HierarchyState) -> tuple[HierarchyState, Trace]:
         """Write the lowest level, and each above it that is due, from the one below; see `Memory.write`."""

@@ -93,8 +93,9 @@ class GatedMemory(Slots):
         key, value, written = prepared
         found, weight = attend(self.read_query(self.norm(y)), key, value, self.n_head)
         gate = self.output_gate(found).sigmoid()  # (B, T, D)
-        slots = torch.arange(self.n_slot, device=y.device).expand_as(weight)
-        return Read(gate * found, slots.masked_fill(~written[:, None], -1), weight, gate.mean(dim=2))
+        empty = ~written[:, None]
+        slots = torch.arange(self.n_slot, device=y.device).expand_as(weight).masked_fill(empty, -1)
+        return Read(gate * found, slots, weight.masked_fill(empty, 0.0), gate.mean(dim=2))
 
     def write(self, segment: Segment, state: GatedState) -> tuple[GatedState, Trace]:
         """Let what slots find in the segment in, and what they held stay; see `Memory.write`."""

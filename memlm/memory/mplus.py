@@ -52,7 +52,7 @@ class PlusMemory(PoolMemory):
         self,
         d_model: int,
         sizes: Sizes,
-        n_token: int = 256,
+        n_token: int = 128,
         n_new: int = 16,
         n_long: int = 512,
         top_k: int = 32,
@@ -62,7 +62,7 @@ class PlusMemory(PoolMemory):
         for name, number in {"n_long": n_long, "top_k": top_k, "d_key": d_key}.items():
             if number < 1:
                 raise ValueError(f"{name} must be at least 1, got {number}")
-        self.n_long, self.top_k = n_long, top_k
+        self.n_long, self.top_k, self.d_key = n_long, top_k, d_key
         self.norm = nn.RMSNorm(d_model)
         self.to_query, self.to_key = (
             nn.Sequential(nn.Linear(d_model, d_model, bias=False), nn.SiLU(), nn.Linear(d_model, d_key, bias=False))
@@ -103,8 +103,9 @@ class PlusMemory(PoolMemory):
 
     def flops_per_token(self) -> int:
         """Attention to pool and store, their keys and values, and the search, whose keys are made for each segment."""
-        network = 2 * sum(part.weight.numel() for part in self.to_key if isinstance(part, nn.Linear))
-        search = network + 2 * self.n_long * self.to_key[2].out_features
+        d_model = self.sizes.d_model
+        network = 2 * d_model * (d_model + self.d_key)
+        search = network + 2 * self.n_long * self.d_key
         return self._flops(self.n_token + self.n_long) + search + network * self.n_long // self.sizes.segment_len
 
     def _parts(self, state: PoolState) -> tuple[PoolState, PoolState]:

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from memlm.memory.contract import Context, Memory, Mixer, Needs, Read, Segment, Sizes, Trace, at_once
+from memlm.memory.matrix import exact
 from memlm.memory.state import where_rows
 
 
@@ -81,7 +82,8 @@ class FastNetwork:
         Returns:
             The gradient (..., P), and the error of each token, (..., L).
         """
-        entered, summed = [k], []
+        entered: list[Tensor] = [k]
+        summed: list[Tensor] = []
         for matrix in self.matrices:
             if summed:
                 entered.append(F.gelu(summed[-1]))
@@ -282,7 +284,7 @@ class TitansMemory(Memory):
         rate = self._gate(self.to_rate, x) * self.rate_max * valid  # (B, H, C + T)
         n_valid = valid[..., self.window_len :].sum().clamp(min=1) * self.n_head
         trace = {"rate": rate[..., self.window_len :].sum() / n_valid, "error": rate.new_zeros(())}
-        with _exact(x):
+        with exact(x):
             for begin in range(0, segment.segment_len, self.chunk_len):
                 end = min(begin + self.chunk_len, segment.segment_len)
                 own, seen = slice(self.window_len + begin, self.window_len + end), slice(begin, self.window_len + end)
@@ -349,11 +351,6 @@ class TitansMemory(Memory):
     def _found(self, x: Tensor, network: FastNetwork) -> Tensor:
         """What networks give for the queries of ``x`` (B, Q, D), normalised and gated, (B, Q, H * E)."""
         x = self.norm(x)
-        with _exact(x):
+        with exact(x):
             found = self.found_norm(network(self._keys(self.to_query, x))).transpose(1, 2)
         return found.flatten(2) * F.silu(self.to_gate(x))
-
-
-def _exact(x: Tensor) -> torch.autocast:
-    """Networks run and learn in full precision."""
-    return torch.autocast(x.device.type, enabled=False)

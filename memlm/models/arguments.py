@@ -58,6 +58,8 @@ def needs(model: Stack) -> None:
             raise ValueError(f"memory {name!r} needs cells behind a segment, so it must stand around the stack")
         if asks.each_layer and module.around != "stack":
             raise ValueError(f"memory {name!r} needs each layer, so it must stand around the stack")
+        if asks.nll and (module.around != "stack" or not asks.context):
+            raise ValueError(f"memory {name!r} runs the model, so it must stand around the stack and need a context")
         if asks.heads and (module.around != "layer" or module.reads_beside):
             raise ValueError(f"memory {name!r} needs heads, so it must stand around a layer, with a mix of its own")
         place = "the stack" if module.around == "stack" else None if module.reads_beside else "a layer"

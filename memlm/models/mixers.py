@@ -7,7 +7,7 @@ E width of a head, M keys of a context.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -206,3 +206,66 @@ def cells_of(layer: SegmentLayer, cells: Tensor, contexts: Sequence[Context], pl
     heads = layer.heads(cells)
     own = Context(heads.k, heads.v, place=place)
     return layer.out(layer.attend_to(heads.q, [*contexts, own], place), cells)
+
+
+class Cells(NamedTuple):
+    """Cells of a memory around the stack, on their way through the layers."""
+
+    front: Tensor | None  # before each segment, (B, m, D)
+    tail: Tensor | None  # behind it, (B, n, D)
+    tails: tuple[Tensor, ...] = ()  # what came out of those behind it, by layer
+
+
+class StackMixer:
+    """What the whole stack of layers does with one segment.
+
+    Args:
+        layers: Runs them over a stream (B, 1, Q, D) and cells.
+        n_column: ``Q``.
+        dtype: Type of the stream.
+        tail: What enters the cells behind the segment; None if there are none.
+        each_layer: Whether what comes out of these cells is wanted of each layer.
+
+    Attributes:
+        tail: What came out of the cells behind the segment.
+    """
+
+    def __init__(
+        self,
+        layers: Callable[[Tensor, Cells], tuple[Tensor, Cells]],
+        n_column: int,
+        dtype: torch.dtype,
+        tail: Tensor | None,
+        each_layer: bool,
+    ) -> None:
+        self._layers, self._n_column, self._dtype = layers, n_column, dtype
+        self._enters, self._each_layer = tail, each_layer
+        self.tail: Tensor | None = None
+
+    def __call__(self, x: Tensor, context: Context | None = None) -> Tensor:
+        """See `Mixer`. Cells before those of the segment go through the layers with it."""
+        if context is not None:
+            raise ValueError("a memory around the stack puts cells before a segment: a context is of one layer")
+        m = x.shape[1] - self._n_column
+        own = x.to(self._dtype)
+        stream, cells = self._layers(own[:, None, m:], Cells(own[:, :m] if m else None, self._enters))
+        self.tail, y = cells.tail, stream[:, 0]
+        if self._each_layer and cells.tails:
+            self.tail = torch.stack(cells.tails, dim=2)
+        return (y if cells.front is None else torch.cat([cells.front, y], dim=1)).to(x.dtype)
+
+    def at(self, s: int) -> StackMixer:
+        """Itself: the stack is run for one segment at a time."""
+        return self
+
+    def heads(self, x: Tensor) -> Heads:
+        """The stack has none."""
+        raise ValueError("the stack has no heads: only a memory around a layer can use them")
+
+    def attend(self, heads: Heads, context: Context | None = None) -> Tensor:
+        """The stack has none."""
+        raise ValueError("the stack has no heads: only a memory around a layer can use them")
+
+    def out(self, mixed: Tensor, x: Tensor) -> Tensor:
+        """The stack has none."""
+        raise ValueError("the stack has no heads: only a memory around a layer can use them")

@@ -9,16 +9,18 @@ width, m cells of a memory before a segment, n behind it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from memlm.memory.contract import Context, Heads, Memory, Mixer, Read, Segment, Trace, join_reads, joined, mean_trace
+from memlm.memory.contract import Context, Memory, Mixer, Read, Segment, Trace, join_reads, joined, mean_trace
 from memlm.memory.state import where_rows
-from memlm.models.grid import Grid, OpenSegment
-from memlm.models.mixers import Done, LayerMixer, SegmentLayer, cells_of
+from memlm.models.grid import Grid, OpenSegment, lay_out
+from memlm.models.mixers import Cells, Done, LayerMixer, SegmentLayer, StackMixer, cells_of
 from memlm.models.stack import Stack
 from memlm.models.state import LocalState, ModelState
 from memlm.models.views import segment_of, stream_of
@@ -114,50 +116,6 @@ def at_once(model: Stack, grid: Grid, state: ModelState, how: How) -> Ran:
     return _Pass(model, grid, state, how).run()
 
 
-class _Cells(NamedTuple):
-    """Cells of a memory around the stack, on their way through the layers."""
-
-    front: Tensor | None  # before each segment, (B, m, D)
-    tail: Tensor | None  # behind it, (B, n, D)
-    tails: tuple[Tensor, ...] = ()  # what came out of those behind it, by layer
-
-
-class _StackMixer:
-    """What the whole stack of layers does with one segment."""
-
-    def __init__(self, run: _Pass, tail: Tensor | None, each_layer: bool) -> None:
-        self.run, self.enters, self.each_layer = run, tail, each_layer
-        self.tail: Tensor | None = None  # what came out of the cells behind the segment
-
-    def __call__(self, x: Tensor, context: Context | None = None) -> Tensor:
-        """See `Mixer`. Cells before those of the segment go through the layers with it."""
-        if context is not None:
-            raise ValueError("a memory around the stack puts cells before a segment: a context is of one layer")
-        m = x.shape[1] - self.run.grid.n_column
-        own = x.to(self.run.embeddings.dtype)
-        stream, cells = self.run.layers(own[:, None, m:], _Cells(own[:, :m] if m else None, self.enters))
-        self.tail, y = cells.tail, stream[:, 0]
-        if self.each_layer and cells.tails:
-            self.tail = torch.stack(cells.tails, dim=2)
-        return (y if cells.front is None else torch.cat([cells.front, y], dim=1)).to(x.dtype)
-
-    def at(self, s: int) -> _StackMixer:
-        """Itself: the stack is run for one segment at a time."""
-        return self
-
-    def heads(self, x: Tensor) -> Heads:
-        """The stack has none."""
-        raise ValueError("the stack has no heads: only a memory around a layer can use them")
-
-    def attend(self, heads: Heads, context: Context | None = None) -> Tensor:
-        """The stack has none."""
-        raise ValueError("the stack has no heads: only a memory around a layer can use them")
-
-    def out(self, mixed: Tensor, x: Tensor) -> Tensor:
-        """The stack has none."""
-        raise ValueError("the stack has no heads: only a memory around a layer can use them")
-
-
 class _Pass:
     """One run of all layers over a grid."""
 
@@ -208,7 +166,7 @@ class _Pass:
         tail = None
         if module.needs.tail and self.how.write and any(self.grid.n_complete):
             tail = module.tail(module.prepare(self.begun(name, module, 0))).to(x.dtype)
-        mixer = _StackMixer(self, tail, module.needs.each_layer)
+        mixer = StackMixer(self.layers, self.grid.n_column, self.embeddings.dtype, tail, module.needs.each_layer)
         if self.how.closing and tail is None:
             y = x
         elif self.how.read:
@@ -225,14 +183,14 @@ class _Pass:
         self.write(name, module, 0, self.embeddings if ends else None, output, tail=mixer.tail)
         return y
 
-    def layers(self, x: Tensor, cells: _Cells | None = None) -> tuple[Tensor, _Cells]:
+    def layers(self, x: Tensor, cells: Cells | None = None) -> tuple[Tensor, Cells]:
         """All layers; and with them the cells of a memory around the stack. What counts is the last call."""
         self.caches = []
         self.streams = {name: [] for name in self.streams}
         for name, _ in self.memory_of("layer", "layers"):
             self.memory[name], self.traces[name] = list(self.before[name]), []
         model, last = self.model, self.model.memory_layers[-1] if self.model.memory else -1
-        cells = cells or _Cells(None, None)
+        cells = cells or Cells(None, None)
         for i, layer in enumerate(model.layers):
             if self.how.storing and i > last:
                 break
@@ -254,7 +212,7 @@ class _Pass:
                 self.keep_output(i, x)
         return x, cells
 
-    def entering(self, i: int, x: Tensor, cells: _Cells) -> tuple[Tensor, _Cells]:
+    def entering(self, i: int, x: Tensor, cells: Cells) -> tuple[Tensor, Cells]:
         """What enters layer ``i``, of the stream (B, S, Q, D) and of cells: see `Memory.enter`."""
         asks = [(name, modules[0]) for name, modules in self.memory_of("stack") if modules[0].needs.each_layer]
         if not asks or not self.how.read:
@@ -266,7 +224,7 @@ class _Pass:
 
         return enter(x[:, 0])[:, None], cells._replace(front=enter(cells.front), tail=enter(cells.tail))
 
-    def through(self, layer: SegmentLayer, mixer: LayerMixer, cells: _Cells, contexts: tuple[Context, ...]) -> _Cells:
+    def through(self, layer: SegmentLayer, mixer: LayerMixer, cells: Cells, contexts: tuple[Context, ...]) -> Cells:
         """The cells behind a layer. Those before a segment see each other; those behind it see all."""
         front, tail, tails = cells
         if tail is not None:
@@ -278,7 +236,7 @@ class _Pass:
         if front is not None:
             front = cells_of(layer, front, [])
             front = front + layer.feed_forward(front)
-        return _Cells(front, tail, tails)
+        return Cells(front, tail, tails)
 
     # --- a layer -------------------------------------------------------------------------------------------------
 
@@ -375,9 +333,12 @@ class _Pass:
     ) -> Segment:
         """What ``module`` may use of the grid. ``hidden`` and ``output`` include the model's lookback."""
         signals = self.how.signals
-        return segment_of(
+        segment = segment_of(
             self.model, module, self.local, self.grid, self.ids, self.embeddings, hidden, output, layer, tail, signals
         )
+        if not module.needs.nll:
+            return segment
+        return segment._replace(nll=nll_after(self.model, self.ids[:, self.lookback :], self.grid.valid[:, 0]))
 
     def fill(self, stream: str, place: int, x: Tensor) -> Tensor:
         """All cells of a stream, (B, C + N, D), of those that were computed, (B, S, Q, D)."""
@@ -413,3 +374,23 @@ class _Pass:
             document=open_segment.of(flags.document, flags.document[:, -1]),
             n_open=Host(open_len),
         )
+
+
+def nll_after(model: Stack, ids: Tensor, valid: Tensor) -> Callable[[Tensor], Tensor]:
+    """The next-token loss of one segment alone, ids (B, T), as a function of cells before it: see `Segment.nll`."""
+
+    def nll(cells: Tensor) -> Tensor:
+        own, counts = ids.clone(), valid[:, 1:].float()  # no inference tensors, through which no gradient goes
+        state = ModelState(
+            {name: tuple(module.init_state(len(own)) for module in parts) for name, parts in model.memory.items()},
+            model.no_context(len(own)),
+        )
+        grid = lay_out(own, state.local, model.segment_len, None, None, None, None)
+        run = _Pass(model, grid, state, How(read=False, write=False, keep_state=False))
+        x = model.enter(run.embeddings[:, None, run.lookback :], grid.columns)
+        x, _ = run.layers(x, Cells(cells.to(x.dtype), None))
+        logits = F.linear(model.norm(x[:, 0, :-1]), model.head_weight.detach()).float()
+        nats = F.cross_entropy(logits.mT, own[:, 1:], reduction="none")
+        return (nats * counts).sum(dim=1) / counts.sum(dim=1).clamp(min=1)
+
+    return nll

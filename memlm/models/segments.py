@@ -115,7 +115,7 @@ class SegmentModel(Stack):
         return ModelState(memory, self.no_context(1))
 
     def no_context(self, n_row: int) -> LocalState:
-        """A local state before any text."""
+        """See `Stack.no_context`."""
         weight = self.embedding.weight
         n_cell = self.lookback + self.segment_len
         return LocalState(

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from memlm.models.base import LanguageModel
+from memlm.models.state import LocalState
 
 
 class Stack(LanguageModel):
@@ -34,6 +35,10 @@ class Stack(LanguageModel):
     embedding: nn.Embedding
     layers: Any  # nn.ModuleList of SegmentLayer, whose items torch types as bare modules
     norm: nn.Module
+
+    def no_context(self, n_row: int) -> LocalState:
+        """A local state before any text."""
+        raise NotImplementedError
 
     def embed(self, ids: Tensor) -> Tensor:
         """Token embeddings of unit variance, (..., D)."""

@@ -5,6 +5,8 @@ Shapes: B rows, C lookback, L cells of a stream, D model width.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -40,6 +42,7 @@ def segment_of(
     needs = module.needs
     skip = model.lookback - needs.lookback
     before = grid.flags.continues[:, :1].expand(-1, needs.lookback)
+    maps = None if layer is None or not needs.heads else partial(heads_of, layer, dtype=hidden.dtype)
     return Segment(
         ids=ids[:, skip:],
         embeddings=embeddings[:, skip:].float(),
@@ -51,7 +54,8 @@ def segment_of(
         columns=grid.columns,
         surprise=_surprise(model, hidden, ids)[:, skip:] if needs.surprise else None,
         output=None if output is None or not needs.output else output[:, skip:].float(),
-        heads=None if layer is None or not needs.heads else heads_of(layer, hidden[:, skip:].float(), hidden.dtype),
+        heads=None if maps is None else maps(hidden[:, skip:].float()),
+        maps=maps,
         tail=None if tail is None else tail.float(),
     )
 

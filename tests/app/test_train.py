@@ -259,15 +259,15 @@ def test_mistakes_are_told_before_training(
 @pytest.mark.parametrize("group", ["memory", "model", "recipe"])
 def test_nothing_that_is_shipped_is_refused_ahead(group: str) -> None:
     for path in sorted((config_dir() / group).glob("*.yaml")):
-        check(compose([f"{group}={path.stem}"]))
+        check(to_dict(compose([f"{group}={path.stem}"])))
 
 
 def test_what_a_constructor_refuses_is_told_ahead() -> None:
     with pytest.raises(ConfigError, match=r"memory\.ltm\.top_k must be at least 1, got 0"):
-        check(compose(["memory.ltm.top_k=0"]))
+        check(to_dict(compose(["memory.ltm.top_k=0"])))
     with pytest.raises(ConfigError, match=r"needle\.n_document must be at least 2"):
-        check(compose(["needle.n_document=1"]))
-    check(compose(["trainer=gpu"]))  # another machine may have what this one lacks
+        check(to_dict(compose(["needle.n_document=1"])))
+    check(to_dict(compose(["trainer=gpu"])))  # another machine may have what this one lacks
 
 
 @pytest.mark.parametrize(

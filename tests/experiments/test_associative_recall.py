@@ -188,6 +188,7 @@ def answers(n_pair, on, **controls):
         (answers(1, 100) + answers(2, 80) + answers(4, 93), 4, 1),  # the largest, whatever lies below
         (answers(1, 100, off=97) + answers(2, 100, wiped=97) + answers(4, 100, swapped=97), 0, 0),  # it is not memory
         (answers(1, 89), 0, 0),
+        (answers(1, 100, unseen=100) + answers(2, 60), 1, 1),  # the only value told is right whatever is asked
         (answers(16, 100), 16, 16),
     ],
 )

@@ -469,7 +469,9 @@ def test_a_real_model_is_left_as_it_was_and_the_run_repeats(data, real):
     assert nll["on"] != nll["off"]
     assert nll["on"] != nll["swapped"]
     assert nll["off"] == pytest.approx(nll["wiped"], rel=1e-5)  # nothing is read from an empty bank
-    for a, b in zip(first.rows, run(real, data, Needle(3, 4, [20, 150], n_row=1)).rows, strict=True):
+    for a, b in zip(
+        first.rows, run(real, data, Needle(n_document=3, n_fact=4, distance=[20, 150], n_row=1)).rows, strict=True
+    ):
         assert a["nll"] == pytest.approx(b["nll"], rel=1e-3)
 
 

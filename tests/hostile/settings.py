@@ -383,8 +383,6 @@ def _at(config: dict[str, Any], section: str) -> dict[str, Any]:
 
 
 def _value(choices: tuple[str, ...], section: str, name: str, value: Any) -> None:
-    from omegaconf import OmegaConf
-
     from memlm.app import train
     from memlm.config import check_settings, validate
     from memlm.schema import Train
@@ -393,7 +391,7 @@ def _value(choices: tuple[str, ...], section: str, name: str, value: Any) -> Non
     _at(config, section)[name] = value
     check_settings(config, Train)
     validate(config)
-    train.check(OmegaConf.create(config))
+    train.check(config)
     if section.startswith(("model", "memory")):
         _step(config)
 

@@ -123,6 +123,7 @@ def test_a_read_is_one_attention_to_all_levels() -> None:
             expected = memory.read_gate(y[b, t]).sigmoid() * memory.to_output(found)
             torch.testing.assert_close(read.value[b, t], expected, atol=1e-5, rtol=1e-4)
     assert read.slots[0, 0].tolist() == [n if n % 2 == 0 else -1 for n in range(LEVELS * N)]
+    assert torch.equal(read.weights[0, 0] > 0, written)
 
 
 def test_what_was_told_long_ago_is_told_by_a_high_level_alone() -> None:

@@ -1,5 +1,9 @@
 """Networks that learn while they read, against autograd token by token, the delta rule and values by hand."""
 
+import importlib
+import importlib.util
+import sys
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -8,11 +12,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from memlm import build, laws
-from memlm.config import ConfigError
+from memlm import laws
 from memlm.memory.contract import Flags, Segment, Sizes
 from memlm.memory.state import n_byte
 from memlm.memory.titans import FastNetwork, TitansMemory, TitansState, bounded, orthogonal
+from memlm.models.lstm import LSTM
 from memlm.models.segments import SegmentModel
 from tests.memory.plain_attention import attend
 from tests.memory.segments import segment_of
@@ -45,6 +49,12 @@ def weights_of(memory: TitansMemory, weight: Tensor) -> list[Tensor]:
         found.append(weight[begin : begin + a * b].reshape(a, b))
         begin += a * b
     return found
+
+
+def weights_of_all(memory: TitansMemory, weight: Tensor) -> list[Tensor]:
+    """The same of many networks, (n, P)."""
+    parts = [weights_of(memory, part) for part in weight]
+    return [torch.stack(matrices) for matrices in zip(*parts, strict=True)]
 
 
 def run(memory: TitansMemory, h: int, matrices: list[Tensor], x: Tensor) -> Tensor:
@@ -206,6 +216,57 @@ def test_a_linear_map_written_token_by_token_is_the_delta_rule() -> None:
                 b_t = 2 / E * memory.rate_max * memory.to_rate(x)[h].sigmoid()
                 matrix = matrix + b_t * torch.outer(k, v - matrix.T @ k)
             torch.testing.assert_close(state.change[b, h].view(E, E), matrix, atol=1e-14, rtol=1e-12)
+
+
+class Unit(torch.nn.Module):
+    """To length 1."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.normalize(x, dim=-1)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("depth", [1, 2, 3])
+def test_chunks_are_those_of_titans_pytorch(depth: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without what it normalises. It forgets weights, so all of them are a change here."""
+    for name in ("einops", "einx", "tensordict", "assoc_scan"):
+        pytest.importorskip(name)
+    found = importlib.util.find_spec("titans_pytorch")
+    if found is None or not found.submodule_search_locations:
+        pytest.skip("titans-pytorch is not installed")
+    package = types.ModuleType("titans_pytorch")  # without its transformers
+    package.__path__ = list(found.submodule_search_locations)
+    monkeypatch.setitem(sys.modules, "titans_pytorch", package)
+    source = importlib.import_module("titans_pytorch.neural_memory")
+    memory = memory_of(torch.float32, depth=depth, chunk_len=4, step_max=None)
+    memory.start.zero_()
+    network = source.MemoryMLP(E, depth, expansion_factor=1.5)
+    theirs = source.NeuralMemory(
+        D, 4, dim_head=E, heads=H, model=network, mem_model_norm_add_residual=False, momentum=True,
+        default_step_transform_max_lr=memory.rate_max,
+    )  # fmt: skip
+    theirs.store_norm, theirs.k_norm = memory.norm, Unit()
+    theirs.to_keys = torch.nn.Sequential(memory.to_key, torch.nn.SiLU())
+    theirs.to_values, theirs.to_adaptive_step[0] = memory.to_value, memory.to_rate
+    theirs.to_momentum[0], theirs.to_decay_factor[0] = memory.to_momentum, memory.to_decay
+    hidden = torch.randn(2, T, D, generator=torch.Generator().manual_seed(1))
+    n_weight = memory.start.shape[1]
+    change, momentum = (
+        0.3 * torch.randn(2, H, n_weight, generator=torch.Generator().manual_seed(seed)) for seed in (2, 3)
+    )
+    names = theirs.memory_model_parameter_names
+    weights, steps = (
+        dict(zip(names, weights_of_all(memory, part.flatten(0, 1)), strict=True)) for part in (change, momentum)
+    )
+    steps = {name: part[None] for name, part in steps.items()}
+    for chunk in hidden.split(4, dim=1):
+        _, after = theirs.store_memories(chunk, weights, (weights, steps), return_surprises=False)
+        weights, steps = (dict(part.items()) for part in after.states)
+    ours, _ = memory.write(segment_of(hidden), TitansState(change, momentum))
+    for name, part in zip(names, weights_of_all(memory, ours.change.flatten(0, 1)), strict=True):
+        torch.testing.assert_close(part, weights[name], atol=1e-6, rtol=1e-5)
+    for name, part in zip(names, weights_of_all(memory, ours.momentum.flatten(0, 1)), strict=True):
+        torch.testing.assert_close(part, steps[name][0], atol=1e-6, rtol=1e-5)
 
 
 @torch.no_grad()
@@ -378,10 +439,11 @@ def test_settings_that_cannot_work_are_refused(settings: dict[str, Any], message
 
 
 def test_memory_as_context_needs_attention() -> None:
+    make = laws.builder(laws.nodes_of("titans"), model_class=LSTM)
     for variant in ("add", "mag", "mal"):
-        build("model=lstm", "memory=titans", f"memory.titans.variant={variant}", "data.tokenizer.kind=byte")
-    with pytest.raises(ConfigError, match=r"'titans' needs context of attention.* choose model=lmcode"):
-        build("model=lstm", "memory=titans", "memory.titans.variant=mac", "data.tokenizer.kind=byte")
+        laws.alive(lambda variant=variant, **model: make(memory={"variant": variant}, **model))
+    with pytest.raises(ValueError, match=r"'titans' needs context of attention.* choose model=lmcode"):
+        make(memory={"variant": "mac"})
 
 
 # --- the laws --------------------------------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ import numpy as np
 
 from memlm.config import ConfigError
 from memlm.data.tasks.base import Planted, Teller, contexts, mix
-from memlm.data.tasks.makers import frequent_words
+from memlm.data.tasks.words import frequent_words
 from memlm.data.tokenizer import Tokenizer
 from memlm.data.tokens import TokenizedCorpus
 

@@ -6,13 +6,14 @@ import itertools
 import re
 import zlib
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection
 from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 
 from memlm.config import ConfigError, did_you_mean
 from memlm.data.tasks.sentences import RELATIONS, Form, Level, Relation, invent, write
+from memlm.data.tasks.words import decoded, frequent_words, is_plain, neighbours
 from memlm.data.tokenizer import Tokenizer
 from memlm.data.tokens import TokenizedCorpus
 
@@ -25,13 +26,7 @@ _MIN_WORDS = 64
 _MIN_RELATIONS = 4
 
 
-_CHUNK = 1_000_000  # tokens decoded at a time
-
-
 _WORD = re.compile(r"\w+")
-
-
-_PIECE = re.compile(r"\w+|[^\w\s]")  # a word, or a mark of punctuation
 
 
 Split = Literal["train", "evaluation"]
@@ -120,7 +115,7 @@ class FactMaker:
         if native is None:
             self.words, count, texts = frequent_words(tokenizer, train, n_word), None, [train]
         else:
-            counts = Counter(word for word in tokenizer.decode(native.tokens.tolist()).split() if _is_plain(word))
+            counts = Counter(word for word in tokenizer.decode(native.tokens.tolist()).split() if is_plain(word))
             self.words, texts = sorted(counts), [train] if native is train else [train, native]
             count = np.array([counts[word] for word in self.words])
         if len(self.words) < _MIN_WORDS:
@@ -131,7 +126,7 @@ class FactMaker:
         self._share = None if count is None else count / count.sum()
         self._tokens = [tuple(tokenizer.encode(" " + word)) for word in self.words]
         self._is = tuple(tokenizer.encode(" is"))
-        self._neighbours = set().union(*(_neighbours(tokenizer, text, set(self.words)) for text in texts))
+        self._neighbours = set().union(*(neighbours(tokenizer, text, set(self.words)) for text in texts))
 
     def draw(self, rng: np.random.Generator, n: int, split: Split, n_word: int | None = None) -> list[Fact]:
         """``n`` facts with different names.
@@ -187,11 +182,6 @@ class FactMaker:
         return rng.choice(pool, size=n, replace=False) if n > 2 else pool[rng.integers(len(pool), size=n)]
 
 
-def _is_plain(word: str) -> bool:
-    """Whether a word is lower-case letters alone."""
-    return len(word) <= 12 and word.isascii() and word.isalpha() and word.islower()
-
-
 class SentenceMaker(FactMaker):
     """Draws facts told as English sentences: an invented subject, a relation, an invented value.
 
@@ -224,7 +214,7 @@ class SentenceMaker(FactMaker):
         shortest = sorted(length, key=lambda word: (length[word], word))
         self.words = sorted(shortest[: max(len(length) // 2, _MIN_WORDS)])
         self._tokens = [tuple(tokenizer.encode(" " + word)) for word in self.words]
-        self._neighbours |= _neighbours(tokenizer, train, set(self.words), lower=True)
+        self._neighbours |= neighbours(tokenizer, train, set(self.words), lower=True)
         self._known = own | {word for text in decoded(tokenizer, train) for word in _WORD.findall(text.lower())}
         numbers = [str(number) for number in range(1400, 2100) if str(number) not in self._known]
         self._numbers = [number for number in numbers if self._encode(" " + number) is not None]
@@ -360,37 +350,6 @@ class _Sentences(NamedTuple):
 def _held_out(words: tuple[str, ...]) -> bool:
     """Whether a name or value is kept for evaluation."""
     return zlib.crc32(" ".join(words).encode()) % _EVALUATION_SHARE == 0
-
-
-def decoded(tokenizer: Tokenizer, corpus: TokenizedCorpus) -> Iterator[str]:
-    """The text of a corpus in chunks, which overlap a little so that no pair of words is cut."""
-    for start in range(0, corpus.n_token, _CHUNK):
-        yield tokenizer.decode(corpus.tokens[start : start + _CHUNK + 64].tolist())
-
-
-def _neighbours(
-    tokenizer: Tokenizer, train: TokenizedCorpus, words: set[str], lower: bool = False
-) -> set[tuple[str, str]]:
-    """Pairs of ``words`` that follow each other anywhere in the training text, or in its small letters."""
-    found: set[tuple[str, str]] = set()
-    for text in decoded(tokenizer, train):
-        pairs = itertools.pairwise(_PIECE.findall(text.lower() if lower else text))
-        found.update(pair for pair in pairs if pair[0] in words and pair[1] in words)
-    return found
-
-
-def frequent_words(tokenizer: Tokenizer, train: TokenizedCorpus, n_word: int) -> list[str]:
-    """Frequent plain words of the text, those of the fewest tokens first, then alphabetically."""
-    sample = tokenizer.decode(train.tokens[:2_000_000].tolist())
-    counts: dict[str, int] = {}
-    for word in sample.split():
-        if len(word) >= 3 and _is_plain(word):
-            counts[word] = counts.get(word, 0) + 1
-    frequent = [word for word, count in counts.items() if count > 1]
-    length = {word: len(tokenizer.encode(" " + word)) for word in frequent}
-    ranked = sorted(frequent, key=lambda word: (length[word], -counts[word], word))
-    shortest = [word for word in ranked if length[word] == length[ranked[0]]]
-    return sorted((shortest if len(shortest) >= 512 else ranked)[:n_word])
 
 
 def _native(tokenizer: Tokenizer, train: TokenizedCorpus) -> FactMaker:

@@ -8,7 +8,7 @@ from typing import Literal
 from memlm.evaluation.result import check_settings
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Telling:
     """How facts are told, and in how many documents.
 

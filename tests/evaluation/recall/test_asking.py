@@ -58,7 +58,9 @@ def test_every_document_is_visited_at_every_length():
 
 def test_distances_that_end_in_one_segment_are_told_apart():
     data = Data()
-    documents = run(Oracle(data.tokenizer.vocab_size), data, Needle(2, 2, [40, 41, 42 + SEGMENT_LEN])).rows
+    documents = run(
+        Oracle(data.tokenizer.vocab_size), data, Needle(n_document=2, n_fact=2, distance=[40, 41, 42 + SEGMENT_LEN])
+    ).rows
     assert [sum(row["distance"] == d for row in documents) for d in (40, 41, 42 + SEGMENT_LEN)] == [2 * 2 * 5] * 3
 
 
