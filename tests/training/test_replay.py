@@ -321,7 +321,7 @@ def test_the_memory_says_what_is_replayed(scope: str, phase: dict[str, Any], tmp
 
 def test_a_memory_that_does_not_say_its_text_is_refused(tmp_path: Path) -> None:
     with pytest.raises(
-        ConfigError, match=r"no memory of this model \(stm\) says which text its slots hold: use memory="
+        ConfigError, match=r"no memory of this model \(stm\) says which text its slots hold: choose one that does"
     ):
         fit(config(tmp_path, "a", memory="stm", replay="retrieved"))
 

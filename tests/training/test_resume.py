@@ -340,6 +340,7 @@ def fit_until_asked(settings: dict[str, Any], step: int, signum: int = signal.SI
 
     child = os.fork()
     if child == 0:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it is ignored
         try:
             fit(settings, before_step=stop)
         except SystemExit as error:
