@@ -11,6 +11,7 @@ from memlm.memory.slots import Slots
 from tests.laws.oracles import ORACLES
 
 NAMES = laws.names()
+QUICK = {"none", "stm", "ltm", "delta", "cache", "rmt"}  # one of each kind; the others are judged in the slow lane
 REMEMBERS = [name for name in NAMES if laws.nodes_of(name)]
 
 
@@ -22,17 +23,22 @@ def make_of(name: str) -> laws.Make:
 SLOTS = [n for n in REMEMBERS if all(issubclass(laws.class_of(node), Slots) for node in laws.nodes_of(n).values())]
 
 
-@pytest.fixture(params=NAMES)
+def lanes(names: list[str]) -> list[Any]:
+    """The names as parameters, those outside of the quick lane marked slow."""
+    return [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in names]
+
+
+@pytest.fixture(params=lanes(NAMES))
 def make(request: pytest.FixtureRequest) -> laws.Make:
     return make_of(request.param)
 
 
-@pytest.fixture(params=REMEMBERS)
+@pytest.fixture(params=lanes(REMEMBERS))
 def memory(request: pytest.FixtureRequest) -> laws.Make:
     return make_of(request.param)
 
 
-@pytest.fixture(params=[n for n in REMEMBERS if laws.takes(make_of(n), "scope")])
+@pytest.fixture(params=lanes([n for n in REMEMBERS if laws.takes(make_of(n), "scope")]))
 def shareable(request: pytest.FixtureRequest) -> laws.Make:
     return make_of(request.param)
 
@@ -142,17 +148,17 @@ def test_8_round_trip_shared(shareable: laws.Make) -> None:
     laws.round_trip(shareable, scope="shared")
 
 
-@pytest.mark.parametrize("name", REMEMBERS)
+@pytest.mark.parametrize("name", lanes(REMEMBERS))
 def test_9_useful(name: str) -> None:
     laws.useful(laws.builder(laws.nodes_of(name), shrink=False))
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", lanes(NAMES))
 def test_10_described(name: str) -> None:
     laws.described(laws.nodes_of(name))
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if laws.has_slots(name)])
+@pytest.mark.parametrize("name", lanes([name for name in NAMES if laws.has_slots(name)]))
 def test_11_inspectable(name: str) -> None:
     laws.inspectable(make_of(name))
 
