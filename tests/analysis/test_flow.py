@@ -112,7 +112,9 @@ def test_every_memory_that_is_shipped_has_a_flow_a_table_and_costs(name):
     n = 5 * model.segment_len
     flow = memory_flow(model, [laws.text(1, n), laws.text(1, 4)])
     assert len(flow.ids) == n + 4
-    assert (flow.strength[-4:].min() > 0) == bool(flow.writes)  # what has no slots tells no reads
+    assert (flow.strength[-4:].min() > 0) == bool(
+        flow.reads
+    )  # some tell none
     assert np.abs(flow.gain[-4:-1]).max() > 0
     for label, (module, part) in banks(model, flow.state).items():
         writes = flow.writes[label]

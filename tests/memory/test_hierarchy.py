@@ -8,6 +8,7 @@ from torch import Tensor
 
 from memlm import build, laws
 from memlm.config import ConfigError
+from memlm.laws import learning
 from memlm.memory.hierarchy import HierarchyMemory, HierarchyState, Writer
 from memlm.memory.state import n_byte
 from tests.memory.segments import segment_of
@@ -140,6 +141,14 @@ def test_what_was_told_long_ago_is_told_by_a_high_level_alone() -> None:
                 state.slot.chunk(LEVELS, dim=1)[level].sum(), texts[7 - last], retain_graph=True, allow_unused=True
             )
             assert grads[0] is None or not grads[0].any()
+
+
+def test_what_the_lowest_level_has_forgotten_is_recalled_from_the_next() -> None:
+    make = laws.builder(laws.nodes_of("hierarchy"), shrink=False)
+    model, _ = learning.learn_recall(make, n_segment=5, n_level=2, n_slot=4, n_write=2, period=2)
+    scores = learning.recall_scores(model, n_segment=5)  # told 4 segments before, of which the lowest level holds 2
+    assert scores["memory"][1] > 0.9
+    assert max(scores["swapped"][1], scores["wiped"][1]) < 0.3
 
 
 def test_its_bytes_are_those_of_its_slots() -> None:

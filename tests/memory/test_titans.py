@@ -468,7 +468,9 @@ def test_laws_hold_for_other_settings(law: Callable[[laws.Make], None], settings
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "settings", [*({"variant": v} for v in ("mac", "mag", "mal")), TTT | {"depth": 1}, ATLAS], ids=str
+    "settings",
+    [*({"variant": v} for v in ("mac", "mag", "mal")), TTT | {"depth": 1}, ATLAS | {"chunk_len": 8}],
+    ids=str,
 )
 def test_other_settings_are_useful(settings: dict[str, Any]) -> None:
     make = laws.builder(laws.nodes_of("titans"), shrink=False)
