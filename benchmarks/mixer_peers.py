@@ -15,18 +15,18 @@ from memlm.config import ConfigError
 if TYPE_CHECKING:
     from torch import Tensor
 
-PeerName = Literal["titans", "rmt-pytorch", "memorizing"]
+PeerName = Literal["titans-pytorch", "rmt-pytorch", "memorizing-pytorch"]
 _OUT = "it out of peers"
 PEERS: dict[str, Peer] = {
-    "titans": Peer("titans_pytorch", "titans needs the library titans-pytorch", _OUT),
+    "titans-pytorch": Peer("titans_pytorch", "titans-pytorch needs the library titans-pytorch", _OUT),
     "rmt-pytorch": Peer(
         "recurrent_memory_transformer_pytorch",
         "rmt-pytorch needs the library recurrent-memory-transformer-pytorch",
         _OUT,
     ),
-    "memorizing": Peer(
+    "memorizing-pytorch": Peer(
         "memorizing_transformers_pytorch",
-        "memorizing needs the library memorizing-transformers-pytorch, which needs faiss",
+        "memorizing-pytorch needs the library memorizing-transformers-pytorch, which needs faiss",
         _OUT,
     ),
 }
@@ -143,9 +143,9 @@ def _shape(setup: Setup) -> dict[str, int]:
 
 
 _BUILD: dict[str, Callable[[Any, Setup, str], Parts]] = {
-    "titans": _titans,
+    "titans-pytorch": _titans,
     "rmt-pytorch": _rmt,
-    "memorizing": _memorizing,
+    "memorizing-pytorch": _memorizing,
 }
 
 

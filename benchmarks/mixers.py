@@ -145,7 +145,7 @@ class Ours:
         ids = torch.randint(setup.n_vocab, (setup.n_row, n_read), generator=generator).to(setup.device)
         with torch.no_grad():
             for part in ids.split(setup.n_segment * setup.segment_len, dim=1):
-                state = model.absorb(part, state)
+                state = model(part, state=state, logits=False).state
         self.candidate.state = states.detach(state)
         self.state = model.select_rows(state, torch.zeros(1, dtype=torch.long, device=setup.device))
         self.n_parameter = self.candidate.n_parameter

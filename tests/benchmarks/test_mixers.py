@@ -15,21 +15,24 @@ from memlm.config import ConfigError
 from tests.benchmarks.tiny import TINY, hide
 
 N_PARAMETER = 60_000
-OVERRIDES = [*TINY, "memory.delta.d_key=8", "memory.delta.d_value=8"]
+OVERRIDES = [
+    *(line for line in TINY if "n_layer" not in line), "model.n_layer=3",
+    "memory.delta.d_key=8", "memory.delta.d_value=8",
+]  # fmt: skip
 
 
 def config(*overrides: str) -> dict[str, Any]:
     quoted = ",".join(f'"{line}"' for line in OVERRIDES)
     tiny = [
         "benchmark=mixers", "memories=[delta,ltm]", "peers=[]", f"overrides=[{quoted}]", "n_row=2", "n_segment=2",
-        "n_read=40", "n_generate=20", "rounds=3", "warmup=1", f"n_parameter={N_PARAMETER}",
+        "n_read=72", "n_generate=20", "rounds=3", "warmup=1", f"n_parameter={N_PARAMETER}",
     ]  # fmt: skip
     return to_dict(compose([*tiny, *overrides], "benchmark"))
 
 
 def ours(name: str) -> mixers.Ours:
     setup = Setup(mixers.memory_config(name, N_PARAMETER, OVERRIDES), 2, 2, "cpu", "fp32", False, 0)
-    return mixers.Ours(name, setup, 40)
+    return mixers.Ours(name, setup, 72)
 
 
 def test_memories_are_measured_beside_none_at_equal_parameters() -> None:
@@ -71,7 +74,7 @@ def test_memories_are_found_by_their_configs() -> None:
 def test_what_was_read_before_is_remembered_in_training_and_generation() -> None:
     candidate = ours("ltm")
     [module], [bank] = candidate.candidate.model.memory["ltm"], candidate.candidate.state.memory["ltm"]
-    assert (module.filled(bank).sum(dim=1) == 2 * 4).all()  # 40 tokens end two segments of 16, 4 slots each
+    assert (module.filled(bank).sum(dim=1) == 4 * 4).all()  # 72 tokens end four segments of 16, 4 slots each
     assert module.filled(candidate.state.memory["ltm"][0]).shape[0] == 1
     heard = []
     model: Any = candidate.candidate.model
@@ -105,7 +108,7 @@ def test_peers_are_rows_where_their_library_is_there(monkeypatch: pytest.MonkeyP
         hide(peer.module, monkeypatch)
     result, text = benchmark.run(config("peers=null", "memories=[none]", "rounds=1"))
     assert result.metadata["settings"]["peers"] == []
-    assert "Not installed, so left out: titans, rmt-pytorch, memorizing" in text
+    assert "Not installed, so left out: titans-pytorch, rmt-pytorch, memorizing-pytorch" in text
     with pytest.raises(ConfigError, match="recurrent-memory-transformer-pytorch"):
         benchmark.run(config("peers=[rmt-pytorch]"))
 
@@ -123,12 +126,12 @@ def test_a_peer_is_trained_on_the_same_text(monkeypatch: pytest.MonkeyPatch) -> 
         return mixer_peers.Parts(model, loss, None)
 
     monkeypatch.setattr(mixers, "peer_library", lambda peer: SimpleNamespace())
-    monkeypatch.setitem(mixer_peers._BUILD, "titans", build)
-    result, text = benchmark.run(config("peers=[titans]", "memories=[none]", "rounds=2"))
+    monkeypatch.setitem(mixer_peers._BUILD, "titans-pytorch", build)
+    result, text = benchmark.run(config("peers=[titans-pytorch]", "memories=[none]", "rounds=2"))
     assert [part.shape for part in seen] == [(2, 33)] * 3
-    assert "titans/tokens_per_s" in result.metrics
-    assert "titans/ms_per_token" not in result.metrics
-    assert "titans" in text
+    assert "titans-pytorch/tokens_per_s" in result.metrics
+    assert "titans-pytorch/ms_per_token" not in result.metrics
+    assert "titans-pytorch" in text
 
 
 @pytest.mark.parametrize("name", sorted(mixers.PEERS))
@@ -140,4 +143,4 @@ def test_real_peers_train_and_generate(name: str, tmp_path: Any) -> None:
     losses = [candidate.step(setup.batch(0)).item() for _ in range(8)]
     assert losses[-1] < losses[0]
     prompt = setup.batch(1)[:1, :16]
-    assert candidate.generate(prompt, 4) == (name != "memorizing")
+    assert candidate.generate(prompt, 4) == (name != "memorizing-pytorch")
