@@ -667,6 +667,7 @@ def test_a_sweep_of_too_many_jobs_is_refused_at_once(sweep: list[str]) -> None:
     assert "The sweep would be more than 10,000 jobs" in error(check_command_line, ["-m", *sweep])
 
 
+@pytest.mark.slow
 def test_of_very_many_values_some_are_checked(tree: Path) -> None:
     seen = []
     values = [*range(1000, 0, -1), 5000, 7]

@@ -12,6 +12,8 @@ import pytest
 import memlm
 from memlm.app import console
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -90,7 +92,6 @@ class Mine(ShortTermMemory):
 '''
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("leaks", [False, True])
 def test_a_memory_outside_of_the_project_is_judged(tmp_path: Path, leaks: bool) -> None:
     (tmp_path / "mine.py").write_text(MINE.format(x="x + x.mean(dim=0, keepdim=True)" if leaks else "x"))

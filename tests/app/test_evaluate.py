@@ -21,6 +21,8 @@ from memlm.memory import state as states
 from tests.training.small import FACTS, overrides
 from tests.training.wandb_file import history, records
 
+pytestmark = pytest.mark.slow
+
 NEEDLE = {"n_document": 2, "n_fact": 3, "distance": 40}
 MEASURED = [*(f"needle.{name}={value}" for name, value in NEEDLE.items()), "perplexity.limit=300"]
 PHASES = f"curriculum.phases=[{json.dumps(FACTS)}]".replace('"', "")

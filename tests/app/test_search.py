@@ -15,6 +15,8 @@ from memlm.compose import compose, config_dir, to_dict
 from memlm.config import ConfigError
 from memlm.training.stopping import Stopped
 
+pytestmark = pytest.mark.slow
+
 LR = "training.lr=interval(0.001, 0.01)"
 
 

@@ -27,6 +27,8 @@ from memlm.training.settings import Training, build_training, plan_steps
 from tests.training.small import curve, fit, overrides
 from tests.training.test_fit import records
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 FACTS = "curriculum.phases=[{steps:9,n_row:2,n_segment:2,task:{items:2},n_window:3}]"
 QUICK = ["perplexity.limit=200", "needle.n_document=2", "needle.n_fact=2", "needle.distance=32", FACTS]
@@ -169,7 +171,6 @@ def test_a_sweep_that_is_repeated_runs_what_is_left(
     ]  # fmt: skip
 
 
-@pytest.mark.slow
 def test_jobs_of_a_sweep_train_with_several_processes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -12,7 +12,9 @@ from memlm.app import benchmark
 from memlm.compose import compose, to_dict
 from memlm.config import ConfigError
 
-SETTINGS = ["benchmark=chunks", "n_row=[1,2]", "n_token=40", "n_head=2", "d_head=4", "rounds=2"]
+pytestmark = pytest.mark.slow
+
+SETTINGS = ["benchmark=chunks", "n_row=[1,2]", "n_token=33", "n_head=1", "d_head=4", "rounds=2"]
 
 
 def test_each_rule_is_measured_in_both_ways() -> None:

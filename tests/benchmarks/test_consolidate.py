@@ -10,6 +10,8 @@ from memlm.app import benchmark
 from memlm.compose import compose, to_dict
 from memlm.config import ConfigError
 
+pytestmark = pytest.mark.slow
+
 
 def config(*overrides: str) -> dict[str, Any]:
     return to_dict(compose(["benchmark=consolidate", *overrides], "benchmark"))

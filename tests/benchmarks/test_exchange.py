@@ -7,6 +7,8 @@ from memlm.compose import compose, to_dict
 from memlm.config import ConfigError
 from tests.benchmarks.tiny import TINY
 
+pytestmark = pytest.mark.slow
+
 
 def test_what_processes_spend_on_a_dealt_bank_is_a_share_of_the_step() -> None:
     quoted = ",".join(f'"{line}"' for line in TINY)

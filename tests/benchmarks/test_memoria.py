@@ -10,6 +10,8 @@ from memlm.compose import compose, to_dict
 from memlm.config import ConfigError
 from tests.benchmarks.tiny import hide
 
+pytestmark = pytest.mark.slow
+
 
 def config(*overrides: str) -> dict[str, Any]:
     tiny = [

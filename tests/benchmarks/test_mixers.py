@@ -14,6 +14,8 @@ from memlm.compose import compose, config_dir, to_dict
 from memlm.config import ConfigError
 from tests.benchmarks.tiny import TINY, hide
 
+pytestmark = pytest.mark.slow
+
 N_PARAMETER = 60_000
 OVERRIDES = [
     *(line for line in TINY if "n_layer" not in line), "model.n_layer=3",

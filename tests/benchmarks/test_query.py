@@ -14,6 +14,8 @@ from memlm.assemble import build_corpus, build_data, build_model, build_tokenize
 from memlm.compose import compose, to_dict
 from memlm.config import ConfigError
 
+pytestmark = pytest.mark.slow
+
 TINY = [
     "model.n_layer=1", "model.n_head=2", "model.d_model=16", "model.segment_len=64", "memory.ltm.top_k=8",
     "data.tokenizer.kind=byte",

@@ -12,6 +12,8 @@ from memlm.compose import compose, to_dict
 from memlm.config import ConfigError
 from tests.benchmarks.tiny import TINY, hide, setup
 
+pytestmark = pytest.mark.slow
+
 
 def config(*overrides: str) -> dict[str, Any]:
     quoted = ",".join(f'"{line}"' for line in TINY)

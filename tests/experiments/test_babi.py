@@ -23,6 +23,8 @@ from tests.data.tasks.test_babi import TEMPLATES, answer
 from tests.experiments.shares import check_shares
 from tests.experiments.test_needle import Fake
 
+pytestmark = pytest.mark.slow
+
 SMALL = Babi(noise=[200, 900], n_document=3, n_story=1, n_row=2)
 SENTENCE = re.compile(
     r"(\w+ (?:went|moved|journeyed|travelled) to the \w+|\w+ gave the \w+ to \w+|the \w+ is \w+ of the \w+"

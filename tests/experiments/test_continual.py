@@ -21,6 +21,8 @@ from memlm.evaluation.result import Result
 from memlm.statistics import mean_interval
 from tests.training.small import config
 
+pytestmark = pytest.mark.slow
+
 SMALL: dict[str, Any] = {
     "n_step": 6, "n_row": 2, "n_segment": 4, "n_check": 3, "n_batch": 2, "n_word": 230, "ratio": 0.5, "capacity": 8,
     "consolidate_every": 2,

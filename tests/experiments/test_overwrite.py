@@ -160,6 +160,7 @@ def test_impossible_settings_are_refused(settings, message):
         Overwrite(**settings)
 
 
+@pytest.mark.slow
 def test_chance_is_met_by_a_memory_that_recalls_any_version(data):
     """A memory that keeps all versions and takes one at random is right as often as chance says."""
 

@@ -21,6 +21,8 @@ from memlm.evaluation.result import Result
 from tests.experiments.test_needle import Data
 from tests.experiments.tiny import T, tiny
 
+pytestmark = pytest.mark.slow
+
 SMALL = PatternStorage(n_document=3, n_stored=[4, 8], n_probe=4, n_candidate=4)
 
 

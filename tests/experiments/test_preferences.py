@@ -146,6 +146,7 @@ def test_users_do_not_share_memory_and_go_through_it_in_any_groups() -> None:
     assert (whole.prompt >= 0).any()
 
 
+@pytest.mark.slow
 def test_a_result_has_its_controls_and_depends_on_the_seed_alone(result: Result) -> None:
     model = model_of(adaptive())
     torch.rand(1)  # the global generator may be anywhere, and stays there

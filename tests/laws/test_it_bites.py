@@ -22,6 +22,8 @@ from memlm.memory.slots import Slots
 from tests.laws.oracles import ORACLES
 from tests.memory import guests
 
+pytestmark = pytest.mark.slow
+
 
 class RingState(NamedTuple):
     slot: Tensor  # (B, n, D)

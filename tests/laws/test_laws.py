@@ -119,7 +119,7 @@ def test_6_every_parameter_learns(make: laws.Make) -> None:
 
 
 def test_7_bounded(make: laws.Make) -> None:
-    laws.bounded(make)
+    laws.bounded(make, n_write=1000)
 
 
 def _oracles(name: str) -> list[str]:

@@ -16,6 +16,8 @@ from memlm.memory.contract import Flags, Segment
 from memlm.models.lmcode import LMCode
 from tests.laws.oracles import adaptive_store, items_of, same_items
 
+pytestmark = pytest.mark.slow
+
 D = 8
 SMALL: dict[str, Any] = {"n_slot": 5, "n_short": 4, "d_key": 6, "d_value": 7, "top_k": 3, "write_budget": 4}
 
@@ -286,7 +288,6 @@ def test_settings_that_cannot_work_are_refused(settings: dict[str, Any], message
         memory_of(**settings)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("controller", ["policy", "straight_through"])
 def test_the_controller_learns_what_to_keep(controller: str) -> None:
     """Of 64 tokens 16 find a place; a controller that is not trained, or writes always, is left at chance."""

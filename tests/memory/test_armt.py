@@ -14,6 +14,8 @@ from memlm.memory.state import n_byte
 from memlm.models.segments import SegmentModel
 from tests.memory.plain_attention import attend
 
+pytestmark = pytest.mark.slow
+
 T, M, D_MEM = laws.T, 3, 8
 MAKE = laws.builder(laws.nodes_of("armt"))
 

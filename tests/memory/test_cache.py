@@ -127,6 +127,7 @@ def test_laws_hold_for_its_settings(law: Callable[[laws.Make], None], settings: 
     law(lambda memory=None, **model: MAKE(memory=settings | (memory or {}), **model))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("law", [laws.chunk_invariant, laws.schedules_agree, laws.contexts])
 def test_it_stands_beside_other_memories(law: Callable[[laws.Make], None]) -> None:
     law(laws.builder({**laws.nodes_of("cache"), **laws.nodes_of("rmt"), **laws.nodes_of("stm")}))

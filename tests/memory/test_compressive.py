@@ -16,6 +16,8 @@ from memlm.models.segments import SegmentModel
 from tests.memory.plain_attention import attend, heads_of
 from tests.memory.segments import segment_of
 
+pytestmark = pytest.mark.slow
+
 T = laws.T
 MAKE = laws.builder(laws.nodes_of("compressive"))
 FEW: dict[str, Any] = {"n_token": 7, "n_compressed": 3, "ratio": 4}

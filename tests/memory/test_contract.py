@@ -36,12 +36,14 @@ def make_of(*classes: type[Memory]) -> laws.Make:
     return laws.builder_of({cls.__name__.lower(): (cls, {}) for cls in classes}, shrink=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("law", LAWS, ids=[law.__name__ for law in LAWS])
 @pytest.mark.parametrize("cls", GUESTS, ids=[cls.__name__ for cls in GUESTS])
 def test_every_kind_of_memory_keeps_the_laws(cls: type[Memory], law: Callable[[laws.Make], None]) -> None:
     law(make_of(cls))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("law", [laws.chunk_invariant, laws.ragged, laws.schedules_agree, laws.contexts])
 def test_memories_of_several_kinds_stand_together(law: Callable[[laws.Make], None]) -> None:
     law(make_of(guests.Cells, guests.Cache))

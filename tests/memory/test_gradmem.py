@@ -18,6 +18,8 @@ from memlm.models.lstm import LSTM
 from memlm.models.segments import SegmentModel
 from tests.memory.plain_attention import attend
 
+pytestmark = pytest.mark.slow
+
 T, M = laws.T, 2
 MAKE = laws.builder(laws.nodes_of("gradmem"))
 

@@ -14,6 +14,8 @@ from memlm.memory.state import n_byte
 from tests.memory.segments import segment_of
 from tests.memory.test_lm2 import found_by, rms
 
+pytestmark = pytest.mark.slow
+
 D, T, N, W, LEVELS, PERIOD = 8, 5, 3, 2, 3, 2
 
 

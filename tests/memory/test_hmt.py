@@ -14,6 +14,8 @@ from memlm.models.segments import SegmentModel
 from tests.memory import leaks
 from tests.memory.plain_attention import attend
 
+pytestmark = pytest.mark.slow
+
 T = laws.T
 MAKE = laws.builder(laws.nodes_of("hmt"))
 

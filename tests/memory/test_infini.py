@@ -18,6 +18,8 @@ from memlm.models.segments import SegmentModel
 from tests.memory.plain_attention import behind, heads_of, scores
 from tests.memory.segments import segment_of
 
+pytestmark = pytest.mark.slow
+
 T = laws.T
 MAKE = laws.builder(laws.nodes_of("infini"))
 RULES = ["linear", "delta"]

@@ -14,6 +14,8 @@ from memlm.memory.state import n_byte
 from tests.memory import leaks
 from tests.memory.segments import segment_of
 
+pytestmark = pytest.mark.slow
+
 D, T = 8, 5
 
 

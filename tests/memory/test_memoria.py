@@ -18,6 +18,8 @@ from memlm.memory.state import tensors
 from tests.memory import memoria_source
 from tests.memory.segments import segment_of
 
+pytestmark = pytest.mark.slow
+
 
 class Source:
     """memoria-pytorch beside our `EngramGraph`, step by step."""

@@ -22,6 +22,8 @@ from tests.laws.test_laws import LAWS
 from tests.memory.segments import segment_of
 from tests.memory.test_delta import naive_of_fla
 
+pytestmark = pytest.mark.slow
+
 FORMS: list[dict[str, Any]] = [{"form": "mesa"}, {"form": "mesa", "decay": "none"}, {"form": "kalman", "decay": "none"}]
 RULES = [form | {"within": within} for form, within in itertools.product(FORMS, (False, True))]
 # Beside the default, which tests/laws tests.

@@ -20,6 +20,8 @@ from tests.memory.plain_attention import attend
 from tests.memory.plain_pool import Cell, PlainPool, same_cells, segment_for
 from tests.memory.test_pool import salt_of, told
 
+pytestmark = pytest.mark.slow
+
 T = laws.T
 MAKE = laws.builder(laws.nodes_of("mplus"))
 

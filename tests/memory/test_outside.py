@@ -12,6 +12,8 @@ from memlm import laws
 from memlm.compose import compose, to_dict
 from tests.training.small import overrides
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 
 MODULE = '''
@@ -94,7 +96,6 @@ def elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.slow
 def test_it_is_trained_from_the_command_line(elsewhere: Path) -> None:
     settings = [
         setting for setting in overrides(elsewhere, "none") if not setting.startswith(("memory=", "trainer.max"))

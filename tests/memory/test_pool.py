@@ -18,6 +18,8 @@ from memlm.models.segments import SegmentModel
 from tests.memory.plain_attention import attend
 from tests.memory.plain_pool import PlainPool, mixed, same_cells, segment_for
 
+pytestmark = pytest.mark.slow
+
 T = laws.T
 MAKE = laws.builder(laws.nodes_of("pool"))
 D = 4

@@ -8,6 +8,8 @@ import pytest
 from memlm.models.segments import SegmentModel
 from tests.memory import recorder
 
+pytestmark = pytest.mark.slow
+
 RECORDED = json.loads(recorder.FILE.read_text())
 
 

@@ -21,6 +21,8 @@ from memlm.models.segments import SegmentModel
 from tests.memory.plain_attention import attend
 from tests.memory.segments import segment_of
 
+pytestmark = pytest.mark.slow
+
 D, H, E, T = 12, 3, 4, 8
 SIZES = Sizes(D, 2, 2, T, 0, 40)
 PLAIN: dict[str, Any] = {"momentum": False, "decay": False, "step_max": None}
@@ -466,7 +468,6 @@ def test_laws_hold_for_other_settings(law: Callable[[laws.Make], None], settings
     law(lambda memory=None, **model: MAKE(memory=settings | (memory or {}), **model))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
     [*({"variant": v} for v in ("mac", "mag", "mal")), TTT | {"depth": 1}, ATLAS | {"chunk_len": 8}],

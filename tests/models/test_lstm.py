@@ -15,6 +15,8 @@ from memlm.models.lmcode import LMCode
 from memlm.models.lstm import LSTM, Layer
 from tests.laws import test_laws
 
+pytestmark = pytest.mark.slow
+
 V, T = 30, 6
 MODEL: dict[str, Any] = {"n_layer": 2, "d_model": 16, "d_hidden": 12, "d_ff": 24, "segment_len": T, "overlap": 3}
 MEMORIES = {

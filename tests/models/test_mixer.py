@@ -15,6 +15,8 @@ from memlm.models.mixer import MixerModel
 from tests.laws import test_laws
 from tests.memory import guests
 
+pytestmark = pytest.mark.slow
+
 V, T = 30, 6
 MODEL: dict[str, Any] = {"n_layer": 2, "d_model": 16, "d_conv": 3, "segment_len": T}
 DELTA = {"delta": partial(DeltaMemory, n_head=2, d_key=6, d_value=5, within=True)}

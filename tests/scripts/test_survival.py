@@ -10,6 +10,8 @@ from memlm.config import ConfigError
 from scripts.survival import Moment, differences, survive
 from tests.training.small import overrides
 
+pytestmark = pytest.mark.slow
+
 FACTS = "curriculum.phases=[{steps:9,n_row:2,n_segment:2,task:{items:2},n_window:3}]"
 
 

@@ -21,6 +21,8 @@ from memlm.training.resume import find_origin
 from scripts.survival import differences
 from tests.training.small import FACTS, SHORT, config, curve, fit, fit_until_it_kills_itself, fit_until_killed
 
+pytestmark = pytest.mark.slow
+
 # Everything that a checkpoint may have to keep: rows that go on, a bank that all share, a replay buffer that is full.
 ALL: dict[str, Any] = {"memory": "dual", "phases": [FACTS], "replay": "reservoir"}
 MORE = ["memory.ltm.scope=shared", "replay.ratio=0.5", "replay.capacity=3"]

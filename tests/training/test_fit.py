@@ -32,6 +32,8 @@ from memlm.training.settings import check_device, check_trainer, plan_steps, sec
 from tests.training.small import FACTS, PLAIN, SHORT, config, curve, fit
 from tests.training.wandb_file import history, records
 
+pytestmark = pytest.mark.slow
+
 WANDB = "lightning.pytorch.loggers.WandbLogger"
 
 # --- plans -----------------------------------------------------------------------------------------------------------

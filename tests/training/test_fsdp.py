@@ -17,6 +17,8 @@ from memlm.compose import compose, to_dict
 from memlm.training.logged import history_files
 from tests.training.small import FACTS, SHORT, config, curve, fit
 
+pytestmark = pytest.mark.slow
+
 # Without the price of writing, which is a mean over the tokens of each process.
 SAME = ["model.dropout=0", "memory.ltm.gate_penalty=0", "training.min_lr_ratio=1", "trainer.max_steps=20"]
 SAME += ["checkpoint.every=10", "checkpoint.keep=null"]

@@ -378,6 +378,7 @@ def test_weights_that_are_not_finite_are_never_written(
 # --- compiled --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("memory", "backend"), [("stm", "aot_eager"), ("none", "inductor")])
 def test_compiled_training_is_the_same_and_keeps_its_keys(
     memory: str, backend: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -15,6 +15,8 @@ from memlm.training.module import LanguageModeling
 from memlm.training.replay import Read, Replay
 from tests.training.small import FACTS, PLAIN, SHORT, config, curve, fit, fit_until_killed
 
+pytestmark = pytest.mark.slow
+
 
 def batch_of(rows: list[int], step: int = 0, n_token: int = 4, **more: Any) -> Batch:
     """Rows whose tokens say which they are."""

@@ -20,6 +20,8 @@ from memlm.training.resume import Origin, find_in_sweep, find_origin, mark_finis
 from memlm.training.stopping import answering
 from tests.training.small import CURRICULA, FACTS, PLAIN, SHORT, config, curve, fit, fit_until_killed, write_text
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("n_worker", [0, 2])
 @pytest.mark.parametrize("curriculum", CURRICULA)
