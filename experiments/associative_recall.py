@@ -396,5 +396,5 @@ def _title(metrics: Mapping[str, float], most: int) -> str:
     """What the figure says in words."""
     held, n_byte = metrics["held/on"], metrics["state_bytes"]
     bound = "at least " if held == most else ""
-    title = f"Associative recall across segments: {bound}{held:,.0f} pairs held at {100 * THRESHOLD:.0f} %"
+    title = f"Across segments {bound}{held:,.0f} pair{'s' * (held != 1)} held at {100 * THRESHOLD:.0f} %"
     return f"{title}\n{n_byte / 1024:,.1f} KB of state" if n_byte else title
