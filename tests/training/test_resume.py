@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -342,7 +343,6 @@ def fit_until_asked(settings: dict[str, Any], step: int, signum: int = signal.SI
 
     child = os.fork()
     if child == 0:
-        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it is ignored
         try:
             fit(settings, before_step=stop)
         except SystemExit as error:
@@ -352,6 +352,15 @@ def fit_until_asked(settings: dict[str, Any], step: int, signum: int = signal.SI
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
+@pytest.fixture
+def terminal() -> Iterator[None]:
+    """Signals as a terminal gives them: under nohup SIGHUP is ignored, and so in processes that begin there."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.usefixtures("terminal")
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2])
 def test_asked_to_stop_writes_a_checkpoint_to_go_on_from(
     signum: int, tmp_path: Path, capfd: pytest.CaptureFixture[str]
