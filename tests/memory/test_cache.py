@@ -11,6 +11,7 @@ from memlm import build, laws
 from memlm.config import ConfigError
 from memlm.memory.state import n_byte
 from memlm.models.segments import SegmentModel
+from tests.memory.gradients import gradients, same_gradients
 from tests.memory.plain_attention import attend
 
 T = laws.T
@@ -19,18 +20,6 @@ MAKE = laws.builder(laws.nodes_of("cache"))
 
 def cached(n_token: int, gradient: bool = False, **model: Any) -> SegmentModel:
     return MAKE(memory={"n_token": n_token, "gradient": gradient}, **({"memory_layers": "all"} | model))
-
-
-def gradients(model: SegmentModel, logits: Tensor) -> dict[str, Tensor]:
-    """Of every parameter."""
-    probe = torch.randn(logits.shape, generator=torch.Generator().manual_seed(3))
-    parts = torch.autograd.grad((logits * probe).sum(), list(model.parameters()))
-    return dict(zip(dict(model.named_parameters()), parts, strict=True))
-
-
-def same_gradients(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
-    for name, gradient in a.items():
-        torch.testing.assert_close(gradient, b[name], atol=1e-4 * float(b[name].abs().max()), rtol=0, msg=name)
 
 
 @pytest.mark.parametrize("overlap", [0, 4, T])

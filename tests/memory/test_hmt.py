@@ -12,6 +12,7 @@ from memlm.memory.hmt import RecallMemory
 from memlm.memory.state import n_byte
 from memlm.models.segments import SegmentModel
 from tests.memory import leaks
+from tests.memory.gradients import gradients, same_gradients
 from tests.memory.plain_attention import attend
 
 pytestmark = pytest.mark.slow
@@ -80,13 +81,7 @@ def test_outputs_vectors_and_gradients_equal_the_naive_loop() -> None:
     torch.testing.assert_close(out.logits, logits, atol=1e-4, rtol=0)
     torch.testing.assert_close(out.state.memory["hmt"][0].held, held, atol=1e-4, rtol=0)
     torch.testing.assert_close(out.reads["hmt"].weights[:, -1], weight, atol=1e-5, rtol=0)
-    probe = torch.randn(logits.shape, generator=torch.Generator().manual_seed(3))
-    parameters = dict(model.named_parameters())
-    got, expected = (
-        torch.autograd.grad((part * probe).sum(), list(parameters.values())) for part in (out.logits, logits)
-    )
-    for name, a, b in zip(parameters, got, expected, strict=True):
-        torch.testing.assert_close(a, b, atol=1e-4 * float(b.abs().max()), rtol=0, msg=name)
+    same_gradients(gradients(model, out.logits), gradients(model, logits))
 
 
 @torch.no_grad()

@@ -15,6 +15,7 @@ from memlm.memory.contract import Heads, Segment, Sizes
 from memlm.memory.infini import InfiniMemory, InfiniState, positive
 from memlm.memory.state import n_byte
 from memlm.models.segments import SegmentModel
+from tests.memory.gradients import gradients, same_gradients
 from tests.memory.plain_attention import behind, heads_of, scores
 from tests.memory.segments import segment_of
 
@@ -84,11 +85,7 @@ def test_outputs_and_gradients_equal_attention_to_all_earlier_segments(rule: str
     got = model(ids).logits
     expected = torch.stack([naive(model, row, [(s * T, (s + 1) * T, s == 0) for s in range(5)], rule) for row in ids])
     torch.testing.assert_close(got, expected, atol=1e-4, rtol=0)
-    probe = torch.randn(got.shape, generator=torch.Generator().manual_seed(3))
-    parameters = dict(model.named_parameters())
-    grads = [torch.autograd.grad((part * probe).sum(), list(parameters.values())) for part in (got, expected)]
-    for name, a, b in zip(parameters, *grads, strict=True):
-        torch.testing.assert_close(a, b, atol=1e-4 * float(b.abs().max()), rtol=0, msg=name)
+    same_gradients(gradients(model, got), gradients(model, expected))
 
 
 @torch.no_grad()

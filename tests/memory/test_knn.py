@@ -14,6 +14,7 @@ from memlm.memory.contract import Heads, Sizes
 from memlm.memory.knn import KnnMemory, KnnState
 from memlm.memory.state import n_byte
 from memlm.models.segments import SegmentModel
+from tests.memory.gradients import gradients, same_gradients
 from tests.memory.plain_attention import behind, heads_of, scores
 from tests.memory.segments import segment_of
 
@@ -97,11 +98,7 @@ def test_outputs_and_gradients_equal_the_naive_loop(settings: dict[str, Any]) ->
     got = model(ids).logits
     expected = torch.stack([naive(model, row, [(s * T, (s + 1) * T, s == 0) for s in range(4)]) for row in ids])
     torch.testing.assert_close(got, expected, atol=1e-4, rtol=0)
-    probe = torch.randn(got.shape, generator=torch.Generator().manual_seed(3))
-    parameters = dict(model.named_parameters())
-    grads = [torch.autograd.grad((part * probe).sum(), list(parameters.values())) for part in (got, expected)]
-    for name, a, b in zip(parameters, *grads, strict=True):
-        torch.testing.assert_close(a, b, atol=1e-4 * float(b.abs().max()), rtol=0, msg=name)
+    same_gradients(gradients(model, got), gradients(model, expected))
 
 
 @torch.no_grad()

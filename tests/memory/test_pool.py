@@ -15,6 +15,7 @@ from memlm.memory.contract import Sizes
 from memlm.memory.pool import PoolMemory, PoolState, scrambled
 from memlm.memory.state import n_byte
 from memlm.models.segments import SegmentModel
+from tests.memory.gradients import gradients, same_gradients
 from tests.memory.plain_attention import attend
 from tests.memory.plain_pool import PlainPool, mixed, same_cells, segment_for
 
@@ -158,13 +159,7 @@ def test_outputs_pools_and_gradients_equal_the_naive_model(overlap: int) -> None
             assert (part.position >= 0).float().mean() > 0.7
             for row in range(2):
                 same_cells(part.hidden[row], part.position[row], pools[row][i].cells)
-    probe = torch.randn(expected.shape, generator=torch.Generator().manual_seed(3))
-    parameters = dict(model.named_parameters())
-    got, wanted = (
-        torch.autograd.grad((part * probe).sum(), list(parameters.values())) for part in (out.logits, expected)
-    )
-    for name, a, b in zip(parameters, got, wanted, strict=True):
-        torch.testing.assert_close(a, b, atol=2e-4 * float(b.abs().max()), rtol=0, msg=name)
+    same_gradients(gradients(model, out.logits), gradients(model, expected), 2e-4)
 
 
 @torch.no_grad()
