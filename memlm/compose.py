@@ -6,6 +6,7 @@ import functools
 import glob
 import hashlib
 import os
+import pickle
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -30,7 +31,7 @@ from memlm.config import (
     check_settings,
     did_you_mean,
 )
-from memlm.config_files import bound_files
+from memlm.config_files import bound_files, files_of
 from memlm.known import is_experiment, referred_keys, refuse_unknown, unknown
 from memlm.quoting import nothing
 from memlm.schema import SCHEMAS, Evaluate, Train
@@ -194,7 +195,7 @@ def compose_with(
     try:
         # First only what decides which settings there are, so that each of the others can be looked up.
         if settings:
-            chosen = _hydra_compose(config_name, base)
+            chosen = _chosen(loader, config_name, tuple(base), extra)
             for override in settings:
                 _check_key(chosen, override, groups)
         whole = _hydra_compose(config_name, extra + overrides, return_hydra_config=True)
@@ -205,7 +206,8 @@ def compose_with(
                     f"{group} is no choice of {config_name}, which has {', '.join(groups())}. See --help."
                 ) from error
         raise
-    config = whole.copy()
+    referred = referred_keys(whole, schema) if schema is not None else set()
+    config = whole
     with open_dict(config):
         config.pop("hydra", None)
     if schema is not None:
@@ -217,8 +219,22 @@ def compose_with(
                 raise ConfigError(
                     f"{override.key_or_group} has no effect, as {name} is not measured: choose experiment={name}."
                 )
-        refuse_unknown(config, schema, referred_keys(whole, schema), experiments)
+        refuse_unknown(config, schema, referred, experiments)
     return config
+
+
+_CHOSEN: dict[tuple[Any, ...], bytes] = {}
+
+
+def _chosen(loader: ConfigLoader, config_name: str, base: tuple[str, ...], extra: list[str]) -> DictConfig:
+    """The config of some choices of options; of the shipped files as composed before, while these are unchanged."""
+    places = [part.path for part in loader.get_search_path().get_path() if part.provider not in ("hydra", "schema")]
+    if extra or places != [str(config_dir())] or any("hydra.searchpath" in line for line in base):
+        return _hydra_compose(config_name, list(base))
+    key = (config_name, base, files_of(config_dir()))
+    if key not in _CHOSEN:
+        _CHOSEN[key] = pickle.dumps(_hydra_compose(config_name, list(base)))
+    return pickle.loads(_CHOSEN[key])
 
 
 def _hydra_compose(config_name: str, overrides: list[str], **more: Any) -> DictConfig:
