@@ -3,7 +3,6 @@
 import importlib.util
 import itertools
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -484,6 +483,6 @@ def test_laws_hold_for_every_rule(
 
 @pytest.mark.parametrize("settings", OTHERS, ids=str)
 def test_every_rule_is_useful_and_bounded(settings: dict[str, Any]) -> None:
-    for law, shrink in ((laws.useful, False), (partial(laws.bounded, n_write=300), True)):
+    for law, shrink in ((laws.useful, False), (laws.bounded, True)):
         make = laws.builder(laws.nodes_of("delta"), shrink=shrink)
         law(lambda memory=None, make=make, **model: make(memory=settings | (memory or {}), **model))
