@@ -21,9 +21,12 @@ from pathlib import Path
 from typing import Any
 
 import hydra
+from hydra._internal.callbacks import Callbacks  # those that a config names, which have no public home
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.utils import JobRuntime, configure_log, run_job
 from hydra.experimental.callback import Callback
-from omegaconf import DictConfig
+from hydra.types import HydraContext, RunMode
+from omegaconf import DictConfig, open_dict, read_write
 
 from memlm.app.command_line import check_command_line
 from memlm.app.errors import (
@@ -37,7 +40,7 @@ from memlm.app.errors import (
     report,
     wants_traceback,
 )
-from memlm.compose import config_dir, run_dir, to_dict
+from memlm.compose import config_dir, run_dir, session, to_dict
 from memlm.config_files import bound_files
 from memlm.files import ERROR
 from memlm.output import open_streams, output_lost
@@ -116,15 +119,21 @@ def cli(
             bound_files()
             sys.argv[1:] = quote_texts([nothing(argument) for argument in sys.argv[1:]])
             path = str(Path(directory or config_dir()).resolve())
-            run = hydra.main(version_base="1.3", config_path=path, config_name=config_name)
+
+            def run(task: Callable[[DictConfig], Any]) -> None:
+                JobRuntime.instance().set("name", _name_of(function))
+                composed = check_command_line(sys.argv[1:], config_name, directory=directory, check=check)
+                if composed is None:
+                    hydra.main(version_base="1.3", config_path=path, config_name=config_name)(task)()
+                else:
+                    _run_composed(composed, task, path, config_name)
+
             if wants_traceback():
                 os.environ["HYDRA_FULL_ERROR"] = "1"
-                check_command_line(sys.argv[1:], config_name, directory=directory, check=check)
-                return run(plainly)()
+                return run(plainly)
             try:
-                check_command_line(sys.argv[1:], config_name, directory=directory, check=check)
                 with _quiet_hydra():
-                    run(job)()
+                    run(job)
                 if output_lost():
                     raise SystemExit(UNREAD)
             except (KeyboardInterrupt, SystemExit) as stop:
@@ -137,6 +146,26 @@ def cli(
         return main
 
     return decorate
+
+
+def _name_of(function: Callable[..., Any]) -> str:
+    """What Hydra calls the job of a script's function."""
+    module = function.__module__.rpartition(".")[2]
+    return Path(function.__code__.co_filename).stem if module == "__main__" else module
+
+
+def _run_composed(config: DictConfig, task: Callable[[DictConfig], Any], directory: str, config_name: str) -> None:
+    """Run a job as `hydra.main` does, on a config that is composed already."""
+    with session(directory) as loader:
+        with read_write(config), open_dict(config):
+            config.hydra.mode = RunMode.RUN
+        configure_log(config.hydra.hydra_logging, config.hydra.verbose)
+        callbacks = Callbacks(config)
+        callbacks.on_run_start(config=config, config_name=config_name)
+        context = HydraContext(config_loader=loader, callbacks=callbacks)
+        done = run_job(task, config, job_dir_key="hydra.run.dir", job_subdir_key=None, hydra_context=context)
+        callbacks.on_run_end(config=config, config_name=config_name, job_return=done)
+        _ = done.return_value  # raises what the job has raised
 
 
 def _remove_if_bare(run: Path, ended: bool) -> None:
