@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import pickle
-from pathlib import Path
 from typing import Any
 
 import yaml
@@ -53,12 +52,6 @@ def bound_files() -> None:
     """Have Hydra read files in this way, in this process."""
     Plugins.instance()  # which registers Hydra's own way
     SourcesRegistry.instance().types["file"] = FileConfigSource
-
-
-def files_of(directory: str | Path) -> frozenset[tuple[str, int, int]]:
-    """The files of a directory, with the time of the last change and the size of each."""
-    paths = list(Path(directory).rglob("*.yaml"))
-    return frozenset((str(path), path.stat().st_mtime_ns, path.stat().st_size) for path in paths)
 
 
 def _check_aliases(path: str) -> None:
