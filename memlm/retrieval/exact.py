@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 _ON_CPU, _ON_GPU = 2**20, 2**28  # scores that exist at a time, at most, where a segment of a row has fewer
 _MOST = 2**27  # scores that exist at a time, at most, where a token of a row has fewer
-_GROUP = 32  # scores whose maximum is ranked before they are
+_GROUP, _GROUP_ON_GPU = 4, 32  # scores whose maximum is ranked before they are; a GPU wants few, large steps
 
 
 class Pool(NamedTuple):
@@ -168,16 +168,19 @@ def search(query: Tensor, temperature: Tensor, threshold: float, k: int, bank: P
 def top(score: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The ``k`` best of scores (..., M) and their indices, (..., k), in no order.
 
-    The best ``k`` lie in the ``k`` groups with the best maxima, so that few scores are ranked.
+    The best ``k`` lie in the ``k`` groups with the best maxima, which are found in the same way: what is dropped is
+    never ranked.
     """
-    n_group = score.shape[-1] // _GROUP
-    if n_group < 8 * k:  # not worth it
+    size = _GROUP_ON_GPU if score.is_cuda else _GROUP
+    n_group = score.shape[-1] // size
+    if n_group < 4 * k:  # not worth it
         return score.topk(k, dim=-1, sorted=False)
-    groups = score[..., : n_group * _GROUP].unflatten(-1, (_GROUP, n_group))  # members side by side: a fast maximum
-    chosen = groups.amax(dim=-2).topk(k, dim=-1, sorted=False).indices[..., None]  # (..., k, 1)
-    inside = n_group * torch.arange(_GROUP, device=score.device)
-    rest = torch.arange(n_group * _GROUP, score.shape[-1], device=score.device).expand(*score.shape[:-1], -1)
-    index = torch.cat([(chosen + inside).flatten(-2), rest], dim=-1)
+    groups = score[..., : n_group * size].unflatten(-1, (size, n_group))  # members side by side: a fast maximum
+    chosen = top(groups.amax(dim=-2), k)[1]
+    index = (chosen[..., None] + n_group * torch.arange(size, device=score.device)).flatten(-2)  # (..., k * size)
+    if n_group * size < score.shape[-1]:
+        rest = torch.arange(n_group * size, score.shape[-1], device=score.device)
+        index = torch.cat([index, rest.expand(*score.shape[:-1], -1)], dim=-1)
     best = score.gather(-1, index).topk(k, dim=-1, sorted=False)
     return best.values, index.gather(-1, best.indices)
 
