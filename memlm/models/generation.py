@@ -49,15 +49,16 @@ def generate(
     if ids.shape[1] == 0:
         raise ConfigError(f"the prompt must be (rows, tokens) with at least one token, got {tuple(ids.shape)}")
     arguments.sampling(max_new_tokens, temperature, top_k, top_p)
-    training, tokens = model.training, [ids]
+    training, tokens, ours = model.training, [ids], False
     *before, last = ids.split(schedule.WINDOW, dim=1)  # of a long prompt no more is held than of a window
     model.eval()
     try:
         for part in before if max_new_tokens else ():
-            state = model(part, state=state, read=read, write=write, logits=False).state
+            state = model(part, state=state, read=read, write=write, logits=False, donate=ours).state
+            ours = True
         for _ in range(max_new_tokens):
-            out = model(last, state=state, read=read, write=write, logits=False)
-            state = out.state
+            out = model(last, state=state, read=read, write=write, logits=False, donate=ours)
+            state, ours = out.state, True
             last = _sample(model.head(out.hidden[:, -1]), temperature, top_k, top_p)
             tokens.append(last)
     finally:

@@ -225,6 +225,8 @@ def gather_best(
 
 def _flat(table: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
     """``table`` (B, M, d) or (1, M, d) as (B * M, d), and ``index`` (B, N, k) into it."""
+    if table.stride(0) == 0:  # one bank for all rows
+        table = table[:1]
     n_row, n_slot, width = table.shape
     if n_row > 1:
         index = index + n_slot * torch.arange(n_row, device=index.device)[:, None, None]
