@@ -1,12 +1,11 @@
 """Config files: those of a user in which a few lines stand for very much, and those that change."""
 
-import shutil
 from pathlib import Path
 
 import pytest
 
 from memlm.app.cli import check_command_line
-from memlm.compose import compose, config_dir
+from memlm.compose import compose
 from memlm.config import ConfigError
 
 N = 40  # doublings: about 10^12 values
@@ -52,16 +51,3 @@ def test_a_file_that_changed_is_read_again(tmp_path: Path) -> None:
     assert compose([], "main", directory=tmp_path) == {"a": 1, "b": [1]}
     (tmp_path / "main.yaml").write_text("a: 2\nb: [1]\n")
     assert compose([], "main", directory=tmp_path).a == 2
-
-
-def test_shipped_files_that_changed_have_the_settings_they_have_now(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    shipped = shutil.copytree(config_dir(), tmp_path / "configs")
-    monkeypatch.setattr("memlm.compose.config_dir", lambda: shipped)
-    assert compose(["memory.ltm.top_k=3"]).memory.ltm.top_k == 3
-    with pytest.raises(ConfigError, match=r"no setting 'memory\.stm'"):
-        compose(["memory.stm.n_slot=3"])
-    path = shipped / "train.yaml"
-    path.write_text(path.read_text().replace("- memory: ltm", "- memory: stm"))
-    assert compose(["memory.stm.n_slot=3"]).memory.stm.n_slot == 3
