@@ -4,10 +4,10 @@ The documents are those of `memlm.data.tasks.zoology`, where the definition and 
 random numbers than those of training. Each is read as one context, and a question is answered when the likeliest of all
 symbols is the value. The accuracy is a mean over documents, all sizes together, as published.
 
-What may carry a pair from where it is told to where it is asked for is memory, attention or a convolution. So the controls
-change the text as well: the pairs left out (their places hold what blanks hold), another document's pairs in their place,
-and reads off, where there is a memory. Where pairs stand in the segment of their question, what a memory remembers of it
-counts too (``memory.delta.within``).
+What may carry a pair from where it is told to where it is asked for is memory, attention or a convolution. So the
+controls change the text as well: the pairs left out (their places hold what blanks hold), another document's pairs in
+their place, and reads off, where there is a memory. A memory that is read behind its segment alone cannot answer there
+(see ``memory.delta.within``).
 
 Shapes: B rows, N tokens of a document, P pairs.
 """
@@ -95,8 +95,8 @@ def run(
         share: What of it this process does, if several run it together.
 
     Returns:
-        One row per size, condition and document: ``right`` is the number of its questions that were answered. For
-        metrics see `summarise`.
+        One row per size, condition and document: ``right`` is the number of its questions that were answered, ``nll``
+        the mean of what their values cost, in nats. For metrics see `summarise`.
 
     Raises:
         ConfigError: If the model was not built for the task.
@@ -163,9 +163,12 @@ def _read(model: LanguageModel, task: ZoologyMQAR, documents: Sequence[Recall], 
         ids = torch.from_numpy(tokens).to(device)
         hidden = model(ids, read=condition != "off", logits=False, keep_state=False).hidden
         asked = hidden.gather(1, place.to(device)[..., None].expand(-1, -1, hidden.shape[2]))  # (B, P, D)
-        right = (model.head(asked).argmax(dim=2).cpu() == value).sum(dim=1)
+        logits = model.head(asked).float().cpu()
+        right = (logits.argmax(dim=2) == value).sum(dim=1).tolist()
+        nll = -logits.log_softmax(dim=2).gather(2, value[..., None])[..., 0].mean(dim=1)
         rows += [
-            {"condition": condition, "document": i, "right": n} for i, n in zip(numbers, right.tolist(), strict=True)
+            {"condition": condition, "document": i, "right": n, "nll": loss}
+            for i, n, loss in zip(numbers, right, nll.tolist(), strict=True)
         ]
     return rows
 

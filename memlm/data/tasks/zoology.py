@@ -1,9 +1,9 @@
 """Multi-query associative recall as zoology has it: the answer is asked for beside the text, not told in it.
 
-Source: `multiquery_ar` of the project zoology (S. Arora, S. Eyuboglu et al., "Zoology: Measuring and improving recall in
-efficient language models", 2312.04927), by its rules: pairs first; each key is asked once, at a place of two tokens that
-a power law draws; what follows a question is random as all other tokens are, or one and the same blank; the target of a
-question is the value of its key; no other target counts; the document is one context.
+Source: `multiquery_ar` of the project zoology (S. Arora, S. Eyuboglu et al., "Zoology: Measuring and improving recall
+in efficient language models", 2312.04927), by its rules: pairs first; each key is asked once, at a place of two tokens
+that a power law draws; what follows a question is random as all other tokens are, or one and the same blank; the target
+of a question is the value of its key; no other target counts; the document is one context.
 
 In `memlm.data.tasks.mqar`, on which this is built, the value stands behind its question, and each segment begins a new
 context.
