@@ -25,6 +25,7 @@ from matplotlib.figure import Figure
 
 from memlm.analysis.style import style
 from memlm.config import ConfigError
+from memlm.data.epochs import Epochs
 from memlm.data.tasks.mqar import Recall
 from memlm.data.tasks.zoology import ZoologyMQAR
 from memlm.evaluation.recall.figures import Points, draw_curves
@@ -126,6 +127,8 @@ def run(
     order = {tuple(size): i for i, size in enumerate(cfg.sizes)}
     names = list(LABELS)
     rows.sort(key=lambda r: (order[r["n_token"], r["n_pair"]], names.index(r["condition"]), r["document"]))
+    curriculum = getattr(data, "curriculum", None)
+    trained = curriculum.share if isinstance(curriculum, Epochs) else None
     n_byte = states.n_byte(model.init_state(1).memory)
     metrics = summarise(rows, n_byte, len(task.values))
     metadata = {
@@ -134,10 +137,11 @@ def run(
         "n_symbol": len(task.symbols),
         "power_a": task.power_a,
         "random_blanks": task.random_blanks,
+        "trained": trained,
         "state_bytes": n_byte,
         "segment_len": model.segment_len,
         "memories": list(model.memory.keys()),
-        "headline": _headline(metrics, [tuple(size) for size in cfg.sizes]),
+        "headline": _headline(metrics, [tuple(size) for size in cfg.sizes], trained),
     }
     return Result("mqar_zoology", metrics, tuple(rows), metadata)
 
@@ -213,11 +217,18 @@ def _rate(rows: Sequence[Row], name: str) -> dict[str, float]:
     return {f"{key}/{name}": float(number) for key, number in numbers.items()}
 
 
-def _headline(metrics: Mapping[str, float], sizes: Sequence[tuple[int, int]]) -> list[dict[str, Any]]:
-    """The mean and its controls, then each size."""
-    lines = [(label, name, name != "on") for name, label in LABELS.items() if f"accuracy/{name}" in metrics]
+def _headline(
+    metrics: Mapping[str, float], sizes: Sequence[tuple[int, int]], trained: str | None
+) -> list[dict[str, Any]]:
+    """The mean and its controls, then each size; beside them what of the published training was made."""
+    made = f" ({trained})" if trained else ""
+    lines = [
+        (label + made * (name == "on"), name, name != "on")
+        for name, label in LABELS.items()
+        if f"accuracy/{name}" in metrics
+    ]
     if len(sizes) > 1:
-        lines += [(f"{n_token:,} tokens, {n} pairs", f"on/{n_token}_{n}", False) for n_token, n in sizes]
+        lines += [(f"{n_token:,} tokens, {n} pairs{made}", f"on/{n_token}_{n}", False) for n_token, n in sizes]
     entries: list[dict[str, Any]] = [
         {"label": label, "metric": f"accuracy/{name}", "low": f"low/{name}", "high": f"high/{name}", "n": f"n/{name}",
          "percent": True, "better": "higher", "control": control}

@@ -29,6 +29,8 @@ class Epochs(Curriculum):
     Attributes:
         n_batch: Batches of each set in an epoch, as scaled.
         n_epoch: Epochs, as scaled.
+        whole: Epochs without ``scale``.
+        scale: See above.
 
     Raises:
         ConfigError: If a setting cannot work.
@@ -52,7 +54,15 @@ class Epochs(Curriculum):
             raise ConfigError(f"curriculum.n_epoch must be in 1..1000000, got {n_epoch}")
         if not 0 < scale <= 1:
             raise ConfigError(f"curriculum.scale must be above 0 and at most 1, got {scale}")
+        self.whole, self.scale = n_epoch, scale
         self.n_batch, self.n_epoch = scaled([phase.steps for phase in self.phases], n_epoch, scale)
+
+    @property
+    def share(self) -> str:
+        """What of it all is trained, in words, to stand beside every number."""
+        part = sum(self.n_batch) / sum(phase.steps for phase in self.phases)
+        few = "" if part == 1 else f", of {100 * part:.2g} % of the documents"
+        return f"{self.n_epoch} of {self.whole} epochs{few}"
 
     @property
     def steps(self) -> int:

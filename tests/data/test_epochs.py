@@ -50,6 +50,8 @@ def test_scale_takes_epochs_first_then_documents():
     assert scaled([100, 40], 32, 1 / 64) == ([50, 20], 1)
     assert scaled([100, 1], 32, 1e-9) == ([1, 1], 1)
     assert Epochs(PHASES, TASK, n_epoch=4, scale=0.5).steps == 16
+    assert Epochs(PHASES, TASK, n_epoch=4, scale=0.5).share == "2 of 4 epochs"
+    assert Epochs(PHASES, TASK, n_epoch=4, scale=0.1).share == "1 of 4 epochs, of 38 % of the documents"
 
 
 @pytest.mark.parametrize("step", [0, 3, 8, 13, 16])

@@ -121,6 +121,7 @@ def test_the_recipes_train_and_are_measured(choice, tiny, metric, tmp_path):
     corpus = build_corpus(settings)
     result = run(module.model, build_data(settings, build_tokenizer(settings, corpus), corpus), SMALL_ONE)
     assert 0 <= result.metrics[f"accuracy/{metric}"] <= 1
+    assert result.metadata["headline"][0]["label"] == "as it is (2 of 2 epochs)"
 
 
 SMALL_ONE = MQARZoology(sizes=[[64, 4]], n_document=2)
