@@ -69,6 +69,46 @@ def pure(make: Make, scope: str = "sequence") -> None:
 
 
 @torch.no_grad()
+def given_away(make: Make, scope: str = "sequence") -> None:
+    """A state that is given away goes on as one that is kept, and no other state, nor the model, changes with it."""
+    model = make(memory={"scope": scope}, memory_layers="all")
+    state, ids, later = filled(model, n_open=5), text(3, 6 * T, seed=1), text(3, 4 * T, seed=2)
+    parameters, passed, first = copy.deepcopy(model.state_dict()), copy.deepcopy(state), logits(model, later, state)
+    begins = torch.zeros(3, 4, dtype=torch.bool)
+    begins[0, 2] = begins[1, 0] = True
+
+    def go_on(donate: bool) -> tuple[list[Tensor], list[ModelState]]:
+        now = model(ids[:, :2], state=state).state  # no segment ends: the memories are those of the state before
+        outputs, states = [], []
+        for part in ids[:, 2:].split(2 * T + 3, dim=1):
+            out = model(part, state=now, donate=donate)
+            outputs.append(out.logits)
+            now = out.state
+        branch = model(ids[:, : T + 1], state=now).state  # which is kept
+        states.append(copy.deepcopy(branch))
+        now = model.new_context(model.select_rows(branch, torch.arange(3)), donate=donate)
+        out = model(later, state=now, reset=begins, donate=donate)
+        outputs.append(out.logits)
+        now = model.new_context(model.with_memory(out.state, branch), donate=donate)
+        states += [copy.deepcopy(model.absorb(later, now, donate=donate)), branch]
+        return outputs, states
+
+    (outputs, states), (others, given) = go_on(donate=False), go_on(donate=True)
+    for output, other in zip(outputs, others, strict=True):
+        assert torch.equal(output, other), "outputs depend on whether the state was given away"
+    kept = {"a state that was kept": (given[0], given[2]), "the state passed in": (passed, state)}
+    for what, (before, now) in kept.items():
+        for (name, part), (_, old) in zip(named_tensors(now), named_tensors(before), strict=True):
+            assert torch.equal(part, old), f"{name} of {what} was changed"
+    for (name, part), (_, other) in zip(named_tensors(given[1]), named_tensors(states[1]), strict=True):
+        assert torch.equal(part, other), f"{name} depends on whether the state was given away"
+    assert torch.equal(logits(model, later, state), first), "an old state answers otherwise"
+    model(later, state=model.init_state(3), donate=True)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, parameters[name]), f"{name} of the model was changed"
+
+
+@torch.no_grad()
 def bounded(make: Make, n_write: int = 300) -> None:
     """Over ``n_write`` writes the state keeps its size, its values are finite, and none grows without end."""
     memory = {"span": 1, "write_budget": 2}

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from memlm.memory.state import State, map_tensors, named_tensors, with_tensors
+from memlm.tensors import copied
 
 Scope = Literal["sequence", "shared"]
 
@@ -97,7 +98,7 @@ class Bank(nn.Module):
         """Hold ``state``, of one row, from now on. Fields that share numbers are copied: a file holds them apart."""
         storages: set[int] = set()
         for name, tensor in named_tensors(state).items():
-            held = tensor.detach().contiguous()
+            held = tensor.detach() if tensor.is_contiguous() else copied(tensor)
             storage = held.untyped_storage()
             if not held.is_meta and storage.data_ptr() in storages:
                 held = held.clone()

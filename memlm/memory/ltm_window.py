@@ -133,8 +133,9 @@ def _settled(
         aged = ltm_write.age(memory, aged, window.complete[:, s])
     n_new = flat.priority.shape[1]
     olds = start._replace(priority=aged)._asdict()
-    news = flat._replace(priority=plan.priority)._asdict() | {
-        "record": start.n_record[:, None] + plan.record,
+    news = {
+        "record": start.n_record[:, None] + plan.record,  # the first, as in `ltm_write.store`
+        **flat._replace(priority=plan.priority)._asdict(),
         "origins": start.origins.new_full((*slot.shape, ORIGINS), -1),
     }
     stored: dict[str, Any] = {name: settle(olds[name], part) for name, part in news.items()}

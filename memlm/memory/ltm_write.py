@@ -59,8 +59,9 @@ def store(memory: LongTermMemory, segment: Segment, state: LongTermState) -> tup
     victim, order, accept = (
         replace_sharded(memory, start, new.priority) if memory.is_sharded else replace(start, new.priority)
     )
-    found = {name: take(part, order) for name, part in new._asdict().items()}
-    found["record"] = state.n_record[:, None] + take(record, order)
+    # The record first: a slot whose write is cut short is then known by it.
+    found = {"record": state.n_record[:, None] + take(record, order)}
+    found |= {name: take(part, order) for name, part in new._asdict().items()}
     found["origins"] = state.origins.new_full((*victim.shape, ORIGINS), -1)
     olds = {name: getattr(state, name) for name in found} | {"priority": start}
     stored: dict[str, Any] = {name: put(olds[name], victim, accept, part, in_place) for name, part in found.items()}

@@ -151,6 +151,7 @@ class _Pass:
             self.write(name, modules[0], 0, hidden, output)
         memory = {name: tuple(parts) for name, parts in self.memory.items()}
         local = self.next_local() if self.how.keep_state else self.local
+        self.caches = []  # mixers refer to the pass: it would live on, and the state before it
         trace = {name: mean_trace(parts) for name, parts in self.traces.items()}
         return Ran(x.flatten(1, 2), ModelState(memory, local), self.reads, trace)
 

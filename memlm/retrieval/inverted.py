@@ -129,7 +129,7 @@ class InvertedFile:
             keys: Whether keys and centroids may be changed too: not by `replace`.
         """
         changed: Any = {name: owned(getattr(lists, name), given) for name in _changed(lists, keys)}
-        return lists._replace(**changed)
+        return lists._replace(**changed | {"left": lists.left.clone()})  # few numbers, of which a bound is kept
 
     def replace(self, lists: Lists, slot: Tensor, key: Tensor, accept: Tensor) -> Tensor | None:
         """Note, in place, that slots have new keys.

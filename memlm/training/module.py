@@ -206,8 +206,8 @@ class LanguageModeling(lightning.LightningModule):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Perplexity of plain text, memories read and written as the text goes on."""
-        state = None if batch_idx == 0 else self._val_state
-        out = self.model(batch.ids, state=state, reset=batch.reset, mask=batch.mask, breaks=batch.breaks, logits=False)
+        state, flags = self._val_state, {"reset": batch.reset, "mask": batch.mask, "breaks": batch.breaks}
+        out = self.model(batch.ids, state=None if batch_idx == 0 else state, logits=False, donate=True, **flags)
         self._val_state = out.state
         nll = (token_nll(self.model, out.hidden, batch.targets) * batch.weight).sum() / batch.weight.sum().clamp(min=1)
         self.log("val/nll", nll, batch_size=int(batch.weight.sum()), sync_dist=True)

@@ -219,6 +219,22 @@ class InPlace(Ring):
         return new, trace
 
 
+class InPlaceForAll(Ring):
+    """Changes a state that is given away, whoever else holds its numbers."""
+
+    def write(self, segment: Segment, state: RingState) -> tuple[RingState, Trace]:
+        new, trace = super().write(segment, state)
+        return (new._replace(slot=state.slot.copy_(new.slot)) if segment.owned else new), trace
+
+
+class LosesWhatIsGiven(Ring):
+    """Writes nothing into a state that is given away."""
+
+    def write(self, segment: Segment, state: RingState) -> tuple[RingState, Trace]:
+        new, trace = super().write(segment, state)
+        return (state if segment.owned else new), trace
+
+
 class Learns(Ring):
     """Changes its own buffers, also in evaluation."""
 
@@ -352,6 +368,7 @@ LAWS: dict[str, Callable[[laws.Make], None]] = {
     "3 contexts": laws.contexts,
     "4 reset": laws.resets,
     "5 pure": laws.pure,
+    "5 given away": laws.given_away,
     "6 reach": laws.reach,
     "6 parameters": laws.every_parameter_learns,
     "7 bounded": laws.bounded,
@@ -381,6 +398,8 @@ FAULTS: list[tuple[str, type[Ring], str]] = [
     ("5 pure", Attribute, "in between"),
     ("5 pure", InPlace, "in between"),
     ("5 pure", Learns, "evaluation changed"),
+    ("5 given away", InPlaceForAll, "was changed"),
+    ("5 given away", LosesWhatIsGiven, "depend on whether"),
     ("6 reach", NoBackpropagation, "no gradient"),
     ("6 reach", NeverCuts, "across the edge"),
     ("6 parameters", Idle, "gets no gradient"),

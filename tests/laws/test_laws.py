@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from memlm import laws
+from memlm.memory.ltm import LongTermMemory
 from memlm.memory.records import RecordKeeper
 from memlm.memory.slots import Slots
 from tests.laws.oracles import ORACLES
@@ -108,6 +109,21 @@ def test_5_pure(make: laws.Make) -> None:
 
 def test_5_pure_shared(shareable: laws.Make) -> None:
     laws.pure(shareable, scope="shared")
+
+
+def test_5_given_away(make: laws.Make) -> None:
+    laws.given_away(make)
+
+
+def test_5_given_away_shared(shareable: laws.Make) -> None:
+    laws.given_away(shareable, scope="shared")
+
+
+@pytest.mark.parametrize("scope", ["sequence", "shared"])
+def test_5_given_away_lists(scope: str) -> None:
+    small = {"index": "inverted", "n_list": 4, "n_probe": 2}
+    cls, settings = LongTermMemory, laws.settings_of(laws.nodes_of("ltm")["ltm"])
+    laws.given_away(laws.builder_of({"ltm": (cls, settings | small)}), scope=scope)
 
 
 def test_6_gradient_reach(memory: laws.Make) -> None:
