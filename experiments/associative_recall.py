@@ -189,7 +189,7 @@ def _read(model: LanguageModel, documents: Sequence[Recall], never: Sequence[np.
     rows: list[Row] = []
     for start in range(0, len(own[0]), segment_len):
         if start:
-            state = model.new_context(state)
+            state = model.new_context(state, donate=True)
         asked = any(((d.place >= start) & (d.place < start + segment_len)).any() for d in documents)
         ids = _ids(own, start, segment_len, device)
         for condition in texts if asked else ():
@@ -198,7 +198,7 @@ def _read(model: LanguageModel, documents: Sequence[Recall], never: Sequence[np.
             out = model(shown, state=memory, read=condition != "off", write=False)
             told = before if condition == "swapped" else numbers
             rows += _answers(condition, out.logits, [(i, documents[i]) for i in told], start, segment_len)
-        out = model(ids, state=state, logits=asked)
+        out = model(ids, state=state, logits=asked, donate=True)
         state = out.state
         if asked:
             rows += _answers("on", out.logits, [(i, documents[i]) for i in numbers], start, segment_len)

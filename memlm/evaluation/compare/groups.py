@@ -164,6 +164,7 @@ def _costs(groups: Sequence[Group]) -> list[Line]:
         "parameters": "n_parameter",
         "state bytes per row": "state_bytes",
         "training tokens/s": "tokens_per_second",
+        "training CPU seconds": "cpu_seconds",
     }
     lines = []
     for label, name in kinds.items():
