@@ -141,7 +141,7 @@ def run(
         "state_bytes": n_byte,
         "segment_len": model.segment_len,
         "memories": list(model.memory.keys()),
-        "headline": _headline(metrics, [tuple(size) for size in cfg.sizes], trained),
+        "headline": _headline(metrics, [(n_token, n_pair) for n_token, n_pair in cfg.sizes], trained),
     }
     return Result("mqar_zoology", metrics, tuple(rows), metadata)
 

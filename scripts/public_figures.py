@@ -89,11 +89,19 @@ def entries(paths: Sequence[str], commit: str | None) -> list[dict[str, Any]]:
                 "minutes": tokens / speed / 60 if tokens and speed else None,
                 "parameters": trained.n_parameter,
                 "state_bytes": trained.state_bytes,
+                "curve": _curve(run.results.get("training")),
                 "mean": mean,
                 "rates": rates,
             }
         )
     return found
+
+
+def _curve(training: Any) -> list[list[float]]:
+    """Steps, and the share of answer tokens of that batch that were right."""
+    rows = [] if training is None else training.rows
+    found = [(row["step"], row.get("train/answer_accuracy")) for row in rows]
+    return [[step, round(rate, 4)] for step, rate in found if rate is not None]
 
 
 def _share(config: Mapping[str, Any]) -> str | None:
