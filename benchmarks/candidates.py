@@ -110,7 +110,7 @@ class Candidate:
 
         self.name, self.setup = name, setup
         torch.manual_seed(setup.seed)
-        self.model: Any = (_gpt2(setup) if name == "gpt2" else _ours(name, setup)).to(setup.device).train()
+        self.model: Any = (_gpt2(setup) if name == "gpt2" else ours(name, setup)).to(setup.device).train()
         self.state: Any = None
         self.last: Any = None
         self.n_seen = 0
@@ -193,7 +193,7 @@ def _gpt2(setup: Setup) -> nn.Module:
     return model
 
 
-def _ours(name: str, setup: Setup) -> nn.Module:
+def ours(name: str, setup: Setup) -> nn.Module:
     """Our model without memory, or with those of the configuration."""
     from memlm.assemble import build_model
 
