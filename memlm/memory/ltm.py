@@ -250,9 +250,13 @@ class LongTermMemory(RecordKeeper, SharedBank):
 
     # --- reading -------------------------------------------------------------------------------------------------
 
-    def read(self, y: Tensor, prepared: LongTermState) -> Read:
+    def prepare(self, state: LongTermState) -> ltm_read.Prepared:
+        """The slots that may be read; see `Memory.prepare`."""
+        return ltm_read.Prepared(ltm_read.pool(self, state), state.lists)
+
+    def read(self, y: Tensor, prepared: ltm_read.Prepared) -> Read:
         """Top-k attention of one segment's tokens over the bank; see `Memory.read`."""
-        return ltm_read.read(self, y, ltm_read.pool(self, prepared), None, prepared.lists)
+        return ltm_read.read(self, y, prepared.bank, None, prepared.lists)
 
     def bias(self, log_gate: Tensor) -> Tensor:
         """Read bias of a slot: its log gate, with a floor that keeps every slot within reach."""

@@ -333,6 +333,7 @@ class SegmentModel(Stack):
         return state._replace(local=local._replace(document=state.local.document))
 
     generate = generation.generate
+    stream = generation.stream
 
     # --- what is stored: see `memlm.store.operations` ---------------------------------------------------------------
 

@@ -257,6 +257,7 @@ class LanguageModeling(lightning.LightningModule):
             corpus = getattr(self.trainer.datamodule, "corpus", None)  # type: ignore[attr-defined]
             checkpoint["memlm"] = describe(self.model) | {
                 "wandb_id": ids[0] if ids else None,
+                "threads": torch.get_num_threads() if self.trainer.world_size == 1 else None,
                 "text": None if corpus is None else corpus.fingerprint(),
                 "n_moment": sum(len(part.get("state", ())) for part in checkpoint.get("optimizer_states", [])),
             }

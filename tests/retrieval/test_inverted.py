@@ -243,7 +243,8 @@ def test_a_state_without_lists_is_searched_exactly() -> None:
         key=unit(1, 20, 8), value=unit(1, 20, 8), priority=torch.zeros(1, 20), n_used=Host(torch.tensor([20]))
     )
     x = torch.randn(1, 5, 16)
-    assert torch.equal(exact.read(x, state).value, inverted.read(x, state).value)
+    found = [memory.read(x, memory.prepare(state)).value for memory in (exact, inverted)]
+    assert torch.equal(*found)
     assert exact.init_state(1).lists is None
 
 
