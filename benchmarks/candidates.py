@@ -124,7 +124,7 @@ class Candidate:
 
         self.name, self.setup = name, setup
         torch.manual_seed(setup.seed)
-        make = {"gpt2": _gpt2, "nanogpt": _nanogpt}.get(name, partial(_ours, name))
+        make = {"gpt2": _gpt2, "nanogpt": _nanogpt}.get(name, partial(ours, name))
         self.model: Any = make(setup).to(setup.device).train()
         self.state: Any = None
         self.last: Any = None
@@ -219,7 +219,7 @@ def _nanogpt(setup: Setup) -> nn.Module:
     return NanoGPT(setup.n_vocab, shape["n_layer"], shape["n_head"], shape["d_model"], d_ff, setup.segment_len)
 
 
-def _ours(name: str, setup: Setup) -> nn.Module:
+def ours(name: str, setup: Setup) -> nn.Module:
     """Our model without memory, or with the one of that name, else all of the configuration."""
     from memlm.assemble import build_model
 

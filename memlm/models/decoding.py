@@ -40,13 +40,17 @@ class Decoder:
         self._compiled = compile
         self._step: Callable[..., Tensor] = torch.compile(_step, dynamic=False) if compile else _step
         self._own: bool  # whether states of memories are copies of its own
+        self._goes_on = False  # whether the state is no more that of the caller
         self._take(state)
 
     def step(self, ids: Tensor) -> Tensor:
         """Take one more token of each row, (B,). Returns the model's hidden states, (B, D)."""
         ends = [n + 1 == self.model.segment_len for n in self._n_open]
         if not self.by_column or all(ends):
-            out = self.model(ids[:, None], state=self.state(), read=self.read, write=self.write, logits=False)
+            state, self._prepared = self.state(), {}  # views, beside which nothing would be written in place
+            how = {"read": self.read, "write": self.write, "logits": False, "donate": self._goes_on}
+            out = self.model(ids[:, None], state=state, **how)
+            self._goes_on = True
             self._take(out.state)
             return out.hidden[:, 0]
         ended = [row for row, end in enumerate(ends) if end]

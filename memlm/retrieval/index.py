@@ -182,9 +182,10 @@ class InvertedIndex(Index):
             lists = self.file.own(lists, given=True)
             self.file.start(lists, rows)
             fresh = lists._replace(known_n_list=fresh.known_n_list, known_left=fresh.known_left)
+        pairs: Any = zip(fresh, lists, strict=True)
         parts: Any = (
             new if new is old else Host(choose(new.tensor, old.tensor)) if isinstance(new, Host) else choose(new, old)
-            for new, old in zip(fresh, lists, strict=True)
+            for new, old in pairs
         )
         return Lists(*parts)
 
