@@ -40,6 +40,9 @@ class Decoder:
         self._compiled = compile
         self._step: Callable[..., Tensor] = torch.compile(_step, dynamic=False) if compile else _step
         self._own: bool  # whether states of memories are copies of its own
+        self._n_open: list[int]
+        self._open: Open
+        self._prepared: dict[str, list[Any]]
         self._take(state)
 
     def step(self, ids: Tensor) -> Tensor:
@@ -83,7 +86,7 @@ class Decoder:
     def _take(self, state: ModelState) -> None:
         """Go on from ``state``."""
         self._memory, self._local, self._own = state.memory, state.local, False
-        self._n_open: list[int] = state.local.n_open.tensor.tolist()
+        self._n_open = state.local.n_open.tensor.tolist()
         if self.by_column:
             self._open = _opened(self.model, state.local)
             self._prepare()
