@@ -24,11 +24,11 @@ from memlm.tensors import Host
 
 
 class Decoder:
-    """A text of several rows that goes on token by token. The state that it begins with is not changed.
+    """A text of several rows that goes on token by token.
 
     Args:
         model: The model.
-        state: Where the text stopped.
+        state: Where the text stopped; it is given away, as by ``donate`` of the model's ``forward``.
         read: Whether memories are read.
         write: Whether memories are written.
         compile: Whether the step of a token that does not end its segment goes through ``torch.compile``.
@@ -49,7 +49,10 @@ class Decoder:
         """Take one more token of each row, (B,). Returns the model's hidden states, (B, D)."""
         ends = [n + 1 == self.model.segment_len for n in self._n_open]
         if not self.by_column or all(ends):
-            out = self.model(ids[:, None], state=self.state(), read=self.read, write=self.write, logits=False)
+            self._prepared = {}  # which may share numbers with banks that are now written in place
+            out = self.model(
+                ids[:, None], state=self.state(), read=self.read, write=self.write, logits=False, donate=True
+            )
             self._take(out.state)
             return out.hidden[:, 0]
         ended = [row for row, end in enumerate(ends) if end]

@@ -142,7 +142,7 @@ def _read(
     parts = ids.split(schedule.WINDOW, dim=1)  # of a long prompt no more is held than of a window
     masks = [None] * len(parts) if mask is None else mask.split(schedule.WINDOW, dim=1)
     for part, here in zip(parts, masks, strict=True):
-        out = model(part, state=state, read=read, write=write, mask=here, logits=False)
+        out = model(part, state=state, read=read, write=write, mask=here, logits=False, donate=hidden is not None)
         state, last = out.state, out.hidden[:, -1]
         if here is not None:
             at = torch.where(here, torch.arange(part.shape[1], device=ids.device), -1).amax(dim=1)  # (B,)
