@@ -73,7 +73,7 @@ def run(
             "shape": config["model"] | {"n_vocab": setup.n_vocab, "n_slot": config["memory"]["ltm"]["n_slot"]},
         }  # fmt: skip
         built: dict[str, Candidate] = {
-            name: Candidate(name, theirs if name == "gpt2" else setup) for name in candidates
+            str(name): Candidate(name, theirs if name == "gpt2" else setup) for name in candidates
         }
         for candidate in built.values():
             candidate.model.eval()
@@ -81,7 +81,7 @@ def run(
         for n_row in batches:
             for kind in lengths:
                 ids, mask = prompts(setup, n_row, prompt_len, kind)
-                calls = {name: Call(candidate, ids, mask, n_generate, compile) for name, candidate in built.items()}
+                calls = {name: Call(model, ids, mask, n_generate, compile) for name, model in built.items()}
                 rows += measure(calls, {"batch": n_row, "lengths": kind}, warmup, rounds, clock, device)
     metrics: dict[str, float] = {}
     for n_row in batches:
