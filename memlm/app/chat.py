@@ -38,7 +38,7 @@ def main(config: Mapping[str, Any]) -> None:
     print(HELP)
     try:
         for line in lines():
-            reply = conversation.respond(line)
+            reply = conversation.respond(line, lambda piece: print(printable(piece), end="", flush=True))
             if reply is None:
                 break
             print(printable(reply), flush=True)

@@ -24,11 +24,11 @@ from memlm.tensors import Host
 
 
 class Decoder:
-    """A text of several rows that goes on token by token. The state that it begins with is not changed.
+    """A text of several rows that goes on token by token.
 
     Args:
         model: The model.
-        state: Where the text stopped.
+        state: Where the text stopped; it is given away, as by ``donate`` of the model's ``forward``.
         read: Whether memories are read.
         write: Whether memories are written.
         compile: Whether the step of a token that does not end its segment goes through ``torch.compile``.
@@ -40,17 +40,19 @@ class Decoder:
         self._compiled = compile
         self._step: Callable[..., Tensor] = torch.compile(_step, dynamic=False) if compile else _step
         self._own: bool  # whether states of memories are copies of its own
-        self._goes_on = False  # whether the state is no more that of the caller
+        self._n_open: list[int]
+        self._open: Open
+        self._prepared: dict[str, list[Any]]
         self._take(state)
 
     def step(self, ids: Tensor) -> Tensor:
         """Take one more token of each row, (B,). Returns the model's hidden states, (B, D)."""
         ends = [n + 1 == self.model.segment_len for n in self._n_open]
         if not self.by_column or all(ends):
-            state, self._prepared = self.state(), {}  # views, beside which nothing would be written in place
-            how = {"read": self.read, "write": self.write, "logits": False, "donate": self._goes_on}
-            out = self.model(ids[:, None], state=state, **how)
-            self._goes_on = True
+            self._prepared = {}  # which may share numbers with banks that are now written in place
+            out = self.model(
+                ids[:, None], state=self.state(), read=self.read, write=self.write, logits=False, donate=True
+            )
             self._take(out.state)
             return out.hidden[:, 0]
         ended = [row for row, end in enumerate(ends) if end]
@@ -87,7 +89,7 @@ class Decoder:
     def _take(self, state: ModelState) -> None:
         """Go on from ``state``."""
         self._memory, self._local, self._own = state.memory, state.local, False
-        self._n_open: list[int] = state.local.n_open.tensor.tolist()
+        self._n_open = state.local.n_open.tensor.tolist()
         if self.by_column:
             self._open = _opened(self.model, state.local)
             self._prepare()

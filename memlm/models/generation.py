@@ -5,7 +5,7 @@ Shapes: B rows, L tokens of the prompt, N continuations of each row, V vocabular
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -88,7 +88,7 @@ def stream(
     write: bool = True,
     mask: Tensor | None = None,
     compile: bool = False,
-) -> Iterator[Tensor]:
+) -> Generator[Tensor, None, None]:
     """The new tokens of `generate`, (B * N,) at a time, each as soon as it is known.
 
     Until the last one, or until the iterator is closed, the model is in evaluation mode.

@@ -89,7 +89,7 @@ class Ends:
 
     def __init__(self, how: Sampling, tokenizer: Tokenizer | None, device: torch.device) -> None:
         ids = how.eos_ids
-        own = ids[0] if ids else 0 if tokenizer is None else tokenizer.pad_id
+        own = ids[0] if ids else tokenizer.pad_id if tokenizer is not None and how.stop_texts else 0
         self.pad_id = own if how.pad_token_id is None else how.pad_token_id
         self._ids = torch.tensor(ids, device=device) if ids else None
         self._strings, self._tokenizer = how.stop_texts, tokenizer
