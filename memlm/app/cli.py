@@ -28,6 +28,7 @@ from hydra.experimental.callback import Callback
 from hydra.types import HydraContext, RunMode
 from omegaconf import DictConfig, open_dict, read_write
 
+from memlm import threads
 from memlm.app.command_line import check_command_line
 from memlm.app.errors import (
     STOPPED,
@@ -66,7 +67,8 @@ def cli(
     exit code 2; `MEMLM_TRACEBACK=1` (or Hydra's `HYDRA_FULL_ERROR=1`) shows the traceback instead. Of a sweep the
     other jobs still run; the failed ones are reported when they fail, and listed at the end. A run that leaves
     nothing leaves no directory. The function gets the config as plain dicts and lists, every reference resolved.
-    Called with a config, composed or plain, `main(cfg)` is the bare function.
+    Called with a config, composed or plain, `main(cfg)` is the bare function; a command line gets the threads that
+    `memlm.threads` chooses.
 
     Args:
         config_name: the primary config.
@@ -80,6 +82,11 @@ def cli(
             return function(to_dict(cfg))
 
         @functools.wraps(function)
+        def command(cfg: DictConfig) -> Any:
+            threads.take()
+            return plainly(cfg)
+
+        @functools.wraps(function)
         def job(cfg: DictConfig) -> Any:
             # What _quiet_hydra() sets must not reach the processes that this job starts.
             os.environ.pop("HYDRA_FULL_ERROR", None)
@@ -87,7 +94,7 @@ def cli(
             try:
                 if is_sweep():
                     (Path(run_dir()) / ERROR).unlink(missing_ok=True)
-                return plainly(cfg)
+                return command(cfg)
             except Exception as error:
                 if isinstance(error, OSError) and output_lost():
                     raise SystemExit(UNREAD) from error
@@ -115,6 +122,7 @@ def cli(
         def main(cfg: DictConfig | dict[str, Any] | None = None) -> Any:
             if cfg is not None:
                 return plainly(cfg)
+            threads.wait_passively()
             open_streams()
             bound_files()
             sys.argv[1:] = quote_texts([nothing(argument) for argument in sys.argv[1:]])
@@ -130,7 +138,7 @@ def cli(
 
             if wants_traceback():
                 os.environ["HYDRA_FULL_ERROR"] = "1"
-                return run(plainly)
+                return run(command)
             try:
                 with _quiet_hydra():
                     run(job)

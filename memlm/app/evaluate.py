@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from memlm import threads
 from memlm.app.cli import cli
 from memlm.compose import config_dir, run_dir
 from memlm.config import ConfigError, did_you_mean
@@ -81,6 +82,7 @@ def main(config: Mapping[str, Any]) -> None:
                 runner.run_all(model, data, experiments, directory)
             return
         print(printable(f"{checkpoint}: measured by {', '.join(experiments)} into {directory}"))
+        print(threads.told())
         if is_shared(model):
             print(SHARED)
         with memory_settings(model, changed):

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from memlm import threads
 from memlm.app.cli import cli
 from memlm.config import validate
 from memlm.printed import printable
@@ -73,6 +74,7 @@ def _train(config: Mapping[str, Any], answer: Answer) -> float | None:
 
     if origin is not None:
         answer.text = f"stopped before {run} began: resume={origin.run} goes on after step {origin.step}"
+        threads.keep(origin.entry.get("threads"))
     tokenizer = build_tokenizer(config, corpus)
     # From here on with lightning, which takes seconds to import: what can be wrong without it was told by now.
     from memlm.training.fit import make_trainer, save_last
@@ -94,6 +96,7 @@ def _train(config: Mapping[str, Any], answer: Answer) -> float | None:
             n_process = f" on {trainer.world_size} processes" if trainer.world_size > 1 else ""
             going_on = f", going on after step {origin.step} of {origin.path}" if origin else ""
             print(printable(f"{run}: {n_parameter:,} parameters, {trainer.max_steps} steps{n_process}{going_on}"))
+            print(threads.told())
         answer.text = f"stopped: resume=auto goes on, if there is a checkpoint in {run}"
         trainer.fit(module, data, ckpt_path=origin.path if origin else None)
         answer.text = f"stopped while it was measured, all steps are made: resume={run} measures it"

@@ -82,7 +82,8 @@ def test_every_slot_of_a_full_bank_is_searched() -> None:
     with torch.no_grad():
         # Slot i gets the query of token i: each token must find its own slot.
         query = torch.nn.functional.normalize(module.to_key(module.norm(x)), dim=-1)
-        read = module.read(x, bank._replace(key=query, log_gate=torch.zeros_like(bank.log_gate)))
+        bank = bank._replace(key=query, log_gate=torch.zeros_like(bank.log_gate))
+        read = module.read(x, module.prepare(bank))
     best = read.slots.gather(2, read.weights.argmax(dim=-1, keepdim=True))[..., 0]
     assert (best == torch.arange(64)).all()
 
