@@ -10,6 +10,8 @@ Shapes: B rows, T tokens, D width, H heads, V vocabulary.
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -59,7 +61,8 @@ class NanoGPT(nn.Module):
         for part in self.modules():
             if isinstance(part, nn.Linear | nn.Embedding):
                 nn.init.normal_(part.weight, std=0.02)
-        for block in self.blocks:
+        blocks: Any = self.blocks
+        for block in blocks:
             for residual in (block.to_output, block.feed_forward[3]):
                 nn.init.normal_(residual.weight, std=0.02 / (2 * n_layer) ** 0.5)
 
