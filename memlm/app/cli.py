@@ -15,7 +15,7 @@ import os
 import shlex
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -51,14 +51,14 @@ from memlm.training.stopping import OUT_OF_TIME, UNREAD
 
 def cli(
     config_name: str,
-    check: Callable[[dict[str, Any]], None] | None = None,
+    check: Callable[[Mapping[str, Any]], None] | None = None,
     *,
     directory: str | Path | None = None,
-) -> Callable[[Callable[[dict[str, Any]], Any]], Any]:
+) -> Callable[[Callable[[Mapping[str, Any]], Any]], Any]:
     """Make a function of a config the main function of a script.
 
         @cli("train")
-        def main(config: dict[str, Any]) -> float | None: ...
+        def main(config: Mapping[str, Any]) -> float | None: ...
 
         if __name__ == "__main__":
             main()
@@ -76,7 +76,7 @@ def cli(
         directory: the config tree; the shipped one by default.
     """
 
-    def decorate(function: Callable[[dict[str, Any]], Any]) -> Callable[..., Any]:
+    def decorate(function: Callable[[Mapping[str, Any]], Any]) -> Callable[..., Any]:
         @functools.wraps(function)
         def plainly(cfg: Any) -> Any:
             return function(to_dict(cfg))

@@ -6,7 +6,7 @@ import difflib
 import math
 import os
 import sys
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +46,7 @@ def check_command_line(
     *,
     directory: str | Path | None = None,
     injected: Collection[str] = INJECTED,
-    check: Callable[[dict[str, Any]], None] | None = None,
+    check: Callable[[Mapping[str, Any]], None] | None = None,
 ) -> DictConfig | None:
     """Check a command line before Hydra acts on it.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -52,7 +53,7 @@ def changes(change: Any, model: LanguageModel) -> dict[str, Any]:
 
 
 @cli("evaluate")
-def main(config: dict[str, Any]) -> None:
+def main(config: Mapping[str, Any]) -> None:
     """Run the chosen experiments, write their results and print the summary; several processes do it together."""
     from memlm.checkpoint import find, load_run, place
     from memlm.evaluation import runner

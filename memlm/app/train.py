@@ -5,6 +5,7 @@ python train.py model=lmcode memory=ltm
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from memlm import threads
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from memlm.training.stopping import Answer
 
 
-def check(config: dict[str, Any]) -> None:
+def check(config: Mapping[str, Any]) -> None:
     """Refuse what can be told to be wrong without a look at text, files or devices."""
     from memlm.assemble import check_model
     from memlm.evaluation import runner
@@ -31,7 +32,7 @@ def check(config: dict[str, Any]) -> None:
 
 
 @cli("train", check)
-def main(config: dict[str, Any]) -> float | None:
+def main(config: Mapping[str, Any]) -> float | None:
     """Compose, validate, build, fit, report.
 
     Returns:
@@ -43,7 +44,7 @@ def main(config: dict[str, Any]) -> float | None:
         return _train(config, answer)
 
 
-def _train(config: dict[str, Any], answer: Answer) -> float | None:
+def _train(config: Mapping[str, Any], answer: Answer) -> float | None:
     from pathlib import Path
 
     from memlm.assemble import build_corpus, build_data, build_model, build_tokenizer

@@ -21,7 +21,8 @@ from torch.nn import functional as F
 
 _ON_CPU, _ON_GPU = 2**20, 2**28  # scores that exist at a time, at most, where a segment of a row has fewer
 _MOST = 2**27  # scores that exist at a time, at most, where a token of a row has fewer
-_GROUP = 32  # scores whose maximum is ranked before they are
+_FEW = 2**15  # scores that are ranked as they are
+_GROUP, _GROUP_ON_GPU = 4, 32  # scores whose maximum is ranked before they are; a GPU wants few, large steps
 
 
 class Pool(NamedTuple):
@@ -156,7 +157,10 @@ def search(query: Tensor, temperature: Tensor, threshold: float, k: int, bank: P
         here = slice(row, row + by_row), slice(segment, segment + by_segment), slice(token, token + by_token)
         part = scaled[here]  # (by_row, by_segment, by_token, d_key), fewer at the end
         score = buffer[: part.shape[0], : part.shape[1] * part.shape[2]]
-        torch.bmm(part.flatten(1, 2), keys[here[0]].transpose(1, 2), out=score)
+        if score.shape[1] == 1:  # of a row one token: the same product, with the bank read in the order it lies in
+            torch.bmm(keys[here[0]], part.flatten(1, 2).transpose(1, 2), out=score.transpose(1, 2))
+        else:
+            torch.bmm(part.flatten(1, 2), keys[here[0]].transpose(1, 2), out=score)
         score = score.unflatten(1, (-1, part.shape[2]))
         if threshold > -1:
             score.masked_fill_(score < threshold * temperature, -torch.inf)
@@ -168,16 +172,19 @@ def search(query: Tensor, temperature: Tensor, threshold: float, k: int, bank: P
 def top(score: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The ``k`` best of scores (..., M) and their indices, (..., k), in no order.
 
-    The best ``k`` lie in the ``k`` groups with the best maxima, so that few scores are ranked.
+    The best ``k`` lie in the ``k`` groups with the best maxima, which are found in the same way: what is dropped is
+    never ranked.
     """
-    n_group = score.shape[-1] // _GROUP
-    if n_group < 8 * k:  # not worth it
+    size = _GROUP_ON_GPU if score.is_cuda else _GROUP
+    n_group = score.shape[-1] // size
+    if n_group < 4 * k or score.numel() < _FEW:  # not worth it
         return score.topk(k, dim=-1, sorted=False)
-    groups = score[..., : n_group * _GROUP].unflatten(-1, (_GROUP, n_group))  # members side by side: a fast maximum
-    chosen = groups.amax(dim=-2).topk(k, dim=-1, sorted=False).indices[..., None]  # (..., k, 1)
-    inside = n_group * torch.arange(_GROUP, device=score.device)
-    rest = torch.arange(n_group * _GROUP, score.shape[-1], device=score.device).expand(*score.shape[:-1], -1)
-    index = torch.cat([(chosen + inside).flatten(-2), rest], dim=-1)
+    groups = score[..., : n_group * size].unflatten(-1, (size, n_group))  # members side by side: a fast maximum
+    chosen = top(groups.amax(dim=-2), k)[1]
+    index = (chosen[..., None] + n_group * torch.arange(size, device=score.device)).flatten(-2)  # (..., k * size)
+    if n_group * size < score.shape[-1]:
+        rest = torch.arange(n_group * size, score.shape[-1], device=score.device)
+        index = torch.cat([index, rest.expand(*score.shape[:-1], -1)], dim=-1)
     best = score.gather(-1, index).topk(k, dim=-1, sorted=False)
     return best.values, index.gather(-1, best.indices)
 
@@ -222,6 +229,8 @@ def gather_best(
 
 def _flat(table: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
     """``table`` (B, M, d) or (1, M, d) as (B * M, d), and ``index`` (B, N, k) into it."""
+    if table.stride(0) == 0:  # one bank for all rows
+        table = table[:1]
     n_row, n_slot, width = table.shape
     if n_row > 1:
         index = index + n_slot * torch.arange(n_row, device=index.device)[:, None, None]

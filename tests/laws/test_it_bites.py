@@ -279,9 +279,17 @@ class Grows(Ring):
 class Overflows(Ring):
     """Adds up without end."""
 
+    factor = 2.0
+
     def write(self, segment: Segment, state: RingState) -> tuple[RingState, Trace]:
         new, trace = super().write(segment, state)
-        return new._replace(slot=2 * state.slot + new.slot), trace
+        return new._replace(slot=self.factor * state.slot + new.slot), trace
+
+
+class Swells(Overflows):
+    """Adds up slowly."""
+
+    factor = 0.1
 
 
 class Frozen(Ring):
@@ -346,7 +354,7 @@ LAWS: dict[str, Callable[[laws.Make], None]] = {
     "5 pure": laws.pure,
     "6 reach": laws.reach,
     "6 parameters": laws.every_parameter_learns,
-    "7 bounded": partial(laws.bounded, n_write=1000),
+    "7 bounded": laws.bounded,
     "7 admits": laws.admits,
     "8 round trip": laws.round_trip,
     "9 useful": laws.useful,
@@ -379,6 +387,7 @@ FAULTS: list[tuple[str, type[Ring], str]] = [
     ("6 parameters", Dead, "is zero"),
     ("7 bounded", Grows, "bytes became"),
     ("7 bounded", Overflows, "not finite"),
+    ("7 bounded", Swells, "grows with each write"),
     ("7 admits", Frozen, "admits nothing new"),
     ("8 round trip", Unsaved, "continued otherwise"),
     ("8 round trip", Attribute, "continued otherwise"),
