@@ -166,6 +166,7 @@ def _measure(
                 read=condition != "off",
                 write=condition != "off",
                 logits=False,
+                donate=True,
             )
             state = out.state
             nll = token_nll(model, out.hidden, targets.flatten(1).to(device)).double().view(targets.shape)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from memlm.app.cli import cli
@@ -28,7 +28,7 @@ def lines() -> Iterator[str]:
 
 
 @cli("chat")
-def main(config: dict[str, Any]) -> None:
+def main(config: Mapping[str, Any]) -> None:
     """Answer line after line."""
     from memlm.checkpoint import load, place
     from memlm.store.conversation import HELP, Conversation

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 from memlm.app.cli import cli
@@ -49,7 +50,7 @@ def _read(file: str | None, where: str) -> str:
 
 
 @cli("generate")
-def main(settings: dict[str, Any]) -> str:
+def main(settings: Mapping[str, Any]) -> str:
     """Print the prompt and what the model makes of it; returns both."""
     prompt = read_prompt(settings["prompt"], settings["prompt_file"])
     import torch

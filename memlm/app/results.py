@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 
+from memlm import threads
 from memlm.app.errors import mistakes_told
 from memlm.config import ConfigError
 from memlm.files import atomic_file
@@ -89,6 +90,7 @@ def _write(path: Path, text: str) -> None:
 def start() -> None:
     """What the command line runs."""
     with mistakes_told():
+        threads.wait_passively()
         main()
 
 

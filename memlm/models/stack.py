@@ -44,8 +44,11 @@ class Stack(LanguageModel):
         """Token embeddings of unit variance, (..., D)."""
         return self.embedding(ids) * self.d_model**0.5
 
-    def enter(self, embeddings: Tensor, columns: slice) -> Tensor:
-        """What the first layer gets, (B, S, Q, D), of the embeddings of the ``columns`` of each segment."""
+    def enter(self, embeddings: Tensor, columns: slice | Tensor) -> Tensor:
+        """What the first layer gets, (B, S, Q, D), of the embeddings of the ``columns`` of each segment.
+
+        Or, (B, D), of those of one token of each row, which stands in one of the ``columns`` (B,).
+        """
         return embeddings
 
     @property
