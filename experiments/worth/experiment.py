@@ -126,7 +126,8 @@ def _losses(
             states["swapped"] = swap(model, states["swapped"], states["on"], n)
             states["wiped"] = [model.wipe(state) for state in states["wiped"]]
         for name in states:
-            options: dict[str, Any] = {"read": name != "off", "write": name != "off"}
+            # A memory that all rows share is read as it is by others.
+            options: dict[str, Any] = {"read": name != "off", "write": name != "off", "donate": len(states[name]) == 1}
             if not mask[:, here].all():
                 options["mask"] = mask[:, here]
             outputs = go_on(model, ids[:, here], states[name], **options)
@@ -221,12 +222,11 @@ def says(metrics: Mapping[str, float], distance: int) -> str:
     verb = "saves" if worth > 0 else "costs"
     words = {"far": f"names last seen more than {distance:,} tokens ago", "new": "names new to the document"}
     words["rest"] = "all else"
-    most = max(KINDS, key=lambda kind: metrics[f"gain/{kind}"])
-    told = (
-        f"{_percent(metrics[f'gain/{most}'])} of that on {words[most]} ({_percent(metrics[f'share/{most}'])} of tokens)"
-    )
+    sign = 1 if worth > 0 else -1
+    most = max((k for k in KINDS if metrics[f"n_token/{k}"]), key=lambda kind: sign * metrics[f"worth/on/{kind}"])
+    told = f"{_percent(abs(metrics[f'worth/on/{most}']))}, {_percent(metrics[f'share/{most}'])} of the tokens"
     return (
-        f"Memory {verb} {_percent(abs(worth))} of perplexity, {told}; "
+        f"Memory {verb} {_percent(abs(worth))} of perplexity, most on {words[most]} ({told}); "
         f"another document's saves {_percent(metrics['worth/swapped'])}."
     )
 

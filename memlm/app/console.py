@@ -14,6 +14,7 @@ COMMANDS = {
     "evaluate": "measure what the memory of a trained model remembers",
     "compare": "put runs side by side",
     "report": "runs as one web page",
+    "results": "keep what runs found, and make the tables of pages of it",
     "generate": "continue a text",
     "chat": "talk with a model and its memory",
     "export": "write a trained model as safetensors and JSON",
@@ -23,7 +24,7 @@ COMMANDS = {
 }
 """The commands, each a module of `memlm.app` with a function ``start``, and what they do."""
 
-_WITHOUT_HYDRA = ("compare", "report")  # their arguments are paths, which a shell completes itself
+_WITHOUT_HYDRA = ("compare", "report", "results")  # their arguments are paths, which a shell completes itself
 _USAGE = (
     "usage: memlm COMMAND [arguments]\n\n"
     + "".join(f"  {name:<10} {what}\n" for name, what in COMMANDS.items())

@@ -1,0 +1,98 @@
+"""Keep what runs found in results/, and make the tables of pages of it: `memlm results`."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Sequence
+from importlib import import_module
+from pathlib import Path
+
+from memlm import threads
+from memlm.app.errors import mistakes_told
+from memlm.config import ConfigError
+from memlm.files import atomic_file
+from memlm.saved import TRUST
+
+_DESCRIPTION = (
+    "Puts runs into results/NAME.json, and the tables of all records into the pages that have marks for them: "
+    "README.md and docs/. To be called in the directory of the project."
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Read the runs, write record and pages; or only look whether pages say what records say.
+
+    Raises:
+        ConfigError: Also if a page differs, with --check.
+    """
+    parser = argparse.ArgumentParser(prog="memlm results", description=_DESCRIPTION)
+    parser.add_argument(
+        "name", metavar="NAME", nargs="?", help="of the record that the runs go into; none: pages alone"
+    )
+    parser.add_argument("runs", metavar="RUN", nargs="*", help="directory of a run, of an evaluation, or of a sweep")
+    parser.add_argument(
+        "--experiment", metavar="NAME", help="whose results are kept; by default that of the record, or NAME"
+    )
+    parser.add_argument("--commit", help="what the runs were made with; by default the commit of this checkout")
+    parser.add_argument("--check", action="store_true", help="write nothing; fail where a page and its record differ")
+    parser.add_argument("--trust", metavar="PACKAGE", action="append", help=TRUST)
+    chosen = parser.parse_args(arguments)
+    from memlm.evaluation import records
+
+    folder = Path(records.FOLDER)
+    if chosen.check and chosen.name is not None:
+        raise ConfigError("--check looks at all pages: give it alone")
+    if chosen.name is not None:
+        if not re.fullmatch(r"[\w-]+", chosen.name):
+            raise ConfigError(f"{chosen.name!r} is no name of a record: it has letters, digits, _ and - only")
+        if not chosen.runs:
+            raise ConfigError(f"no run is named that goes into the record {chosen.name}: give one or more directories")
+        _put(folder / f"{chosen.name}.json", chosen)
+    pages = [Path("README.md"), *sorted(Path("docs").rglob("*.md"))]
+    if not folder.is_dir() or not pages[0].exists():
+        raise ConfigError(f"there is no {folder}/ with a README.md beside it in {Path.cwd()}: call it where they are")
+    differ = []
+    for page in pages:
+        before = page.read_text(encoding="utf-8")
+        after = records.filled_in(before, folder)
+        if after != before:
+            differ.append(str(page))
+            if not chosen.check:
+                _write(page, after)
+    if chosen.check and differ:
+        raise ConfigError(
+            f"{', '.join(differ)} does not say what {folder}/ says: run memlm results and commit the pages"
+        )
+
+
+def _put(path: Path, chosen: argparse.Namespace) -> None:
+    """Put runs into a record."""
+    from memlm.evaluation import records
+    from memlm.evaluation.runs import find_runs
+
+    record = records.read_record(path) if path.exists() else []
+    experiment = chosen.experiment or (record[0]["experiment"] if record else path.stem)
+    around = import_module("benchmarks.base").surroundings("cpu")
+    commit = chosen.commit or str(around["commit"])[:7]
+    runs, _ = find_runs(chosen.runs, chosen.trust)
+    new = records.entries(runs, experiment, commit, around["processor"], around["torch"])
+    path.parent.mkdir(exist_ok=True)
+    _write(path, records.written(records.merged(record, new)))
+
+
+def _write(path: Path, text: str) -> None:
+    with atomic_file(path) as file:
+        file.write(text.encode())
+    print(path)
+
+
+def start() -> None:
+    """What the command line runs."""
+    with mistakes_told():
+        threads.wait_passively()
+        main()
+
+
+if __name__ == "__main__":
+    start()

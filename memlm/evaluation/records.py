@@ -1,0 +1,224 @@
+"""Records: what runs found, kept with the project, and the tables of its pages that are made of them.
+
+A record is `results/NAME.json` with a list of entries, one per name of a run and seed. A page has the table of a record
+between two marks, `<!-- results/NAME.json -->` and `<!-- end of results -->`; nobody types a number.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from memlm.config import ConfigError
+from memlm.evaluation.compare.groups import n_token
+from memlm.evaluation.headline import Number, headline, in_percent, shown
+from memlm.evaluation.result import Result
+from memlm.evaluation.runs import Run
+from memlm.files import read_json
+
+FOLDER = "results"
+"""Where records are, below the directory of the project."""
+
+
+Entry = Mapping[str, Any]
+
+_MARKS = re.compile(r"(<!-- results/([\w-]+)\.json -->\n).*?(<!-- end of results -->)", re.DOTALL)
+_NEEDED = ("name", "seed", "commit", "machine", "experiment", "metrics", "headline", "step", "tokens", "state_bytes")
+_CONTROLS = ("off", "wiped", "swapped")
+
+
+def entries(runs: Sequence[Run], experiment: str, commit: str, machine: str, torch: str) -> list[dict[str, Any]]:
+    """What a record keeps of runs.
+
+    Args:
+        runs: The runs.
+        experiment: Whose result is kept.
+        commit: What the runs were made with.
+        machine: What they were made on.
+        torch: Version of it.
+
+    Raises:
+        ConfigError: If the experiment was not measured of a run.
+    """
+    found = []
+    for run in runs:
+        if (result := run.results.get(experiment)) is None:
+            raise ConfigError(f"{run.path} has no result of {experiment}; it has: {', '.join(run.results)}")
+        trained, stored = run.trained, result.to_dict()
+        tokens, speed = n_token(trained), trained.tokens_per_second
+        found.append(
+            {
+                "name": trained.config.get("name") or "+".join(trained.config["memory"]) or "none",
+                "seed": trained.config["seed"],
+                "experiment": experiment,
+                "commit": commit,
+                "machine": machine,
+                "torch": torch,
+                "command": _command(run.path),
+                "step": trained.step,
+                "tokens": tokens,
+                "minutes": tokens / speed / 60 if tokens and speed else None,
+                "cpu_seconds": trained.cpu_seconds,
+                "parameters": trained.n_parameter,
+                "state_bytes": trained.state_bytes,
+                "settings": stored["metadata"].get("settings", {}),
+                "headline": stored["metadata"].get("headline", []),
+                "metrics": stored["metrics"],
+            }
+        )
+    return found
+
+
+def _command(run: Path) -> str | None:
+    """The command that made a run, if it says so."""
+    import yaml
+
+    try:
+        lines = yaml.safe_load((run / ".hydra/overrides.yaml").read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return None
+    return " ".join(["python train.py", *map(str, lines or [])])
+
+
+def merged(record: Sequence[Entry], new: Sequence[Entry]) -> list[Entry]:
+    """A record with new entries, sorted by name and seed; of the same name and seed the newer one stays.
+
+    Raises:
+        ConfigError: If the entries are not of one experiment.
+    """
+    known = {(entry["name"], entry["seed"]): entry for entry in [*record, *new]}
+    if len(kinds := sorted({entry["experiment"] for entry in known.values()})) > 1:
+        raise ConfigError(f"a record is of one experiment, and here are {', '.join(kinds)}: give each its own record")
+    return [known[key] for key in sorted(known)]
+
+
+def read_record(path: Path) -> list[dict[str, Any]]:
+    """The entries of a record.
+
+    Raises:
+        ConfigError: If it cannot be read, or an entry lacks something.
+    """
+    try:
+        record = read_json(path)
+    except FileNotFoundError:
+        raise ConfigError(f"there is no record {path}: make it with memlm results {path.stem} RUN...") from None
+    found = record.get("entries")
+    if not isinstance(found, list):
+        raise ConfigError(f"{path} is no record: it has no list of entries")
+    for i, entry in enumerate(found):
+        missing = [key for key in _NEEDED if not isinstance(entry, dict) or key not in entry]
+        if missing:
+            raise ConfigError(f"{path} is no record: entry {i} lacks {', '.join(missing)}")
+    return found
+
+
+def written(record: Sequence[Entry]) -> str:
+    """A record as the text of its file."""
+    return json.dumps({"entries": list(record)}, indent=1, allow_nan=False) + "\n"
+
+
+def filled_in(page: str, folder: Path) -> str:
+    """A page with the tables of all records that it has marks for.
+
+    Args:
+        page: Its text.
+        folder: Where the records are.
+
+    Raises:
+        ConfigError: If there is no such record.
+    """
+
+    def table_of(found: re.Match[str]) -> str:
+        return f"{found[1]}\n{table(read_record(folder / f'{found[2]}.json'))}\n\n{found[3]}"
+
+    return _MARKS.sub(table_of, page)
+
+
+def table(record: Sequence[Entry]) -> str:
+    """A record as a table of Markdown: of the pairs that are held, or of the experiment's headline."""
+    lines = [["nothing was measured yet"], ["---"]]
+    if record:
+        lines = (_pairs if _sizes(record) else _headlines)(record)
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _costs(entry: Entry) -> list[str]:
+    """What an entry cost, and what it was made with."""
+    minutes = "-" if entry["minutes"] is None else f"{entry['minutes']:.1f}"
+    tokens = "-" if entry["tokens"] is None else f"{entry['tokens']:,}"
+    return [f"{entry['step']:,}", tokens, minutes, entry["commit"]]
+
+
+_COSTS = ["steps", "tokens", "minutes", "commit"]
+
+
+def _headlines(record: Sequence[Entry]) -> list[list[str]]:
+    """The headline of each entry: main numbers with their intervals, controls behind them; by name, then by seed."""
+    parts = [
+        headline(Result.from_dict({"name": e["experiment"], "rows": [], "metrics": e["metrics"]}
+                                  | {"metadata": {"headline": e["headline"]}}))
+        for e in record
+    ]  # fmt: skip
+    labels = list(dict.fromkeys(number.label for numbers in parts for number in numbers))
+    lines = [["run", "seed", *labels, "state of a row, bytes", "CPU seconds", *_COSTS]]
+    lines.append(["---"] * len(lines[0]))
+    for entry, numbers in zip(record, parts, strict=True):
+        by_label = {number.label: _cell(number) for number in numbers}
+        cpu = entry.get("cpu_seconds")
+        lines.append(
+            [
+                *(f"`{entry['name']}`", str(entry["seed"])),
+                *(by_label.get(label, "-") for label in labels),
+                *(f"{entry['state_bytes']:,}", "-" if cpu is None else f"{cpu:,.0f}", *_costs(entry)),
+            ]
+        )
+    return lines
+
+
+def _cell(number: Number) -> str:
+    """A number, with its interval unless it is a control."""
+    text = shown(number.value, number.percent)
+    if number.control or math.isnan(number.low):
+        return text
+    ends = (shown(end, number.percent).removesuffix(" %") for end in (number.low, number.high))
+    return f"{text} ({' to '.join(ends)})"
+
+
+def _sizes(record: Sequence[Entry]) -> list[int]:
+    """Numbers of pairs that were told, where experiment=associative_recall was measured with several."""
+    names = {name for entry in record for name in entry["metrics"] if name.startswith("accuracy/on/")}
+    return sorted(int(name.rpartition("/")[2]) for name in names)
+
+
+def _pairs(record: Sequence[Entry]) -> list[list[str]]:
+    """How many pairs are held: most first, of those the fewest bytes."""
+    sizes = _sizes(record)
+    lines = [
+        ["memory", "seed", "state of a row, bytes", "pairs held at 90 %"]
+        + [f"{n} pair{'s' * (n > 1)}" for n in sizes]
+        + ["controls at most", *_COSTS]
+    ]
+    lines.append(["---"] * len(lines[0]))
+    for entry in sorted(record, key=lambda e: (-e["metrics"]["held/on"], e["state_bytes"], e["seed"])):
+        metrics = entry["metrics"]
+        rates = [_rate(metrics, n) if f"accuracy/on/{n}" in metrics else "-" for n in sizes]
+        control = max(metrics.get(f"accuracy/{name}/{n}", 0.0) for n in sizes for name in _CONTROLS)
+        held = f"{int(metrics['held/on'])}{' or more' if metrics['held/on'] == sizes[-1] else ''}"
+        lines.append(
+            [
+                *(f"`{entry['name']}`", str(entry["seed"]), f"{entry['state_bytes']:,}", held),
+                *rates,
+                *(f"{in_percent(control):.1f}", *_costs(entry)),
+            ]
+        )
+    return lines
+
+
+def _rate(metrics: Mapping[str, float], n: int) -> str:
+    """The rate of so many pairs and its interval, in percent."""
+    rate, low, high = (in_percent(metrics[f"{name}/on/{n}"]) for name in ("accuracy", "low", "high"))
+    return f"{rate:.1f} ({low:.1f} to {high:.1f})"

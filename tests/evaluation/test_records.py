@@ -1,0 +1,154 @@
+"""Pages are what records say, and records what runs found."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from memlm.app import results
+from memlm.config import ConfigError
+from memlm.evaluation import records, runs
+from memlm.evaluation.result import Result
+
+ROOT = Path(__file__).parents[2]
+BEGIN, END = "<!-- results/{}.json -->\n", "<!-- end of results -->"
+
+
+def pairs(rate: float) -> Result:
+    metrics: dict[str, float] = {"held/on": 2 if rate >= 0.9 else 0}
+    for n in (1, 2):
+        for condition in ("on", "off", "wiped", "swapped", "unseen"):
+            value = rate if condition == "on" else 0.01 * n
+            numbers = {"accuracy": value, "low": value / 4 + 0.02, "high": value, "n": 7 * n}
+            metrics |= {f"{key}/{condition}/{n}": number for key, number in numbers.items()}
+    return Result("associative_recall", metrics)
+
+
+def loss(value: float) -> Result:
+    def entry(label: str, metric: str, control: bool) -> dict[str, Any]:
+        ends = {"low": None, "high": None} if control else {"low": "low", "high": "high"}
+        return {
+            "label": label,
+            "metric": metric,
+            **ends,
+            "n": "n",
+            "percent": True,
+            "better": "higher",
+            "control": control,
+        }
+
+    metrics = {"saved": value, "low": value - 0.1, "high": float("inf"), "other": 0.01, "n": 12.0}
+    headline = [entry("saved", "saved", False), entry("by another's", "other", True)]
+    return Result("worth", metrics, (), {"headline": headline, "settings": {"split": "test"}})
+
+
+def run(path: Path, memory: str, seed: int, result: Result, name: str | None = None) -> Any:
+    config = {
+        "seed": seed, "memory": {memory: {}} if memory != "none" else {}, "trainer": {"accumulate_grad_batches": 1},
+        "curriculum": {"phases": [{"steps": 10, "n_row": 2, "n_segment": 3}]}, "model": {"segment_len": 4},
+        "name": name,
+    }  # fmt: skip
+    costs = {"n_parameter": 5, "state_bytes": 1234, "tokens_per_second": 2.0, "cpu_seconds": 99.6}
+    trained = SimpleNamespace(config=config, step=10, **costs)
+    return SimpleNamespace(path=path, trained=trained, results={result.name: result})
+
+
+@pytest.fixture
+def found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Any]:
+    """The runs that are found, in a project with a page for each record."""
+    there: list[Any] = []
+    monkeypatch.setattr(runs, "find_runs", lambda paths, trust=None: (there, []))
+    monkeypatch.chdir(tmp_path)
+    Path("docs/deep").mkdir(parents=True)
+    Path("results").mkdir()
+    Path("README.md").write_text("no table here\n")
+    return there
+
+
+def page(name: str) -> Path:
+    path = Path(f"docs/deep/{name}.md")
+    path.write_text(f"before\n\n{BEGIN.format(name)}anything\n{END}\nbehind\n")
+    return path
+
+
+def rows(path: Path) -> list[str]:
+    text = path.read_text()
+    assert text.startswith("before\n\n<!-- results/")
+    assert text.endswith(f"\n\n{END}\nbehind\n")
+    return [line for line in text.splitlines() if line.startswith("| ")]
+
+
+def test_pairs_become_a_record_and_its_table(found: list[Any], tmp_path: Path) -> None:
+    found += [run(tmp_path, *of) for of in (("stm", 0, pairs(0.9)), ("none", 0, pairs(0.02)), ("stm", 1, pairs(1.0)))]
+    path = page("recall")
+    results.main(["recall", "anywhere", "--experiment", "associative_recall", "--commit", "abc"])
+    found[:] = [run(tmp_path, "stm", 0, pairs(0.95))]
+    results.main(["recall", "anywhere", "--commit", "def"])
+    record = json.loads(Path("results/recall.json").read_text())["entries"]
+    known = [(entry["name"], entry["seed"], entry["commit"]) for entry in record]
+    assert known == [("none", 0, "abc"), ("stm", 0, "def"), ("stm", 1, "abc")]
+    assert (record[0]["tokens"], record[0]["minutes"], record[0]["cpu_seconds"]) == (240, 2.0, 99.6)
+    _, _, *lines = rows(path)
+    assert [line.split(" | ")[0] for line in lines] == ["| `stm`", "| `stm`", "| `none`"]
+    assert "| 1,234 | 2 or more | 95.0 (25.8 to 95.0) | 95.0 (25.8 to 95.0) | 2.0 | 10 | 240 | 2.0 | def |" in lines[0]
+
+
+def test_any_experiment_is_shown_by_its_headline_and_controls(found: list[Any], tmp_path: Path) -> None:
+    (tmp_path / "run/.hydra").mkdir(parents=True)
+    (tmp_path / "run/.hydra/overrides.yaml").write_text("- recipe=worth\n- seed=3\n")
+    found += [run(tmp_path / "run", "ltm", 3, loss(0.4)), run(tmp_path, "none", 3, loss(0.0), name="none-512")]
+    path = page("worth")
+    results.main(["worth", "anywhere", "--commit", "abc"])
+    record = json.loads(Path("results/worth.json").read_text())["entries"]
+    assert record[0]["command"] == "python train.py recipe=worth seed=3"
+    assert record[1]["command"] is None
+    assert record[0]["settings"] == {"split": "test"}
+    head, _, first, second = rows(path)
+    assert head.startswith("| run | seed | saved | by another's | state of a row, bytes | CPU seconds |")
+    assert first.startswith("| `ltm` | 3 | 40.0 % (30.0 to inf) | 1.0 % | 1,234 | 100 | 10 | 240 | 2.0 | abc |")
+    assert second.startswith("| `none-512` | 3 | 0.0 %")
+
+
+def test_a_page_that_differs_is_told_and_not_written(found: list[Any], tmp_path: Path) -> None:
+    found.append(run(tmp_path, "ltm", 0, loss(0.4)))
+    path = page("worth")
+    results.main(["worth", "anywhere", "--commit", "abc"])
+    results.main(["--check"])
+    whole = path.read_text()
+    path.write_text(whole.replace("40.0 %", "41.0 %"))
+    with pytest.raises(ConfigError, match=r"docs/deep/worth\.md does not say what results/ says: run memlm results"):
+        results.main(["--check"])
+    assert "41.0 %" in path.read_text()
+    results.main([])
+    assert path.read_text() == whole
+
+
+def test_mistakes_are_told(found: list[Any], tmp_path: Path) -> None:
+    found.append(run(tmp_path, "ltm", 0, loss(0.4)))
+    for arguments, told in (
+        (["worth"], "no run is named"),
+        (["../worth", "run"], "is no name of a record"),
+        (["--check", "worth", "run"], "give it alone"),
+        (["recall", "run"], "has no result of recall; it has: worth"),
+    ):
+        with pytest.raises(ConfigError, match=told):
+            results.main(arguments)
+    page("absent")
+    with pytest.raises(ConfigError, match=r"there is no record results/absent\.json"):
+        results.main([])
+    Path("results/absent.json").write_text('{"entries": [{"name": "a"}]}')
+    with pytest.raises(ConfigError, match="entry 0 lacks seed, commit"):
+        results.main([])
+    mixed = [{"name": "a", "seed": 0, "experiment": "x"}, {"name": "b", "seed": 0, "experiment": "y"}]
+    with pytest.raises(ConfigError, match="of one experiment, and here are x, y"):
+        records.merged(mixed, [])
+    Path("README.md").unlink()
+    with pytest.raises(ConfigError, match="call it where they are"):
+        results.main([])
+
+
+def test_the_pages_of_this_project_say_what_its_records_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    results.main(["--check"])
