@@ -40,6 +40,8 @@ class Decoder:
         self._compiled = compile
         self._step: Callable[..., Tensor] = torch.compile(_step, dynamic=False) if compile else _step
         self._own: bool  # whether states of memories are copies of its own
+        self._n_open: list[int]
+        self._prepared: dict[str, list[Any]]
         self._goes_on = False  # whether the state is no more that of the caller
         self._take(state)
 
@@ -48,7 +50,7 @@ class Decoder:
         ends = [n + 1 == self.model.segment_len for n in self._n_open]
         if not self.by_column or all(ends):
             state, self._prepared = self.state(), {}  # views, beside which nothing would be written in place
-            how = {"read": self.read, "write": self.write, "logits": False, "donate": self._goes_on}
+            how: dict[str, bool] = {"read": self.read, "write": self.write, "logits": False, "donate": self._goes_on}
             out = self.model(ids[:, None], state=state, **how)
             self._goes_on = True
             self._take(out.state)
@@ -87,7 +89,7 @@ class Decoder:
     def _take(self, state: ModelState) -> None:
         """Go on from ``state``."""
         self._memory, self._local, self._own = state.memory, state.local, False
-        self._n_open: list[int] = state.local.n_open.tensor.tolist()
+        self._n_open = state.local.n_open.tensor.tolist()
         if self.by_column:
             self._open = _opened(self.model, state.local)
             self._prepare()
