@@ -73,7 +73,8 @@ class _Writer:
         settings = [f"memory.ltm.n_slot={size}", f"memory.ltm.index={index}"]
         setup = Setup(size_config("default", [*overrides, *settings]), 1, 1, "cpu", "fp32", False, seed)
         self.index, self.size, self.n_token, self.n_vocab = index, size, n_token, setup.n_vocab
-        self.model = ours("ltm", setup).eval()
+        model: Any = ours("ltm", setup)
+        self.model: Any = model.eval()
         if n_token < 2 * self.model.segment_len:
             raise ConfigError(f"n_token must be at least two segments ({2 * self.model.segment_len}), got {n_token}.")
         self.modules = list(self.model.memory["ltm"])
