@@ -277,6 +277,7 @@ class LMCode(SegmentModel):
             for linear in (layer.attention.to_output, layer.feed_forward[3]):
                 nn.init.normal_(linear.weight, std=(2 * self.n_layer * linear.in_features) ** -0.5)
 
-    def enter(self, embeddings: Tensor, columns: slice) -> Tensor:
+    def enter(self, embeddings: Tensor, grid: Grid) -> Tensor:
         """Embeddings, with learned positions if there are any."""
-        return embeddings if self.position_embedding is None else embeddings + self.position_embedding.weight[columns]
+        learned = self.position_embedding
+        return embeddings if learned is None else embeddings + learned.weight[grid.columns]

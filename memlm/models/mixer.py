@@ -140,6 +140,6 @@ class MixerModel(SegmentModel):
                 nn.init.normal_(into.weight, std=into.in_features**-0.5)
                 nn.init.normal_(out.weight, std=(2 * self.n_layer * out.in_features) ** -0.5)
 
-    def enter(self, embeddings: Tensor, columns: slice) -> Tensor:
+    def enter(self, embeddings: Tensor, grid: Grid) -> Tensor:
         """Embeddings, of which some are dropped in training."""
         return self.dropout(embeddings)
