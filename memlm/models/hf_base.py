@@ -117,7 +117,7 @@ def _hash_of_file(path: Path, size: int, changed: int) -> bytes:
 
 
 def load_base(folder: Path, dtype: torch.dtype, trained: bool) -> Any:
-    """A decoder of transformers, in eval mode; without its numbers where tensors have none (the device ``meta``).
+    """A decoder of transformers; without its numbers where tensors have none (the device ``meta``).
 
     Args:
         folder: Where it is.
@@ -131,15 +131,17 @@ def load_base(folder: Path, dtype: torch.dtype, trained: bool) -> Any:
     with _told(folder), _quiet(transformers):
         config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         _check(folder, config, trained)
+        for name, value in vars(config).items():  # what stays as it is has no dropout
+            if not trained and isinstance(value, float) and name.endswith(("dropout", "pdrop", "dropout_prob")):
+                setattr(config, name, 0.0)
         if torch.get_default_device().type == "meta":
-            causal = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
-            return causal.eval()
+            return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
         causal, about = transformers.AutoModelForCausalLM.from_pretrained(
             folder, config=config, dtype=dtype, local_files_only=True, trust_remote_code=False, output_loading_info=True
         )
     if missing := sorted(about["missing_keys"]):
         raise ConfigError(f"model.path: {one_line(folder)} lacks weights: {', '.join(missing[:3])}")
-    return causal.eval()
+    return causal
 
 
 def _check(folder: Path, config: Any, trained: bool) -> None:

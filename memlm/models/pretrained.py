@@ -106,7 +106,8 @@ class Pretrained(SegmentModel):
                 f"are more than the {most} places that the base knows: set model.segment_len to at most "
                 f"{max(most - n_again, 0)}"
             )
-        known = _known(causal)
+        known = _known(causal.eval())
+        causal.train()
         if lora is not None:
             hf_base.add_lora(causal, lora)
         attention = "sdpa" if config._attn_implementation == "sdpa" else "eager"
@@ -135,7 +136,6 @@ class Pretrained(SegmentModel):
         self._check_widths()
         self.register_state_dict_post_hook(_without_base)
         self.register_load_state_dict_pre_hook(_with_base)
-        self.train(self.training)
 
     # --- the base ----------------------------------------------------------------------------------------------------
 
@@ -164,20 +164,12 @@ class Pretrained(SegmentModel):
         """See `LanguageModel.head_weight`."""
         return self.base.causal.get_output_embeddings().weight
 
-    def train(self, mode: bool = True) -> Pretrained:
-        """Training mode; a base that is frozen has no dropout."""
-        super().train(mode)
-        if self.freeze and hasattr(self, "base"):
-            for part in [self.base, *self.layers]:
-                part.eval()
-        return self
-
     def held_back(self) -> dict[str, Tensor]:
         """Weights of the base that are not trained, by name: they are no part of a checkpoint."""
         if not self.freeze:
             return {}
-        parts = [*self.named_parameters(), *self.named_buffers()]
-        return {name: part for name, part in parts if _is_base(name) and "lora_" not in name}
+        parts = self.base.state_dict(prefix="base.") | self.layers.state_dict(prefix="layers.")
+        return {name: part for name, part in parts.items() if "lora_" not in name}
 
     def _check(self, ids: Tensor, expected: Tensor) -> None:
         """Refuse a base whose logits come out otherwise when its layers are called one by one."""
@@ -283,10 +275,6 @@ def _known(causal: Any) -> tuple[Tensor, Tensor] | None:
     ids = torch.arange(1, 15).view(2, 7) * 37 % causal.config.vocab_size
     with torch.no_grad():
         return ids, causal(input_ids=ids, use_cache=False).logits.float()
-
-
-def _is_base(name: str) -> bool:
-    return name.startswith("base.") or ".base." in name
 
 
 def _without_base(module: Any, state_dict: dict[str, Any], prefix: str, about: Any) -> None:

@@ -74,17 +74,32 @@ def test_one_segment_is_the_base_bit_for_bit(family: str, folder: Callable[[str]
     assert torch.equal(model(ids).logits, base(ids).logits)
 
 
-READ = [name for name in laws.names() if name not in ("none",)]
+def nonzero_gates(model: SegmentModel) -> None:
+    for gate in model.gates.values():  # type: ignore[operator, union-attr]
+        gate.data.fill_(0.5)
 
 
-@pytest.mark.parametrize("name", READ)
+@pytest.mark.parametrize("name", ["ltm", "stm", "delta", "auto", "imm", "memoria", "lm2", "hierarchy", "adaptive"])
 @torch.no_grad()
-def test_an_untrained_memory_leaves_the_base_as_it_is(name: str, folder: Callable[[str], Path]) -> None:
-    """Memories that read beside the stream whatever they hold, those that give attention more keys while empty."""
-    base, ids = bases.loaded(folder("llama")), text(2, 4 * T)
-    make = make_of(folder("llama"), name)
-    model = make(perturb=False)
-    assert torch.equal(model(ids, read=False).logits, model(ids).logits)
+def test_reads_begin_at_zero(name: str, folder: Callable[[str], Path]) -> None:
+    """Whatever an untrained memory holds, logits are those of the base, bit for bit; and not once it is let in."""
+    model, ids = make_of(folder("llama"), name)(perturb=False), text(2, 5 * T)
+    bare = Pretrained(40, {}, path=str(folder("llama")), segment_len=T, overlap=OVERLAP).eval()
+    for n_open in (0, 5):
+        state = laws.filled(model, n_row=2, n_open=n_open)
+        start = bare(laws.text(2, 7 * T + n_open, seed=9)).state
+        assert torch.equal(model(ids, state=state).logits, bare(ids, state=start).logits)
+    nonzero_gates(model)
+    assert not torch.allclose(model(ids, state=state).logits, bare(ids, state=start).logits)
+
+
+@pytest.mark.parametrize("name", ["cache", "camelot", "compressive"])
+@torch.no_grad()
+def test_more_keys_change_nothing_while_there_are_none(name: str, folder: Callable[[str], Path]) -> None:
+    model, ids = make_of(folder("llama"), name)(perturb=False), text(2, 4 * T)
+    bare = Pretrained(40, {}, path=str(folder("llama")), segment_len=T, overlap=OVERLAP).eval()
+    torch.testing.assert_close(model(ids[:, :T]).logits, bare(ids[:, :T]).logits, atol=1e-5, rtol=1e-4)
+    assert not torch.allclose(model(ids).logits, bare(ids).logits, atol=1e-3)
 
 
 # --- the laws --------------------------------------------------------------------------------------------------------
