@@ -490,6 +490,6 @@ def _alike(a: Tensor, b: Tensor) -> bool:
 
 
 def again_seen(continues: Tensor, n_begin: int, n_again: int) -> Tensor:
-    """Which tokens that segments take in again may be seen, (B, S, F): the beginning always, the overlap in a context."""
+    """Which tokens that segments take in again may be seen, (B, S, F): the overlap only where a context goes on."""
     begins = torch.arange(n_again, device=continues.device) < n_begin
     return continues[..., None] | begins

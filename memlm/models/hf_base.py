@@ -41,7 +41,9 @@ def folder_of(path: str | None, revision: str | None = None) -> Path:
     folder = Path(os.path.expanduser(path))
     if not folder.is_dir():
         if folder.is_absolute() or path[:1] in ".~" or folder.exists() or not _HUB_NAME.fullmatch(path):
-            raise ConfigError(f"model.path: there is no folder {one_line(path)}: give that of a model, with config.json")
+            raise ConfigError(
+                f"model.path: there is no folder {one_line(path)}: give that of a model, with config.json"
+            )
         folder = _cached(path, revision)
     elif revision is not None and folder.name != revision:
         raise ConfigError(f"model.revision is of models of the hub, and {one_line(path)} is a folder: leave it null")
@@ -89,8 +91,8 @@ def check_hash(folder: Path, sha256: str | None) -> None:
     """
     if sha256 is not None and (found := hash_of(folder)) != sha256:
         raise ConfigError(
-            f"model.sha256: the weights in {one_line(folder)} have the hash {found[:12]}..., not {sha256[:12]}...: they "
-            "are of another base, with which this memory was not trained; give model.path of that one"
+            f"model.sha256: the weights in {one_line(folder)} have the hash {found[:12]}..., not {sha256[:12]}...: "
+            "they are of another base, with which this memory was not trained; give model.path of that one"
         )
 
 

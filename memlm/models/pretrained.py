@@ -107,7 +107,6 @@ class Pretrained(SegmentModel):
                 f"{max(most - n_again, 0)}"
             )
         known = _known(causal.eval())
-        causal.train()
         if lora is not None:
             hf_base.add_lora(causal, lora)
         attention = "sdpa" if config._attn_implementation == "sdpa" else "eager"
@@ -128,6 +127,7 @@ class Pretrained(SegmentModel):
             raise ConfigError(
                 f"model.path: memory cannot be attached to {config.model_type} in {path}: {error}"
             ) from error
+        self.train()
         for name, parameter in self.named_parameters():
             parameter.requires_grad_(not freeze or "lora_" in name)
         self.attach(memories)
@@ -244,7 +244,7 @@ class Pretrained(SegmentModel):
             ids: Those of the lookback and of the grid.
             seen: Which of them are seen, (B, S, F).
         """
-        n_row, n_segment, n_again = seen.shape
+        n_row, n_segment = seen.shape[:2]
         start = torch.tensor(self.begin, dtype=torch.long, device=ids.device)
         again = start.expand(n_row, n_segment, -1)
         if self.overlap:

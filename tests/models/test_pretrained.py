@@ -1,6 +1,9 @@
 """Pretrained decoders with memory: against the bare base, the laws, checkpoints, errors."""
 
 import functools
+import json
+import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +13,9 @@ import torch
 from torch import Tensor
 
 from memlm import laws
+from memlm.config import ConfigError
+from memlm.memory.ltm import LongTermMemory
+from memlm.models import hf_base
 from memlm.models.segments import SegmentModel
 from tests.laws import test_laws
 from tests.models import bases
@@ -104,11 +110,172 @@ def test_more_keys_change_nothing_while_there_are_none(name: str, folder: Callab
 
 # --- the laws --------------------------------------------------------------------------------------------------------
 
-NAMES = ["none", "ltm", "stm", "cache", "delta"]
-LAWS = [law for law in [*test_laws.LAWS, laws.closed_once]]
+LAWS = [*test_laws.LAWS, laws.closed_once]
+OTHER = [laws.alive, laws.causal, laws.chunk_invariant, laws.generates_as_parallel]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ["ltm", "stm", "cache", "delta"])
 @pytest.mark.parametrize("law", LAWS)
 def test_laws_hold(law: Callable[[laws.Make], None], name: str, folder: Callable[[str], Path]) -> None:
-    law(make_of(folder("llama"), name))
+    make = make_of(folder("llama"), name)
+    if law is not laws.inspectable or laws.has_slots(name):
+        law(make)
+
+
+@pytest.mark.parametrize("law", [law for law in LAWS if law not in (laws.alive, laws.reach, laws.inspectable)])
+def test_laws_hold_without_memory(law: Callable[[laws.Make], None], folder: Callable[[str], Path]) -> None:
+    law(make_of(folder("llama"), "none"))
+
+
+@pytest.mark.parametrize("name", ["ltm", "cache", "rmt", "knn"])
+@pytest.mark.parametrize("family", [family for family in bases.FAMILIES if family != "llama"])
+def test_laws_hold_in_other_families(family: str, name: str, folder: Callable[[str], Path]) -> None:
+    for law in OTHER:
+        law(make_of(folder(family), name))
+
+
+# --- what is trained, and what is kept -------------------------------------------------------------------------------
+
+MEMORY = {"ltm": functools.partial(LongTermMemory, n_slot=20, d_key=8)}
+
+
+def model_of(path: Path, memories: dict[str, Any] | None = None, **settings: Any) -> Pretrained:
+    torch.manual_seed(0)
+    return Pretrained(40, memories or {}, path=str(path), segment_len=T, overlap=OVERLAP, **settings)
+
+
+def trained(model: Pretrained) -> set[str]:
+    return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def test_what_is_trained(folder: Callable[[str], Path]) -> None:
+    path = folder("llama")
+    assert all(name.startswith(("memory.", "gates.")) for name in trained(model_of(path, MEMORY)))
+    everything = model_of(path, MEMORY, freeze=False)
+    assert trained(everything) == {name for name, _ in everything.named_parameters()}
+    pytest.importorskip("peft")
+    adapted = trained(model_of(path, MEMORY, lora={"r": 2})) - trained(model_of(path, MEMORY))
+    assert adapted
+    assert all("lora_" in name for name in adapted)
+
+
+@pytest.mark.parametrize("settings", [{}, {"lora": {"r": 2}}, {"freeze": False}])
+def test_a_checkpoint_holds_what_was_trained(settings: dict[str, Any], folder: Callable[[str], Path]) -> None:
+    if "lora" in settings:
+        pytest.importorskip("peft")
+    model, ids = model_of(folder("llama"), MEMORY, **settings), text(2, 4 * T)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn(parameter.shape))
+    weights = {name: part.clone() for name, part in model.state_dict().items()}
+    of_base = [name for name in weights if name.startswith(("base.", "layers.")) and "lora_" not in name]
+    assert bool(of_base) == ("freeze" in settings)
+    other = model_of(folder("llama"), MEMORY, **settings)
+    other.load_state_dict(weights)
+    with torch.no_grad():
+        assert torch.equal(model.eval()(ids).logits, other.eval()(ids).logits)
+
+
+def test_lora_begins_as_the_base(folder: Callable[[str], Path]) -> None:
+    pytest.importorskip("peft")
+    ids = text(2, 2 * T)
+    with torch.no_grad():
+        adapted, bare = (model_of(folder("llama"), lora=lora).eval() for lora in ({"r": 2}, None))
+        assert torch.equal(adapted(ids).logits, bare(ids).logits)
+
+
+def test_a_base_in_bfloat16_has_memories_in_float32(folder: Callable[[str], Path]) -> None:
+    model, ids = model_of(folder("llama"), MEMORY, dtype="bfloat16"), text(2, 4 * T)
+    out = model(ids)
+    assert out.logits.dtype == model.embedding.weight.dtype == torch.bfloat16
+    assert {part.dtype for part in model.memory.parameters()} == {torch.float32}
+    nonzero_gates(model)
+    model(ids).logits.float().square().mean().backward()
+    assert all(
+        p.grad is not None and p.grad.isfinite().all() for n, p in model.named_parameters() if n in ("gates.ltm",)
+    )
+    assert all(parameter.grad is None for name, parameter in model.named_parameters() if name.startswith("base."))
+
+
+def test_a_run_keeps_which_base_it_was(folder: Callable[[str], Path], tmp_path: Path) -> None:
+    path = folder("llama")
+    settings = Pretrained.settled({"path": str(path), "freeze": True})
+    assert settings == {"path": str(path), "freeze": True, "revision": None, "sha256": hf_base.hash_of(path)}
+    other = bases.make_base("llama", tmp_path, num_hidden_layers=2)
+    with pytest.raises(ConfigError, match=r"they are of another base, with which this memory was not trained"):
+        model_of(other, sha256=settings["sha256"])
+    with pytest.raises(ConfigError, match=r"another base"):
+        Pretrained.settled({"path": str(other), "sha256": settings["sha256"]})
+
+
+# --- errors ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"path": None}, "model.path is missing"),
+        ({"path": "/nowhere/at/all"}, "model.path: there is no folder /nowhere/at/all"),
+        ({"path": "some/model-of-nobody"}, "neither a folder nor a model in the cache of the hub: fetch it with 'hf"),
+        ({"revision": "main"}, "model.revision is of models of the hub"),
+        ({"lora": {"r": 2}, "freeze": False}, "model.lora stands beside weights that are frozen"),
+        ({"lora": {"rank": 2}}, "model.lora: peft refuses"),
+        ({"dtype": "int8"}, "model.dtype must be one of float32, bfloat16, got 'int8'"),
+        ({"segment_len": 61}, "more than the 64 places that the base knows: set model.segment_len to at most 60"),
+        ({"memory_layers": [3]}, "different layers of 0..2"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(
+    settings: dict[str, Any], message: str, folder: Callable[[str], Path]
+) -> None:
+    fine = {"path": str(folder("llama")), "segment_len": T, "overlap": OVERLAP}
+    with pytest.raises(ValueError, match=message):
+        Pretrained(40, {}, **(fine | settings))  # type: ignore[arg-type]
+
+
+def test_another_tokenizer_is_refused(folder: Callable[[str], Path]) -> None:
+    with pytest.raises(ValueError, match=r"the tokenizer has 41 ids, and the base knows 40: it is another tokenizer"):
+        Pretrained(41, {}, path=str(folder("llama")))
+
+
+def test_a_folder_that_is_no_decoder_is_refused(tmp_path: Path, folder: Callable[[str], Path]) -> None:
+    with pytest.raises(ConfigError, match=r"is no model of Hugging Face: it has no config.json"):
+        model_of(tmp_path)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    encoder = transformers.BertModel(transformers.BertConfig(vocab_size=40, **sizes))
+    encoder.save_pretrained(tmp_path / "bert")
+    with pytest.raises(ConfigError, match=r"is a BertModel, no decoder that predicts the next token"):
+        model_of(tmp_path / "bert")
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ConfigError, match=r"has no weights|cannot be read as a model"):
+        model_of(tmp_path)
+
+
+def test_a_quantised_base_is_not_trained(tmp_path: Path, folder: Callable[[str], Path]) -> None:
+    shutil.copytree(folder("llama"), tmp_path / "base")
+    config = json.loads((tmp_path / "base" / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_8bit": True}
+    (tmp_path / "base" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ConfigError, match=r"are quantised, so they cannot be trained: leave model.freeze true"):
+        model_of(tmp_path / "base", freeze=False)
+
+
+@pytest.mark.parametrize(("package", "settings"), [("transformers", {}), ("peft", {"lora": {"r": 2}})])
+def test_a_missing_extra_is_told(
+    package: str, settings: dict[str, Any], folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = folder("llama")
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ConfigError, match=rf"needs {package}: pip install 'memlm\[pretrained\]'"):
+        model_of(path, **settings)
+
+
+def test_a_head_that_is_not_linear_is_refused(tmp_path: Path) -> None:
+    config = transformers.Gemma2Config(
+        vocab_size=40, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
+        intermediate_size=48, final_logit_softcapping=0.5,
+    )  # fmt: skip
+    transformers.Gemma2ForCausalLM(config).save_pretrained(tmp_path / "gemma2")
+    with pytest.raises(ConfigError, match=r"memory cannot be attached to gemma2 in .*: its logits are more than"):
+        model_of(tmp_path / "gemma2")
