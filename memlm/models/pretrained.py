@@ -24,9 +24,10 @@ from memlm.config import ConfigError
 from memlm.data.tokenizer import Tokenizer
 from memlm.memory.contract import Memory
 from memlm.models import hf_base
-from memlm.models.decoder import ATTENTION, Before, DecoderLayer, Keys, Shell, again_seen, layers_of, register
+from memlm.models.decoder import ATTENTION, Before, DecoderLayer, Keys, again_seen, register
 from memlm.models.grid import Grid
 from memlm.models.segments import SegmentModel
+from memlm.models.shell import Shell, layers_of
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
