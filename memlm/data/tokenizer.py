@@ -120,7 +120,7 @@ class Tokenizer:
         """
         texts = [_SURROGATE.sub("\ufffd", text) for text in texts]
         if self._adds_space:
-            texts = [text.removeprefix(" ") for text in texts]
+            texts = [text[1:] if text[:1] == " " and not text[1:2].isspace() else text for text in texts]
         pieces = [list(_pieces(text)) if self._cuttable else [text] for text in texts]
         flat = [piece for row in pieces for piece in row]
         with _refused("this tokenizer cannot encode the text ({}): use one that has a token for what it does not know"):
