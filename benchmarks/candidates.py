@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
@@ -17,26 +18,39 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 
+_SEED = ["recipe=lmcode_seed", "~memory.stm"]  # the recipe is for dual
+
 # Overrides of configs/train.yaml that make a size.
-SIZES: dict[str, list[str]] = {"seed": ["recipe=lmcode_seed", "~memory.stm"], "default": []}  # the recipe is for dual
+SIZES: dict[str, list[str]] = {
+    "seed": _SEED,
+    "default": [],
+    "124m": [*_SEED, "model.n_layer=12", "model.n_head=12", "model.d_model=768", "model.segment_len=1024"],
+}
 
 
 # What a candidate's speed is given as a share of.
-PEERS: dict[str, list[str]] = {"gpt2": [], "none": ["gpt2"], "ltm": ["none", "gpt2"]}
+PEERS: dict[str, list[str]] = {
+    "gpt2": [],
+    "nanogpt": [],
+    "none": ["gpt2", "nanogpt"],
+    **{name: ["none", "gpt2", "nanogpt"] for name in ("ltm", "delta", "titans")},
+}
 
 
-GPT2 = Peer("transformers", "GPT-2 needs the library transformers", "GPT-2 out with candidates=[none,ltm]")
+GPT2 = Peer("transformers", "GPT-2 needs the library transformers", "GPT-2 out with candidates=[nanogpt,none,ltm]")
 
 
 _CLIP = 1.0  # largest norm of the gradient
 
 
-def size_config(size: str, overrides: Sequence[str]) -> dict[str, Any]:
-    """The composed configuration of a size, with long-term memory."""
+def size_config(size: str, overrides: Sequence[str], memories: Sequence[str] = ()) -> dict[str, Any]:
+    """The composed configuration of a size, with long-term memory and other ``memories``, of which one is built."""
     for override in overrides:
         if override.partition("=")[0] in ("recipe", "memory", "model"):
             raise ConfigError(f"overrides changes {override!r}, which sizes and candidates decide: leave it out.")
     config = to_dict(compose([*SIZES[size], "memory=ltm", *overrides]))
+    for name in memories:
+        config["memory"] |= {} if name == "ltm" else to_dict(compose([f"memory={name}"]))["memory"]
     for part in ("model", "training", "memory"):
         validate(config[part], key=part)
     return config
@@ -97,7 +111,7 @@ class Candidate:
 
     Attributes:
         model: The model.
-        state: What is carried to the next step; None if nothing is (GPT-2, or before the first step).
+        state: What is carried to the next step; None if nothing is (a GPT, or before the first step).
         last: Output of the last step.
         n_seen: Tokens that went into the last step.
     """
@@ -110,7 +124,8 @@ class Candidate:
 
         self.name, self.setup = name, setup
         torch.manual_seed(setup.seed)
-        self.model: Any = (_gpt2(setup) if name == "gpt2" else _ours(name, setup)).to(setup.device).train()
+        make = {"gpt2": _gpt2, "nanogpt": _nanogpt}.get(name, partial(ours, name))
+        self.model: Any = make(setup).to(setup.device).train()
         self.state: Any = None
         self.last: Any = None
         self.n_seen = 0
@@ -133,15 +148,17 @@ class Candidate:
 
         self.optimizer.zero_grad(set_to_none=True)
         with torch.autocast(text.device.type, dtype=torch.bfloat16, enabled=self.setup.precision == "bf16"):
-            loss = self._peer_loss(text) if self.name == "gpt2" else self._loss(text)
+            loss = self._peer_loss(text) if self.name in ("gpt2", "nanogpt") else self._loss(text)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), _CLIP)
         self.optimizer.step()
         return loss.detach()
 
     def _peer_loss(self, text: Tensor) -> Tensor:
-        ids = text[:, :-1].reshape(-1, self.setup.segment_len)  # (B * S, T)
+        ids, targets = (part.reshape(-1, self.setup.segment_len) for part in (text[:, :-1], text[:, 1:]))  # (B * S, T)
         self.n_seen = ids.numel()
+        if self.name == "nanogpt":
+            return self._call(ids, targets)
         return self._call(input_ids=ids, labels=ids, use_cache=False).loss
 
     def _loss(self, text: Tensor) -> Tensor:
@@ -193,11 +210,21 @@ def _gpt2(setup: Setup) -> nn.Module:
     return model
 
 
-def _ours(name: str, setup: Setup) -> nn.Module:
-    """Our model without memory, or with those of the configuration."""
+def _nanogpt(setup: Setup) -> nn.Module:
+    """The small GPT in the same shape."""
+    from benchmarks.nanogpt import NanoGPT
+
+    shape = setup.config["model"]
+    d_ff = shape["d_ff"] or 4 * shape["d_model"]
+    return NanoGPT(setup.n_vocab, shape["n_layer"], shape["n_head"], shape["d_model"], d_ff, setup.segment_len)
+
+
+def ours(name: str, setup: Setup) -> nn.Module:
+    """Our model without memory, or with the one of that name, else all of the configuration."""
     from memlm.assemble import build_model
 
-    memory = {} if name == "none" else setup.config["memory"]
+    memory = setup.config["memory"]
+    memory = {} if name == "none" else {name: memory[name]} if name in memory else memory
     tokenizer: Any = SimpleNamespace(vocab_size=setup.n_vocab)  # only its size is asked for
     config = setup.config | {"memory": memory, "seed": setup.seed}
     return build_model(config, tokenizer)

@@ -1,4 +1,4 @@
-"""Tokens per second of whole training steps: GPT-2 of transformers, and our model without and with a full memory.
+"""Tokens per second of whole training steps: two GPTs, and our model without and with a full memory.
 
 Shapes: B rows, S segments, T tokens per segment, N = S * T, V vocabulary.
 """
@@ -31,8 +31,8 @@ _MEMORY_STEPS = 2  # the second step also holds the optimizer's moments and a ca
 
 
 def run(
-    sizes: list[Literal["seed", "default"]],
-    candidates: list[Literal["gpt2", "none", "ltm"]],
+    sizes: list[Literal["seed", "default", "124m"]],
+    candidates: list[Literal["gpt2", "nanogpt", "none", "ltm", "delta", "titans"]],
     overrides: list[str],
     n_row: int,
     n_segment: int,
@@ -57,7 +57,8 @@ def run(
     given = {"n_row": n_row, "n_segment": n_segment, "warmup": warmup, "rounds": rounds, "steps": steps}
     check_least({**given, "threads": threads}, {"n_segment": 2})
     check_names(sizes=sizes, candidates=candidates)
-    configs = {size: size_config(size, overrides) for size in sizes}
+    memories = [name for name in candidates if name in ("ltm", "delta", "titans")]
+    configs = {size: size_config(size, overrides, memories) for size in sizes}
     if "gpt2" in candidates:
         peer_library(GPT2)
     import torch
@@ -216,7 +217,7 @@ def report(result: Result) -> str:
 
     metadata, metrics = result.metadata, result.metrics
     settings = metadata["settings"]
-    peers = [peer for peer in ("gpt2", "none") if any(f"/vs_{peer}" in key for key in metrics)]
+    peers = [peer for peer in ("gpt2", "nanogpt", "none") if any(f"/vs_{peer}" in key for key in metrics)]
     columns = ["candidate", "parameters", "tokens/s", "quartiles", *(f"vs {peer}" for peer in peers), "peak MiB"]
     texts = []
     for size, shape in metadata["shapes"].items():

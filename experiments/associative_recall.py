@@ -155,7 +155,7 @@ def run(
         "power_a": task.power_a,
         "segment_len": model.segment_len,
         "memories": list(model.memory.keys()),
-        "headline": _headline(metrics, cfg.n_pairs),
+        "headline": entries(metrics, cfg.n_pairs),
     }
     return Result("associative_recall", metrics, tuple(rows), metadata)
 
@@ -189,7 +189,7 @@ def _read(model: LanguageModel, documents: Sequence[Recall], never: Sequence[np.
     rows: list[Row] = []
     for start in range(0, len(own[0]), segment_len):
         if start:
-            state = model.new_context(state)
+            state = model.new_context(state, donate=True)
         asked = any(((d.place >= start) & (d.place < start + segment_len)).any() for d in documents)
         ids = _ids(own, start, segment_len, device)
         for condition in texts if asked else ():
@@ -198,7 +198,7 @@ def _read(model: LanguageModel, documents: Sequence[Recall], never: Sequence[np.
             out = model(shown, state=memory, read=condition != "off", write=False)
             told = before if condition == "swapped" else numbers
             rows += _answers(condition, out.logits, [(i, documents[i]) for i in told], start, segment_len)
-        out = model(ids, state=state, logits=asked)
+        out = model(ids, state=state, logits=asked, donate=True)
         state = out.state
         if asked:
             rows += _answers("on", out.logits, [(i, documents[i]) for i in numbers], start, segment_len)
@@ -311,14 +311,19 @@ def _rate(rows: Sequence[Row]) -> tuple[float, float, float]:
     return (k / len(rows), *wilson(k, len(rows)))
 
 
-def _headline(metrics: Mapping[str, float], n_pairs: Sequence[int]) -> list[dict[str, Any]]:
-    """How many pairs are held; the largest number of pairs with its controls, then the others."""
+def entries(metrics: Mapping[str, float], n_pairs: Sequence[int]) -> list[dict[str, Any]]:
+    """The headline: how many pairs are held; the largest number of pairs with its controls, then the others.
+
+    Args:
+        metrics: What `summarise` returns.
+        n_pairs: Numbers of pairs, ascending.
+    """
     last = n_pairs[-1]
     lines = [(f"{last} pairs, {label}", f"/{name}", name != "on") for name, label in LABELS.items()]
     lines.insert(1, (f"{last} pairs, pair in the same segment", "_inside/on", False))
     lines += [(f"{n} pair{'s' * (n > 1)}, memory on", f"/on/{n}", False) for n in n_pairs[:-1]]
     none = dict.fromkeys(("low", "high", "n"))
-    entries = [
+    found: list[dict[str, Any]] = [
         {"label": label, "metric": metric, "percent": False, "better": better, "control": False} | none
         for label, metric, better in (
             (f"pairs held at {100 * THRESHOLD:.0f} % ({last:,}: or more)", "held/on", "higher"),
@@ -327,18 +332,18 @@ def _headline(metrics: Mapping[str, float], n_pairs: Sequence[int]) -> list[dict
             ("pairs held per KB of state", "pairs_per_kb/on", "higher"),
         )
     ]
-    entries += [
+    found += [
         {"label": label, "metric": f"accuracy{name}", "low": f"low{name}", "high": f"high{name}", "n": f"n{name}",
          "percent": True, "better": "higher", "control": control}
         for label, name, control in lines
         if f"accuracy{name}" in metrics
     ]  # fmt: skip
     for name, label in {"chance": "a guess among all values", "chance_told": "a guess among the values told"}.items():
-        entries.append(
+        found.append(
             {"label": label, "metric": name, "low": None, "high": None, "n": None, "percent": True, "better": "higher",
              "control": True}
         )  # fmt: skip
-    return entries
+    return found
 
 
 def plot(result: Result) -> dict[str, Figure]:

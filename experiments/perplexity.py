@@ -24,7 +24,7 @@ from memlm.data.stream import Batch, ValidationBatches
 from memlm.evaluation.result import Result, Row, check_settings, evaluating
 from memlm.evaluation.share import ALONE, Share
 from memlm.models.base import LanguageModel
-from memlm.statistics import mean_interval
+from memlm.statistics import ratio_interval
 from memlm.training.loss import token_nll
 
 if TYPE_CHECKING:
@@ -166,6 +166,7 @@ def _measure(
                 read=condition != "off",
                 write=condition != "off",
                 logits=False,
+                donate=True,
             )
             state = out.state
             nll = token_nll(model, out.hidden, targets.flatten(1).to(device)).double().view(targets.shape)
@@ -212,19 +213,6 @@ def summarise(rows: Sequence[Row]) -> dict[str, float]:
         metrics |= {f"difference/on-{name}": mean, f"difference_low/on-{name}": mean - half}
         metrics |= {f"difference_high/on-{name}": mean + half}
     return metrics
-
-
-def ratio_interval(weights: Sequence[float], values: Sequence[float]) -> tuple[float, float]:
-    """Weighted mean and half the width of its 95 % interval.
-
-    A weighted mean is a ratio of two sums. Linearised (the usual standard error of a ratio estimator) it is the plain
-    mean of the numbers below, each of which belongs to one document.
-    """
-    total = math.fsum(weights)
-    mean = math.fsum(w * v for w, v in zip(weights, values, strict=True)) / total
-    return mean, mean_interval(
-        mean + len(weights) * w * (v - mean) / total for w, v in zip(weights, values, strict=True)
-    )[1]
 
 
 def plot(result: Result) -> dict[str, Figure]:

@@ -157,8 +157,8 @@ def _read(model: LanguageModel, texts: Sequence[np.ndarray]) -> Any:
     ids = torch.from_numpy(np.stack(texts)).to(device)
     state = None
     for part in ids.split(_WINDOW * model.segment_len, dim=1):
-        state = model.absorb(part, state)
-    return model.new_context(state)
+        state = model.absorb(part, state, donate=True)
+    return model.new_context(state, donate=True)
 
 
 def _question(model: LanguageModel, task: Task, state: Any, documents: Sequence[Symbols], numbers: range) -> list[Row]:

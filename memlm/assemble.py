@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import reprlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -61,13 +61,13 @@ def settled(config: dict[str, Any]) -> dict[str, Any]:
     return config if kind is None else config | {"model": kind.settled(config["model"])}
 
 
-def _model_class(config: dict[str, Any]) -> type[LanguageModel] | None:
+def _model_class(config: Mapping[str, Any]) -> type[LanguageModel] | None:
     """The class of ``config["model"]``; None if a function makes the model."""
     thing = target_of(config["model"], "model")
     return thing if isinstance(thing, type) and issubclass(thing, LanguageModel) else None
 
 
-def build_corpus(config: dict[str, Any]) -> Corpus:
+def build_corpus(config: Mapping[str, Any]) -> Corpus:
     """The text of ``config["data"]``."""
     node = config["data"]["corpus"]
     if not isinstance(node, dict) or "_target_" not in node:
@@ -77,7 +77,7 @@ def build_corpus(config: dict[str, Any]) -> Corpus:
     return instantiate(node, "data.corpus")
 
 
-def build_tokenizer(config: dict[str, Any], corpus: Corpus | None = None) -> Tokenizer:
+def build_tokenizer(config: Mapping[str, Any], corpus: Corpus | None = None) -> Tokenizer:
     """The tokenizer of ``config["data"]``, loaded from the cache or trained on ``corpus`` (by default its text).
 
     A model that comes with one of its own has that.
@@ -108,7 +108,7 @@ def build_tokenizer(config: dict[str, Any], corpus: Corpus | None = None) -> Tok
 
 
 def build_data(
-    config: dict[str, Any], tokenizer: Tokenizer, corpus: Corpus | None = None, trained_on: str | None = None
+    config: Mapping[str, Any], tokenizer: Tokenizer, corpus: Corpus | None = None, trained_on: str | None = None
 ) -> TextData:
     """Batches of ``corpus`` (by default the chosen text), encoded with ``tokenizer``; see `TextData`."""
     from memlm.data.datamodule import TextData
@@ -125,7 +125,7 @@ def build_data(
     )
 
 
-def build_model(config: dict[str, Any], tokenizer: Tokenizer) -> LanguageModel:
+def build_model(config: Mapping[str, Any], tokenizer: Tokenizer) -> LanguageModel:
     """The model with its memories; initial values depend on ``config["seed"]`` alone.
 
     With ``config["n_parameter"]`` the width of the feed-forward is what gives the whole about so many parameters.
@@ -146,11 +146,11 @@ def build_model(config: dict[str, Any], tokenizer: Tokenizer) -> LanguageModel:
 
     wanted = config.get("n_parameter")
     model = make() if wanted is None else make(d_ff=_width(settings, wanted, make))
-    model.tokenizer, model.config = tokenizer, config
+    model.tokenizer, model.config = tokenizer, dict(config)
     return model
 
 
-def check_saved(config: dict[str, Any], trust: Sequence[str] | str | None = None, *, data: bool = False) -> None:
+def check_saved(config: Mapping[str, Any], trust: Sequence[str] | str | None = None, *, data: bool = False) -> None:
     """Check the configuration of a saved model, before anything that it names is imported.
 
     The settings of a command line may name whatever their user likes. Those that come with a file may name subclasses
@@ -206,7 +206,7 @@ def _targets(value: Any, key: str) -> Iterator[str]:
         yield from _targets(part, f"{key}.{name}")
 
 
-def check_model(config: dict[str, Any]) -> None:
+def check_model(config: Mapping[str, Any]) -> None:
     """Build the model and its memories without their numbers, for what their constructors refuse, and for their size.
 
     The vocabulary of the text is not known yet, so the smallest stands for it.
@@ -225,7 +225,7 @@ def check_model(config: dict[str, Any]) -> None:
     def needs(**more: Any) -> _Needs:
         try:
             with torch.device("meta"):
-                return _Needs.of(build_model(config | {"model": config["model"] | more}, tokenizer), config)
+                return _Needs.of(build_model({**config, "model": config["model"] | more}, tokenizer), config)
         except (RuntimeError, OverflowError) as error:  # torch, of sizes beyond 64 bits
             raise ConfigError(f"the sizes of the model are beyond what can be counted: {_sizes(config)}") from error
 
@@ -250,7 +250,7 @@ class _Needs(NamedTuple):
     activations: int
 
     @classmethod
-    def of(cls, model: LanguageModel, config: dict[str, Any]) -> _Needs:
+    def of(cls, model: LanguageModel, config: Mapping[str, Any]) -> _Needs:
         """Those of a model on the meta device, which is the default device here."""
         trainer = config.get("trainer", {})
         here = trainer.get("accelerator") == "cpu" or not torch.cuda.is_available()
@@ -266,7 +266,7 @@ class _Needs(NamedTuple):
         return cls(weights * (4 if phases else 1) + fixed, banks, n_token * width * 4)
 
 
-def _check_room(needs: _Needs, config: dict[str, Any]) -> None:
+def _check_room(needs: _Needs, config: Mapping[str, Any]) -> None:
     """Refuse what cannot fit."""
     there = available_memory()
     if there is not None and sum(needs) > there:
@@ -277,7 +277,7 @@ def _check_room(needs: _Needs, config: dict[str, Any]) -> None:
         )
 
 
-def _sizes(config: dict[str, Any]) -> str:
+def _sizes(config: Mapping[str, Any]) -> str:
     """The settings that the size of a run depends on, with their values."""
     found = {f"model.{name}": config["model"].get(name) for name in ("d_model", "n_layer", "d_ff", "segment_len")}
     found |= {"n_parameter": config.get("n_parameter")}
@@ -313,6 +313,6 @@ def _memory(name: str, node: dict[str, Any]) -> Callable[..., Any]:
     return make
 
 
-def _cache(config: dict[str, Any]) -> Path:
+def _cache(config: Mapping[str, Any]) -> Path:
     path = config.get("paths", {}).get("cache_dir")
     return Path(path) if path else cache_dir()

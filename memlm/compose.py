@@ -14,7 +14,10 @@ from typing import Any
 
 import hydra
 import yaml
+from hydra._internal.hydra import Hydra
+from hydra._internal.utils import create_config_search_path  # what --config-dir is made of, which has no public home
 from hydra.core.config_loader import ConfigLoader
+from hydra.core.config_search_path import SearchPathQuery
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -127,8 +130,9 @@ def compose(
         ConfigError: an unknown option or setting, a malformed override, or a required setting without a value.
     """
     schema = SCHEMAS.get(config_name) if directory is None else None
-    with session(directory) as loader:
-        config = compose_with(loader, [nothing(line) for line in overrides], config_name, searchpath, schema)
+    with session(directory, searchpath) as loader:
+        whole = compose_with(loader, [nothing(line) for line in overrides], config_name, schema)
+    config = without_hydra(whole)
     check_missing(config)
     if schema is not None:
         check_settings(to_dict(config), schema)
@@ -136,8 +140,8 @@ def compose(
 
 
 @contextmanager
-def session(directory: str | Path | None) -> Iterator[ConfigLoader]:
-    """Set up Hydra on a config tree and put back whatever was set up before."""
+def session(directory: str | Path | None, searchpath: Sequence[str | Path] = ()) -> Iterator[ConfigLoader]:
+    """Set up Hydra on a config tree, and further ones as by `--config-dir`, and put back whatever was set up before."""
     path = Path(directory or config_dir()).resolve()
     if not path.is_dir():
         raise ConfigError(f"There is no config directory {str(path)!r}.")
@@ -147,6 +151,11 @@ def session(directory: str | Path | None) -> Iterator[ConfigLoader]:
     bound_files()
     try:
         with hydra.initialize_config_dir(str(path), job_name=job_name, version_base="1.3"):
+            search = create_config_search_path(str(path))
+            for place in searchpath:
+                search.prepend("command-line", f"file://{Path(place).resolve()}", SearchPathQuery(provider="schema"))
+            GlobalHydra.instance().clear()
+            Hydra.create_main_hydra2(job_name, search)
             yield GlobalHydra.instance().config_loader()
     finally:
         GlobalHydra.instance().hydra = outer
@@ -156,10 +165,9 @@ def compose_with(
     loader: ConfigLoader,
     overrides: list[str],
     config_name: str,
-    searchpath: Sequence[str | Path],
     schema: type | None = None,
 ) -> DictConfig:
-    """Compose within a `session`; every override names what exists, or says with + that it adds."""
+    """Compose within a `session`, Hydra's own settings included; every override names what exists, or adds with +."""
     parsed = parse_overrides(overrides, loader)
     for override in parsed:
         if override.is_sweep_override():
@@ -168,17 +176,16 @@ def compose_with(
                 f"{override.input_line!r} gives several values: add -m to run one job for each, "
                 f"or write a list as '{key}=[{value}]'."
             )
-    path = [f"file://{Path(p).resolve()}" for p in searchpath]
-    extra = [f"hydra.searchpath=[{','.join(path)}]"] if path else []
-    if path and any(o.key_or_group == "hydra.searchpath" for o in parsed):
-        raise ConfigError("Give either --config-dir or hydra.searchpath, not both.")
+    extra = [
+        line for override, line in zip(parsed, overrides, strict=True) if override.key_or_group == "hydra.searchpath"
+    ]
     if config_name not in (names := options_of(loader, "", extra, None)):
         raise ConfigError(f"There is no config {config_name!r}.{did_you_mean(config_name, names)} {_listing(names)}")
 
     groups = functools.cache(lambda: _groups(loader, config_name, extra))  # which takes a while
     settings: list[Override] = []
     choices: list[str] = []
-    base = list(extra)
+    base: list[str] = []
     for override, line in zip(parsed, overrides, strict=True):
         if override.is_hydra_override():
             base.append(line)
@@ -192,12 +199,7 @@ def compose_with(
         else:
             settings.append(override)
     try:
-        # First only what decides which settings there are, so that each of the others can be looked up.
-        if settings:
-            chosen = _hydra_compose(config_name, base)
-            for override in settings:
-                _check_key(chosen, override, groups)
-        whole = _hydra_compose(config_name, extra + overrides, return_hydra_config=True)
+        whole = _composed(config_name, overrides, base, settings, groups)
     except ConfigError as error:
         for group in choices:
             if group not in groups():
@@ -205,9 +207,7 @@ def compose_with(
                     f"{group} is no choice of {config_name}, which has {', '.join(groups())}. See --help."
                 ) from error
         raise
-    config = whole.copy()
-    with open_dict(config):
-        config.pop("hydra", None)
+    config = without_hydra(whole)
     if schema is not None:
         measures = issubclass(schema, Train | Evaluate)
         experiments = options_of(loader, "experiment", extra, config_name) if measures else []
@@ -218,7 +218,41 @@ def compose_with(
                     f"{override.key_or_group} has no effect, as {name} is not measured: choose experiment={name}."
                 )
         refuse_unknown(config, schema, referred_keys(whole, schema), experiments)
+    return whole
+
+
+def without_hydra(whole: DictConfig) -> DictConfig:
+    """A composed config without Hydra's own settings."""
+    config = whole.copy()
+    with open_dict(config):
+        config.pop("hydra", None)
     return config
+
+
+def _composed(
+    config_name: str, overrides: list[str], base: list[str], settings: list[Override], groups: Callable[[], list[str]]
+) -> DictConfig:
+    """Compose; where that fails, say which of the settings is to blame.
+
+    Args:
+        config_name: the primary config.
+        overrides: all overrides.
+        base: those of them that decide which settings there are.
+        settings: the others.
+        groups: names the groups of which the config chooses an option.
+    """
+    failed: ConfigError | None = None
+    try:
+        whole = _hydra_compose(config_name, overrides, return_hydra_config=True)
+    except ConfigError as error:
+        failed = error
+    if settings and (failed or any(override.value() == {} for override in settings)):
+        chosen = _hydra_compose(config_name, base)
+        for override in settings:
+            _check_key(chosen, override, groups)
+    if failed:
+        raise failed
+    return whole
 
 
 def _hydra_compose(config_name: str, overrides: list[str], **more: Any) -> DictConfig:

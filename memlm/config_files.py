@@ -7,6 +7,7 @@ any machine holds, and Hydra fills them all in. Such a file is refused before.
 from __future__ import annotations
 
 import os
+import pickle
 from typing import Any
 
 import yaml
@@ -21,6 +22,9 @@ from memlm.saved import check_size
 _MOST_VALUES = 10_000  # of a file with aliases; a config has some hundreds
 
 
+_READ: dict[tuple[Any, ...], bytes] = {}
+
+
 class FileConfigSource(file_config_source.FileConfigSource):
     """Directories of config files.
 
@@ -28,15 +32,20 @@ class FileConfigSource(file_config_source.FileConfigSource):
     """
 
     def load_config(self, config_path: str) -> ConfigResult:
-        """Read a file.
+        """Read a file, or take what was read of it before if it is unchanged: a config is made of dozens of files.
 
         Raises:
             ConfigError: If it stands for too many values, or is nested too deeply.
         """
         path = os.path.join(self.path, self._normalize_file_name(config_path))
-        if os.path.exists(path):
+        if not os.path.exists(path):
+            return super().load_config(config_path)  # which tells
+        file = os.stat(path)
+        key = (self.path, self.provider, path, file.st_mtime_ns, file.st_size, file.st_ino)
+        if key not in _READ:
             _check_aliases(path)
-        return super().load_config(config_path)
+            _READ[key] = pickle.dumps(super().load_config(config_path))
+        return pickle.loads(_READ[key])  # Hydra changes what it gets; a copy by pickle is the quickest
 
 
 def bound_files() -> None:

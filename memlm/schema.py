@@ -12,6 +12,7 @@ from memlm.annotations import Node, Range
 
 Seed = Annotated[int, Range(0, 2**31 - 1)]
 Count = Annotated[int, Range(1)]
+Id = Annotated[int, Range(0, 10**8)]
 
 
 class Paths:
@@ -116,6 +117,12 @@ class Generate:
     temperature: Annotated[float, Range(0, 1000)]
     top_k: Count | None
     top_p: Annotated[float, Range(0, 1)] | None
+    do_sample: bool
+    repetition_penalty: Annotated[float, Range(0, 1000)]
+    num_return_sequences: Annotated[int, Range(1, 10**6)]
+    eos_token_id: list[Id] | Id | None
+    stop_strings: list[str] | str | None
+    compile: bool
     seed: Seed
     device: str
 

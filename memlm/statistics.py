@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -38,6 +38,26 @@ def mean_interval(values: Iterable[float]) -> tuple[float, float]:
     deviation = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / df)
     quantile = _T95[df - 1] if df <= len(_T95) else 1.96
     return mean, quantile * deviation / math.sqrt(len(values))
+
+
+def ratio_interval(weights: Sequence[float] | np.ndarray, values: Sequence[float] | np.ndarray) -> tuple[float, float]:
+    """Weighted mean and half the width of its 95 % interval.
+
+    A weighted mean is a ratio of two sums. Linearised (the usual standard error of a ratio estimator) it is the plain
+    mean of the numbers below, each of which belongs to one item.
+
+    Args:
+        weights: Of each item, such as the tokens of a document.
+        values: One per item.
+
+    Returns:
+        The mean and the half-width, NaN for a single item.
+    """
+    total = math.fsum(weights)
+    mean = math.fsum(w * v for w, v in zip(weights, values, strict=True)) / total
+    return mean, mean_interval(
+        mean + len(weights) * w * (v - mean) / total for w, v in zip(weights, values, strict=True)
+    )[1]
 
 
 def wilson(k: float, n: int, z: float = 1.959963984540054) -> tuple[float, float]:

@@ -5,6 +5,8 @@ Shapes: B rows, M entries of a row, K of them that are taken; L queries, D width
 
 from __future__ import annotations
 
+import mmap
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -21,6 +23,65 @@ class Host(NamedTuple):
     """
 
     tensor: Tensor
+
+
+_GROUP = 64  # numbers whose least is ranked before they are
+_MAPPED = 2**20  # bytes from which zeros are mapped
+
+# Tells how many tensors and others share a storage. Torch counts for its own use; without it all count as shared.
+_users_of: Callable[[int], int] | None = getattr(torch._C, "_storage_Use_Count", None)
+
+
+def _n_user(tensor: Tensor) -> int:
+    return 0 if _users_of is None else _users_of(tensor.untyped_storage()._cdata)
+
+
+_ALONE = _n_user(torch.empty(1))
+
+
+def is_alone(tensor: Tensor) -> bool:
+    """Whether a tensor may be changed in place: no other shares its numbers, and no gradient goes through it."""
+    if tensor.requires_grad or not tensor.is_contiguous() or _ALONE == 0:
+        return False
+    if tensor.is_inference() and not torch.is_inference_mode_enabled():
+        return False
+    return _n_user(tensor) == _ALONE
+
+
+def copied(tensor: Tensor) -> Tensor:
+    """A copy without gradients, to be changed in place. What is zero everywhere takes no memory before it is."""
+    n_byte = tensor.numel() * tensor.element_size()
+    if n_byte >= _MAPPED and not any(tensor.stride()) and tensor.is_cpu and not bool(tensor.flatten()[0]):
+        zeros = mmap.mmap(-1, n_byte, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        return torch.frombuffer(zeros, dtype=tensor.dtype).resize_(tensor.shape)
+    return tensor.detach().clone(memory_format=torch.contiguous_format)
+
+
+def owned(tensor: Tensor, given: bool) -> Tensor:
+    """``tensor``, to be changed in place: itself if it was ``given`` away and is alone, else a copy."""
+    return tensor if given and is_alone(tensor) else copied(tensor)
+
+
+def least(number: Tensor, n: int) -> Tensor:
+    """Indices (B, n) of the ``n`` least of ``number`` (B, M), in 32 bits, least first; of equal ones the first.
+
+    The least ``n`` lie in the ``n`` groups with the least minima, so that few are ranked.
+    """
+    n_group = number.shape[1] // _GROUP
+    place = torch.arange(number.shape[1], device=number.device)
+    if n_group < 4 * n:
+        return _ranked(number, place).topk(n, dim=1, largest=False).indices
+    minima = number[:, : n_group * _GROUP].unflatten(1, (n_group, _GROUP)).amin(dim=2)
+    chosen = _ranked(minima, place[:n_group]).topk(n, dim=1, largest=False).indices  # (B, n)
+    index = (chosen[..., None] * _GROUP + place[:_GROUP]).flatten(1)
+    index = torch.cat([index, place[n_group * _GROUP :].expand(len(number), -1)], dim=1)
+    return index.gather(1, _ranked(number.gather(1, index), index).topk(n, dim=1, largest=False).indices)
+
+
+def _ranked(number: Tensor, place: Tensor) -> Tensor:
+    """Whole numbers, all different, in the order of ``number`` (B, M), of equal ones in that of ``place``."""
+    bits = number.view(torch.int32)
+    return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).long() * 2**32 + place
 
 
 def take(part: Tensor, index: Tensor) -> Tensor:

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from memlm.config import ConfigError
-from memlm.evaluation.headline import in_percent
 from memlm.files import atomic_file
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
@@ -80,6 +79,8 @@ def merged(record: Sequence[Mapping[str, Any]], new: Sequence[Mapping[str, Any]]
 
 def table(record: Sequence[Mapping[str, Any]]) -> str:
     """The record as a table of Markdown: most pairs held first, of those the fewest bytes."""
+    from memlm.evaluation.headline import in_percent
+
     sizes = sorted({int(n) for entry in record for n in entry["rates"]})
     heads = [
         "memory",
@@ -108,6 +109,8 @@ def table(record: Sequence[Mapping[str, Any]]) -> str:
 
 def _rate(rate: float, low: float, high: float) -> str:
     """A rate and its interval in percent."""
+    from memlm.evaluation.headline import in_percent
+
     return f"{in_percent(rate):.1f} ({in_percent(low):.1f} to {in_percent(high):.1f})"
 
 
@@ -134,7 +137,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    from memlm import threads
     from memlm.app.errors import mistakes_told
 
     with mistakes_told():
+        threads.wait_passively()
         main()

@@ -27,7 +27,7 @@ from memlm.config import ConfigError
 from memlm.quoting import quoted
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from memlm.evaluation.result import Result
 
@@ -247,7 +247,7 @@ def _differing(one: Any, other: Any, name: str) -> Iterator[str]:
 
 
 @cli("survival")
-def main(config: dict[str, Any]) -> None:
+def main(config: Mapping[str, Any]) -> None:
     """Kill, resume, compare, report."""
     from memlm.evaluation.emit import emit
     from memlm.evaluation.table import table

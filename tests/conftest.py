@@ -6,6 +6,7 @@ import tempfile
 # Spinning threads of several workers on few cores make a suite many times slower.
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["MKL_NUM_THREADS"] = "1"
+os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 # No test touches the network, opens a window or talks to a W&B server.
 os.environ["WANDB_MODE"] = "offline"

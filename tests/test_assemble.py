@@ -112,10 +112,15 @@ def test_models_of_equal_size(tmp_path: Path, memory: str, model_name: str) -> N
     assert sum(parameter.numel() for parameter in model.parameters()) == pytest.approx(40_000, abs=16)  # half a unit
     twin = untrained(model)
     assert [v.shape for v in twin.state_dict().values()] == [v.shape for v in model.state_dict().values()]
+
+
+@pytest.mark.parametrize("model_name", ["lmcode", "lstm", "mixer"])
+def test_a_size_that_cannot_be_is_refused(tmp_path: Path, model_name: str) -> None:
+    small = [*SMALL, f"data.path={write_text(tmp_path)}", f"model={model_name}", "memory=stm"]
     with pytest.raises(ConfigError, match=r"n_parameter must be at least [\d,]+ with this model and memory, got 100"):
-        memlm.build(*small, f"memory={memory}", "n_parameter=100")
+        memlm.build(*small, "n_parameter=100")
     with pytest.raises(ConfigError, match=r"d_ff, which is set to 32"):
-        memlm.build(*small, f"memory={memory}", "n_parameter=40000", "model.d_ff=32")
+        memlm.build(*small, "n_parameter=40000", "model.d_ff=32")
 
 
 def test_the_text_is_read_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

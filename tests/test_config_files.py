@@ -1,4 +1,4 @@
-"""Files of a user in which a few lines stand for very much."""
+"""Config files: those of a user in which a few lines stand for very much, and those that change."""
 
 from pathlib import Path
 
@@ -42,3 +42,12 @@ def test_what_stands_for_too_much_is_refused(tmp_path: Path, body: str, told: st
 def test_aliases_are_filled_in(tmp_path: Path) -> None:
     more = write(tmp_path, "model:\n  d_model: &width 32\n  d_ff: *width\n")
     assert compose(["recipe=mine"], searchpath=[more]).model.d_ff == 32
+
+
+def test_a_file_that_changed_is_read_again(tmp_path: Path) -> None:
+    (tmp_path / "main.yaml").write_text("a: 1\nb: [1]\n")
+    first = compose([], "main", directory=tmp_path)
+    first.b.append(2)  # what one is given is its own
+    assert compose([], "main", directory=tmp_path) == {"a": 1, "b": [1]}
+    (tmp_path / "main.yaml").write_text("a: 2\nb: [1]\n")
+    assert compose([], "main", directory=tmp_path).a == 2

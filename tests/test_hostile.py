@@ -55,7 +55,7 @@ def test_what_came_of_a_case_is_told() -> None:
         assert good == str(expected in ("right", "sentence"))
 
 
-@pytest.mark.parametrize(("part", "most"), [("trust: load_run: ", 30), ("memfile:", 20)])
+@pytest.mark.parametrize(("part", "most"), [("trust: load_run: ", 12), ("memfile:", 8)])
 def test_some_cases_are_answered_as_they_should_be(part: str, most: int) -> None:
     table = run("-m", "tests.hostile", "files", part, "--sample", str(most), "--jobs", "2")
     tried, right, sentence, *wrong = map(int, re.findall(r"\d+", table.splitlines()[-1]))

@@ -22,6 +22,7 @@ FLOORS = [
         "memlm.schema",
         "memlm.statistics",
         "memlm.tensors",
+        "memlm.threads",
         "memlm.version",
     },
     {"memlm.data", "memlm.retrieval", "memlm.compose", "memlm.config_files", "memlm.known"},

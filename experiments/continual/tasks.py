@@ -93,7 +93,7 @@ def measure(model: LanguageModel, batches: Sequence[Any], read: bool = True) -> 
                 for name, flag in (("reset", batch.reset), ("breaks", batch.breaks), ("mask", batch.mask))
             }
             state = None if batch.fresh else state
-            out = model(batch.ids.to(device), state=state, read=read, logits=False, **flags)
+            out = model(batch.ids.to(device), state=state, read=read, logits=False, donate=True, **flags)
             state = out.state
             asked = (batch.answer if bool(batch.answer.any()) else batch.weight > 0).to(device)
             logits, target = model.head(out.hidden[asked]), batch.targets.to(device)[asked]

@@ -180,7 +180,7 @@ def slot_usage(model: LanguageModel, data: TextData, n_window: int = 4) -> dict[
     for step in range(min(n_window, len(batches))):
         batch = batches[step]
         move = [None if part is None else part.to(device) for part in (batch.reset, batch.mask)]
-        out = model(batch.ids.to(device), state=state, reset=move[0], mask=move[1], logits=False)
+        out = model(batch.ids.to(device), state=state, reset=move[0], mask=move[1], logits=False, donate=True)
         state = out.state
         for label, weights in read_weights(model, out.reads, state).items():
             read[label] = read.get(label, 0) + weights.sum(dim=0)

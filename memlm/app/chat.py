@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from memlm.app.cli import cli
@@ -28,7 +28,7 @@ def lines() -> Iterator[str]:
 
 
 @cli("chat")
-def main(config: dict[str, Any]) -> None:
+def main(config: Mapping[str, Any]) -> None:
     """Answer line after line."""
     from memlm.checkpoint import load, place
     from memlm.store.conversation import HELP, Conversation
@@ -38,7 +38,7 @@ def main(config: dict[str, Any]) -> None:
     print(HELP)
     try:
         for line in lines():
-            reply = conversation.respond(line)
+            reply = conversation.respond(line, lambda piece: print(printable(piece), end="", flush=True))
             if reply is None:
                 break
             print(printable(reply), flush=True)

@@ -15,16 +15,20 @@ import os
 import shlex
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import hydra
+from hydra._internal.callbacks import Callbacks  # those that a config names, which have no public home
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.utils import JobRuntime, configure_log, run_job
 from hydra.experimental.callback import Callback
-from omegaconf import DictConfig
+from hydra.types import HydraContext, RunMode
+from omegaconf import DictConfig, open_dict, read_write
 
+from memlm import threads
 from memlm.app.command_line import check_command_line
 from memlm.app.errors import (
     STOPPED,
@@ -37,7 +41,7 @@ from memlm.app.errors import (
     report,
     wants_traceback,
 )
-from memlm.compose import config_dir, run_dir, to_dict
+from memlm.compose import config_dir, run_dir, session, to_dict
 from memlm.config_files import bound_files
 from memlm.files import ERROR
 from memlm.output import open_streams, output_lost
@@ -47,14 +51,14 @@ from memlm.training.stopping import OUT_OF_TIME, UNREAD
 
 def cli(
     config_name: str,
-    check: Callable[[dict[str, Any]], None] | None = None,
+    check: Callable[[Mapping[str, Any]], None] | None = None,
     *,
     directory: str | Path | None = None,
-) -> Callable[[Callable[[dict[str, Any]], Any]], Any]:
+) -> Callable[[Callable[[Mapping[str, Any]], Any]], Any]:
     """Make a function of a config the main function of a script.
 
         @cli("train")
-        def main(config: dict[str, Any]) -> float | None: ...
+        def main(config: Mapping[str, Any]) -> float | None: ...
 
         if __name__ == "__main__":
             main()
@@ -63,7 +67,8 @@ def cli(
     exit code 2; `MEMLM_TRACEBACK=1` (or Hydra's `HYDRA_FULL_ERROR=1`) shows the traceback instead. Of a sweep the
     other jobs still run; the failed ones are reported when they fail, and listed at the end. A run that leaves
     nothing leaves no directory. The function gets the config as plain dicts and lists, every reference resolved.
-    Called with a config, composed or plain, `main(cfg)` is the bare function.
+    Called with a config, composed or plain, `main(cfg)` is the bare function; a command line gets the threads that
+    `memlm.threads` chooses.
 
     Args:
         config_name: the primary config.
@@ -71,10 +76,15 @@ def cli(
         directory: the config tree; the shipped one by default.
     """
 
-    def decorate(function: Callable[[dict[str, Any]], Any]) -> Callable[..., Any]:
+    def decorate(function: Callable[[Mapping[str, Any]], Any]) -> Callable[..., Any]:
         @functools.wraps(function)
         def plainly(cfg: Any) -> Any:
             return function(to_dict(cfg))
+
+        @functools.wraps(function)
+        def command(cfg: DictConfig) -> Any:
+            threads.take()
+            return plainly(cfg)
 
         @functools.wraps(function)
         def job(cfg: DictConfig) -> Any:
@@ -84,7 +94,7 @@ def cli(
             try:
                 if is_sweep():
                     (Path(run_dir()) / ERROR).unlink(missing_ok=True)
-                return plainly(cfg)
+                return command(cfg)
             except Exception as error:
                 if isinstance(error, OSError) and output_lost():
                     raise SystemExit(UNREAD) from error
@@ -112,19 +122,26 @@ def cli(
         def main(cfg: DictConfig | dict[str, Any] | None = None) -> Any:
             if cfg is not None:
                 return plainly(cfg)
+            threads.wait_passively()
             open_streams()
             bound_files()
             sys.argv[1:] = quote_texts([nothing(argument) for argument in sys.argv[1:]])
             path = str(Path(directory or config_dir()).resolve())
-            run = hydra.main(version_base="1.3", config_path=path, config_name=config_name)
+
+            def run(task: Callable[[DictConfig], Any]) -> None:
+                JobRuntime.instance().set("name", _name_of(function))
+                composed = check_command_line(sys.argv[1:], config_name, directory=directory, check=check)
+                if composed is None:
+                    hydra.main(version_base="1.3", config_path=path, config_name=config_name)(task)()
+                else:
+                    _run_composed(composed, task, path, config_name)
+
             if wants_traceback():
                 os.environ["HYDRA_FULL_ERROR"] = "1"
-                check_command_line(sys.argv[1:], config_name, directory=directory, check=check)
-                return run(plainly)()
+                return run(command)
             try:
-                check_command_line(sys.argv[1:], config_name, directory=directory, check=check)
                 with _quiet_hydra():
-                    run(job)()
+                    run(job)
                 if output_lost():
                     raise SystemExit(UNREAD)
             except (KeyboardInterrupt, SystemExit) as stop:
@@ -137,6 +154,26 @@ def cli(
         return main
 
     return decorate
+
+
+def _name_of(function: Callable[..., Any]) -> str:
+    """What Hydra calls the job of a script's function."""
+    module = function.__module__.rpartition(".")[2]
+    return Path(function.__code__.co_filename).stem if module == "__main__" else module
+
+
+def _run_composed(config: DictConfig, task: Callable[[DictConfig], Any], directory: str, config_name: str) -> None:
+    """Run a job as `hydra.main` does, on a config that is composed already."""
+    with session(directory) as loader:
+        with read_write(config), open_dict(config):
+            config.hydra.mode = RunMode.RUN
+        configure_log(config.hydra.hydra_logging, config.hydra.verbose)
+        callbacks = Callbacks(config)
+        callbacks.on_run_start(config=config, config_name=config_name)
+        context = HydraContext(config_loader=loader, callbacks=callbacks)
+        done = run_job(task, config, job_dir_key="hydra.run.dir", job_subdir_key=None, hydra_context=context)
+        callbacks.on_run_end(config=config, config_name=config_name, job_return=done)
+        _ = done.return_value  # raises what the job has raised
 
 
 def _remove_if_bare(run: Path, ended: bool) -> None:

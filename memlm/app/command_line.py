@@ -6,7 +6,7 @@ import difflib
 import math
 import os
 import sys
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,8 @@ from hydra._internal.utils import get_args_parser  # the flags of a Hydra comman
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
 from hydra.errors import MissingConfigException
+from hydra.types import RunMode
+from omegaconf import DictConfig
 
 from memlm.compose import (
     brief,
@@ -26,6 +28,7 @@ from memlm.compose import (
     parse_overrides,
     session,
     to_dict,
+    without_hydra,
 )
 from memlm.config import (
     INJECTED,
@@ -43,8 +46,8 @@ def check_command_line(
     *,
     directory: str | Path | None = None,
     injected: Collection[str] = INJECTED,
-    check: Callable[[dict[str, Any]], None] | None = None,
-) -> None:
+    check: Callable[[Mapping[str, Any]], None] | None = None,
+) -> DictConfig | None:
     """Check a command line before Hydra acts on it.
 
     Of a sweep every choice of every swept setting is checked, with the other settings at their first choice: a typing
@@ -57,6 +60,10 @@ def check_command_line(
         injected: see `memlm.config.validate`.
         check: what else a config, plain dicts, is put before.
 
+    Returns:
+        The config of a single run, Hydra's own settings included, which is thereby composed for good. None for what
+        Hydra has to compose itself: the jobs of a sweep, and what is only to be looked at.
+
     Raises:
         ConfigError: what `compose`, `validate` and `check` raise.
     """
@@ -64,12 +71,12 @@ def check_command_line(
     # A newer Hydra may know further flags: they are its own business.
     flags, rest = get_args_parser().parse_known_intermixed_args(list(argv))
     if flags.help or flags.hydra_help or flags.shell_completion or flags.experimental_rerun or flags.info:
-        return
+        return None
     if unknown := [a for a in rest if a.startswith("-")]:
         raise _no_option(unknown[0])
     if flags.config_path is not None:
         if not os.path.isabs(flags.config_path):
-            return  # relative to the script, which only Hydra knows
+            return None  # relative to the script, which only Hydra knows
         directory = flags.config_path
     searchpath = [flags.config_dir] if flags.config_dir else []
     if searchpath and not Path(flags.config_dir).is_dir():
@@ -77,7 +84,7 @@ def check_command_line(
     schema = SCHEMAS.get(config_name) if directory is None else None
     config_name = flags.config_name or config_name
 
-    with session(directory) as loader:
+    with session(directory, searchpath) as loader:
         parsed = parse_overrides(flags.overrides, loader)
         multirun = flags.multirun or any(
             o.key_or_group == "hydra.mode" and str(o.value()).upper().endswith("MULTIRUN") for o in parsed
@@ -87,7 +94,8 @@ def check_command_line(
             if override.key_or_group == "hydra/launcher":
                 _check_launcher(loader, config_name, override)
         for overrides in _jobs(parsed) if multirun else [list(flags.overrides)]:
-            config = compose_with(loader, overrides, config_name, searchpath, schema)
+            whole = compose_with(loader, overrides, config_name, schema)
+            config = without_hydra(whole)
             if flags.cfg:  # to be looked at, complete or not
                 continue
             check_missing(config)
@@ -97,6 +105,8 @@ def check_command_line(
             validate(plain, injected=injected, skip=slow_parts(plain) - touched)
             if check is not None:
                 check(plain)
+    swept = multirun or whole.hydra.mode is RunMode.MULTIRUN
+    return None if swept or flags.cfg or flags.resolve or flags.package else whole
 
 
 def _check_options(argv: Sequence[str]) -> None:

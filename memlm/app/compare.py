@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 
+from memlm import threads
 from memlm.app.errors import mistakes_told
 from memlm.config import ConfigError
 from memlm.saved import TRUST
@@ -45,6 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def start() -> None:
     """What the command line runs."""
     with mistakes_told():
+        threads.wait_passively()
         main()
 
 

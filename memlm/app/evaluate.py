@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from memlm import threads
 from memlm.app.cli import cli
 from memlm.compose import config_dir, run_dir
 from memlm.config import ConfigError, did_you_mean
@@ -51,7 +53,7 @@ def changes(change: Any, model: LanguageModel) -> dict[str, Any]:
 
 
 @cli("evaluate")
-def main(config: dict[str, Any]) -> None:
+def main(config: Mapping[str, Any]) -> None:
     """Run the chosen experiments, write their results and print the summary; several processes do it together."""
     from memlm.checkpoint import find, load_run, place
     from memlm.evaluation import runner
@@ -80,6 +82,7 @@ def main(config: dict[str, Any]) -> None:
                 runner.run_all(model, data, experiments, directory)
             return
         print(printable(f"{checkpoint}: measured by {', '.join(experiments)} into {directory}"))
+        print(threads.told())
         if is_shared(model):
             print(SHARED)
         with memory_settings(model, changed):

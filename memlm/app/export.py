@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from memlm.app.cli import cli
 
 
 @cli("export")
-def main(config: dict[str, Any]) -> None:
+def main(config: Mapping[str, Any]) -> None:
     """Write the files and name them."""
     from memlm.checkpoint import export, load
 

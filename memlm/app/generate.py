@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 from memlm.app.cli import cli
@@ -49,12 +50,17 @@ def _read(file: str | None, where: str) -> str:
 
 
 @cli("generate")
-def main(settings: dict[str, Any]) -> str:
-    """Print the prompt and what the model makes of it; returns both."""
+def main(settings: Mapping[str, Any]) -> str:
+    """Print the prompt and what the model makes of it, as it comes; returns both.
+
+    Of several continuations each is printed when all have ended.
+    """
     prompt = read_prompt(settings["prompt"], settings["prompt_file"])
     import torch
 
     from memlm.checkpoint import load, place
+    from memlm.data.growing import GrowingText
+    from memlm.models.sampling import Ends, Sampling
 
     model: Any = load(settings["checkpoint"], trust=settings["trust"])
     place(model, settings["device"])
@@ -62,15 +68,30 @@ def main(settings: dict[str, Any]) -> str:
     if not ids:
         raise ConfigError(f"the tokenizer of the model makes nothing of prompt={prompt!r}: give other text.")
     torch.manual_seed(settings["seed"])
-    tokens = model.generate(
-        torch.tensor([ids], device=next(model.parameters()).device),
-        settings["max_new_tokens"],
-        temperature=settings["temperature"],
-        top_k=settings["top_k"],
-        top_p=settings["top_p"],
-    )
-    text = model.tokenizer.decode(tokens[0].tolist())
-    print(printable(text) if sys.stdout.isatty() else text)
+    how = Sampling(**{name: settings[name] for name in Sampling._fields if name in settings})
+    given = torch.tensor([ids], device=next(model.parameters()).device)
+    steps = model.stream(given, how, compile=settings["compile"])
+    if how.num_return_sequences == 1:
+        growing = GrowingText(model.tokenizer)
+        pieces = [_show(growing.add(ids))]
+        pieces += [_show(growing.add(tokens.tolist())) for tokens in steps]
+        pieces.append(_show(growing.end()))
+        print()
+        return "".join(pieces)
+    new = list(steps)
+    ends = Ends(how, model.tokenizer, given.device)
+    texts = []
+    for row in torch.stack(new, dim=1) if new else given.new_empty(how.num_return_sequences, 0):
+        n = next((n for n in range(1, len(row) + 1) if ends and ends.ended(row[None, :n])), len(row))
+        texts.append(model.tokenizer.decode(ids + row[:n].tolist()))
+    text = _show("\n---\n".join(texts))
+    print()
+    return text
+
+
+def _show(text: str) -> str:
+    """Print a piece of text; returns it."""
+    print(printable(text) if sys.stdout.isatty() else text, end="", flush=True)
     return text
 
 

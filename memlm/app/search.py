@@ -143,7 +143,7 @@ def open_study(directory: Path, settings: Mapping[str, Any], about: Mapping[str,
     return study
 
 
-def check(config: dict[str, Any]) -> None:
+def check(config: Mapping[str, Any]) -> None:
     """Refuse wrong settings of the search, and of the trials what `train.py` refuses."""
     if importlib.util.find_spec("optuna") is None:
         raise ConfigError(
@@ -157,7 +157,7 @@ def check(config: dict[str, Any]) -> None:
     train.check(config)
 
 
-def _check_metric(metric: str, config: dict[str, Any]) -> None:
+def _check_metric(metric: str, config: Mapping[str, Any]) -> None:
     """Refuse a number of an experiment that no trial would run."""
     from memlm.evaluation import runner
 
@@ -172,7 +172,7 @@ def _check_metric(metric: str, config: dict[str, Any]) -> None:
 
 
 @cli("search", check)
-def main(config: dict[str, Any]) -> None:
+def main(config: Mapping[str, Any]) -> None:
     """Run trials until there are enough, and show them."""
     from optuna.trial import TrialState
 

@@ -5,8 +5,10 @@ python train.py model=lmcode memory=ltm
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from memlm import threads
 from memlm.app.cli import cli
 from memlm.config import validate
 from memlm.printed import printable
@@ -15,7 +17,7 @@ if TYPE_CHECKING:
     from memlm.training.stopping import Answer
 
 
-def check(config: dict[str, Any]) -> None:
+def check(config: Mapping[str, Any]) -> None:
     """Refuse what can be told to be wrong without a look at text, files or devices."""
     from memlm.assemble import check_model
     from memlm.evaluation import runner
@@ -30,7 +32,7 @@ def check(config: dict[str, Any]) -> None:
 
 
 @cli("train", check)
-def main(config: dict[str, Any]) -> float | None:
+def main(config: Mapping[str, Any]) -> float | None:
     """Compose, validate, build, fit, report.
 
     Returns:
@@ -42,7 +44,7 @@ def main(config: dict[str, Any]) -> float | None:
         return _train(config, answer)
 
 
-def _train(config: dict[str, Any], answer: Answer) -> float | None:
+def _train(config: Mapping[str, Any], answer: Answer) -> float | None:
     from pathlib import Path
 
     from memlm.assemble import build_corpus, build_data, build_model, build_tokenizer, settled
@@ -72,6 +74,7 @@ def _train(config: dict[str, Any], answer: Answer) -> float | None:
 
     if origin is not None:
         answer.text = f"stopped before {run} began: resume={origin.run} goes on after step {origin.step}"
+        threads.keep(origin.entry.get("threads"))
     tokenizer = build_tokenizer(config, corpus)
     # From here on with lightning, which takes seconds to import: what can be wrong without it was told by now.
     from memlm.training.fit import make_trainer, save_last
@@ -93,6 +96,7 @@ def _train(config: dict[str, Any], answer: Answer) -> float | None:
             n_process = f" on {trainer.world_size} processes" if trainer.world_size > 1 else ""
             going_on = f", going on after step {origin.step} of {origin.path}" if origin else ""
             print(printable(f"{run}: {n_parameter:,} parameters, {trainer.max_steps} steps{n_process}{going_on}"))
+            print(threads.told())
         answer.text = f"stopped: resume=auto goes on, if there is a checkpoint in {run}"
         trainer.fit(module, data, ckpt_path=origin.path if origin else None)
         answer.text = f"stopped while it was measured, all steps are made: resume={run} measures it"

@@ -13,6 +13,7 @@ what goes into it.
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ SETTINGS = ("recipe=preferences", "experiment=[preferences]")
 
 
 @cli("train")
-def main(config: dict[str, Any]) -> None:
+def main(config: Mapping[str, Any]) -> None:
     """Simulate, and print what was learned, ignored, forgotten and retrieved."""
     from memlm.assemble import build_model, build_tokenizer
     from memlm.evaluation import runner

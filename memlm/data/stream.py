@@ -25,7 +25,7 @@ class Batch(NamedTuple):
 
     Attributes:
         ids: (B, N).
-        targets: The token after each, (B, N).
+        targets: The token after each, or what a task asks for in its place, (B, N).
         weight: 1 where a target counts, 0 at padding and document ends, (B, N).
         answer: Targets that answer a question about a planted fact, (B, N), bool.
         reset: Segments that begin a document, (B, S); None if the whole batch begins new documents or none does.
@@ -147,22 +147,22 @@ class TrainingBatches(Dataset[Batch]):
         assert self.task is not None
         n_token = phase.n_segment * self.segment_len
         document, window = divmod(within, phase.n_window)
-        tokens, answers, breaks, weights = [], [], [], []
+        tokens, targets, answers, breaks, weights = [], [], [], [], []
         for row in rows:
             rng = np.random.default_rng([self.seed, index, row, document])
             length = phase.n_window * n_token + 1
             passage = _passage(rng, self.corpus.tokens, length)
             planted = self.task.document(rng, passage, self.segment_len, **phase.task)
-            cells = slice(window * n_token, (window + 1) * n_token + 1)
+            cells = slice(window * n_token, (window + 1) * n_token)
             tokens.append(planted.tokens[cells])
-            answers.append(planted.answer[cells.start : cells.stop - 1])
+            targets.append((planted.tokens[1:] if planted.targets is None else planted.targets)[cells])
+            answers.append(planted.answer[cells])
             breaks.append(planted.breaks[window * phase.n_segment : (window + 1) * phase.n_segment])
             weight = np.ones(length - 1) if planted.weight is None else planted.weight
-            weights.append(weight[cells.start : cells.stop - 1].astype(np.float32))
-        stacked = torch.from_numpy(np.stack(tokens))
+            weights.append(weight[cells].astype(np.float32))
         return Batch(
-            ids=stacked[:, :-1].contiguous(),
-            targets=stacked[:, 1:].contiguous(),
+            ids=torch.from_numpy(np.stack(tokens)),
+            targets=torch.from_numpy(np.stack(targets)),
             weight=torch.from_numpy(np.stack(weights)),
             answer=torch.from_numpy(np.stack(answers)),
             reset=None,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 import statistics
 from collections.abc import Mapping, Sequence
@@ -12,7 +13,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from memlm.analysis.run_log import read_history
+from memlm.analysis.run_log import History, read_history
 from memlm.checkpoint import FOLDER, Trust, blank, checkpoints, find, read
 from memlm.config import ConfigError
 from memlm.evaluation.headline import headline
@@ -45,6 +46,7 @@ class Trained(NamedTuple):
         tokenizer: Fingerprint of the tokenizer.
         tokens_per_second: Median over the run, as it was logged.
         memory: Settings of memories, by ``name.attribute``, that were changed for an evaluation.
+        cpu_seconds: CPU time of all steps, as it was logged, without validation and experiments.
     """
 
     checkpoint: str
@@ -56,6 +58,7 @@ class Trained(NamedTuple):
     tokenizer: str
     tokens_per_second: float | None
     memory: Mapping[str, Any] = MappingProxyType({})
+    cpu_seconds: float | None = None
 
 
 @dataclass(frozen=True)
@@ -114,18 +117,36 @@ def describe(checkpoint: Path, model: Any | None = None, trust: Trust = None) ->
     if model is None:
         model = blank(checkpoint, content, trust)
     run = checkpoint.parent.parent if checkpoint.parent.name == FOLDER else checkpoint.parent
-    speeds = [row.get("train/tokens_per_second") for file in history_files(run) for row in read_history(file)]
-    found = [speed for speed in speeds if isinstance(speed, float)]
+    history = [row for file in history_files(run) for row in read_history(file)]
+    speeds = list(_logged(history, "train/tokens_per_second").values())
+    step = content.get("global_step")
     return Trained(
         checkpoint=str(checkpoint.resolve()),
-        step=content.get("global_step"),
+        step=step,
         config=entry["config"],
         n_parameter=sum(parameter.numel() for parameter in model.parameters()),
         state_bytes=sum(states.n_byte(module.init_state(1)) for modules in model.memory.values() for module in modules),
         text=entry.get("text"),
         tokenizer=hashlib.sha256(str(entry["tokenizer"]).encode()).hexdigest(),
-        tokens_per_second=statistics.median(found) if found else None,
+        tokens_per_second=statistics.median(speeds) if speeds else None,
+        cpu_seconds=_cpu_seconds(history, step),
     )
+
+
+def _logged(history: History, column: str) -> dict[int, float]:
+    """The numbers of a column by step, without what is none; of a step that was repeated the later row counts."""
+    found = {}
+    for row in history:
+        value, step = row.get(column), row.get("step")
+        if isinstance(value, float) and isinstance(step, int) and math.isfinite(value):
+            found[step] = value
+    return found
+
+
+def _cpu_seconds(history: History, step: int | None) -> float | None:
+    """CPU time of so many steps: what was logged, which ends with the last step that is a multiple of the interval."""
+    logged = {at: seconds for at, seconds in _logged(history, "train/cpu_seconds").items() if 0 <= at < (step or 0)}
+    return sum(logged.values()) * step / (max(logged) + 1) if logged and step else None
 
 
 def write_evaluation(directory: Path, trained: Trained) -> Path:
@@ -220,7 +241,7 @@ def _trained(folder: Path, trust: Trust) -> Trained:
         path = find(folder)
         return _checked(describe(path, trust=trust), path)
     told = f"{path} is not what scripts/evaluate.py writes"
-    if not set(given) <= set(Trained._fields) or not {*Trained._fields} - {"memory"} <= set(given):
+    if not set(given) <= set(Trained._fields) or not {*Trained._fields} - {*Trained._field_defaults} <= set(given):
         raise ConfigError(f"{told}: expected {', '.join(Trained._fields)}, got {one_line(', '.join(given))}")
     return _checked(Trained(**given), path)
 
@@ -228,6 +249,7 @@ def _trained(folder: Path, trust: Trust) -> Trained:
 _KINDS: dict[str, Any] = {
     "checkpoint": str, "config": dict, "tokenizer": str, "memory": Mapping, "text": str | None,
     "step": int | None, "n_parameter": int | None, "state_bytes": int | None, "tokens_per_second": float | int | None,
+    "cpu_seconds": float | int | None,
 }  # fmt: skip
 
 

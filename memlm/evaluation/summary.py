@@ -14,7 +14,12 @@ from memlm.evaluation.result import Result
 from memlm.evaluation.table import table
 from memlm.printed import printable
 
-_PERPLEXITY = {"on": "memory on", "off": "reads off", "wiped": "memory wiped before every segment"}
+_PERPLEXITY = {
+    "on": "memory on",
+    "off": "reads off",
+    "wiped": "memory wiped before every segment",
+    "swapped": "another document's memory",
+}
 
 
 _KINDS = {"": "memory on", "_straddling": "memory on, facts across a segment boundary"}
@@ -93,6 +98,8 @@ def _perplexity(result: Result) -> str:
         mean, low, high = (metrics[f"difference{part}/on-off"] for part in ("", "_low", "_high"))
         interval = "no interval, one document" if math.isnan(low) else f"95 % interval {low:+.4f} to {high:+.4f}"
         text += f"\nMemory changes the loss by {mean:+.4f} nats per token ({interval})."
+    if "says" in result.metadata:
+        text += f"\n{result.metadata['says']}"
     if "nll/wiped" in metrics and metrics["nll/wiped"] == metrics.get("nll/off"):
         text += "\nOff and wiped agree: a read of this memory while empty changes nothing."
     return text

@@ -48,7 +48,7 @@ from memlm.laws.described import described, has_slots
 from memlm.laws.forgetting import Letters, forgets
 from memlm.laws.judge import LAWS, Law, Verdict, judge
 from memlm.laws.learning import every_parameter_learns, learn_recall, reach, recall_batch, recall_scores, useful
-from memlm.laws.state import admits, bounded, inspectable, pure, resets, round_trip
+from memlm.laws.state import admits, bounded, given_away, inspectable, pure, resets, round_trip
 
 __all__ = [
     "LAWS",
@@ -77,6 +77,7 @@ __all__ = [
     "filled",
     "forgets",
     "generates_as_parallel",
+    "given_away",
     "has_slots",
     "inspectable",
     "isolated",

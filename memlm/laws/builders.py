@@ -37,6 +37,10 @@ T = 12  # tokens per segment
 MODEL: dict[str, Any] = {"n_layer": 3, "n_head": 4, "d_model": 32, "d_ff": 48, "segment_len": T, "overlap": 4}
 
 
+# Where every layer has memory two layers are enough: one reads after another has read.
+ALL: dict[str, Any] = {"memory_layers": "all", "n_layer": 2}
+
+
 # Small enough that a handful of segments fills and overfills every memory.
 SMALL: dict[str, Any] = {
     "n_slot": 20, "n_token": 50, "n_mode": 50, "d_key": 16, "top_k": 6, "write_budget": 5, "span": 2,
@@ -52,7 +56,7 @@ def names() -> list[str]:
 @functools.cache
 def nodes_of(name: str) -> Nodes:
     """The nodes of ``configs/memory/<name>.yaml``, its defaults included."""
-    nodes = OmegaConf.to_container(compose([f"memory={name}"]).memory, resolve=True)
+    nodes = OmegaConf.to_container(compose([f"memory={name}"], "check").memory, resolve=True)
     assert isinstance(nodes, dict)
     return nodes  # type: ignore[return-value]
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from memlm.laws.builders import (
+    ALL,
     N_VOCAB,
     Make,
     T,
@@ -23,7 +24,8 @@ from memlm.laws.builders import (
     windows_of,
     windows_of_documents,
 )
-from memlm.memory.contract import Read
+from memlm.memory.contract import Memory, Read
+from memlm.models.schedule import segments_at_once, writes_within
 from memlm.models.segments import SegmentModel
 from memlm.models.state import Output
 
@@ -52,7 +54,7 @@ def alive(make: Make) -> None:
 
 def causal(make: Make, scope: str = "sequence") -> None:
     """Changing a token changes no output before it, bit for bit; where banks are shared, of no row."""
-    for model, n_open in ((make(memory={"scope": scope}), 0), (make(memory={"scope": scope}, memory_layers="all"), 5)):
+    for model, n_open in ((make(memory={"scope": scope}), 0), (make(memory={"scope": scope}, **ALL), 5)):
         state = filled(model, n_open=n_open)
         ids = text(3, 4 * T - n_open, seed=1)
         base = logits(model, ids, state)
@@ -69,7 +71,7 @@ def causal(make: Make, scope: str = "sequence") -> None:
 
 def isolated(make: Make) -> None:
     """A row's outputs depend neither on its batch-mates nor on its place in the batch."""
-    for model, n_open in ((make(), 0), (make(memory_layers="all"), 5)):
+    for model, n_open in ((make(), 0), (make(**ALL), 5)):
         state, ids = filled(model, n_row=4, n_open=n_open), text(4, 4 * T, seed=1)
         base = logits(model, ids, state)
         for order in ([2], [1, 3], [3, 0, 2, 1]):
@@ -92,7 +94,7 @@ def _splits(n_token: int, seed: int) -> list[list[int]]:
 
 def chunk_invariant(make: Make, scope: str = "sequence") -> None:
     """Any split of a text into calls gives the outputs and the memory of one call."""
-    for model, n_open in ((make(memory={"scope": scope}), 0), (make(memory={"scope": scope}, memory_layers="all"), 5)):
+    for model, n_open in ((make(memory={"scope": scope}), 0), (make(memory={"scope": scope}, **ALL), 5)):
         state, ids = filled(model, n_open=n_open), text(3, 6 * T + 3, seed=1)
         with torch.no_grad():
             whole = model(ids, state=state)
@@ -111,7 +113,7 @@ def chunk_invariant(make: Make, scope: str = "sequence") -> None:
 
 def ragged(make: Make) -> None:
     """Rows that get different numbers of tokens per call, padding anywhere, equal rows fed alone."""
-    for model, n_open in ((make(), 0), (make(memory_layers="all"), 5)):
+    for model, n_open in ((make(), 0), (make(**ALL), 5)):
         draw = torch.Generator().manual_seed(3)
         state = filled(model, n_open=n_open)
         masks = [torch.rand(3, n, generator=draw) < 0.6 for n in (3, 2 * T, T, 1, 3 * T, 2)]
@@ -192,19 +194,26 @@ def _by_slot(read: Read) -> Tensor:
     return torch.zeros(*slots.shape[:2], 1000).scatter_add(2, slots, read.weights.detach())
 
 
+def _other_ways(model: SegmentModel) -> dict[str, Callable[[SegmentModel], AbstractContextManager[None]]]:
+    """The ways to run a model that are not the fast one; none that would be the same code again."""
+    modules = [module for parts in model.memory.values() for module in parts if writes_within(module)]
+    ways: dict[str, Callable[[SegmentModel], AbstractContextManager[None]]] = {}
+    if segments_at_once(model) != 1:  # else segments are outside anyway
+        ways |= {"segments outside": partial(windows_of, 1), "windows of two": partial(windows_of, 2)}
+        ways["windows of four"] = partial(windows_of, 4)
+    if any(type(module).scan is not Memory.scan and not module.within for module in modules):
+        ways["slow scan"] = slow_scan
+    return ways
+
+
 def schedules_agree(make: Make) -> None:
     """Fast paths and the definition give the same outputs, traces, gradients and states.
 
     With evictions, documents that begin and end in the window, padding, and a state carried in.
     """
-    model = make(memory_layers="all")
+    model = make(**ALL)
     results = {}
-    changes: dict[str, Callable[[SegmentModel], AbstractContextManager[None]]] = {
-        "segments outside": partial(windows_of, 1),
-        "windows of two": partial(windows_of, 2),
-        "windows of four": partial(windows_of, 4),
-        "slow scan": slow_scan,
-    }
+    changes = _other_ways(model)
     for kind in ("fast", *changes):
         change = changes.get(kind)
         found = []
@@ -256,7 +265,7 @@ def schedules_agree(make: Make) -> None:
 
 def contexts(make: Make) -> None:
     """A context that ends within a call is closed as `new_context` closes it between calls."""
-    model = make(memory_layers="all")
+    model = make(**ALL)
     ids = text(3, 5 * T, seed=1)
     length = torch.full((3, 5), T)
     length[:, 1], length[:, 3] = torch.tensor([5, T - 1, 1]), torch.tensor([3, 7, T - 2])  # tokens of each segment
@@ -283,7 +292,7 @@ def contexts(make: Make) -> None:
 @torch.no_grad()
 def empty_segments(make: Make) -> None:
     """A context or document that begins with a segment of padding is as fresh as one that began without it."""
-    model = make(memory_layers="all")
+    model = make(**ALL)
     ids, later = text(2, 2 * T, seed=1), text(2, T, seed=2)
     mask = torch.ones_like(ids, dtype=torch.bool)
     mask[0, 5:] = False  # row 0 ends in the first segment, and nothing of the next is there yet
@@ -301,7 +310,7 @@ def empty_segments(make: Make) -> None:
 def closed_once(make: Make) -> None:
     """Closing a context that is closed already changes nothing: no time passes without text."""
     for n_open in (0, 5):
-        model = make(memory_layers="all")
+        model = make(**ALL)
         state = model.new_context(filled(model, n_open=n_open))
         later = text(3, 2 * T, seed=1)
         close(logits(model, later, model.new_context(state)), logits(model, later, state), "a context closed twice")

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from memlm.config import ConfigError
-from memlm.laws.builders import Make, T, close, logits, named_tensors, text
+from memlm.laws.builders import ALL, Make, T, close, logits, named_tensors, text
 from memlm.laws.described import OTHERS, SECRET
 from memlm.memory import state as states
 from memlm.memory.records import RecordKeeper
@@ -42,7 +42,7 @@ def forgets(make: Make, memory: Mapping[str, Any] | None = None) -> None:
     """
 
     def told(*texts: str) -> SegmentModel:
-        model = make(memory={"n_slot": 200} | dict(memory or {}), memory_layers="all")
+        model = make(memory={"n_slot": 200} | dict(memory or {}), **ALL)
         model.tokenizer = Letters()  # type: ignore[assignment]
         for part in texts:
             assert model.store_experience(part), f"nothing of {part!r} is kept"

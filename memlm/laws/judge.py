@@ -46,6 +46,7 @@ LAWS = (
     Law(3, "chunk-invariant: segments without a token", causality.empty_segments),
     Law(4, "reset: a reset row is as fresh, others are untouched", state.resets),
     Law(5, "pure: same input, same output; nothing is changed", state.pure, shared=True),
+    Law(5, "pure: given away or kept, a state goes on alike", state.given_away, shared=True),
     Law(6, "gradient reach: through writes, and none across the edge", learning.reach),
     Law(6, "gradient reach: every parameter learns", learning.every_parameter_learns),
     Law(7, "bounded: constant bytes, finite", state.bounded),

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from memlm.laws.builders import N_VOCAB, Make, T, logits, text
+from memlm.laws.builders import ALL, N_VOCAB, Make, T, logits, text
 from memlm.laws.causality import loss_of
 from memlm.memory import state as states
 from memlm.models.segments import SegmentModel
@@ -44,7 +44,7 @@ def reach(make: Make) -> None:
 
 def every_parameter_learns(make: Make) -> None:
     """The full training loss over two windows gives every parameter a gradient."""
-    variants: list[dict[str, Any]] = [{"memory_layers": "all"}]
+    variants: list[dict[str, Any]] = [ALL]
     if "position" in inspect.signature(type(make())).parameters:
         variants.append({"position": "learned"})
     for settings in variants:
@@ -81,7 +81,8 @@ def learn_recall(
     model = make(memory, perturb=False, n_vocab=9 + n_filler, n_layer=2, segment_len=8, overlap=0).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.01)
     draw = torch.Generator().manual_seed(0)
-    for step in range(n_step):
+    n_done, known = 0, False
+    while n_done < n_step and not known:
         ids, value = recall_batch(32, draw, n_segment, n_filler)
         out = model(ids, logits=False)
         by_row = F.cross_entropy(model.head(out.hidden[:, -1]), value, reduction="none")
@@ -91,9 +92,8 @@ def learn_recall(
         (nll + sum(loss for losses in own for loss in losses)).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        if step % 25 == 24 and nll < 0.05:
-            break
-    return model.eval(), step + 1
+        n_done, known = n_done + 1, nll.item() < 0.3
+    return model.eval(), n_done
 
 
 @torch.no_grad()

@@ -10,15 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from memlm.laws.builders import Make, T, close, filled, logits, named_tensors, text
+from memlm.laws.builders import ALL, Make, T, close, filled, logits, named_tensors, text
 from memlm.memory import state as states
 from memlm.models.segments import SegmentModel
 from memlm.models.state import ModelState
 
+_GROWTH = 1e3
+
 
 def resets(make: Make) -> None:
     """A reset row behaves as a fresh one, at the start of a call or in its middle; other rows are untouched."""
-    for model, n_open in ((make(), 0), (make(memory_layers="all"), 5)):
+    for model, n_open in ((make(), 0), (make(**ALL), 5)):
         state, ids = filled(model, n_open=n_open), text(3, 5 * T, seed=1)
         untouched, fresh = logits(model, ids, state), logits(model, ids, None)
         got = logits(model, ids, state, reset=torch.tensor([True, False, True]))
@@ -67,23 +69,80 @@ def pure(make: Make, scope: str = "sequence") -> None:
 
 
 @torch.no_grad()
-def bounded(make: Make, n_write: int = 3_000) -> None:
-    """After ``n_write`` writes the state has the size it began with and finite values."""
+def given_away(make: Make, scope: str = "sequence") -> None:
+    """A state that is given away goes on as one that is kept, and no other state, nor the model, changes with it."""
+    model = make(memory={"scope": scope}, memory_layers="all")
+    state, ids, later = filled(model, n_open=5), text(3, 6 * T, seed=1), text(3, 4 * T, seed=2)
+    parameters, passed, first = copy.deepcopy(model.state_dict()), copy.deepcopy(state), logits(model, later, state)
+    begins = torch.zeros(3, 4, dtype=torch.bool)
+    begins[0, 2] = begins[1, 0] = True
+
+    def go_on(donate: bool) -> tuple[list[Tensor], list[ModelState]]:
+        now = model(ids[:, :2], state=state).state  # no segment ends: the memories are those of the state before
+        outputs, states = [], []
+        for part in ids[:, 2:].split(2 * T + 3, dim=1):
+            out = model(part, state=now, donate=donate)
+            outputs.append(out.logits)
+            now = out.state
+        branch = model(ids[:, : T + 1], state=now).state  # which is kept
+        states.append(copy.deepcopy(branch))
+        now = model.new_context(model.select_rows(branch, torch.arange(3)), donate=donate)
+        out = model(later, state=now, reset=begins, donate=donate)
+        outputs.append(out.logits)
+        now = model.new_context(model.with_memory(out.state, branch), donate=donate)
+        states += [copy.deepcopy(model.absorb(later, now, donate=donate)), branch]
+        return outputs, states
+
+    (outputs, states), (others, given) = go_on(donate=False), go_on(donate=True)
+    for output, other in zip(outputs, others, strict=True):
+        assert torch.equal(output, other), "outputs depend on whether the state was given away"
+    kept = {"a state that was kept": (given[0], given[2]), "the state passed in": (passed, state)}
+    for what, (before, now) in kept.items():
+        for (name, part), (_, old) in zip(named_tensors(now), named_tensors(before), strict=True):
+            assert torch.equal(part, old), f"{name} of {what} was changed"
+    for (name, part), (_, other) in zip(named_tensors(given[1]), named_tensors(states[1]), strict=True):
+        assert torch.equal(part, other), f"{name} depends on whether the state was given away"
+    assert torch.equal(logits(model, later, state), first), "an old state answers otherwise"
+    model(later, state=model.init_state(3), donate=True)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, parameters[name]), f"{name} of the model was changed"
+
+
+@torch.no_grad()
+def bounded(make: Make, n_write: int = 300) -> None:
+    """Over ``n_write`` writes the state keeps its size, its values are finite, and none grows without end."""
     memory = {"span": 1, "write_budget": 2}
     needed = max(make(memory=memory).lookback, 1)
     model = make(memory=memory, segment_len=needed, n_layer=1, overlap=0)
     state = model.init_state(1)
     size, shapes = states.n_byte(state), [tensor.shape for tensor in states.tensors(state)]
-    window = 100
-    for i in range(-(-n_write // window)):
+    window = 50
+    n_window = -(-n_write // window)
+    largest: dict[str, float] = {}  # halfway
+    for i in range(n_window):
         state = model(text(1, window * needed, seed=i), state=state, logits=False).state
         assert states.n_byte(state) == size, (
             f"{size} bytes became {states.n_byte(state)} within {(i + 1) * window} writes"
         )
+        if i + 1 == n_window // 2:
+            largest = _largest(state)
     assert [tensor.shape for tensor in states.tensors(state)] == shapes
-    for name, tensor in named_tensors(state):
-        assert not tensor.is_floating_point() or tensor.isfinite().all(), f"{name} is not finite"
+    for name, value in _largest(state).items():
+        assert value < float("inf"), f"{name} is not finite"
+        # Far beyond what a sum or a count gains meanwhile: what grows by a factor with each write.
+        assert value <= _GROWTH * max(largest.get(name, value), 1.0), (
+            f"{name} grows with each write: from {largest[name]:.3g} to {value:.3g} in the second half"
+        )
     assert logits(model, text(1, needed), state).isfinite().all()
+
+
+def _largest(state: ModelState) -> dict[str, float]:
+    """The largest size of a real number in each tensor of a state; infinite if one is no number."""
+    found = {name: tensor for name, tensor in named_tensors(state) if tensor.is_floating_point() and tensor.numel()}
+    return {
+        name: tensor.abs().nan_to_num(nan=float("inf"), posinf=float("inf")).max().item()
+        for name, tensor in found.items()
+    }
 
 
 @torch.no_grad()
@@ -112,13 +171,13 @@ def admits(make: Make, promote: Callable[[SegmentModel], None] | None = None) ->
 def round_trip(make: Make, scope: str = "sequence") -> None:
     """Saved, loaded into a newly built model and continued equals never stopped, bit for bit."""
     for n_open in (0, 5):
-        model = make(memory={"scope": scope}, memory_layers="all")
+        model = make(memory={"scope": scope}, **ALL)
         state, ids = filled(model, n_open=n_open), text(3, 3 * T, seed=1)
         file = io.BytesIO()
         torch.save({"model": model.state_dict(), "state": states.to_dict(state)}, file)
         file.seek(0)
         loaded = torch.load(file, weights_only=True)
-        other = make(memory={"scope": scope}, memory_layers="all")
+        other = make(memory={"scope": scope}, **ALL)
         with torch.no_grad():
             for parameter in other.parameters():
                 parameter.zero_()
@@ -132,7 +191,7 @@ def round_trip(make: Make, scope: str = "sequence") -> None:
 @torch.no_grad()
 def inspectable(make: Make, scope: str = "sequence") -> None:
     """Contents are one vector per slot; a slot that was forgotten adds nothing to a read, and no other slot changes."""
-    model = make(memory={"scope": scope}, memory_layers="all")
+    model = make(memory={"scope": scope}, **ALL)
     state, ids = filled(model, n_row=2), text(2, T, seed=1)
     passed = copy.deepcopy(state)
 

@@ -13,7 +13,8 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from memlm.memory.state import State, named_tensors, select_rows, with_tensors
+from memlm.memory.state import State, map_tensors, named_tensors, with_tensors
+from memlm.tensors import copied
 
 Scope = Literal["sequence", "shared"]
 
@@ -38,8 +39,8 @@ class Owner(Protocol):
 class Bank(nn.Module):
     """One row of a memory's state, in buffers named by the paths of its fields.
 
-    States that are handed out are the buffers themselves, not copies: as states are values, nobody changes them in
-    place, and `commit` puts others in their stead.
+    States that are handed out share the numbers of the buffers. A write in place sees that they are shared, and copies
+    (see `memlm.tensors.is_alone`); `commit` puts others in their stead.
 
     Args:
         memory: Whose bank it is.
@@ -57,7 +58,7 @@ class Bank(nn.Module):
     @property
     def exists(self) -> bool:
         """Whether there is something in it: always if it is shared, else once something was stored."""
-        return any(name != _USES for name in self._buffers)
+        return any(name != _USES and part is not None for name, part in self._buffers.items())
 
     def create(self) -> None:
         """Hold a fresh state, unless something is held already."""
@@ -75,8 +76,8 @@ class Bank(nn.Module):
         return self.memory.restored(state, missing) if missing else state
 
     def held(self) -> dict[str, Tensor]:
-        """The buffers by the paths of their fields."""
-        return {name: part for name, part in self._buffers.items() if name != _USES and part is not None}
+        """The numbers of the buffers by the paths of their fields."""
+        return {name: part.detach() for name, part in self._buffers.items() if name != _USES and part is not None}
 
     def first(self, n_row: int) -> State:
         """State of ``n_row`` rows before any text: what is held, if anything is, else a fresh state."""
@@ -84,13 +85,20 @@ class Bank(nn.Module):
             return self.memory.init_state(n_row)
         if self.memory.scope == "shared":
             return self.state()
-        return select_rows(self.state(), torch.zeros(n_row, dtype=torch.long))
+        return map_tensors(lambda part: part.expand(n_row, *part.shape[1:]), self.state())
+
+    def release(self) -> State:
+        """What is held, one row, given away: nothing is held until `commit` is called. A fresh state if nothing was."""
+        state = self.state()
+        for name in self.held():
+            self._buffers[name] = None
+        return state
 
     def commit(self, state: State) -> None:
         """Hold ``state``, of one row, from now on. Fields that share numbers are copied: a file holds them apart."""
         storages: set[int] = set()
         for name, tensor in named_tensors(state).items():
-            held = tensor.detach().contiguous()
+            held = tensor.detach() if tensor.is_contiguous() else copied(tensor)
             storage = held.untyped_storage()
             if not held.is_meta and storage.data_ptr() in storages:
                 held = held.clone()

@@ -184,6 +184,8 @@ class Segment(NamedTuple):
         nll: Mean next-token loss of each row's segment, (B,), in nats, as a function of cells (B, m, D) before it; by
             the layers alone, without the overlap and what memories read. It can be differentiated twice, in inference
             too (``torch.inference_mode(False)``), but not by the head. None unless the memory needs it.
+        owned: Whether the state that comes with it is given away, so that a write may change it in place instead of
+            copying what it does not change. Only without gradients.
     """
 
     ids: Tensor
@@ -200,6 +202,7 @@ class Segment(NamedTuple):
     maps: Callable[[Tensor], Heads] | None = None
     tail: Tensor | None = None
     nll: Callable[[Tensor], Tensor] | None = None
+    owned: bool = False
 
     @property
     def complete(self) -> Tensor:
@@ -408,10 +411,11 @@ class Memory(nn.Module):
 
         Args:
             segment: The segment; with no valid cell a write only settles what an earlier segment left open.
-            state: State before the segment; never changed in place.
+            state: State before the segment; never changed in place, unless it is ``segment.owned``.
 
         Returns:
-            The new state and numbers about the write.
+            The new state and numbers about the write. Without gradients what later writes may change in place of it is
+            no part of ``state``, unless that is ``segment.owned``.
         """
         raise NotImplementedError
 
@@ -446,7 +450,7 @@ class Memory(nn.Module):
         traces: list[Trace] = []
         for s, part in enumerate(x.chunk(window.n_segment, dim=1)):
             segment = window.at(s)
-            state = self.start_documents(segment.reset, state)
+            state = self.start_documents(segment.reset, state, segment.owned)
             if not read:
                 outputs.append(self.off(part, mixer.at(s)))
             elif self.reads_beside:
@@ -457,6 +461,7 @@ class Memory(nn.Module):
                 reads.append(found)
             if write:
                 state, trace = self.write(segment, state)
+                window = window._replace(owned=not torch.is_grad_enabled())
                 traces.append(trace)
         return Scanned(joined(outputs) if outputs else None, join_reads(reads), state, mean_trace(traces))
 
@@ -465,8 +470,14 @@ class Memory(nn.Module):
         """Whether all it does is to add a read to the stream behind the mixer: `mix` is the default."""
         return type(self).mix is Memory.mix
 
-    def start_documents(self, reset: Tensor | None, state: State) -> State:
-        """The state with the rows that ``reset`` (B, S) names fresh, if the bank belongs to a document."""
+    def start_documents(self, reset: Tensor | None, state: State, owned: bool = False) -> State:
+        """The state with the rows that ``reset`` (B, S) names fresh, if the bank belongs to a document.
+
+        Args:
+            reset: Segments that begin a document; None if none does.
+            state: The state; not changed in place unless it is ``owned``.
+            owned: As `Segment.owned`.
+        """
         if reset is None or self.scope == "shared":
             return state
         return where_rows(reset.any(dim=1), self.bank.first(reset.shape[0]), state)
@@ -541,7 +552,7 @@ def at_once(
         return Memory.scan(memory, x, window, state, mixer, read, write, keep_state)
     before, traces = [], []
     for s in range(window.n_segment):
-        segment = window.at(s)
+        segment = window.at(s)._replace(owned=False)  # all states are read
         state = memory.start_documents(segment.reset, state)
         before.append(state)
         if write:

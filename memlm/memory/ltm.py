@@ -29,6 +29,7 @@ from memlm.memory.contract import Mixer, Needs, Read, Scanned, Segment, Trace
 from memlm.memory.ltm_write import EMPTY, ORIGINS, USED
 from memlm.memory.records import RecordKeeper, Records
 from memlm.memory.sharding import SharedBank
+from memlm.memory.state import map_tensors
 from memlm.retrieval import similar
 from memlm.retrieval.index import Index, make_index
 from memlm.retrieval.inverted import Lists
@@ -228,11 +229,34 @@ class LongTermMemory(RecordKeeper, SharedBank):
         rows = torch.ones(len(state.key), dtype=torch.bool)
         return state._replace(lists=self.search_index().assign(state.lists, state.key, self.filled(state), rows))
 
+    def start_documents(self, reset: Tensor | None, state: LongTermState, owned: bool = False) -> LongTermState:
+        """See `Memory.start_documents`. Of a state that is owned only rows that begin a document are written."""
+        if reset is None or self.scope == "shared" or not owned:
+            return super().start_documents(reset, state, owned)
+        rows = reset.any(dim=1)
+        if not bool(rows.any()):
+            return state
+        fresh: LongTermState = self.bank.first(len(rows))
+        lists = self.search_index().start(state.lists, fresh.lists, rows)
+        index, host = rows.nonzero()[:, 0], rows.cpu()
+
+        def renew(old: Tensor, new: Tensor) -> Tensor:
+            if old.device != index.device:
+                return torch.where(host, new, old)
+            return old.index_copy_(0, index, new[index])
+
+        state = ltm_write.own(self, state, given=True)
+        return map_tensors(renew, state._replace(lists=None), fresh._replace(lists=None))._replace(lists=lists)
+
     # --- reading -------------------------------------------------------------------------------------------------
 
-    def read(self, y: Tensor, prepared: LongTermState) -> Read:
+    def prepare(self, state: LongTermState) -> ltm_read.Prepared:
+        """The slots that may be read; see `Memory.prepare`."""
+        return ltm_read.Prepared(ltm_read.pool(self, state), state.lists)
+
+    def read(self, y: Tensor, prepared: ltm_read.Prepared) -> Read:
         """Top-k attention of one segment's tokens over the bank; see `Memory.read`."""
-        return ltm_read.read(self, y, ltm_read.pool(self, prepared), None, prepared.lists)
+        return ltm_read.read(self, y, prepared.bank, None, prepared.lists)
 
     def bias(self, log_gate: Tensor) -> Tensor:
         """Read bias of a slot: its log gate, with a floor that keeps every slot within reach."""

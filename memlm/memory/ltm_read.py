@@ -5,7 +5,7 @@ Shapes: B rows, S segments, N = S * T queries, D model width, M slots, P slots o
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,6 +19,13 @@ from memlm.retrieval.sharded import attend_sharded
 
 if TYPE_CHECKING:
     from memlm.memory.ltm import LongTermMemory, LongTermState
+
+
+class Prepared(NamedTuple):
+    """What the reads of a segment need of a state: its slots, and the lists to find them by, if there are any."""
+
+    bank: Pool | None
+    lists: Lists | None
 
 
 def read(

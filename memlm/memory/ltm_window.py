@@ -18,7 +18,7 @@ from memlm.memory.contract import Mixer, Read, Scanned, Segment
 from memlm.memory.ltm_write import EMPTY, ORIGINS, USED, Candidates
 from memlm.retrieval.exact import Pool
 from memlm.retrieval.index import Follower
-from memlm.tensors import Host, take
+from memlm.tensors import Host, least, take
 
 if TYPE_CHECKING:
     from memlm.memory.ltm import LongTermMemory, LongTermState
@@ -27,14 +27,15 @@ if TYPE_CHECKING:
 class _Plan(NamedTuple):
     """What becomes of the slots of a window."""
 
-    priority: Tensor  # of the bank after the window, (B, M)
-    source: Tensor  # candidate that each slot of the bank holds after the window, (B, M); -1: what it held before
-    record: Tensor  # number of the record of each candidate within the window, (B, P)
+    slot: Tensor  # where each candidate went, (B, P); -1 if nowhere
+    stays: Tensor  # whether it is there after the window, (B, P)
+    priority: Tensor  # its priority then, (B, P)
+    record: Tensor  # number of its record within the window, (B, P)
     n_record: Tensor  # records written since the window began, or since its last reset, (B,)
-    window_slot: Tensor  # slot that each candidate went to, (B, P); -1 if none
-    bank_visible: Tensor  # which old slots each segment may read, (B, S, M)
-    window_visible: Tensor  # which candidates each segment may read, (B, S, P)
-    window_list: Tensor  # list that each candidate went to, (B, P); -1 if none
+    list: Tensor  # list that it went to, (B, P); -1 if none
+    visible: Tensor  # which candidates each segment may read, (B, S, P)
+    gone: Tensor  # slot of the bank whose old contents it replaced, (B, P); -1 if none
+    ends: Tensor  # last segment that sees the bank from before the window, (B,)
     follower: Follower  # what the index noted of the window
 
 
@@ -59,15 +60,14 @@ def scan(
     plan = plan_window(memory, state, found.priority, found.key.detach(), window)
     flat = Candidates(*(part.flatten(1, 2) for part in found))
     reads = _read(memory, mixer(x), state, flat, plan) if read else None
-    after = _settled(memory, memory.start_documents(window.reset, state), flat, plan) if keep_state else state
-    return Scanned(None, reads, after, trace)
+    return Scanned(None, reads, _settled(memory, state, flat, plan, window) if keep_state else state, trace)
 
 
 def _read(memory: LongTermMemory, y: Tensor, state: LongTermState, flat: Candidates, plan: _Plan) -> Read:
     """What all segments read, of the bank from before the window and of the window's own slots."""
     time = ltm_read.time_of(memory, state.n_record[:, None] + plan.record, flat.position)
-    own_slots = Pool(flat.key, flat.value, memory.bias(flat.log_gate), plan.window_visible, time)
-    window_slot, window_list = plan.window_slot, plan.window_list
+    own_slots = Pool(flat.key, flat.value, memory.bias(flat.log_gate), plan.visible, time)
+    window_slot, window_list = plan.slot, plan.list
     if memory.distractors and memory.training:  # one pool of all rows' slots, numbered row after row
         own_slots = Pool(
             key=own_slots.key.flatten(0, 1)[None],
@@ -79,7 +79,7 @@ def _read(memory: LongTermMemory, y: Tensor, state: LongTermState, flat: Candida
         own = torch.eye(len(y), dtype=torch.bool, device=y.device)[..., None]
         window_slot = torch.where(own, window_slot, -1).flatten(1)  # (B, B * P)
         window_list = torch.where(own, window_list, -1).flatten(1)  # slots of other rows are always read
-    bank = ltm_read.pool(memory, state, plan.bank_visible)
+    bank = ltm_read.pool(memory, state, _bank_visible(state, plan))
     reads = ltm_read.read(memory, y, bank, own_slots, state.lists, window_list)
     assert reads.slots is not None
     n_bank = int(state.n_used.tensor.max())
@@ -89,15 +89,33 @@ def _read(memory: LongTermMemory, y: Tensor, state: LongTermState, flat: Candida
     return reads._replace(slots=slot.gather(1, index).view_as(reads.slots))
 
 
-def _settled(memory: LongTermMemory, start: LongTermState, flat: Candidates, plan: _Plan) -> LongTermState:
-    """The bank after the window, of the bank ``start`` before it in which rows that begin a document are fresh."""
+def _bank_visible(state: LongTermState, plan: _Plan) -> Tensor:
+    """Which slots of the bank from before the window each segment may read, (B, S, M): until they are replaced."""
+    n_segment, n_candidate = plan.visible.shape[1:]
+    used = state.priority > USED
+    until = plan.ends[:, None].repeat(1, used.shape[1] + 1)  # one more: writes to nowhere
+    written = torch.arange(n_candidate, device=used.device) // (n_candidate // n_segment)
+    nowhere = torch.where(plan.gone >= 0, plan.gone, used.shape[1])
+    until.scatter_(1, nowhere, written.expand_as(nowhere))
+    reader = torch.arange(n_segment, device=used.device)[:, None]  # (S, 1)
+    return (reader <= until[:, None, :-1]) & used[:, None]
+
+
+def _settled(
+    memory: LongTermMemory, state: LongTermState, flat: Candidates, plan: _Plan, window: Segment
+) -> LongTermState:
+    """The bank after the window, of the ``state`` before it."""
+    in_place = not torch.is_grad_enabled()
+    if in_place:
+        state = ltm_write.own(memory, state, window.owned)
+    start = memory.start_documents(window.reset, state, in_place)
     # Every candidate writes to the slot it went to: itself if it is there at the end, else what is there at the
     # end, so that all writers of a slot agree. One of them has the gradient.
-    slot = plan.window_slot.clamp(min=0)  # (B, P)
-    owner = plan.source.gather(1, slot)
-    number = torch.arange(slot.shape[1], device=slot.device)
-    stays = (owner == number) & (plan.window_slot >= 0)
-    refused = plan.window_slot < 0
+    number = torch.arange(plan.slot.shape[1], device=plan.slot.device)
+    slot, stays = plan.slot.clamp(min=0), plan.stays  # (B, P)
+    held_by = (slot[..., None] == slot[:, None]) & stays[:, None]  # (B, P, P)
+    owner = torch.where(held_by.any(dim=2), held_by.long().argmax(dim=2), -1)
+    refused = plan.slot < 0
     home = torch.where(stays.any(dim=1, keepdim=True), stays.long().argmax(dim=1, keepdim=True), 0)
     slot = torch.where(refused, slot.gather(1, home), slot)
     owner = torch.where(refused, owner.gather(1, home), owner)
@@ -107,74 +125,89 @@ def _settled(memory: LongTermMemory, start: LongTermState, flat: Candidates, pla
         shape = (*slot.shape, *[1] * (old.dim() - 2))
         value = torch.where((owner >= 0).view(shape), take(new, owner.clamp(min=0)), take(old, slot))
         value = torch.where(attached.view(shape), value, value.detach())
-        return old.scatter(1, slot.view(shape).expand_as(value), value)
+        index = slot.view(shape).expand_as(value)
+        return old.scatter_(1, index, value) if in_place else old.scatter(1, index, value)
 
-    stored: dict[str, Any] = {name: settle(getattr(start, name), part) for name, part in flat._asdict().items()}
+    aged = start.priority
+    for s in range(window.n_segment):
+        aged = ltm_write.age(memory, aged, window.complete[:, s])
     n_new = flat.priority.shape[1]
+    olds = start._replace(priority=aged)._asdict()
+    news = {
+        "record": start.n_record[:, None] + plan.record,  # the first, as in `ltm_write.store`
+        **flat._replace(priority=plan.priority)._asdict(),
+        "origins": start.origins.new_full((*slot.shape, ORIGINS), -1),
+    }
+    stored: dict[str, Any] = {name: settle(olds[name], part) for name, part in news.items()}
     after = start._replace(
-        **stored | {"priority": plan.priority},
-        record=settle(start.record, start.n_record[:, None] + plan.record),
-        origins=settle(start.origins, start.origins.new_full((*slot.shape, ORIGINS), -1)),
+        **stored,
         n_record=start.n_record + plan.n_record,
         n_used=Host((start.n_used.tensor + n_new).clamp(max=memory.n_slot)),
     )
-    index, used = memory.search_index(), memory.filled(after)
-    return after._replace(lists=index.settle(plan.follower, start.lists, n_new, after.key, used))
+    lists = memory.search_index().settle(
+        plan.follower, start.lists, n_new, after.key, lambda: memory.filled(after), in_place
+    )
+    return after._replace(lists=lists)
 
 
 def plan_window(memory: LongTermMemory, state: LongTermState, priority: Tensor, key: Tensor, segment: Segment) -> _Plan:
-    """Replay the replacement of a whole window by priorities alone (B, S, K); keys only choose lists."""
+    """Replay the replacement of a whole window by priorities alone (B, S, K); keys only choose lists.
+
+    Whatever is replaced in the window is among the P slots that are worth least before it.
+    """
     n_row, n_segment, n_new = priority.shape
     device, n_candidate = priority.device, n_segment * n_new
-    bank = state.priority
-    used = bank > USED
-    source = torch.full_like(bank, -1, dtype=torch.long)
-    bank_until = torch.full_like(source, n_segment)
-    new_until = torch.full((n_row, n_candidate + 1), -1, device=device)  # one column more: writes to nowhere
-    window_slot = torch.full((n_row, n_candidate), -1, device=device)
+    place = least(state.priority, min(n_candidate, state.priority.shape[1])).sort(dim=1).values  # (B, W)
+    bank, first = state.priority.gather(1, place), torch.arange(place.shape[1], device=device)
+    empty = EMPTY + first.to(bank.dtype)
+    source = torch.full_like(place, -1)  # candidate that each of these slots holds; -1: what it held before
+    until = torch.full((n_row, n_candidate + 1), -1, device=device)  # one column more: writes to nowhere
+    slot = torch.full((n_row, n_candidate), -1, device=device)
+    seat, in_list, gone = torch.zeros_like(slot), slot.clone(), slot.clone()
+    ends = torch.full((n_row,), n_segment, device=device)
     counter = torch.zeros(n_row, dtype=torch.long, device=device)
     records = []
     follower = memory.search_index().follow(state.lists)
-    window_list = torch.full_like(window_slot, -1)
-    empty = EMPTY + torch.arange(bank.shape[1], device=device, dtype=bank.dtype)
     for s in range(n_segment):
         complete = segment.complete[:, s].long()
         if segment.reset is not None:
             reset = segment.reset[:, s, None]
-            bank = torch.where(reset, empty, bank)
+            place, bank = torch.where(reset, first, place), torch.where(reset, empty, bank)
             source = source.masked_fill(reset, -1)
-            bank_until = torch.where(reset, bank_until.clamp(max=s - 1), bank_until)
-            new_until = torch.where(reset, new_until.clamp(max=s - 1), new_until)
+            until = torch.where(reset, until.clamp(max=s - 1), until)
+            ends = torch.where(reset[:, 0], ends.clamp(max=s - 1), ends)
             counter = counter.masked_fill(reset[:, 0], 0)
             follower.reset(reset[:, 0])
         bank = ltm_write.age(memory, bank, complete)
         victim, order, accept = ltm_write.replace(bank, priority[:, s])
+        went = place.gather(1, victim)
         candidate = s * n_new + order  # (B, K)
         replaced = source.gather(1, victim)
-        bank_until = ltm_write.put(
-            bank_until, victim, accept & (replaced < 0), bank_until.gather(1, victim).clamp(max=s)
-        )
+        evicts = accept & (replaced < 0) & (ends == n_segment)[:, None]
+        gone = gone.scatter(1, candidate, torch.where(evicts, went, -1))
         nowhere = torch.where(accept & (replaced >= 0), replaced, n_candidate)
-        new_until = new_until.scatter(1, nowhere, s)
-        new_until = new_until.scatter(1, candidate, torch.where(accept, n_segment, -1))
-        window_slot = window_slot.scatter(1, candidate, torch.where(accept, victim, -1))
+        until = until.scatter(1, nowhere, s)
+        until = until.scatter(1, candidate, torch.where(accept, n_segment, -1))
+        slot = slot.scatter(1, candidate, torch.where(accept, went, -1))
+        seat = seat.scatter(1, candidate, victim)
         source = ltm_write.put(source, victim, accept, candidate)
         bank = ltm_write.put(bank, victim, accept, priority[:, s].gather(1, order))
         if state.lists is not None:
-            found = follower.put(victim, take(key[:, s], order), accept)
-            window_list = window_list.scatter(1, candidate, found)
+            found = follower.put(went, take(key[:, s], order), accept)
+            in_list = in_list.scatter(1, candidate, found)
         records.append(counter[:, None].expand(-1, n_new))
         counter = counter + complete
     reader = torch.arange(n_segment, device=device)[:, None]  # (S, 1)
     born = torch.arange(n_candidate, device=device) // n_new
     return _Plan(
-        priority=bank,
-        source=source,
+        slot=slot,
+        stays=until[:, :-1] == n_segment,
+        priority=bank.gather(1, seat),
         record=torch.cat(records, dim=1),
         n_record=counter,
-        window_slot=window_slot,
-        bank_visible=(reader <= bank_until[:, None]) & used[:, None],
-        window_visible=(reader > born) & (reader <= new_until[:, None, :-1]),
-        window_list=window_list,
+        list=in_list,
+        visible=(reader > born) & (reader <= until[:, None, :-1]),
+        gone=gone,
+        ends=ends,
         follower=follower,
     )

@@ -13,8 +13,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from memlm import distributed
+from memlm.memory import state as states
 from memlm.memory.contract import Segment, Trace
-from memlm.tensors import Host, take
+from memlm.tensors import Host, least, take
 
 if TYPE_CHECKING:
     from memlm.memory.ltm import LongTermMemory, LongTermState
@@ -51,26 +52,34 @@ def store(memory: LongTermMemory, segment: Segment, state: LongTermState) -> tup
         record, complete = number[None], complete.sum(0, keepdim=True)
     else:
         record = torch.zeros_like(new.position)
+    in_place = not torch.is_grad_enabled()
+    if in_place:
+        state = own(memory, state, segment.owned)
     start = age(memory, state.priority, complete)
     victim, order, accept = (
         replace_sharded(memory, start, new.priority) if memory.is_sharded else replace(start, new.priority)
     )
-    stored: dict[str, Any] = {
-        name: put(getattr(state, name), victim, accept, take(part, order)) for name, part in new._asdict().items()
-    }
-    stored["priority"] = put(start, victim, accept, take(new.priority, order))
+    # The record first: a slot whose write is cut short is then known by it.
+    found = {"record": state.n_record[:, None] + take(record, order)}
+    found |= {name: take(part, order) for name, part in new._asdict().items()}
+    found["origins"] = state.origins.new_full((*victim.shape, ORIGINS), -1)
+    olds = {name: getattr(state, name) for name in found} | {"priority": start}
+    stored: dict[str, Any] = {name: put(olds[name], victim, accept, part, in_place) for name, part in found.items()}
     after = state._replace(
         **stored,
-        record=put(state.record, victim, accept, state.n_record[:, None] + take(record, order)),
-        origins=put(state.origins, victim, accept, torch.full_like(take(state.origins, victim), -1)),
         n_record=state.n_record + complete,
         n_used=Host((state.n_used.tensor + new.priority.shape[1]).clamp(max=memory.n_slot)),
     )
-    if state.lists is None:
-        return after, trace
-    new_key, used = take(new.key, order), memory.filled(after)
-    lists = memory.search_index().written(state.lists, victim, new_key, accept, after.key, used)
+    lists = memory.search_index().written(
+        state.lists, victim, found["key"], accept, after.key, lambda: memory.filled(after), in_place
+    )
     return after._replace(lists=lists), trace
+
+
+def own(memory: LongTermMemory, state: LongTermState, given: bool) -> LongTermState:
+    """``state``, to be changed in place: a copy, or itself if it was ``given`` away."""
+    lists = memory.search_index().own(state.lists, given)
+    return states.own(state._replace(lists=None), given)._replace(lists=lists)
 
 
 def candidates(memory: LongTermMemory, segment: Segment) -> tuple[Candidates, Trace]:
@@ -187,15 +196,15 @@ def replace(bank: Tensor, new: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Which slots of ``bank`` (B, M) the ``new`` ones (B, K) replace, by priority.
 
     The best new slot meets the worst old one, the second best the second worst, and so on; it is accepted if it is
-    worth more. The bank so holds the best M of both.
+    worth more. The bank so holds the best M of both. Of old slots that are worth the same, the first goes.
 
     Returns:
         Old slots (B, K), all different; new slots in the order of their meeting (B, K); whether each is accepted.
     """
     n_new = min(new.shape[1], bank.shape[1])
     best = new.topk(n_new, dim=1)
-    worst = bank.topk(n_new, dim=1, largest=False)
-    return worst.indices, best.indices, best.values > worst.values
+    worst = least(bank, n_new)
+    return worst, best.indices, best.values > bank.gather(1, worst)
 
 
 def replace_sharded(memory: LongTermMemory, bank: Tensor, new: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -209,9 +218,9 @@ def replace_sharded(memory: LongTermMemory, bank: Tensor, new: Tensor) -> tuple[
     rank, n_rank = memory.rank
     n_new = min(new.shape[1], memory.n_slot)
     n_worst = min(n_new, -(-memory.n_slot // n_rank))
-    own = bank.topk(min(n_worst, bank.shape[1]), dim=1, largest=False)
-    n_own = own.values.shape[1]
-    worst = distributed.rows_of_all(F.pad(own.values, (0, n_worst - n_own), value=torch.inf)).view(1, -1)
+    own = least(bank, min(n_worst, bank.shape[1]))
+    n_own = own.shape[1]
+    worst = distributed.rows_of_all(F.pad(bank.gather(1, own), (0, n_worst - n_own), value=torch.inf)).view(1, -1)
     met = worst.topk(n_new, dim=1, largest=False)
     best = new.topk(n_new, dim=1)
     accept = best.values > met.values
@@ -219,7 +228,7 @@ def replace_sharded(memory: LongTermMemory, bank: Tensor, new: Tensor) -> tuple[
     turn = turn.scatter(1, met.indices, torch.arange(n_new, device=bank.device)[None])
     turn = turn[:, rank * n_worst : rank * n_worst + n_own]
     index = turn.clamp(min=0)
-    return own.indices, best.indices.gather(1, index), accept.gather(1, index) & (turn >= 0)
+    return own, best.indices.gather(1, index), accept.gather(1, index) & (turn >= 0)
 
 
 def of_all_rows(memory: LongTermMemory, own: Candidates, complete: Tensor) -> tuple[Candidates, Tensor]:
@@ -240,8 +249,9 @@ def of_all_rows(memory: LongTermMemory, own: Candidates, complete: Tensor) -> tu
     return Candidates(*(part.flatten(0, 1)[None] for part in own)), complete
 
 
-def put(part: Tensor, index: Tensor, accept: Tensor, new: Tensor) -> Tensor:
+def put(part: Tensor, index: Tensor, accept: Tensor, new: Tensor, in_place: bool = False) -> Tensor:
     """``part`` (B, M, ...) with ``new`` (B, K, ...) at ``index`` (B, K) where ``accept`` (B, K)."""
     shape = (*index.shape, *[1] * (part.dim() - 2))
     index = index.view(shape).expand_as(new)
-    return part.scatter(1, index, torch.where(accept.view(shape), new.to(part.dtype), part.gather(1, index)))
+    new = torch.where(accept.view(shape), new.to(part.dtype), part.gather(1, index))
+    return part.scatter_(1, index, new) if in_place else part.scatter(1, index, new)

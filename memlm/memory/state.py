@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from memlm.tensors import Host
+from memlm.tensors import Host, owned
 
 State = Any
 
@@ -61,6 +61,25 @@ def detach(state: State) -> State:
 def move(state: State, device: torch.device | str) -> State:
     """``state`` on ``device``; each `Host` stays on the CPU."""
     return map_tensors(lambda tensor: tensor.to(device), state, host=False)
+
+
+def own(state: State, given: bool) -> State:
+    """``state``, to be changed in place: a copy, or itself if it was ``given`` away and nothing shares its numbers."""
+    return map_tensors(lambda tensor: owned(tensor, given), state)
+
+
+def shared(state: State, *others: State) -> State:
+    """``state`` with other tensors of the same numbers for those that ``others`` have too; for all if there are none.
+
+    A state that is given away is written in place where no other tensor has its numbers. So no two states that are
+    handed out have a tensor in common.
+    """
+
+    def share(tensor: Tensor, *theirs: Tensor) -> Tensor:
+        mine = tensor.requires_grad or (bool(theirs) and all(tensor is not other for other in theirs))
+        return tensor if mine else tensor.detach()
+
+    return map_tensors(share, state, *others)
 
 
 def where_rows(mask: Tensor, chosen: State, other: State) -> State:

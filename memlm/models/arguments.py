@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from memlm.config import ConfigError, whole
+from memlm.models.sampling import Sampling
 from memlm.models.stack import Stack
 
 _COLDEST = 1e-6  # temperature; below, logits would overflow
@@ -128,22 +129,40 @@ def signals(model: Stack, asked: Mapping[str, Tensor], n_row: int) -> None:
             raise ConfigError(f"signals.{name} holds NaN: give 0 where it is unknown")
 
 
-def sampling(max_new_tokens: Any, temperature: Any, top_k: Any, top_p: Any) -> None:
+def sampling(how: Sampling, model: Stack) -> None:
     """Refuse settings of generation that are out of range.
 
     Raises:
         ConfigError: With the name of the setting.
     """
-    whole("max_new_tokens", max_new_tokens)
+    whole("max_new_tokens", how.max_new_tokens)
+    temperature, top_p, penalty = how.temperature, how.top_p, how.repetition_penalty
+    if not isinstance(how.do_sample, bool):
+        raise ConfigError(f"do_sample must be true or false, got {reprlib.repr(how.do_sample)}")
     if not (_number(temperature) and (temperature == 0 or _COLDEST <= temperature < math.inf)):
         raise ConfigError(
             f"temperature must be 0 (the likeliest token) or a number of at least {_COLDEST}, got "
             f"{reprlib.repr(temperature)}"
         )
-    if top_k is not None:
-        whole("top_k, unless it is None,", top_k, least=1)
+    if how.top_k is not None:
+        whole("top_k, unless it is None,", how.top_k, least=1)
     if top_p is not None and not (_number(top_p) and 0 < top_p <= 1):
         raise ConfigError(f"top_p must be a number in (0, 1], or None, got {reprlib.repr(top_p)}")
+    if not (_number(penalty) and 0 < penalty < math.inf):
+        raise ConfigError(f"repetition_penalty must be a positive number, 1 for none, got {reprlib.repr(penalty)}")
+    if whole("num_return_sequences", how.num_return_sequences, least=1) > 1 and not how.draws:
+        raise ConfigError(
+            f"num_return_sequences={how.num_return_sequences} would be copies, as the likeliest token is always taken: "
+            "set do_sample=true and a temperature above 0, or num_return_sequences=1"
+        )
+    pad = () if how.pad_token_id is None else (("pad_token_id", how.pad_token_id),)
+    for name, number in (*(("eos_token_id", number) for number in how.eos_ids), *pad):
+        if whole(name, number) >= model.n_vocab:
+            raise ConfigError(f"{name} must be below the size of the vocabulary, {model.n_vocab}, got {number}")
+    if not all(isinstance(text, str) and text for text in how.stop_texts):
+        raise ConfigError(f"stop_strings must be texts that are not empty, got {reprlib.repr(how.stop_strings)}")
+    if how.stop_texts and not hasattr(model, "tokenizer"):
+        raise ConfigError("stop_strings need a model with a tokenizer: set model.tokenizer, or use eos_token_id")
 
 
 def _number(value: Any) -> bool:

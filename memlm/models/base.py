@@ -90,7 +90,7 @@ class LanguageModel(nn.Module):
         """A state of one row without context whose memories are the persistent banks themselves: to be read only."""
         raise NotImplementedError
 
-    def new_context(self, state: Any, write: bool = True) -> Any:
+    def new_context(self, state: Any, write: bool = True, donate: bool = False) -> Any:
         """``state`` without its local context; memories are kept."""
         raise NotImplementedError
 
@@ -101,6 +101,7 @@ class LanguageModel(nn.Module):
         read: bool = True,
         mask: Tensor | None = None,
         breaks: Tensor | None = None,
+        donate: bool = False,
     ) -> Any:
         """Go on with text that is only to be remembered.
 
@@ -110,12 +111,14 @@ class LanguageModel(nn.Module):
             read: Whether memories are read.
             mask: As in ``forward``.
             breaks: As in ``forward``.
+            donate: Whether ``state`` is given away, as in ``forward``: the cost is then that of what is written, and
+                not of what is held.
 
         Returns:
             The state after the text, to absorb more or for `new_context`. Its local context may be incomplete:
             ``forward`` then refuses to go on from it.
         """
-        return self(ids, state=state, read=read, mask=mask, breaks=breaks, logits=False).state
+        return self(ids, state=state, read=read, mask=mask, breaks=breaks, logits=False, donate=donate).state
 
     def places(self, state: Any) -> list[Tensor]:
         """Places in the document of the tokens that memories hold, (B, n_slot) each: see `Slots.places`."""

@@ -12,7 +12,7 @@ E width of a head.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,10 +24,37 @@ from memlm.models.mixers import SegmentLayer
 from memlm.models.segments import SegmentModel
 
 
+class Column(NamedTuple):
+    """Where the next token of each row stands, for `Layer.step`.
+
+    Attributes:
+        cell: Its cell in the caches of all rows one after the other, (B,).
+        mask: Added to scores: 0 for the cells that it sees, -inf for others, (B, 1, 1, N) for the first N cells.
+        turn: Cosines and sines of its rotation, (2, B, 1, 1, E); None if positions are learned.
+    """
+
+    cell: Tensor
+    mask: Tensor
+    turn: Tensor | None
+
+
+class Opened(NamedTuple):
+    """What a layer has of the open segment and the overlap before it, to be changed in place.
+
+    Attributes:
+        cache: As in `Layer.init_cache`.
+        key: Keys after position encoding, (B, O + T, H, E).
+    """
+
+    cache: Tensor
+    key: Tensor
+
+
 class Attention(nn.Module):
     """Causal self-attention over a segment and the end of the one before, and over contexts that memories give."""
 
     causal: Tensor
+    cells: Tensor
     own: Tensor
     rotation: Tensor | None
 
@@ -39,6 +66,7 @@ class Attention(nn.Module):
         place = torch.arange(overlap + segment_len)
         # Query in column c sees the cells up to its own: (T, O + T).
         self.register_buffer("causal", place <= place[overlap:, None], persistent=False)
+        self.register_buffer("cells", place, persistent=False)
         self.register_buffer("own", place >= overlap, persistent=False)  # cells of the segment itself, (O + T,)
         table = _rotation(place, d_model // n_head) if rope else None
         self.register_buffer("rotation", table, persistent=False)  # (2, O + T, E / 2)
@@ -86,6 +114,31 @@ class Attention(nn.Module):
         )
         return out, kv, before
 
+    def column(self, place: Tensor, continues: Tensor, most: int) -> Column:
+        """See `SegmentLayer.column`."""
+        n_cell = len(self.own)
+        cell = place + self.overlap  # within its row
+        n = self.overlap + most
+        hidden = (self.cells[:n] > cell[:, None]) | ~(self.own[:n] | continues[:, None])
+        mask = torch.zeros_like(hidden, dtype=self.to_qkv.weight.dtype).masked_fill_(hidden, -torch.inf)
+        turn = None
+        if self.rotation is not None:
+            cos, sin = self.rotation.index_select(1, cell)[:, :, None, None]
+            turn = torch.stack([torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)])
+        return Column(cell + n_cell * torch.arange(len(cell), device=cell.device), mask[:, None, None], turn)
+
+    def step(self, qkv: Tensor, opened: Opened, column: Column) -> Tensor:
+        """Attend from one more token of each row, of its queries, keys and values (B, 3, H, E): (B, H * E)."""
+        qk = qkv[:, :2]
+        if column.turn is not None:
+            cos, sin = column.turn.to(qk.dtype)
+            qk = qk * cos + qk.roll(qk.shape[-1] // 2, dims=-1) * sin
+        for buffer, new in ((opened.cache, qkv[:, 1:]), (opened.key, qk[:, 1])):
+            buffer.flatten(0, 1).index_copy_(0, column.cell, new.to(buffer.dtype))
+        n = column.mask.shape[-1]
+        key, value = opened.key[:, :n].transpose(1, 2), opened.cache[:, :n, 1].transpose(1, 2)
+        return F.scaled_dot_product_attention(qk[:, 0, :, None], key, value, column.mask.to(qk.dtype)).flatten(1)
+
     def attend_to(self, query: Tensor, contexts: Sequence[Context], place: Tensor | None = None) -> Tensor:
         """What queries (R, H, L, E) find in contexts, in one softmax over all of them: (R, H, L, E)."""
         turned, scores = self._at(query, place), []
@@ -123,9 +176,12 @@ def _rotation(place: Tensor, width: int) -> Tensor:
 
 def _rotate(x: Tensor, rotation: Tensor) -> Tensor:
     """Rotary position encoding of ``x`` (N, L, H, E) by ``rotation`` (2, L, E / 2)."""
-    cos, sin = rotation[:, :, None].to(x.dtype)
+    cos, sin = rotation.to(x.dtype)
+    # Tables for all heads side by side, so that a pass runs over long rows: half the time on a CPU.
+    both = torch.stack([torch.cat([cos, cos], dim=1), torch.cat([-sin, sin], dim=1)])  # (2, L, E)
+    cos, sin = both[:, :, None].expand(-1, -1, x.shape[2], -1).contiguous()
     a, b = x.chunk(2, dim=-1)
-    return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
+    return x * cos + torch.cat([b, a], dim=-1) * sin
 
 
 class Layer(SegmentLayer):
@@ -163,6 +219,24 @@ class Layer(SegmentLayer):
         """Self-attention with its residual; see `Attention`."""
         found, kv, before = self.attention(self.attention.project(self.attention_norm(x)), cache, grid, contexts)
         return self.out(found, x), (kv, before)
+
+    def column(self, place: Tensor, continues: Tensor, most: int) -> Column:
+        """See `SegmentLayer.column`."""
+        return self.attention.column(place, continues, most)
+
+    def opened(self, cache: Tensor, place: Tensor, continues: Tensor) -> Opened:
+        """See `SegmentLayer.opened`."""
+        rotation, key = self.attention.rotation, cache[:, :, 0]
+        return Opened(cache.clone(), key.clone() if rotation is None else _rotate(key, rotation))
+
+    def step(self, x: Tensor, opened: Opened, column: Column) -> Tensor:
+        """See `SegmentLayer.step`."""
+        attention = self.attention
+        return x + attention.to_output(attention.step(attention.project(self.attention_norm(x)), opened, column))
+
+    def closed(self, opened: Opened) -> Tensor:
+        """See `SegmentLayer.closed`."""
+        return opened.cache
 
     def heads(self, x: Tensor) -> Heads:
         """See `SegmentLayer.heads`."""
@@ -277,7 +351,6 @@ class LMCode(SegmentModel):
             for linear in (layer.attention.to_output, layer.feed_forward[3]):
                 nn.init.normal_(linear.weight, std=(2 * self.n_layer * linear.in_features) ** -0.5)
 
-    def enter(self, embeddings: Tensor, grid: Grid) -> Tensor:
+    def enter(self, embeddings: Tensor, columns: slice | Tensor) -> Tensor:
         """Embeddings, with learned positions if there are any."""
-        learned = self.position_embedding
-        return embeddings if learned is None else embeddings + learned.weight[grid.columns]
+        return embeddings if self.position_embedding is None else embeddings + self.position_embedding.weight[columns]

@@ -98,6 +98,28 @@ class Layer(SegmentLayer):
         inputs = stays_open(kept.inputs, torch.zeros_like(kept.inputs[:, 0]))
         return LSTMCache(inputs, stays_open(kept.recurrent, beyond))
 
+    def column(self, place: Tensor, continues: Tensor, most: int) -> Tensor:
+        """See `SegmentLayer.column`: the cell of the next token in the inputs of all rows one after the other, (B,)."""
+        return place + self.segment_len * torch.arange(len(place), device=place.device)
+
+    def opened(self, cache: LSTMCache, place: Tensor, continues: Tensor) -> LSTMCache:
+        """See `SegmentLayer.opened`."""
+        anew = (place == 0) & ~continues
+        return LSTMCache(cache.inputs.clone(), torch.where(anew[:, None, None], 0.0, cache.recurrent))
+
+    def step(self, x: Tensor, opened: LSTMCache, column: Tensor) -> Tensor:
+        """See `SegmentLayer.step`."""
+        normed = self.norm(x)
+        opened.inputs.flatten(0, 1).index_copy_(0, column, normed.to(opened.inputs.dtype))
+        state = opened.recurrent.unbind(dim=1)
+        hidden, cell = torch.lstm_cell(normed, state, *self.lstm.all_weights[0])
+        opened.recurrent.copy_(torch.stack([hidden, cell], dim=1))
+        return x + self.to_output(hidden)
+
+    def closed(self, opened: LSTMCache) -> LSTMCache:
+        """See `SegmentLayer.closed`."""
+        return opened
+
     def _after_end(self, inputs: Tensor) -> Tensor:
         """State (B, S, 2, H) after the end of each segment of ``inputs`` (B, S, T, D), begun with zero there."""
         n_row, n_segment = inputs.shape[:2]

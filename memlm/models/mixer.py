@@ -14,7 +14,7 @@ width.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +31,13 @@ class Nothing(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Zero."""
         return torch.zeros_like(x)
+
+
+class Column(NamedTuple):
+    """Where the next token of each row stands in the caches of all rows one after the other, for `Layer.step`."""
+
+    cell: Tensor  # its own cell, (B,)
+    seen: Tensor  # the cells that the convolution sees, (B, O + 1)
 
 
 class Layer(SegmentLayer):
@@ -75,6 +82,26 @@ class Layer(SegmentLayer):
         inputs, before = kept
         ends = stays_open(before, inputs[:, -1, self.segment_len - self.overlap :])
         return torch.cat([ends, stays_open(inputs, torch.zeros_like(inputs[:, 0]))], dim=1)
+
+    def column(self, place: Tensor, continues: Tensor, most: int) -> Column:
+        """See `SegmentLayer.column`."""
+        cell = place + (self.overlap + self.segment_len) * torch.arange(len(place), device=place.device) + self.overlap
+        return Column(cell, cell[:, None] + torch.arange(-self.overlap, 1, device=place.device))
+
+    def opened(self, cache: Tensor, place: Tensor, continues: Tensor) -> Tensor:
+        """See `SegmentLayer.opened`."""
+        before, own = cache.split([self.overlap, self.segment_len], dim=1)
+        return torch.cat([before * continues[:, None, None], own], dim=1)
+
+    def step(self, x: Tensor, opened: Tensor, column: Column) -> Tensor:
+        """See `SegmentLayer.step`."""
+        normed, cells = self.norm(x), opened.flatten(0, 1)
+        cells.index_copy_(0, column.cell, normed.to(cells.dtype))
+        return x + (cells[column.seen] * self.conv).sum(dim=1) * self.gate(normed)
+
+    def closed(self, opened: Tensor) -> Tensor:
+        """See `SegmentLayer.closed`."""
+        return opened
 
 
 class MixerModel(SegmentModel):
@@ -140,6 +167,6 @@ class MixerModel(SegmentModel):
                 nn.init.normal_(into.weight, std=into.in_features**-0.5)
                 nn.init.normal_(out.weight, std=(2 * self.n_layer * out.in_features) ** -0.5)
 
-    def enter(self, embeddings: Tensor, grid: Grid) -> Tensor:
+    def enter(self, embeddings: Tensor, columns: slice | Tensor) -> Tensor:
         """Embeddings, of which some are dropped in training."""
         return self.dropout(embeddings)

@@ -58,6 +58,30 @@ class SegmentLayer(nn.Module):
         """
         raise NotImplementedError
 
+    # One token of each row at a time, where nothing is asked of the layer but that: see `memlm.models.decoding`.
+
+    def column(self, place: Tensor, continues: Tensor, most: int) -> Any:
+        """What `step` of every layer of a model has to know of the next token's place.
+
+        Args:
+            place: Its place in the open segment, (B,).
+            continues: Whether that segment continues its context, (B,).
+            most: A place that is known to be beyond all of ``place``.
+        """
+        raise NotImplementedError
+
+    def opened(self, cache: State, place: Tensor, continues: Tensor) -> Any:
+        """A copy of ``cache`` that `step` changes in place; ``place`` and ``continues`` are those of `column`."""
+        raise NotImplementedError
+
+    def step(self, x: Tensor, opened: Any, column: Any) -> Tensor:
+        """`mix` for one more token of each row, (B, D)."""
+        raise NotImplementedError
+
+    def closed(self, opened: Any) -> State:
+        """The cache that `next_cache` would give, but for cells without a token; it shares memory with ``opened``."""
+        raise NotImplementedError
+
     def heads(self, x: Tensor) -> Heads:
         """Queries, keys and values of any hidden states (B, L, D), before positions."""
         raise NotImplementedError

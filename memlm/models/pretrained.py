@@ -61,6 +61,8 @@ class Pretrained(SegmentModel):
         ConfigError: If there is no such base, or it cannot be taken.
     """
 
+    by_column = False
+
     def __init__(
         self,
         n_vocab: int,
@@ -229,8 +231,8 @@ class Pretrained(SegmentModel):
             keys = self._keys_again(ids, before)
         return grid._replace(before=Before(entered.unflatten(0, (n_row, n_segment)), told, keys, columns, cells, seen))
 
-    def enter(self, embeddings: Tensor, grid: Grid) -> Tensor:
-        """What enters the first layer, in units of the memories."""
+    def entered(self, embeddings: Tensor, grid: Grid) -> Tensor:
+        """See `Stack.entered`; in units of the memories."""
         return grid.before.entered * self.scale
 
     def let_in(self, name: str, place: int, value: Tensor, y: Tensor) -> Tensor:

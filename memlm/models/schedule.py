@@ -56,6 +56,7 @@ class How(NamedTuple):
         keep_state: Whether the state after the grid is needed.
         storing: Whether only the memories after it are needed: all that follows the last write is left out.
         closing: Whether there is no new token: the open segment is closed, for the cells behind it.
+        owned: Whether the state is given away: see `Segment.owned`.
     """
 
     read: bool
@@ -64,6 +65,7 @@ class How(NamedTuple):
     keep_state: bool = True
     storing: bool = False
     closing: bool = False
+    owned: bool = False
 
 
 def writes_within(module: Memory) -> bool:
@@ -90,6 +92,7 @@ def run(model: Stack, grid: Grid, state: ModelState, how: How) -> Ran:
             local = where_rows(torch.tensor(ended), state.local, window.state.local)
             window = window._replace(state=window.state._replace(local=local))
         state = window.state
+        how = how._replace(owned=how.owned or (how.write and not torch.is_grad_enabled()))
         if how.storing:  # of what is only stored nothing else is kept
             windows.clear()
         windows.append(window)
@@ -132,11 +135,12 @@ class _Pass:
         self.streams: dict[str, list[Tensor]] = {name: [] for name in self.local.streams}
         self.reads: dict[str, Read] = {}
         self.traces: dict[str, list[Trace]] = {name: [] for name in self.memory}
+        self.owned = how.owned and not self.memory_of("stack")  # around which layers may run several times
 
     def run(self) -> Ran:
         """All of it."""
         embeddings = self.embeddings[:, self.lookback :].unflatten(1, (self.grid.n_segment, -1))
-        x = self.model.enter(embeddings[:, :, self.grid.columns], self.grid)  # (B, S, Q, D)
+        x = self.model.entered(embeddings, self.grid)  # (B, S, Q, D)
         for name, modules in self.model.memory.items():
             for place, module in enumerate(() if writes_within(modules[0]) or not self.how.read else modules):
                 self.prepared[f"{name}/{place}"] = module.prepare(self.begun(name, module, place))
@@ -148,6 +152,7 @@ class _Pass:
             self.write(name, modules[0], 0, hidden, output)
         memory = {name: tuple(parts) for name, parts in self.memory.items()}
         local = self.next_local() if self.how.keep_state else self.local
+        self.caches = []  # mixers refer to the pass: it would live on, and the state before it
         trace = {name: mean_trace(parts) for name, parts in self.traces.items()}
         return Ran(x.flatten(1, 2), ModelState(memory, local), self.reads, trace)
 
@@ -157,7 +162,7 @@ class _Pass:
 
     def begun(self, name: str, module: Memory, place: int) -> Any:
         """The state of a memory that is written apart from where it is read; there is one segment then."""
-        return module.start_documents(self.grid.flags.reset, self.memory[name][place])
+        return module.start_documents(self.grid.flags.reset, self.memory[name][place], self.owned)
 
     # --- the stack -----------------------------------------------------------------------------------------------
 
@@ -339,7 +344,7 @@ class _Pass:
         signals = self.how.signals
         segment = segment_of(
             self.model, module, self.local, self.grid, self.ids, self.embeddings, hidden, output, layer, tail, signals
-        )
+        )._replace(owned=self.owned)
         if not module.needs.nll:
             return segment
         return segment._replace(nll=nll_after(self.model, self.ids[:, self.lookback :], self.grid.valid[:, 0]))
@@ -391,7 +396,7 @@ def nll_after(model: Stack, ids: Tensor, valid: Tensor) -> Callable[[Tensor], Te
         )
         grid = lay_out(own, state.local, model.segment_len, None, None, None, None)
         run = _Pass(model, grid, state, How(read=False, write=False, keep_state=False))
-        x = model.enter(run.embeddings[:, None, run.lookback :], run.grid)
+        x = model.entered(run.embeddings[:, None, run.lookback :], run.grid)
         x, _ = run.layers(x, Cells(cells.to(x.dtype), None))
         logits = F.linear(model.norm(x[:, 0, :-1]), model.head_weight.detach()).float()
         nats = F.cross_entropy(logits.mT, own[:, 1:], reduction="none")

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from memlm.config import ConfigError
 from memlm.memory.contract import Memory, Sizes
 from memlm.memory.slots import Slots
-from memlm.memory.state import State, select_rows, where_rows
+from memlm.memory.state import State, select_rows, shared, where_rows
 from memlm.models import arguments, generation, schedule, views
 from memlm.models.grid import closing_grid, lay_out
 from memlm.models.stack import Stack
@@ -155,33 +155,37 @@ class SegmentModel(Stack):
 
     def with_memory(self, state: ModelState, other: ModelState) -> ModelState:
         """``state`` with the memories of ``other``; the local context stays."""
-        return state._replace(memory=other.memory)
+        return state._replace(memory=shared(other.memory))
 
     def select_rows(self, state: ModelState, index: Tensor) -> ModelState:
         """Rows ``index`` (N,) of ``state``; banks that all rows share stay as they are."""
-        state = self.map_memory(lambda m, part: part if m.scope == "shared" else select_rows(part, index), state)
+        state = self.map_memory(
+            lambda m, part: shared(part) if m.scope == "shared" else select_rows(part, index), state
+        )
         return state._replace(local=select_rows(state.local, index))
 
-    def new_context(self, state: ModelState, write: bool = True) -> ModelState:
+    def new_context(self, state: ModelState, write: bool = True, donate: bool = False) -> ModelState:
         """Close the open segment, writing what it holds so far, and drop the local context; memories are kept.
 
         Args:
             state: Any state.
             write: Whether the open segment is written.
+            donate: As in `forward`.
         """
-        return self._close(state, torch.ones(state.local.n_row, dtype=torch.bool), write)
+        after = self._close(state, torch.ones(state.local.n_row, dtype=torch.bool), write, _owned(donate))
+        return after if donate else after._replace(memory=shared(after.memory, state.memory))
 
-    def _close(self, state: ModelState, rows: Tensor, write: bool) -> ModelState:
-        """`new_context` for the given ``rows`` (B,), on the CPU."""
+    def _close(self, state: ModelState, rows: Tensor, write: bool, owned: bool) -> ModelState:
+        """`new_context` for the given ``rows`` (B,), on the CPU; ``owned`` as in `Segment`."""
         local = state.local
         if write and self.memory:
             embeddings = self.embed(local.ids)
-            memory = {name: self._closed(name, state, rows, embeddings) for name in self.memory}
+            memory = {name: self._closed(name, state, rows, embeddings, owned) for name in self.memory}
             state = state._replace(memory=memory)
         fresh = self.no_context(len(rows))._replace(position=local.position, document=local.document)
         return state._replace(local=_renewed(local, fresh, rows))
 
-    def _closed(self, name: str, state: ModelState, rows: Tensor, embeddings: Tensor) -> tuple[State, ...]:
+    def _closed(self, name: str, state: ModelState, rows: Tensor, embeddings: Tensor, owned: bool) -> tuple[State, ...]:
         """The states of a memory after the open segment of ``rows`` was written."""
         local, modules = state.local, self.memory[name]
         grid = closing_grid(local, rows, self.lookback)
@@ -195,12 +199,12 @@ class SegmentModel(Stack):
         if module.around == "layers":
             streams = hidden.transpose(1, 2), output.transpose(1, 2)
             segment = views.segment_of(self, module, local, grid, *cells, *streams)
-            return (module.write(segment, state.memory[name][0])[0],)
+            return (module.write(segment._replace(owned=owned), state.memory[name][0])[0],)
         closed = []
         for place, (module, part) in enumerate(zip(modules, state.memory[name], strict=True)):
             streams, layer = (hidden[:, place], output[:, place]), self.layers[self.memory_layers[place]]
             segment = views.segment_of(self, module, local, grid, *cells, *streams, layer)
-            closed.append(module.write(segment, part)[0])
+            closed.append(module.write(segment._replace(owned=owned), part)[0])
         return tuple(closed)
 
     # --- the forward pass ------------------------------------------------------------------------------------------
@@ -217,6 +221,7 @@ class SegmentModel(Stack):
         breaks: Tensor | None = None,
         logits: bool = True,
         keep_state: bool = True,
+        donate: bool = False,
     ) -> Output:
         """Go on with the text.
 
@@ -234,6 +239,9 @@ class SegmentModel(Stack):
             logits: Whether to apply the language-model head.
             keep_state: Whether the text goes on after this call; if not, no state is worked out (``out.state`` is
                 None).
+            donate: Whether ``state`` is given away. Without gradients its memories are then written in place, where
+                large banks would be copied first: use ``out.state`` from now on, and neither ``state`` nor what was
+                made of it by `with_memory`.
 
         Returns:
             An `Output`.
@@ -246,7 +254,8 @@ class SegmentModel(Stack):
         for name, flags in (("mask", mask), ("reset", reset), ("breaks", breaks)):
             arguments.flags(name, flags)
         arguments.signals(self, signals or {}, n_row)
-        state = _state_for(self, state, n_row)
+        owned = _owned(donate or state is None)
+        before = state = _state_for(self, state, n_row)
         if breaks is not None and (breaks.dim() != 2 or len(breaks) != n_row):
             raise ConfigError(f"breaks must be ({n_row}, segments), got {tuple(breaks.shape)}")
         if mask is not None and mask.shape != ids.shape:
@@ -256,15 +265,17 @@ class SegmentModel(Stack):
             reset = torch.zeros(n_row, -(-ids.shape[1] // self.segment_len), dtype=torch.bool, device=ids.device)
         rows, reset = _starts(reset, n_row)
         if rows is not None or reset is not None:
-            state = self._begin_documents(state, rows, reset, write)
+            state = self._begin_documents(state, rows, reset, write, owned)
         if breaks is not None and breaks.shape[1]:
             first = breaks[:, 0].cpu()
             if together or bool(first.any()):
-                state = self._close(state, first, write)
+                state = self._close(state, first, write, owned)
+                owned = owned or _owned(write)
         if ids.shape[1] == 0:
             if rows is not None:
                 state = self.map_memory(lambda module, part: module.start_documents(rows[:, None], part), state)
                 state = state._replace(local=state.local._replace(document=state.local.document + rows))
+            state = state if donate else state._replace(memory=shared(state.memory, before.memory))
             hidden = self.embedding(ids)
             return Output(self.head(hidden) if logits else None, state, hidden, {}, {})
         if None in state.local.cache:
@@ -273,8 +284,10 @@ class SegmentModel(Stack):
                 "new_context(state) first, which keeps the memories"
             )
         grid = lay_out(ids, state.local, self.segment_len, rows, reset, mask, breaks)
-        how = schedule.How(read, write and (together or any(grid.n_complete)), signals, keep_state)
+        how = schedule.How(read, write and (together or any(grid.n_complete)), signals, keep_state, owned=owned)
         x, state, reads, trace = schedule.run(self, grid, state, how)
+        if keep_state and not donate:
+            state = state._replace(memory=shared(state.memory, before.memory))
         x = self.norm(x)
         if grid.cell is not None:
             index = (grid.cell - grid.columns.start).clamp(0, x.shape[1] - 1)
@@ -288,6 +301,7 @@ class SegmentModel(Stack):
         read: bool = True,
         mask: Tensor | None = None,
         breaks: Tensor | None = None,
+        donate: bool = False,
     ) -> ModelState:
         """See `LanguageModel.absorb`. Memories are as `forward` leaves them, for less work.
 
@@ -296,24 +310,30 @@ class SegmentModel(Stack):
         ids = arguments.token_ids(ids, self.n_vocab)
         within = all(schedule.writes_within(modules[0]) for modules in self.memory.values())
         if ids.shape[1] == 0 or not self.memory or not within:
-            return super().absorb(ids, state, read, mask, breaks)
-        state = self.init_state(len(ids)) if state is None else state
+            return super().absorb(ids, state, read, mask, breaks, donate)
+        owned = _owned(donate or state is None)
+        before = state = self.init_state(len(ids)) if state is None else state
         if breaks is not None and bool(breaks[:, 0].any()):
-            state = self._close(state, breaks[:, 0].cpu(), True)
+            state = self._close(state, breaks[:, 0].cpu(), True, owned)
+            owned = _owned(True)
         grid = lay_out(ids, state.local, self.segment_len, None, None, mask, breaks)
-        how = schedule.How(read, any(grid.n_complete), storing=True)
-        return schedule.run(self, grid, state, how).state
+        how = schedule.How(read, any(grid.n_complete), storing=True, owned=owned)
+        state = schedule.run(self, grid, state, how).state
+        return state if donate else state._replace(memory=shared(state.memory, before.memory))
 
-    def _begin_documents(self, state: ModelState, rows: Tensor | None, reset: Tensor | None, write: bool) -> ModelState:
+    def _begin_documents(
+        self, state: ModelState, rows: Tensor | None, reset: Tensor | None, write: bool, owned: bool
+    ) -> ModelState:
         """``state`` with the rows that begin a document at once out of their old context."""
         n_row = state.local.n_row
         begin = (rows if rows is not None else reset[:, :1].any(dim=1)).cpu()  # type: ignore[index]
         if any(modules[0].scope == "shared" for modules in self.memory.values()):
-            state = self._close(state, begin, write)
+            state = self._close(state, begin, write, owned)
         local = _renewed(state.local, self.no_context(n_row), begin)
         return state._replace(local=local._replace(document=state.local.document))
 
     generate = generation.generate
+    stream = generation.stream
 
     # --- what is stored: see `memlm.store.operations` ---------------------------------------------------------------
 
@@ -328,6 +348,11 @@ class SegmentModel(Stack):
     save_memory = operations.save_memory
     load_memory = operations.load_memory
     merge_memory = operations.merge_memory
+
+
+def _owned(given: bool) -> bool:
+    """Whether memories may be written in place in a state that is ``given`` away."""
+    return given and not torch.is_grad_enabled()
 
 
 def _made(make: Callable[..., Memory], sizes: Sizes) -> Memory:

@@ -23,6 +23,7 @@ class Stack(LanguageModel):
         gradient_checkpointing: Whether activations are worked out again in the backward pass.
         n_together: Segments that layers run over together, at most; None for as many as fit. With 1, a call is run as
             the definition says.
+        by_column: Whether its layers can take one token at a time: see `SegmentLayer.step`.
         n_again: Tokens before a segment that the model takes in again with it.
         embedding: Token embeddings.
         layers: `memlm.models.mixers.SegmentLayer` one above the other.
@@ -34,6 +35,7 @@ class Stack(LanguageModel):
     n_layer: int
     gradient_checkpointing: bool = False
     n_together: int | None = None
+    by_column: bool = True
     n_again: int = 0
     embedding: nn.Embedding
     layers: Any  # nn.ModuleList of SegmentLayer, whose items torch types as bare modules
@@ -56,9 +58,16 @@ class Stack(LanguageModel):
         """
         return grid
 
-    def enter(self, embeddings: Tensor, grid: Grid) -> Tensor:
-        """What the first layer gets, (B, S, Q, D), of the embeddings of the cells that are computed."""
+    def enter(self, embeddings: Tensor, columns: slice | Tensor) -> Tensor:
+        """What the first layer gets, (B, S, Q, D), of the embeddings of the ``columns`` of each segment.
+
+        Or, (B, D), of those of one token of each row, which stands in one of the ``columns`` (B,).
+        """
         return embeddings
+
+    def entered(self, embeddings: Tensor, grid: Grid) -> Tensor:
+        """What the first layer gets, (B, S, Q, D), of the embeddings of all cells of a grid, (B, S, T, D)."""
+        return self.enter(embeddings[:, :, grid.columns], grid.columns)
 
     def let_in(self, name: str, place: int, value: Tensor, y: Tensor) -> Tensor:
         """What a read adds to the stream.

@@ -4,13 +4,16 @@ Slots come from two pools: a bank that was there before the window, in which eac
 written inside the window, which are few and searched densely so that gradients reach their keys and values cheaply.
 The scores of a bank exist for a few segments of a few rows at a time: on a CPU one, so that they stay in its cache, on
 a GPU as many as keep it busy; of a very large bank for a few tokens. A bank that needs no gradient (what earlier
-windows wrote) is read without a copy of what was found.
+windows wrote) is read without a copy of what was found. On a GPU with Triton a kernel searches without writing scores
+(`memlm.retrieval.slot_kernel`); `search` is its reference.
 
 Shapes: B rows, S segments, N = S * T queries, M slots of a bank, P slots of a window, k slots read.
 """
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -21,7 +24,10 @@ from torch.nn import functional as F
 
 _ON_CPU, _ON_GPU = 2**20, 2**28  # scores that exist at a time, at most, where a segment of a row has fewer
 _MOST = 2**27  # scores that exist at a time, at most, where a token of a row has fewer
-_GROUP = 32  # scores whose maximum is ranked before they are
+_FEW = 2**15  # scores that are ranked as they are
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
+_KERNEL_SLOTS, _KERNEL_WIDTH = 64, 256  # slots that a query reads and width of its key, at most: both lie in registers
+_GROUP, _GROUP_ON_GPU = 4, 32  # scores whose maximum is ranked before they are; a GPU wants few, large steps
 
 
 class Pool(NamedTuple):
@@ -78,9 +84,13 @@ def attend(
         weights (B, N, k), 0 for slots that may not be read.
     """
     scores, found = [], []
+    k = min(top_k, bank.key.shape[1]) if bank is not None else 0
+    learned = any(part.requires_grad for part in (query, temperature, null_score, *(bank or ())[:3]))
+    alone = window is None and recency is None and find is None and not (learned and torch.is_grad_enabled())
+    if bank is not None and alone and has_kernel(query, k):
+        return _attend_at_once(query, temperature, null_score, threshold, k, top_k, bank)
     if bank is not None:
         best_of = gather_best if any(part.requires_grad for part in bank[:3]) else search_best
-        k = min(top_k, bank.key.shape[1])
         similarity, index = best_of(find or search, query, temperature, threshold, k, bank)
         scores.append(similarity)
         found.append(index)
@@ -111,6 +121,26 @@ def attend(
     return read, F.pad(slots, missing, value=-1), F.pad(weight.gather(2, best.indices), missing)
 
 
+def _attend_at_once(
+    query: Tensor,
+    temperature: Tensor,
+    null_score: Tensor,
+    threshold: float,
+    k: int,
+    top_k: int,
+    bank: Pool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`attend` over a bank alone, without gradients, where a kernel weighs what it finds."""
+    score, index, weight = find_and_weigh(
+        query, temperature, null_score, threshold, k, bank.key, bank.bias, bank.visible
+    )
+    best = score.topk(k, dim=2)  # the best first
+    index, weight = index.gather(2, best.indices), weight.gather(2, best.indices)
+    missing = (0, top_k - k)
+    slots = F.pad(index.masked_fill(best.values == -torch.inf, -1), missing, value=-1)
+    return weighted_sum(weight, bank.value, index), slots, F.pad(weight, missing)
+
+
 def weigh(score: Tensor, null_score: Tensor) -> Tensor:
     """Weights (B, N, M) of slots beside a null slot."""
     null = null_score.to(score.dtype).expand(*score.shape[:2], 1)
@@ -138,6 +168,8 @@ def search(query: Tensor, temperature: Tensor, threshold: float, k: int, bank: P
 
     A score of -inf says that there is no further slot that may be read.
     """
+    if has_kernel(query, k):
+        return find_and_weigh(query, temperature, temperature, threshold, k, bank.key, bank.bias, bank.visible)[:2]
     n_row = len(query)
     hidden = torch.where(bank.visible, bank.bias[:, None], -torch.inf)  # (B, S, M)
     n_segment, n_slot = hidden.shape[1:]
@@ -156,7 +188,10 @@ def search(query: Tensor, temperature: Tensor, threshold: float, k: int, bank: P
         here = slice(row, row + by_row), slice(segment, segment + by_segment), slice(token, token + by_token)
         part = scaled[here]  # (by_row, by_segment, by_token, d_key), fewer at the end
         score = buffer[: part.shape[0], : part.shape[1] * part.shape[2]]
-        torch.bmm(part.flatten(1, 2), keys[here[0]].transpose(1, 2), out=score)
+        if score.shape[1] == 1:  # of a row one token: the same product, with the bank read in the order it lies in
+            torch.bmm(keys[here[0]], part.flatten(1, 2).transpose(1, 2), out=score.transpose(1, 2))
+        else:
+            torch.bmm(part.flatten(1, 2), keys[here[0]].transpose(1, 2), out=score)
         score = score.unflatten(1, (-1, part.shape[2]))
         if threshold > -1:
             score.masked_fill_(score < threshold * temperature, -torch.inf)
@@ -165,19 +200,51 @@ def search(query: Tensor, temperature: Tensor, threshold: float, k: int, bank: P
     return best.flatten(1, 2), index.flatten(1, 2)
 
 
+def has_kernel(query: Tensor, k: int) -> bool:
+    """Whether a kernel searches ``k`` slots for these queries (B, N, d_key): Triton comes with torch for CUDA."""
+    return query.is_cuda and _HAS_TRITON and k <= _KERNEL_SLOTS and query.shape[2] <= _KERNEL_WIDTH
+
+
+@torch.library.custom_op("memlm::find_and_weigh", mutates_args=())
+def find_and_weigh(
+    query: Tensor,
+    temperature: Tensor,
+    null_score: Tensor,
+    threshold: float,
+    k: int,
+    key: Tensor,
+    bias: Tensor,
+    visible: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`memlm.retrieval.slot_kernel.find_and_weigh`, imported when it is called; what compiles need not look inside."""
+    kernel = importlib.import_module("memlm.retrieval.slot_kernel")
+    return kernel.find_and_weigh(query, temperature, null_score, threshold, k, key, bias, visible)
+
+
+@find_and_weigh.register_fake
+def _(
+    query: Tensor, temperature: Any, null_score: Any, threshold: Any, k: int, key: Any, bias: Any, visible: Any
+) -> Any:
+    score = query.new_empty(*query.shape[:2], k, dtype=torch.float32)
+    return score, torch.empty_like(score, dtype=torch.long), torch.empty_like(score)
+
+
 def top(score: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The ``k`` best of scores (..., M) and their indices, (..., k), in no order.
 
-    The best ``k`` lie in the ``k`` groups with the best maxima, so that few scores are ranked.
+    The best ``k`` lie in the ``k`` groups with the best maxima, which are found in the same way: what is dropped is
+    never ranked.
     """
-    n_group = score.shape[-1] // _GROUP
-    if n_group < 8 * k:  # not worth it
+    size = _GROUP_ON_GPU if score.is_cuda else _GROUP
+    n_group = score.shape[-1] // size
+    if n_group < 4 * k or score.numel() < _FEW:  # not worth it
         return score.topk(k, dim=-1, sorted=False)
-    groups = score[..., : n_group * _GROUP].unflatten(-1, (_GROUP, n_group))  # members side by side: a fast maximum
-    chosen = groups.amax(dim=-2).topk(k, dim=-1, sorted=False).indices[..., None]  # (..., k, 1)
-    inside = n_group * torch.arange(_GROUP, device=score.device)
-    rest = torch.arange(n_group * _GROUP, score.shape[-1], device=score.device).expand(*score.shape[:-1], -1)
-    index = torch.cat([(chosen + inside).flatten(-2), rest], dim=-1)
+    groups = score[..., : n_group * size].unflatten(-1, (size, n_group))  # members side by side: a fast maximum
+    chosen = top(groups.amax(dim=-2), k)[1]
+    index = (chosen[..., None] + n_group * torch.arange(size, device=score.device)).flatten(-2)  # (..., k * size)
+    if n_group * size < score.shape[-1]:
+        rest = torch.arange(n_group * size, score.shape[-1], device=score.device)
+        index = torch.cat([index, rest.expand(*score.shape[:-1], -1)], dim=-1)
     best = score.gather(-1, index).topk(k, dim=-1, sorted=False)
     return best.values, index.gather(-1, best.indices)
 
@@ -222,6 +289,8 @@ def gather_best(
 
 def _flat(table: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
     """``table`` (B, M, d) or (1, M, d) as (B * M, d), and ``index`` (B, N, k) into it."""
+    if table.stride(0) == 0:  # one bank for all rows
+        table = table[:1]
     n_row, n_slot, width = table.shape
     if n_row > 1:
         index = index + n_slot * torch.arange(n_row, device=index.device)[:, None, None]

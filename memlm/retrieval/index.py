@@ -7,14 +7,16 @@ Shapes: B rows of slots, N queries of a row, M slots, K slots written at a time,
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from memlm.retrieval.exact import Search
 from memlm.retrieval.inverted import InvertedFile, Lists, assigned
+from memlm.tensors import Host, owned
 
 Kind = Literal["exact", "inverted"]
 
@@ -58,10 +60,35 @@ class Index:
         """`assign` of those of ``rows`` whose slots are assigned already."""
         return None
 
+    def own(self, lists: Lists | None, given: bool) -> Lists | None:
+        """``lists``, to be changed in place: a copy, or themselves if they were ``given`` away."""
+        return None
+
+    def start(self, lists: Lists | None, fresh: Lists | None, rows: Tensor) -> Lists | None:
+        """``lists`` that are given away, as ``fresh`` in ``rows`` (B,)."""
+        return None
+
     def written(
-        self, lists: Lists | None, slot: Tensor, new: Tensor, accept: Tensor, key: Tensor, used: Tensor
+        self,
+        lists: Lists | None,
+        slot: Tensor,
+        new: Tensor,
+        accept: Tensor,
+        key: Tensor,
+        used: Callable[[], Tensor],
+        given: bool,
     ) -> Lists | None:
-        """The lists after ``slot`` (B, K) got keys ``new`` where ``accept``; ``key``, ``used`` are of all slots now."""
+        """The lists after slots were written.
+
+        Args:
+            lists: Those before, changed in place if they are ``given`` away.
+            slot: Slots that were written, (B, K).
+            new: Their keys, (B, K, d_key).
+            accept: Which of them were, (B, K).
+            key: Keys of all slots after it, (B, M, d_key).
+            used: Tells which slots hold something after it, (B, M).
+            given: Whether nobody else needs ``lists``.
+        """
         return None
 
     def is_due(self, lists: Lists | None, n_written: int) -> bool:
@@ -73,9 +100,15 @@ class Index:
         return Follower()
 
     def settle(
-        self, follower: Follower, before: Lists | None, n_written: int, key: Tensor, used: Tensor
+        self,
+        follower: Follower,
+        before: Lists | None,
+        n_written: int,
+        key: Tensor,
+        used: Callable[[], Tensor],
+        given: bool,
     ) -> Lists | None:
-        """The lists after a window of at most ``n_written`` writes, which ``follower`` noted."""
+        """The lists after a window of at most ``n_written`` writes, which ``follower`` noted; else as `written`."""
         return None
 
     def check(self, lists: Lists | None, key: Tensor, used: Tensor) -> None:
@@ -99,15 +132,18 @@ class Index:
 
 class _ListFollower(Follower):
     def __init__(self, file: InvertedFile, lists: Lists) -> None:
-        self.file, self.lists = file, file.own(lists)
+        self.file, self.lists = file, file.own(lists, keys=False)
+        self.cells: list[Tensor] = []  # whose keys change
 
     def reset(self, rows: Tensor) -> None:
         assert self.lists is not None
-        self.file.start(self.lists, rows)
+        self.file.start(self.lists, rows, keys=False)
 
     def put(self, slot: Tensor, key: Tensor, accept: Tensor) -> Tensor:
         assert self.lists is not None
-        self.file.replace(self.lists, slot, key, accept)
+        cells = self.file.replace(self.lists, slot, key, accept)
+        if cells is not None:
+            self.cells.append(cells)
         return self.file.list_of(self.lists, slot).masked_fill(~accept, -1)
 
 
@@ -130,14 +166,44 @@ class InvertedIndex(Index):
         """See `Index.assign_again`."""
         return lists and self.file.rebuild(lists, key, used, rows & (lists.known_n_list.tensor > 0))
 
+    def own(self, lists: Lists | None, given: bool) -> Lists | None:
+        """See `Index.own`."""
+        return lists and self.file.own(lists, given)
+
+    def start(self, lists: Lists | None, fresh: Lists | None, rows: Tensor) -> Lists | None:
+        """See `Index.start`."""
+        if lists is None or fresh is None:
+            return None
+
+        def choose(new: Tensor, old: Tensor) -> Tensor:
+            return torch.where(rows.to(old.device).view(-1, *[1] * (old.dim() - 1)), new, old)
+
+        if not assigned(fresh):
+            lists = self.file.own(lists, given=True)
+            self.file.start(lists, rows)
+            fresh = lists._replace(known_n_list=fresh.known_n_list, known_left=fresh.known_left)
+        pairs: Any = zip(fresh, lists, strict=True)
+        parts: Any = (
+            new if new is old else Host(choose(new.tensor, old.tensor)) if isinstance(new, Host) else choose(new, old)
+            for new, old in pairs
+        )
+        return Lists(*parts)
+
     def written(
-        self, lists: Lists | None, slot: Tensor, new: Tensor, accept: Tensor, key: Tensor, used: Tensor
+        self,
+        lists: Lists | None,
+        slot: Tensor,
+        new: Tensor,
+        accept: Tensor,
+        key: Tensor,
+        used: Callable[[], Tensor],
+        given: bool,
     ) -> Lists | None:
         """See `Index.written`."""
         if lists is None:
             return None
-        lists = self.file.own(lists)
-        self.file.replace(lists, slot, new, accept)
+        lists = self.file.own(lists, given)
+        self.file.fill(lists, self.file.replace(lists, slot, new, accept), key)
         return self.file.settle(lists, slot.shape[1], key, used)
 
     def is_due(self, lists: Lists | None, n_written: int) -> bool:
@@ -149,12 +215,24 @@ class InvertedIndex(Index):
         return Follower() if lists is None else _ListFollower(self.file, lists)
 
     def settle(
-        self, follower: Follower, before: Lists | None, n_written: int, key: Tensor, used: Tensor
+        self,
+        follower: Follower,
+        before: Lists | None,
+        n_written: int,
+        key: Tensor,
+        used: Callable[[], Tensor],
+        given: bool,
     ) -> Lists | None:
         """See `Index.settle`."""
         if follower.lists is None or before is None:
             return None
-        lists = follower.lists._replace(known_n_list=before.known_n_list, known_left=before.known_left)
+        assert isinstance(follower, _ListFollower)
+        lists = follower.lists._replace(
+            known_n_list=before.known_n_list, known_left=before.known_left, centroid=before.centroid
+        )
+        if follower.cells:
+            lists = lists._replace(key=owned(before.key, given))
+            self.file.fill(lists, torch.cat(follower.cells, dim=1), key)
         return self.file.settle(lists, n_written, key, used)
 
     def check(self, lists: Lists | None, key: Tensor, used: Tensor) -> None:

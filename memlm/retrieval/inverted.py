@@ -25,7 +25,7 @@ from torch.nn import functional as F
 
 from memlm.retrieval import exact
 from memlm.retrieval.exact import Pool
-from memlm.tensors import Host, take
+from memlm.tensors import Host, owned, take
 
 _FIRST = 2**14  # slots that are searched one and all before they are assigned for the first time, at most
 _ROOM = 2  # cells for each slot
@@ -120,40 +120,62 @@ class InvertedFile:
 
     # --- writing -------------------------------------------------------------------------------------------------
 
-    def own(self, lists: Lists) -> Lists:
-        """A copy of ``lists`` that `replace` may change; what cannot change is not copied."""
-        return _copied(lists) if assigned(lists) else lists._replace(left=_clone(lists.left))
+    def own(self, lists: Lists, given: bool = False, keys: bool = True) -> Lists:
+        """``lists`` that may be changed in place: a copy, or themselves if they were ``given`` away.
 
-    def replace(self, lists: Lists, slot: Tensor, key: Tensor, accept: Tensor) -> None:
+        Args:
+            lists: Any.
+            given: Whether nobody else needs them.
+            keys: Whether keys and centroids may be changed too: not by `replace`.
+        """
+        changed: Any = {name: owned(getattr(lists, name), given) for name in _changed(lists, keys)}
+        return lists._replace(**changed | {"left": lists.left.clone()})  # few numbers, of which a bound is kept
+
+    def replace(self, lists: Lists, slot: Tensor, key: Tensor, accept: Tensor) -> Tensor | None:
         """Note, in place, that slots have new keys.
 
         Args:
-            lists: A copy that `own` made.
+            lists: What `own` gave.
             slot: Slots that were written, (B, K), all different.
             key: Their keys, (B, K, d_key).
             accept: Which of them were, (B, K).
+
+        Returns:
+            Cells whose key is another now, to be told to `fill`, (B, n); None if there are none.
         """
         lists.left.sub_(accept.sum(dim=1))
         if not assigned(lists):
-            return
-        self._remove(lists, slot, accept)
+            return None
+        cells = [self._remove(lists, slot, accept)]
         left = accept & (lists.n_list > 0)[:, None]
         for choice in range(_CHOICES):
-            left = left & ~self._insert(lists, slot, key.detach(), left, anywhere=choice == _CHOICES - 1)
+            if choice and left.is_cpu and not bool(left.any()):
+                break
+            placed, cell = self._insert(lists, slot, key.detach(), left, anywhere=choice == _CHOICES - 1)
+            left = left & ~placed
+            cells.append(cell)
+        return torch.cat(cells, dim=1)
 
-    def _remove(self, lists: Lists, slot: Tensor, chosen: Tensor) -> None:
-        """Take ``slot`` (B, K) out of their lists where ``chosen`` (B, K)."""
+    def fill(self, lists: Lists, cells: Tensor | None, key: Tensor) -> None:
+        """Put, in place, the keys of their slots into ``cells`` (B, n); ``key`` (B, M, d_key) is of all slots."""
+        if cells is not None:
+            slot = lists.slot.gather(1, cells)
+            mine = take(key.detach(), slot.clamp(min=0).long()) * (slot >= 0)[..., None]
+            lists.key.scatter_(1, cells[..., None].expand_as(mine), mine)
+
+    def _remove(self, lists: Lists, slot: Tensor, chosen: Tensor) -> Tensor:
+        """Take ``slot`` (B, K) out of their lists where ``chosen`` (B, K); their cells, (B, K)."""
         place = lists.place.gather(1, slot).long()  # (B, K)
         chosen = chosen & (place >= 0)
         place = torch.where(chosen, place, lists.slot.shape[1] - 1)
         lists.slot.scatter_(1, place, -1)
-        lists.key.scatter_(1, place[..., None].expand(-1, -1, self.d_key), 0.0)
         lists.n_held.scatter_add_(1, (place // self.n_cell).clamp(max=self.n_list - 1), -chosen.long())
         lists.place.scatter_(1, slot, lists.place.gather(1, slot).masked_fill(chosen, -1))
+        return place
 
     def _insert(
         self, lists: Lists, slot: Tensor, key: Tensor, chosen: Tensor, anywhere: bool = False, packed: bool = False
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
         """Put each slot into the list that is nearest of those with room, as long as the room lasts.
 
         Args:
@@ -165,7 +187,7 @@ class InvertedFile:
             packed: Whether the empty cells of every list are known to be the last ones.
 
         Returns:
-            Which slots are in a list now, (B, K).
+            Which slots are in a list now, (B, K), and their cells, (B, K), the last of all for the others.
         """
         number = torch.arange(self.n_list, device=key.device)
         room = torch.where(number < lists.n_list[:, None], self.n_cell - lists.n_held, 0)  # (B, L)
@@ -188,36 +210,35 @@ class InvertedFile:
             cell = ((free.cumsum(dim=2) == rank[..., None] + 1) & free).long().argmax(dim=2)
         place = torch.where(placed, into * self.n_cell + cell, lists.slot.shape[1] - 1)
         lists.slot.scatter_(1, place, torch.where(placed, slot, -1).int())
-        lists.key.scatter_(1, place[..., None].expand_as(key), key * placed[..., None])
         lists.place.scatter_(1, slot, torch.where(placed, place, lists.place.gather(1, slot).long()).int())
         lists.n_held.scatter_add_(1, into, placed.long())
         lists.extent.scatter_reduce_(1, into, torch.where(placed, cell + 1, 0), "amax")
-        return placed
+        return placed, place
 
-    def settle(self, lists: Lists, n_written: int, key: Tensor, used: Tensor) -> Lists:
+    def settle(self, lists: Lists, n_written: int, key: Tensor, used: Callable[[], Tensor]) -> Lists:
         """``lists``, assigned anew in the rows where it is time. The device is asked only if it may be.
 
         Args:
-            lists: A copy that `own` made; changed in place.
+            lists: What `own` gave; changed in place.
             n_written: Most slots that a row was given since ``known_left`` was worked out.
             key: Keys of all slots, (B, M, d_key).
-            used: Which of them hold something, (B, M).
+            used: Tells which of them hold something, (B, M).
         """
         left = lists.known_left.tensor - n_written
         if bool((left > 0).all()):
             return lists._replace(known_left=Host(left))
         left = lists.left.cpu().clone()
-        return self.rebuild(lists._replace(known_left=Host(left)), key, used, left <= 0)
+        return self.rebuild(lists._replace(known_left=Host(left)), key, used(), left <= 0, given=True)
 
     def is_due(self, lists: Lists, n_written: int) -> bool:
         """Whether a row may have to be assigned anew before it was given ``n_written`` slots more."""
         return bool((lists.known_left.tensor <= n_written).any()) and bool((lists.left <= n_written).any())
 
-    def rebuild(self, lists: Lists, key: Tensor, used: Tensor, rows: Tensor) -> Lists:
-        """``lists`` with the slots of ``rows`` (B,), on the CPU, assigned anew; see `settle`."""
+    def rebuild(self, lists: Lists, key: Tensor, used: Tensor, rows: Tensor, given: bool = False) -> Lists:
+        """``lists``, in place if ``given`` away, with the slots of ``rows`` (B,) assigned anew; see `settle`."""
         if not bool(rows.any()):
             return lists
-        lists = _copied(lists)
+        lists = _each(lists, lambda part: owned(part, given))
         for row in rows.nonzero()[:, 0].tolist():
             self._cluster(_rows_of(lists, slice(row, row + 1)), key[row].detach(), used[row])
         return lists
@@ -237,7 +258,14 @@ class InvertedFile:
         if n_used:
             sample = key[slot[:: max(1, n_used // (_SAMPLE * n_list))]]
             lists.centroid[0, :n_list] = _centroids(sample, n_list)
-        for part, value in ((lists.slot, -1), (lists.key, 0), (lists.place, -1), (lists.n_held, 0), (lists.extent, 0)):
+        n_cell = self.n_cell * max(n_list, int(lists.known_n_list.tensor))  # all others are empty
+        for part, value in (
+            (lists.slot[:, :n_cell], -1),
+            (lists.key[:, :n_cell], 0),
+            (lists.place, -1),
+            (lists.n_held, 0),
+            (lists.extent, 0),
+        ):
             part.fill_(value)
         for part in (lists.n_list, lists.known_n_list.tensor):
             part.fill_(n_list)
@@ -246,21 +274,23 @@ class InvertedFile:
             for some in slot.split(_CHUNK):
                 all_ = torch.ones_like(some, dtype=torch.bool)[None]
                 last = choice == _CHOICES - 1
-                placed = self._insert(lists, some[None], key[some][None], all_, anywhere=last, packed=True)
+                placed, place = self._insert(lists, some[None], key[some][None], all_, anywhere=last, packed=True)
+                self.fill(lists, place, key[None])
                 left.append(some[~placed[0]])
             slot = torch.cat(left)
         for part in (lists.left, lists.known_left.tensor):
             part.fill_(max(n_used, self.n_first))
 
-    def start(self, lists: Lists, rows: Tensor) -> None:
+    def start(self, lists: Lists, rows: Tensor, keys: bool = True) -> None:
         """Make, in place, the lists of ``rows`` (B,) as fresh, all but what is on the CPU.
 
         Args:
-            lists: A copy that `own` made.
+            lists: What `own` gave.
             rows: Which rows, on the device.
+            keys: As `own` was told.
         """
         fresh = self.empty(len(rows), rows.device)
-        for name in lists._fields[:8] if assigned(lists) else ("left",):
+        for name in _changed(lists, keys):
             part = getattr(lists, name)
             part.copy_(torch.where(rows.view(-1, *[1] * (part.dim() - 1)), getattr(fresh, name), part))
 
@@ -411,12 +441,11 @@ def assigned(lists: Lists) -> bool:
     return bool((lists.known_n_list.tensor > 0).any())
 
 
-def _clone(part: Tensor) -> Tensor:
-    return part.clone(memory_format=torch.contiguous_format)
-
-
-def _copied(lists: Lists) -> Lists:
-    return _each(lists, _clone)
+def _changed(lists: Lists, keys: bool) -> tuple[str, ...]:
+    """Names of what may be another after a write; ``keys`` as `InvertedFile.own` is told."""
+    if not assigned(lists):
+        return ("left",)
+    return tuple(name for name in Lists._fields[:8] if keys or name not in ("key", "centroid"))
 
 
 def _rows_of(lists: Lists, rows: int | slice) -> Lists:

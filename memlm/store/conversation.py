@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 
 from memlm.config import ConfigError, did_you_mean
+from memlm.models.sampling import Sampling
 from memlm.models.segments import SegmentModel
 from memlm.store.remembered import READ, Remembered
 
@@ -68,19 +69,30 @@ class Conversation:
         self.context += self._encode(text)
         return ids
 
-    def ask(self, text: str) -> Answer:
-        """Have a text continued, greedily, to the end of a sentence. Nothing is stored."""
+    def ask(self, text: str, show: Callable[[str], None] | None = None) -> Answer:
+        """Have a text continued, greedily, to the end of a sentence. Nothing is stored.
+
+        Args:
+            text: What is asked.
+            show: Gets the answer piece by piece, as it comes.
+        """
         room = self.model.segment_len - 1  # one segment, so that what is shown as read is what the answer read
         n_answer = max(min(_ANSWER, room // 2), 1)
         prompt = (self.context + self._encode(text))[-max(room - n_answer, 1) :]
-        answer, without = (self._continue(prompt, n_answer, read) for read in (True, False))
+        answer = self._continue(prompt, n_answer, True, show)
+        without = self._continue(prompt, n_answer, False)
         hits = self.model.recalled([*prompt, *answer][:-1], first=len(prompt) - 1)
         self.context += self._encode(text) + answer
         said, bare = (self.model.tokenizer.decode(part).strip() for part in (answer, without))
         return Answer(said, hits[0] if hits else None, bare)
 
-    def respond(self, line: str) -> str | None:
-        """What to show for a line that was typed; None to end."""
+    def respond(self, line: str, show: Callable[[str], None] | None = None) -> str | None:
+        """What to show for a line that was typed; None to end.
+
+        Args:
+            line: The line.
+            show: Gets an answer piece by piece, as it comes; what is returned is then shown after it.
+        """
         line = line.strip("\ufeff").strip()
         try:
             if line.startswith("/"):
@@ -90,7 +102,8 @@ class Conversation:
                 return ""
             if line.endswith((".", "!")):
                 return _stored(self.tell(line))
-            return _shown(self.ask(line))
+            answer = self.ask(line, show)
+            return _noted(answer) if show else answer.text + _noted(answer)
         except (OSError, ValueError) as error:  # such as of paths; ConfigError is one
             return f"error: {error}"
 
@@ -133,13 +146,24 @@ class Conversation:
     def _encode(self, text: str) -> list[int]:
         return self.model.encode_text(text)
 
-    def _continue(self, prompt: list[int], n: int, read: bool) -> list[int]:
+    def _continue(self, prompt: list[int], n: int, read: bool, show: Callable[[str], None] | None = None) -> list[int]:
         """Tokens of the answer, up to the end of a sentence."""
-        model = self.model
-        ids = torch.tensor([prompt], device=model.head_weight.device)
-        new = model.generate(ids, n, temperature=0, read=read, write=False)[0, len(prompt) :].tolist()
-        ends = (i for i in range(1, n + 1) if _END.search(model.tokenizer.decode(new[:i]).lstrip()))
-        return new[: next(ends, n)]
+        ids = torch.tensor([prompt], device=self.model.head_weight.device)
+        steps = self.model.stream(ids, Sampling(n, do_sample=False), read=read, write=False)
+        new: list[int] = []
+        shown = ""
+        for tokens in steps:
+            new += tokens.tolist()
+            text = self.model.tokenizer.decode(new)
+            ends = len(new) == n or _END.search(text.lstrip()) is not None
+            said = text.strip() if ends else text.strip().rstrip("\ufffd")  # of a character that is not whole
+            if show is not None:
+                show(said[len(shown) :])
+            shown = said
+            if ends:
+                break
+        steps.close()
+        return new
 
 
 def _stored(ids: list[int]) -> str:
@@ -154,7 +178,7 @@ def _words(record: Remembered) -> str:
     return record.text if len(record.text) <= _SHORT else f"… {record.snippet} …"
 
 
-def _shown(answer: Answer) -> str:
+def _noted(answer: Answer) -> str:
     read = answer.read
     if read is None or read.weight is None:
         note = "memory is empty: nothing was read"
@@ -164,7 +188,7 @@ def _shown(answer: Answer) -> str:
         note = f"read with weight {read.weight:.2f} from record {read.id}: {_words(read)!r}"
         same = answer.without == answer.text
         note += "; the answer is the same without memory" if same else f"; without memory: {answer.without!r}"
-    return f"{answer.text}\n  [{note}]"
+    return f"\n  [{note}]"
 
 
 def _listed(records: list[Remembered]) -> str:

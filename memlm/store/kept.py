@@ -98,12 +98,13 @@ def documents_of(module: RecordKeeper) -> list[int]:
     return module.records(module.bank.state()).document.unique().tolist()
 
 
-def ids_of(kept: list[Kept]) -> list[int]:
-    """Ids of all records that hold a slot, in order."""
+def ids_of(kept: list[Kept], first: int = 0) -> list[int]:
+    """Ids of all records from ``first`` on that hold a slot, in order."""
     found: set[int] = set()
     for part in kept:
-        found |= set(part.module.records(part.module.bank.state()).record.unique().tolist())
-    return sorted(found - {-1})
+        record = part.module.records(part.module.bank.state()).record
+        found |= set(record[record >= first].unique().tolist())
+    return sorted(found)
 
 
 def may_be_merged(number: int, kept: list[Kept]) -> bool:
@@ -156,6 +157,37 @@ def commit(model: LanguageModel, state: Any) -> None:
             same = same & (module.places(bank) == module.places(part))
             module.bank.commit(part)
             module.bank.uses().mul_(same[0])
+
+
+def written(model: LanguageModel, after: Callable[[Any], Iterable[Any]], first: int) -> None:
+    """Write the persistent banks in place; if that is cut short, nothing of what was written stays.
+
+    Args:
+        model: The model.
+        after: Of a state that begins with the banks, which is given away, the states after some writes and more.
+        first: Id of the first record that is written.
+    """
+
+    def release(module: Memory, part: State) -> State:
+        return module.bank.release() if isinstance(module, RecordKeeper) else part
+
+    def drop(module: Memory, part: State) -> State:
+        return module.forget(part, module.records(part).record >= first) if isinstance(module, RecordKeeper) else part
+
+    state = model.map_memory(release, model.init_state(1))
+    try:
+        for new in after(state):
+            state = new
+    except BaseException:
+        state = model.map_memory(drop, state)
+        raise
+    finally:
+        for name, modules in model.memory.items():
+            for module, part in zip(modules, state.memory[name], strict=True):
+                if isinstance(module, RecordKeeper):
+                    module.bank.commit(part)
+                    record = module.records(part).record[0]
+                    module.bank.uses().masked_fill_((record < 0) | (record >= first), 0)
 
 
 @contextmanager

@@ -40,6 +40,7 @@ from memlm.store.kept import (
     opened_of,
     plain,
     without,
+    written,
 )
 from memlm.store.passages import absorbed, encode_text, passages_of, progress_bar
 from memlm.store.remembered import READ, Found, Remembered, best_of, described, found_in
@@ -63,9 +64,8 @@ def store_experience(model: LanguageModel, text: str) -> list[int]:
     passages = passages_of(model, text)
     with at_rest(model):
         first = int(n_record_of(kept))
-        state = absorbed(model, passages, model.init_state(1), first)
-        commit(model, state)
-    return [number for number in ids_of(kept) if number >= first]
+        written(model, lambda state: absorbed(model, passages, state, first), first)
+    return ids_of(kept, first)
 
 
 def query_memory(model: LanguageModel, text: str, top_k: int = 5) -> list[Remembered]:
@@ -161,7 +161,7 @@ def edit_memory(model: LanguageModel, number: int, text: str) -> int:
             mine = records.record == number
             document = int(records.document[mine][0]) if bool(mine.any()) else document
         state = without(model, lambda records: holds(records, [number]))
-        state = absorbed(model, passages, state, document)
+        *_, state = absorbed(model, passages, state, document)
 
         def relabel(module: Memory, part: State) -> State:
             if not isinstance(module, RecordKeeper):
@@ -338,4 +338,4 @@ def merge_memory(model: LanguageModel, path: str | os.PathLike[str]) -> list[int
             model.init_state(1),
         )
         commit(model, state)
-    return [number for number in ids_of(kept) if number >= first]
+    return ids_of(kept, first)

@@ -69,10 +69,10 @@ def _packed(model: LanguageModel, sentences: list[str]) -> Iterator[list[int]]:
         yield passage
 
 
-def absorbed(model: LanguageModel, passages: Iterator[list[int]], state: Any, document: int) -> Any:
-    """``state`` after passages, each in a context of its own and read without memory.
+def absorbed(model: LanguageModel, passages: Iterator[list[int]], state: Any, document: int) -> Iterator[Any]:
+    """``state``, which is given away, after some passages and more, each in a context of its own.
 
-    A window ends with an empty segment, which closes the context of the last passage.
+    They are read without memory. A window ends with an empty segment, which closes the context of the last passage.
     """
     local = state.local
     state = state._replace(local=local._replace(document=torch.full_like(local.document, document)))
@@ -84,5 +84,5 @@ def absorbed(model: LanguageModel, passages: Iterator[list[int]], state: Any, do
         ids, mask = (F.pad(part, (0, 0, 0, 1)).flatten()[None].to(local.ids.device) for part in (ids, valid))
         breaks = torch.ones(1, len(rows) + 1, dtype=torch.bool, device=ids.device)
         breaks[:, 0] = False
-        state = model.absorb(ids, state, read=False, mask=mask, breaks=breaks)
-    return state
+        state = model.absorb(ids, state, read=False, mask=mask, breaks=breaks, donate=True)
+        yield state

@@ -171,22 +171,26 @@ class Checkpoints(Checkpoint):
 
 
 class Throughput(Callback):
-    """Logs ``train/tokens_per_second`` over the steps since the last log."""
+    """Logs what the steps since the last log cost, without validation and experiments.
+
+    ``train/tokens_per_second``, and ``train/cpu_seconds``: CPU time of this process, all threads together.
+    """
 
     def __init__(self) -> None:
-        self._since = 0.0
+        self._since, self._cpu_since = 0.0, 0.0
         self._tokens = 0
+        self._stopped = 0.0, 0.0
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Leave what happens inside out of the clock."""
-        begin = time.perf_counter()
+        """Leave what happens inside out of the clocks."""
+        self._stop()
         yield
-        self._since += time.perf_counter() - begin
+        self._go_on()
 
     def on_train_start(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
-        """Start the clock."""
-        self._since, self._tokens = time.perf_counter(), 0
+        """Start the clocks."""
+        self._begin()
 
     def on_train_batch_end(
         self, trainer: lightning.Trainer, module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -194,17 +198,27 @@ class Throughput(Callback):
         """Count the tokens of a step."""
         self._tokens += batch.ids.numel() * trainer.world_size
         if trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
-            now = time.perf_counter()
-            module.log("train/tokens_per_second", self._tokens / max(now - self._since, 1e-9))
-            self._since, self._tokens = now, 0
+            module.log("train/tokens_per_second", self._tokens / max(time.perf_counter() - self._since, 1e-9))
+            module.log("train/cpu_seconds", time.process_time() - self._cpu_since)
+            self._begin()
 
     def on_validation_start(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
-        """Leave validation out of the clock."""
-        self._stopped = time.perf_counter()
+        """Leave validation out of the clocks."""
+        self._stop()
 
     def on_validation_end(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
         """Go on."""
-        self._since += time.perf_counter() - self._stopped
+        self._go_on()
+
+    def _begin(self) -> None:
+        self._since, self._cpu_since, self._tokens = time.perf_counter(), time.process_time(), 0
+
+    def _stop(self) -> None:
+        self._stopped = time.perf_counter(), time.process_time()
+
+    def _go_on(self) -> None:
+        self._since += time.perf_counter() - self._stopped[0]
+        self._cpu_since += time.process_time() - self._stopped[1]
 
 
 class DuringTraining(Callback):

@@ -15,6 +15,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger, WandbLogger
 from torch.multiprocessing import ProcessExitedException
 
+from memlm import threads
 from memlm.analysis.run_log import read_history
 from memlm.checkpoint import FOLDER, checkpoints
 from memlm.config import ConfigError, instantiate
@@ -83,6 +84,7 @@ def make_trainer(
                 default_root_dir=run,
                 use_distributed_sampler=False,
             )
+            threads.share(trainer.num_devices)
             loggers += make_loggers(config, origin)  # W&B last: it starts a process and reaches for the network
             trainer.loggers = loggers
             yield trainer, history

@@ -206,8 +206,8 @@ class LanguageModeling(lightning.LightningModule):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Perplexity of plain text, memories read and written as the text goes on."""
-        state = None if batch_idx == 0 else self._val_state
-        out = self.model(batch.ids, state=state, reset=batch.reset, mask=batch.mask, breaks=batch.breaks, logits=False)
+        state, flags = self._val_state, {"reset": batch.reset, "mask": batch.mask, "breaks": batch.breaks}
+        out = self.model(batch.ids, state=None if batch_idx == 0 else state, logits=False, donate=True, **flags)
         self._val_state = out.state
         nll = (token_nll(self.model, out.hidden, batch.targets) * batch.weight).sum() / batch.weight.sum().clamp(min=1)
         self.log("val/nll", nll, batch_size=int(batch.weight.sum()), sync_dist=True)
@@ -257,6 +257,7 @@ class LanguageModeling(lightning.LightningModule):
             corpus = getattr(self.trainer.datamodule, "corpus", None)  # type: ignore[attr-defined]
             checkpoint["memlm"] = describe(self.model) | {
                 "wandb_id": ids[0] if ids else None,
+                "threads": torch.get_num_threads() if self.trainer.world_size == 1 else None,
                 "text": None if corpus is None else corpus.fingerprint(),
                 "n_moment": sum(len(part.get("state", ())) for part in checkpoint.get("optimizer_states", [])),
             }

@@ -16,6 +16,8 @@ from memlm.memory import state as states
 from memlm.models.base import LanguageModel
 from memlm.training.loss import linear_cross_entropy
 
+_FEW = 0.5  # share of targets with a weight below which the others are left out: copying those that have one pays
+
 
 class Objective:
     """Losses of a model's outputs.
@@ -60,12 +62,18 @@ class Objective:
     def losses(self, batch: Batch, out: Any, total: Tensor) -> tuple[dict[str, Tensor], Tensor, Tensor]:
         """Losses by name, and without gradients the next-token loss of each token (B, N) and each row (B,).
 
-        The next-token loss among the former is a mean over the weight ``total``.
+        The next-token loss among the former is a mean over the weight ``total``. Where few targets have a weight, the
+        loss of the others is not worked out, and told as 0.
         """
         model, weight = self._model, self.weight(batch)
+        counted = weight != 0
+        few = 0 < counted.float().mean() < _FEW  # then the head is not applied where nothing is asked for
+        parts = [part[counted] if few else part for part in (out.hidden, batch.targets, weight / total)]
         loss, nll = linear_cross_entropy(
-            out.hidden, model.head_weight, batch.targets, weight / total, compiled=self.compiled is not None
+            parts[0], model.head_weight, parts[1], parts[2], compiled=self.compiled is not None
         )
+        if few:
+            nll = torch.zeros_like(weight).masked_scatter(counted, nll)
         by_row = (nll * weight).sum(dim=1) / weight.sum(dim=1).clamp(min=1)
         losses = {"next-token loss": loss} | {
             f"{name}/{key}": value

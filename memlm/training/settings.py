@@ -191,7 +191,7 @@ def build_training(config: Mapping[str, Any]) -> Training:
     return instantiate(config["training"], "training")
 
 
-def plan_steps(config: dict[str, Any]) -> dict[str, Any]:
+def plan_steps(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """``config`` with ``trainer.max_steps`` filled in from the curriculum, and the rest checked.
 
     Raises:
@@ -233,7 +233,7 @@ def plan_steps(config: dict[str, Any]) -> dict[str, Any]:
             f"trainer.precision must be 32-true or bf16-mixed, got {trainer['precision']!r}: memories keep their "
             "searches and banks in 32 bits, and the loss makes its gradients before they could be scaled for fp16"
         )
-    return config | {"trainer": trainer}
+    return {**config, "trainer": trainer}
 
 
 def _check_consolidation(config: Mapping[str, Any]) -> None:

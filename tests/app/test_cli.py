@@ -652,7 +652,7 @@ def test_what_ships_has_the_keys_of_its_schema() -> None:
     for name, schema in SCHEMAS.items():
         config = to_dict(compose(given.get(name, []), name))
         assert set(schema_hints(schema)) - set(config) <= {"logger"}
-    for data in ("builtin", "hub", "shakespeare", "symbols", "text"):
+    for data in ("books", "builtin", "code", "hub", "shakespeare", "symbols", "text"):
         compose([f"data={data}", *(["data.name=a"] if data == "hub" else ["data.path=a"] if data == "text" else [])])
 
 

@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import memlm
+from memlm import threads
 from memlm.analysis.run_log import read_history
 from memlm.app.command_line import check_command_line
 from memlm.app.train import check, main
@@ -232,6 +234,22 @@ def test_what_is_reported_is_what_the_checkpoint_does(tmp_path: Path, capsys: py
             json.loads((tmp_path / place / name / "result.json").read_text()) for place in ("run", "again")
         )
         assert stored["metrics"] == again["metrics"]
+
+
+def test_a_run_that_goes_on_keeps_its_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another number would round sums in another way."""
+    kept: list[object] = []
+    monkeypatch.setattr(threads, "keep", kept.append)
+    common = [*overrides(tmp_path, "none"), "experiment=[]", FACTS]
+    main(compose([*common, f"paths.run_dir={tmp_path / 'run'}", "trainer.max_steps=1"]))
+    assert kept == []
+    checkpoint = tmp_path / "run/checkpoints/step=1.ckpt"
+    content = torch.load(checkpoint, weights_only=False)
+    assert content["memlm"]["threads"] == torch.get_num_threads()
+    content["memlm"]["threads"] = 7
+    torch.save(content, checkpoint)
+    main(compose([*common, f"paths.run_dir={tmp_path / 'on'}", "trainer.max_steps=2", f"resume={tmp_path / 'run'}"]))
+    assert kept == [7]
 
 
 @pytest.mark.parametrize(

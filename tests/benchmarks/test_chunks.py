@@ -14,14 +14,15 @@ from memlm.config import ConfigError
 
 pytestmark = pytest.mark.slow
 
-SETTINGS = ["benchmark=chunks", "n_row=[1,2]", "n_token=33", "n_head=1", "d_head=4", "rounds=2"]
+SETTINGS = ["benchmark=chunks", "n_row=[1]", "n_token=33", "n_head=1", "d_head=4", "rounds=2"]
 
 
-def test_each_rule_is_measured_in_both_ways() -> None:
-    result, text = benchmark.run(to_dict(compose(SETTINGS, "benchmark")))
-    assert {(row["rule"], row["n_row"]) for row in result.rows} == {(name, n) for name in chunks.RULES for n in (1, 2)}
-    assert len(result.rows) == 2 * 2 * len(chunks.RULES)
-    for name in chunks.RULES:
+@pytest.mark.parametrize(("rules", "n_row"), [(list(chunks.RULES), [1]), (["linear"], [1, 2])])
+def test_each_rule_is_measured_in_both_ways(rules: list[str], n_row: list[int]) -> None:
+    result, text = benchmark.run(to_dict(compose([*SETTINGS, f"n_row={n_row}", f"rules={rules}"], "benchmark")))
+    assert {(row["rule"], row["n_row"]) for row in result.rows} == {(name, n) for name in rules for n in n_row}
+    assert len(result.rows) == 2 * len(n_row) * len(rules)
+    for name in rules:
         ratios = [row["loop"] / row["chunks"] for row in result.rows if (row["rule"], row["n_row"]) == (name, 1)]
         assert min(ratios) <= result.metrics[f"{name}/1/ratio"] <= max(ratios)
         assert name in text

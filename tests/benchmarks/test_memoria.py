@@ -35,7 +35,7 @@ def test_engrams_are_measured_side_by_side() -> None:
     assert result.metrics["memlm/speedup"] == pytest.approx(statistics.median(ratios))
     assert "memoria-pytorch/speedup" not in result.metrics
     assert result.metadata["memoria-pytorch"] in text
-    longer = benchmark.run(config("extension=4"))[0]
+    longer = benchmark.run(config("extension=4", "rounds=1"))[0]
     assert all(longer.metrics[f"{name}/engrams"] > 4 * 4 for name in names)
 
 
@@ -43,7 +43,7 @@ def test_missing_memoria_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> Non
     hide("memoria", monkeypatch)
     with pytest.raises(ConfigError, match=r"memlm\[bench\].*leave memoria-pytorch out"):
         benchmark.run(config())
-    benchmark.run(config("candidates=[memlm]"))
+    benchmark.run(config("candidates=[memlm]", "rounds=1"))
 
 
 @pytest.mark.parametrize(

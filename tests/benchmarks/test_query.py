@@ -37,7 +37,7 @@ def run(data: Any) -> tuple[Any, Any]:
 
 
 def config(*overrides: str) -> dict[str, Any]:
-    return to_dict(compose(["benchmark=query", "checkpoint=RUN", "n_slot=2000", "n_query=4", *overrides], "benchmark"))
+    return to_dict(compose(["benchmark=query", "checkpoint=RUN", "n_slot=1000", "n_query=4", *overrides], "benchmark"))
 
 
 def test_answers_are_compared_with_those_of_all_slots(
@@ -63,7 +63,7 @@ def test_answers_are_compared_with_those_of_all_slots(
         assert told <= ({True, False} if kind in ("told", "paraphrased") else {None})
     share = statistics.fmean(row["told"] for row in result.rows if row["kind"] == "told")
     assert metrics["told/exact_told"] == metrics["told/inverted_told"] == share
-    assert "over 2,000 slots" in text
+    assert "over 1,000 slots" in text
     assert (module.n_slot, module.index) == (10_000, "exact"), "settings are put back"
 
     stored: list[str] = []
@@ -110,5 +110,5 @@ def test_mistakes_are_told(run: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
         benchmark.run(config())
     monkeypatch.setattr(memlm.checkpoint, "load_run", lambda path, trust: (empty, data))
     monkeypatch.setattr(empty, "store_experience", lambda text: [])
-    with pytest.raises(ConfigError, match="left 2,000 of n_slot=2,000 slots empty"):
+    with pytest.raises(ConfigError, match="left 1,000 of n_slot=1,000 slots empty"):
         benchmark.run(config())

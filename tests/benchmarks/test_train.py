@@ -82,7 +82,8 @@ def test_every_slot_of_a_full_bank_is_searched() -> None:
     with torch.no_grad():
         # Slot i gets the query of token i: each token must find its own slot.
         query = torch.nn.functional.normalize(module.to_key(module.norm(x)), dim=-1)
-        read = module.read(x, bank._replace(key=query, log_gate=torch.zeros_like(bank.log_gate)))
+        bank = bank._replace(key=query, log_gate=torch.zeros_like(bank.log_gate))
+        read = module.read(x, module.prepare(bank))
     best = read.slots.gather(2, read.weights.argmax(dim=-1, keepdim=True))[..., 0]
     assert (best == torch.arange(64)).all()
 
@@ -139,6 +140,50 @@ def test_peer_has_our_shape_and_gets_the_same_tokens() -> None:
     peer.step(text), ours.step(text)
     assert peer.n_seen == ours.n_seen == tiny.n_token == 2 * 3 * 16
     assert not torch.equal(before, model.transformer.h[0].mlp.c_fc.weight)
+
+
+def test_nanogpt_is_gpt2_of_transformers_without_biases() -> None:
+    """With its weights, biases zero and the exact GELU, GPT-2 of transformers has the same loss."""
+    pytest.importorskip("transformers")
+    tiny = setup()
+    nano, gpt2 = candidates.Candidate("nanogpt", tiny), candidates.Candidate("gpt2", tiny)
+    ours, theirs = nano.model, gpt2.model.transformer
+    with torch.no_grad():
+        theirs.wte.weight.copy_(ours.embedding.weight)
+        theirs.wpe.weight.copy_(ours.position.weight)
+        for mine, block in zip(ours.blocks, theirs.h, strict=True):
+            block.attn.c_attn.weight.copy_(mine.to_qkv.weight.T)
+            block.attn.c_proj.weight.copy_(mine.to_output.weight.T)
+            block.mlp.c_fc.weight.copy_(mine.feed_forward[1].weight.T)
+            block.mlp.c_proj.weight.copy_(mine.feed_forward[3].weight.T)
+            block.mlp.act = torch.nn.GELU()
+    text = tiny.batch(0)
+    ids, targets = text[:, :-1].reshape(-1, 16), text[:, 1:].reshape(-1, 16)
+    torch.testing.assert_close(
+        ours(ids, targets), torch.nn.functional.cross_entropy(gpt2.model(ids).logits.flatten(0, 1), targets.flatten())
+    )
+    before = ours.embedding.weight.clone()
+    nano.step(text)
+    assert nano.n_seen == tiny.n_token
+    assert not torch.equal(before, ours.embedding.weight)
+
+
+@pytest.mark.parametrize("name", ["delta", "titans"])
+def test_other_memories_are_trained_alone(name: str) -> None:
+    tiny = candidates.Setup(candidates.size_config("default", TINY, ["ltm", name]), 2, 2, "cpu", "fp32", False, 0)
+    candidate = candidates.Candidate(name, tiny)
+    candidate.step(tiny.batch(0))
+    assert list(candidate.model.memory) == list(candidate.state.memory) == [name]
+
+
+def test_124m_has_the_parameters_of_gpt2() -> None:
+    config = candidates.size_config("124m", [])
+    setup = candidates.Setup(config, 1, 1, "meta", "fp32", False, 0)
+    shape = config["model"]
+    assert (shape["n_layer"], shape["n_head"], shape["d_model"], setup.segment_len) == (12, 12, 768, 1024)
+    with torch.device("meta"):
+        model = candidates._nanogpt(setup)
+    assert sum(part.numel() for part in model.parameters()) == pytest.approx(124.4e6, rel=0.01)
 
 
 def test_candidates_are_measured_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -205,9 +250,10 @@ def test_run_without_the_peer(no_transformers: None) -> None:
 def test_run_with_the_peer() -> None:
     pytest.importorskip("transformers")
     result, text = benchmark.run(config())
-    check(result, text, ["gpt2", "none", "ltm"])
+    check(result, text, ["gpt2", "nanogpt", "none", "ltm"])
     assert result.metrics["default/none/vs_gpt2"] > 0
-    assert all(f"\n{name} " in text for name in ("gpt2", "none", "ltm"))
+    assert result.metrics["default/ltm/vs_nanogpt"] > 0
+    assert all(f"\n{name} " in text for name in ("gpt2", "nanogpt", "none", "ltm"))
     assert result.metadata["transformers"]
 
 
@@ -224,7 +270,7 @@ def test_peak_memory_is_that_of_a_process_of_its_own() -> None:
 
 
 def test_missing_transformers_names_the_extra(no_transformers: None) -> None:
-    with pytest.raises(ConfigError, match=r"memlm\[bench\].*candidates=\[none,ltm\]"):
+    with pytest.raises(ConfigError, match=r"memlm\[bench\].*candidates=\[nanogpt,none,ltm\]"):
         benchmark.run(config())
 
 

@@ -8,6 +8,7 @@ import pytest
 
 from memlm.checkpoint import find, load
 from memlm.config import ConfigError
+from memlm.evaluation import runs
 from memlm.evaluation.emit import emit
 from memlm.evaluation.result import Result
 from memlm.evaluation.runs import describe, find_runs, write_evaluation
@@ -44,7 +45,20 @@ def test_a_run_says_what_it_is(trained: Path) -> None:
     speeds = sorted(float(line.split(",")[column]) for line in lines[1:] if line.split(",")[column])
     assert len(speeds) == 3
     assert told.tokens_per_second == speeds[1]  # the middle one
+    column = lines[0].split(",").index("train/cpu_seconds")
+    cpu = [float(line.split(",")[column]) for line in lines[1:] if line.split(",")[column]]
+    assert told.cpu_seconds == pytest.approx(sum(cpu))
     assert len(told.text or "") == 64
+
+
+def test_cpu_time_is_that_of_all_steps_whatever_was_logged(tmp_path: Path) -> None:
+    (tmp_path / "csv").mkdir()
+    (tmp_path / "csv/metrics.csv").write_text("step,train/cpu_seconds\n9,4.0\n19,6.0\n29,8.0\n15,\n")
+    history = runs.read_history(tmp_path / "csv/metrics.csv")
+    assert runs._cpu_seconds(history, 25) == pytest.approx(10.0 * 25 / 20)  # of a checkpoint before the last log
+    assert runs._cpu_seconds(history, 33) == pytest.approx(18.0 * 33 / 30)
+    assert runs._cpu_seconds(history, 5) is None
+    assert runs._cpu_seconds([], 5) is None
 
 
 def test_an_evaluation_leads_to_its_run(trained: Path, tmp_path: Path) -> None:

@@ -327,6 +327,36 @@ def test_evaluate_refuses_a_device_that_is_not_there(run):
         evaluate.main(compose(["checkpoint=x", "experiment=[]"], "evaluate"))
 
 
+def test_generate_ends_a_text_and_draws_several(run, capsys):
+    prompt = run.tokenizer.decode([5, 6, 7])
+    given = ["checkpoint=x", f"prompt='{prompt}'", "max_new_tokens=9", "device=cpu"]
+
+    def told(*more):
+        text = generate.main(compose([*given, *more], "generate"))
+        assert capsys.readouterr().out == f"{text}\n"
+        return text
+
+    greedy = told("do_sample=false")
+    assert told("temperature=0") == greedy
+    ids = run.tokenizer.encode(greedy)[3:]
+    assert told("do_sample=false", f"eos_token_id={ids[4]}") == run.tokenizer.decode(
+        [5, 6, 7, *ids[: ids.index(ids[4]) + 1]]
+    )
+    stop = greedy[len(prompt) :][6:9]
+    stopped = told("do_sample=false", f"stop_strings=['{stop}']")
+    assert len(stopped) < len(greedy)
+    assert greedy.startswith(stopped)
+    assert stop in stopped[len(prompt) :]
+    assert told("do_sample=false", "repetition_penalty=5.0") != greedy
+    several = told("num_return_sequences=3", "temperature=2.0").split("\n---\n")
+    assert len(several) == 3
+    assert all(text.startswith(prompt) for text in several)
+    several = told("num_return_sequences=40", "temperature=2.0", "eos_token_id=5").split("\n---\n")
+    assert all(5 not in run.tokenizer.encode(text)[3:-1] for text in several)
+    with pytest.raises(ConfigError, match="would be copies"):
+        told("num_return_sequences=3", "temperature=0")
+
+
 def test_generate_continues_a_prompt(run, capsys, monkeypatch):
     prompt = run.tokenizer.decode([5, 6, 7])
     text = generate.main(compose(["checkpoint=x", f"prompt='{prompt}'", "max_new_tokens=5", "device=cpu"], "generate"))

@@ -43,7 +43,7 @@ class Fake(nn.Module):
         self.memory = {"fake": [SimpleNamespace(scope=scope)]}
         self.told = []  # (memory, ids) of each call that writes
 
-    def forward(self, ids, state=None, read=True, write=True, logits=True):
+    def forward(self, ids, state=None, read=True, write=True, logits=True, donate=False):
         state = self.init_state(len(ids)) if state is None else state
         assert len(state) == len(ids)
         assert not torch.is_grad_enabled()
@@ -59,7 +59,7 @@ class Fake(nn.Module):
             self.told.append((state, ids.clone()))
         return SimpleNamespace(logits=out, state=new if write else None)
 
-    def absorb(self, ids, state=None):
+    def absorb(self, ids, state=None, donate=False):
         return self(ids, state, logits=False).state
 
     def next_token(self, text, memory):
@@ -68,7 +68,7 @@ class Fake(nn.Module):
     def init_state(self, n_row):
         return Rows(([], []) for _ in range(n_row))
 
-    def new_context(self, state):
+    def new_context(self, state, donate=False):
         return [(memory + text, []) for memory, text in state]
 
     def wipe(self, state):

@@ -57,6 +57,12 @@ def data():
     return Data()
 
 
+@pytest.fixture(scope="module")
+def result(data):
+    """What a reader of all small documents answers."""
+    return run(Reader(data.tokenizer), data, SMALL)
+
+
 class Reader(Fake):
     """Answers from the sentences in its memory; where they say nothing, with any word."""
 
@@ -72,8 +78,7 @@ class Reader(Fake):
         return self.tokenizer.encode(f" {found}")[0]
 
 
-def test_a_reader_answers_every_question_and_its_controls_none(data):
-    result = run(Reader(data.tokenizer), data, SMALL)
+def test_a_reader_answers_every_question_and_its_controls_none(result):
     for task in SMALL.tasks:
         for vocabulary in SMALL.vocabularies:
             for noise in SMALL.noise:
@@ -129,11 +134,10 @@ def test_closed_vocabulary_is_that_of_training(data):
     assert not words & set(data.task.words(np.random.default_rng(0), 200, "evaluation"))
 
 
-def test_result_depends_on_nothing_but_seed_and_settings(data):
+def test_result_depends_on_nothing_but_seed_and_settings(data, result):
     before = torch.get_rng_state()
-    first = run(Reader(data.tokenizer), data, SMALL)
-    assert run(Reader(data.tokenizer), data, replace(SMALL, n_row=1)).rows == first.rows
-    assert run(Reader(data.tokenizer), data, replace(SMALL, seed=1)).rows != first.rows
+    assert run(Reader(data.tokenizer), data, replace(SMALL, n_row=1)).rows == result.rows
+    assert run(Reader(data.tokenizer), data, replace(SMALL, seed=1)).rows != result.rows
     assert torch.equal(before, torch.get_rng_state())
 
 
@@ -178,8 +182,8 @@ def test_impossible_settings_are_refused(settings, message):
         Babi(**settings)
 
 
-def test_several_processes_find_what_one_does(data):
+def test_several_processes_find_what_one_does(data, result):
     def measure(share: Share = ALONE) -> Result:
         return run(Reader(data.tokenizer), data, SMALL, share=share)
 
-    check_shares(measure, measure())
+    check_shares(measure, result)

@@ -90,19 +90,19 @@ class Fake(nn.Module):
         self.same = {item.true[cue].cue: item.true[""].cue for item in items for cue in cues}
         self.texts = []
 
-    def absorb(self, ids, state=None):
+    def absorb(self, ids, state=None, donate=False):
         assert not torch.is_grad_enabled()
         assert not self.training
         rows = [[] for _ in ids] if state is None else state
         return [row + more for row, more in zip(rows, ids.tolist(), strict=True)]
 
-    def new_context(self, state):
+    def new_context(self, state, donate=False):
         return [tuple(row) for row in state]
 
     def wipe(self, state):
         return [() for _ in state]
 
-    def forward(self, ids, state=None, read=True, write=True, logits=True):
+    def forward(self, ids, state=None, read=True, write=True, logits=True, donate=False):
         assert not write
         assert all(isinstance(row, tuple) for row in state)  # a fresh context
         out = torch.zeros(*ids.shape, self.n_vocab)

@@ -86,7 +86,7 @@ class Fake(nn.Module):
         self.memory = {"fake": [SimpleNamespace(scope=scope)]}
         self.told = []  # (state before, ids) of each call that writes
 
-    def forward(self, ids, state=None, read=True, write=True, logits=True):
+    def forward(self, ids, state=None, read=True, write=True, logits=True, donate=False):
         state = [[] for _ in ids] if state is None else state
         assert len(state) == len(ids)
         assert not torch.is_grad_enabled()
@@ -106,13 +106,13 @@ class Fake(nn.Module):
     def next_token(self, text, memory):
         raise NotImplementedError
 
-    def absorb(self, ids, state=None):
+    def absorb(self, ids, state=None, donate=False):
         return self(ids, state=state, logits=False).state
 
     def places(self, state):
         return []
 
-    def new_context(self, state):
+    def new_context(self, state, donate=False):
         return [Closed(memory) for memory in state]
 
     def wipe(self, state):

@@ -49,7 +49,7 @@ class Known(nn.Module):
     def wipe(self, state):
         return torch.zeros_like(state)
 
-    def forward(self, ids, state=None, reset=None, mask=None, read=True, write=True, logits=True):
+    def forward(self, ids, state=None, reset=None, mask=None, read=True, write=True, logits=True, donate=False):
         assert not logits
         assert not torch.is_grad_enabled()
         assert not self.training

@@ -219,6 +219,22 @@ class InPlace(Ring):
         return new, trace
 
 
+class InPlaceForAll(Ring):
+    """Changes a state that is given away, whoever else holds its numbers."""
+
+    def write(self, segment: Segment, state: RingState) -> tuple[RingState, Trace]:
+        new, trace = super().write(segment, state)
+        return (new._replace(slot=state.slot.copy_(new.slot)) if segment.owned else new), trace
+
+
+class LosesWhatIsGiven(Ring):
+    """Writes nothing into a state that is given away."""
+
+    def write(self, segment: Segment, state: RingState) -> tuple[RingState, Trace]:
+        new, trace = super().write(segment, state)
+        return (state if segment.owned else new), trace
+
+
 class Learns(Ring):
     """Changes its own buffers, also in evaluation."""
 
@@ -279,9 +295,17 @@ class Grows(Ring):
 class Overflows(Ring):
     """Adds up without end."""
 
+    factor = 2.0
+
     def write(self, segment: Segment, state: RingState) -> tuple[RingState, Trace]:
         new, trace = super().write(segment, state)
-        return new._replace(slot=2 * state.slot + new.slot), trace
+        return new._replace(slot=self.factor * state.slot + new.slot), trace
+
+
+class Swells(Overflows):
+    """Adds up slowly."""
+
+    factor = 0.1
 
 
 class Frozen(Ring):
@@ -344,9 +368,10 @@ LAWS: dict[str, Callable[[laws.Make], None]] = {
     "3 contexts": laws.contexts,
     "4 reset": laws.resets,
     "5 pure": laws.pure,
+    "5 given away": laws.given_away,
     "6 reach": laws.reach,
     "6 parameters": laws.every_parameter_learns,
-    "7 bounded": partial(laws.bounded, n_write=1000),
+    "7 bounded": laws.bounded,
     "7 admits": laws.admits,
     "8 round trip": laws.round_trip,
     "9 useful": laws.useful,
@@ -373,12 +398,15 @@ FAULTS: list[tuple[str, type[Ring], str]] = [
     ("5 pure", Attribute, "in between"),
     ("5 pure", InPlace, "in between"),
     ("5 pure", Learns, "evaluation changed"),
+    ("5 given away", InPlaceForAll, "was changed"),
+    ("5 given away", LosesWhatIsGiven, "depend on whether"),
     ("6 reach", NoBackpropagation, "no gradient"),
     ("6 reach", NeverCuts, "across the edge"),
     ("6 parameters", Idle, "gets no gradient"),
     ("6 parameters", Dead, "is zero"),
     ("7 bounded", Grows, "bytes became"),
     ("7 bounded", Overflows, "not finite"),
+    ("7 bounded", Swells, "grows with each write"),
     ("7 admits", Frozen, "admits nothing new"),
     ("8 round trip", Unsaved, "continued otherwise"),
     ("8 round trip", Attribute, "continued otherwise"),

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from memlm import laws
+from memlm.memory.ltm import LongTermMemory
 from memlm.memory.records import RecordKeeper
 from memlm.memory.slots import Slots
 from tests.laws.oracles import ORACLES
@@ -110,6 +111,21 @@ def test_5_pure_shared(shareable: laws.Make) -> None:
     laws.pure(shareable, scope="shared")
 
 
+def test_5_given_away(make: laws.Make) -> None:
+    laws.given_away(make)
+
+
+def test_5_given_away_shared(shareable: laws.Make) -> None:
+    laws.given_away(shareable, scope="shared")
+
+
+@pytest.mark.parametrize("scope", ["sequence", "shared"])
+def test_5_given_away_lists(scope: str) -> None:
+    small = {"index": "inverted", "n_list": 4, "n_probe": 2}
+    cls, settings = LongTermMemory, laws.settings_of(laws.nodes_of("ltm")["ltm"])
+    laws.given_away(laws.builder_of({"ltm": (cls, settings | small)}), scope=scope)
+
+
 def test_6_gradient_reach(memory: laws.Make) -> None:
     laws.reach(memory)
 
@@ -119,14 +135,21 @@ def test_6_every_parameter_learns(make: laws.Make) -> None:
 
 
 def test_7_bounded(make: laws.Make) -> None:
-    laws.bounded(make, n_write=1000)
+    laws.bounded(make)
 
 
 def _oracles(name: str) -> list[str]:
     return [cls for cls in (laws.class_of(node).__name__ for node in laws.nodes_of(name).values()) if cls in ORACLES]
 
 
-@pytest.mark.parametrize(("name", "cls"), [(name, cls) for name in REMEMBERS for cls in _oracles(name)])
+DECLARED = [
+    pytest.param(name, cls, marks=[] if name in QUICK else [pytest.mark.slow])
+    for name in REMEMBERS
+    for cls in _oracles(name)
+]
+
+
+@pytest.mark.parametrize(("name", "cls"), DECLARED)
 def test_7_evicts_as_declared(name: str, cls: str) -> None:
     ORACLES[cls].evicts_as_declared(make_of(name))
 
@@ -135,7 +158,7 @@ def test_7_a_full_memory_admits(memory: laws.Make) -> None:
     laws.admits(memory)
 
 
-@pytest.mark.parametrize(("name", "cls"), [(name, cls) for name in REMEMBERS for cls in _oracles(name)])
+@pytest.mark.parametrize(("name", "cls"), DECLARED)
 def test_7_a_full_memory_admits_what_is_more_important(name: str, cls: str) -> None:
     laws.admits(make_of(name), ORACLES[cls].promote)
 
@@ -148,9 +171,14 @@ def test_8_round_trip_shared(shareable: laws.Make) -> None:
     laws.round_trip(shareable, scope="shared")
 
 
+# Enough for the 24 tokens of the task; what shipped memories hold beyond is only slower.
+HELD = {"n_token": 64, "n_compressed": 64, "n_long": 64, "n_mode": 64}
+
+
 @pytest.mark.parametrize("name", lanes(REMEMBERS))
 def test_9_useful(name: str) -> None:
-    laws.useful(laws.builder(laws.nodes_of(name), shrink=False))
+    make = laws.builder(laws.nodes_of(name), shrink=False)
+    laws.useful(lambda memory=None, **model: make(memory=HELD | (memory or {}), **model))
 
 
 @pytest.mark.parametrize("name", lanes(NAMES))
@@ -176,7 +204,7 @@ def _keep_records(name: str) -> bool:
     "index", [{}, {"index": "inverted", "n_slot": 24, "n_list": 12, "n_probe": 12}], ids=["exact", "inverted"]
 )
 @pytest.mark.parametrize("scope", ["sequence", "shared"])
-@pytest.mark.parametrize("name", [name for name in NAMES if _keep_records(name)])
+@pytest.mark.parametrize("name", lanes([name for name in NAMES if _keep_records(name)]))
 def test_12_forgets(name: str, scope: str, index: dict[str, Any]) -> None:
     laws.forgets(make_of(name), {"LongTermMemory.scope": scope} | index)
 
@@ -188,12 +216,14 @@ LAWS = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("law", LAWS)
 def test_laws_hold_where_newer_slots_discount_older_ones(law: Callable[[laws.Make], None]) -> None:
     make = make_of("ltm")
     law(lambda memory=None, **settings: make(memory={"recency": 4.0} | (memory or {}), **settings))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("law", [laws.causal, laws.chunk_invariant, laws.round_trip])
 def test_laws_hold_where_newer_slots_of_a_shared_bank_discount_older_ones(law: Callable[..., None]) -> None:
     make = make_of("ltm")
@@ -204,18 +234,21 @@ def test_laws_hold_where_newer_slots_of_a_shared_bank_discount_older_ones(law: C
 INVERTED = {"index": "inverted", "n_list": 5, "n_probe": 2, "n_slot": 40}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("law", LAWS)
 def test_laws_hold_where_lists_are_searched(law: Callable[[laws.Make], None]) -> None:
     make = make_of("ltm")
     law(lambda memory=None, **settings: make(memory=INVERTED | (memory or {}), **settings))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("law", [laws.causal, laws.chunk_invariant, laws.pure, laws.round_trip, laws.inspectable])
 def test_laws_hold_where_lists_of_a_shared_bank_are_searched(law: Callable[..., None]) -> None:
     make = make_of("ltm")
     law(lambda memory=None, **settings: make(memory=INVERTED | (memory or {}), **settings), scope="shared")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("law", LAWS)
 @pytest.mark.parametrize("setting", [{"shared_layers": False, "update": "importance"}, {"reset_every": 3}])
 def test_laws_hold_for_every_kind_of_implicit_memory(law: Callable[[laws.Make], None], setting: dict[str, Any]) -> None:
@@ -223,6 +256,7 @@ def test_laws_hold_for_every_kind_of_implicit_memory(law: Callable[[laws.Make], 
     law(lambda memory=None, **settings: make(memory=setting | (memory or {}), **settings))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("law", [laws.alive, laws.chunk_invariant, laws.every_parameter_learns])
 def test_laws_hold_where_the_gradient_of_reads_teaches_the_controller(law: Callable[[laws.Make], None]) -> None:
     make = make_of("adaptive")

@@ -7,7 +7,7 @@ import torch
 
 from memlm.memory.ltm import LongTermMemory
 from memlm.memory.state import named_tensors
-from memlm.tensors import Host
+from memlm.tensors import Host, is_alone
 
 
 def memory_of(**settings: object) -> LongTermMemory:
@@ -55,6 +55,23 @@ def test_states_begin_with_the_bank_itself_and_outlive_what_becomes_of_it() -> N
     memory.load_state_dict(other.state_dict())
     assert (memory.bank.value == 3).all()
     assert (state.value == 2).all(), "a state that was handed out has changed"
+
+
+def test_a_bank_that_is_released_is_alone_unless_a_state_was_handed_out() -> None:
+    memory = memory_of()
+    memory.bank.commit(some(memory, 1.0))
+    at = memory.bank.value.data_ptr()
+    state = memory.bank.release()
+    assert not memory.bank.exists
+    assert state.value.data_ptr() == at
+    assert is_alone(state.value)
+    memory.bank.commit(state)
+    del state
+    handed_out = memory.bank.first(1)
+    state = memory.bank.release()
+    assert not is_alone(state.value)
+    del handed_out
+    assert is_alone(state.value)
 
 
 def test_loading_brings_a_bank_or_takes_it_away() -> None:

@@ -1,7 +1,6 @@
 """Infini-attention against linear attention to all earlier segments, which has no matrix, and values by hand."""
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import pytest
@@ -187,7 +186,7 @@ def test_what_cannot_work_is_refused_in_a_sentence() -> None:
     "law",
     [
         laws.alive, laws.causal, laws.isolated, laws.chunk_invariant, laws.ragged, laws.schedules_agree, laws.contexts,
-        laws.resets, laws.reach, laws.every_parameter_learns, partial(laws.bounded, n_write=300),
+        laws.resets, laws.reach, laws.every_parameter_learns, laws.bounded,
     ],
 )  # fmt: skip
 def test_laws_hold_for_the_delta_rule(law: Callable[[laws.Make], None]) -> None:

@@ -1,7 +1,6 @@
 """Nearest tokens against a loop over rows, heads and tokens that keeps a list, and values by hand."""
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import pytest
@@ -229,7 +228,7 @@ RAW = {"n_token": 15, "norm_keys": False}
     [
         laws.alive, laws.causal, laws.isolated, laws.chunk_invariant, laws.ragged, laws.schedules_agree, laws.contexts,
         laws.empty_segments, laws.resets, laws.every_parameter_learns, laws.round_trip, laws.inspectable,
-        partial(laws.bounded, n_write=300),
+        laws.bounded,
     ],
 )  # fmt: skip
 def test_laws_hold_for_its_settings(law: Callable[[laws.Make], None], settings: dict[str, Any]) -> None:

@@ -406,6 +406,6 @@ def test_laws_hold_for_every_form(
 
 @pytest.mark.parametrize("settings", OTHERS, ids=str)
 def test_every_form_is_useful_and_bounded(settings: dict[str, Any]) -> None:
-    for law, shrink in ((laws.useful, False), (partial(laws.bounded, n_write=300), True)):
+    for law, shrink in ((laws.useful, False), (laws.bounded, True)):
         make = laws.builder(laws.nodes_of("mesa"), shrink=shrink)
         law(lambda memory=None, make=make, **model: make(memory=settings | (memory or {}), **model))

@@ -122,7 +122,7 @@ def test_it_keeps_the_laws(nodes: laws.Nodes, law: Callable[[laws.Make], None]) 
 
 
 def test_it_stays_bounded(nodes: laws.Nodes) -> None:
-    laws.bounded(laws.builder(nodes, shrink=False), n_write=500)
+    laws.bounded(laws.builder(nodes, shrink=False))
 
 
 def test_it_is_described(nodes: laws.Nodes) -> None:

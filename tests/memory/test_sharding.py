@@ -79,10 +79,10 @@ def two_windows(model: LMCode, rows: slice, n_rank: int = 1) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("n_rank", "settings"),
     [
-        (2, {"n_slot": 40, "importance": "token"}),
+        pytest.param(2, {"n_slot": 40, "importance": "token"}, marks=pytest.mark.slow),
         (2, {"n_slot": 41, "importance": "token", "recency": 3.0}),
-        (4, {"n_slot": 30, "importance": "surprise"}),
-        (4, {"n_slot": 5, "top_k": 8}),
+        pytest.param(4, {"n_slot": 30, "importance": "surprise"}, marks=pytest.mark.slow),
+        pytest.param(4, {"n_slot": 5, "top_k": 8}, marks=pytest.mark.slow),
     ],
 )
 def test_a_sharded_bank_is_that_of_one_process(n_rank: int, settings: dict[str, Any], tmp_path: Path) -> None:

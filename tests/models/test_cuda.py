@@ -14,7 +14,7 @@ from memlm.models.segments import SegmentModel
 from memlm.models.state import ModelState
 from memlm.training.loss import linear_cross_entropy
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
 
 
 @pytest.fixture(autouse=True)

@@ -12,8 +12,9 @@ from torch.nn import functional as F
 from memlm.memory.ltm import LongTermMemory
 from memlm.memory.state import tensors
 from memlm.memory.stm import ShortTermMemory
-from memlm.models import generation, lmcode
+from memlm.models import lmcode
 from memlm.models.lmcode import Attention, LMCode
+from memlm.models.sampling import Sampling
 
 V, T = 30, 6
 MODEL: dict[str, Any] = {"n_layer": 2, "n_head": 2, "d_model": 16, "d_ff": 24, "segment_len": T, "overlap": 3}
@@ -426,19 +427,20 @@ def test_sampling_follows_the_seed() -> None:
 def test_what_may_be_sampled(top_k: int | None, top_p: float | None, expected: set[int]) -> None:
     torch.manual_seed(0)
     logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log().expand(500, -1)
-    drawn = generation._sample(logits, 1.0, top_k, top_p)
-    assert drawn.shape == (500, 1)
+    drawn = Sampling(temperature=1.0, top_k=top_k, top_p=top_p).choose(logits)
+    assert drawn.shape == (500,)
     assert set(drawn.flatten().tolist()) == expected
 
 
 def test_temperature_sharpens() -> None:
     torch.manual_seed(0)
     logits = torch.tensor([0.6, 0.4]).log().expand(4000, -1)
-    share = {t: float((generation._sample(logits, t, None, None) == 0).float().mean()) for t in (0.25, 1.0, 4.0)}
+    drawn = {t: Sampling(temperature=t, top_k=None, top_p=None).choose(logits) for t in (0.25, 1.0, 4.0, 0)}
+    share = {t: float((tokens == 0).float().mean()) for t, tokens in drawn.items()}
     assert share[0.25] == pytest.approx(0.6**4 / (0.6**4 + 0.4**4), abs=0.03)
     assert share[1.0] == pytest.approx(0.6, abs=0.03)
     assert share[4.0] == pytest.approx(0.6**0.25 / (0.6**0.25 + 0.4**0.25), abs=0.03)
-    assert (generation._sample(logits, 0, None, None) == 0).all()
+    assert share[0] == 1
 
 
 # --- errors ----------------------------------------------------------------------------------------------------------

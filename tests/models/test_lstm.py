@@ -128,8 +128,6 @@ def test_the_state_of_another_model_is_refused() -> None:
 @pytest.mark.parametrize("law", [*test_laws.LAWS, laws.bounded, laws.admits])
 @pytest.mark.parametrize("name", ["imm", "ltm"])
 def test_laws_hold(name: str, law: Callable[[laws.Make], None]) -> None:
-    if law is laws.bounded:
-        law = partial(law, n_write=1000)
     law(laws.builder(laws.nodes_of(name), model_class=LSTM))
 
 

@@ -151,7 +151,7 @@ def test_any_memory_that_needs_no_attention_stands_in_it(name: str) -> None:
 
 def test_the_state_is_bounded() -> None:
     make = make_of("delta", within=True)
-    laws.bounded(lambda memory=None, **model: make(memory, d_conv=1, **model), n_write=1000)  # segments of one token
+    laws.bounded(lambda memory=None, **model: make(memory, d_conv=1, **model))  # segments of one token
 
 
 @pytest.mark.parametrize("within", [False, True])

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from memlm.memory.ltm import LongTermMemory, LongTermState
+from memlm.memory.ltm_write import put
 from memlm.memory.state import map_tensors, tensors
 from memlm.retrieval.exact import Pool, attend
 from memlm.retrieval.inverted import InvertedFile, Lists
@@ -134,7 +135,8 @@ def test_lists_after_any_writes_are_those_of_a_loop() -> None:
             new = F.normalize(lists.centroid[:, :1] + 0.1 * new, dim=-1)
         before = [part.clone() for part in tensors(lists)]
         after = file.own(lists)
-        file.replace(after, slot, new, accept)
+        cells = file.replace(after, slot, new, accept)
+        file.fill(after, cells, put(key, slot, accept, new))
         unchanged = [torch.equal(a, b) for a, b in zip(before, tensors(lists), strict=True)]
         assert all(unchanged), "the state before was changed"
         lists = after
@@ -169,7 +171,7 @@ def test_searches_after_writes_equal_those_of_lists_made_afresh() -> None:
         slot, new = torch.randperm(60, generator=g)[None, :11], unit(1, 11, 8, seed=step)
         key = key.scatter(1, slot[..., None].expand_as(new), new)
         lists = file.own(lists)
-        file.replace(lists, slot, new, torch.ones_like(slot, dtype=torch.bool))
+        file.fill(lists, file.replace(lists, slot, new, torch.ones_like(slot, dtype=torch.bool)), key)
     query, bank = unit(1, 20, 8, seed=50), bank._replace(key=key)
     found = [file.search(each, query, torch.tensor(4.0), -1.0, 5, bank) for each in (lists, dealt_out(file, key))]
     assert torch.equal(found[0][1], found[1][1])
@@ -186,9 +188,9 @@ def test_all_are_dealt_out_anew_when_as_many_were_written_as_there_were() -> Non
         new = unit(1, 4, 8, seed=step)
         key, used = key.scatter(1, slot[..., None].expand_as(new), new), used.scatter(1, slot, True)
         lists = file.own(lists)
-        file.replace(lists, slot, new, torch.ones(1, 4, dtype=torch.bool))
+        file.fill(lists, file.replace(lists, slot, new, torch.ones(1, 4, dtype=torch.bool)), key)
         before = lists.centroid.clone()
-        lists = file.settle(lists, 4, key, used)
+        lists = file.settle(lists, 4, key, lambda used=used: used)
         assert int(lists.known_left.tensor) <= int(lists.left)
         if not torch.equal(before, lists.centroid):
             when.append((4 * step + 4, int(lists.n_list)))
@@ -205,7 +207,7 @@ def test_the_device_is_asked_only_when_it_may_be_time() -> None:
     left = []
     for _ in range(3):
         file.replace(lists, torch.arange(16)[None], unit(1, 16, 8), refused)
-        lists = file.settle(lists, 16, unit(1, 64, 8), used)
+        lists = file.settle(lists, 16, unit(1, 64, 8), lambda: used)
         left.append((int(lists.known_left.tensor), int(lists.left)))
     assert left == [(16, 32), (32, 32), (16, 32)]
 
@@ -241,7 +243,8 @@ def test_a_state_without_lists_is_searched_exactly() -> None:
         key=unit(1, 20, 8), value=unit(1, 20, 8), priority=torch.zeros(1, 20), n_used=Host(torch.tensor([20]))
     )
     x = torch.randn(1, 5, 16)
-    assert torch.equal(exact.read(x, state).value, inverted.read(x, state).value)
+    found = [memory.read(x, memory.prepare(state)).value for memory in (exact, inverted)]
+    assert torch.equal(*found)
     assert exact.init_state(1).lists is None
 
 
@@ -331,9 +334,9 @@ def test_a_memory_of_which_nearly_all_was_forgotten_has_room_for_what_is_written
     used = torch.arange(150)[None] < n_left
     lists = file.own(file.rebuild(lists, key, used, torch.ones(1, dtype=torch.bool)))
     slot = torch.arange(n_left, 70)[None]  # fewer than after which all are dealt out
-    file.replace(lists, slot, key[:, n_left:70], torch.ones_like(slot, dtype=torch.bool))
+    file.fill(lists, file.replace(lists, slot, key[:, n_left:70], torch.ones_like(slot, dtype=torch.bool)), key)
     used[:, :70] = True
-    lists = file.settle(lists, 70 - n_left, key, used)
+    lists = file.settle(lists, 70 - n_left, key, lambda: used)
     file.check(lists, key, used)
     pool = Pool(key, key, torch.zeros(1, 150), used[:, None])
     _, found = file.search(lists, key[:, :70], torch.tensor(1.0), -1.0, 1, pool)

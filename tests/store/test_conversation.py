@@ -100,6 +100,18 @@ def test_an_answer_ends_with_its_sentence(tokenizer: Any) -> None:
     assert isinstance(answer, Answer)
 
 
+def test_an_answer_comes_piece_by_piece(tokenizer: Any) -> None:
+    talk, whole = Conversation(reader(tokenizer)), Conversation(reader(tokenizer))
+    for other in (talk, whole):
+        other.tell(FACT)
+    pieces: list[str] = []
+    after = talk.respond("ba ce is", pieces.append)
+    assert pieces == ["di", " fo", " gu", "."]
+    assert "".join(pieces) + str(after) == whole.respond("ba ce is")
+    assert talk.respond("/clear", pieces.append) == "[context cleared]"
+    assert len(pieces) == 4
+
+
 def test_commands(tokenizer: Any, tmp_path: Path) -> None:
     talk = Conversation(reader(tokenizer))
     path = tmp_path / "memory"

@@ -16,6 +16,7 @@ import pytest
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from memlm.assemble import build_model
 from memlm.config import ConfigError
@@ -83,6 +84,53 @@ def test_stored_text_is_what_reading_it_writes(tokenizer: Tokenizer) -> None:
     for place in range(2):
         assert len(contents(model, place)) == len(f" {A}") - 1  # a byte is a token, and all but the last make a slot
         torch.testing.assert_close(torch.tensor(contents(model, place)), torch.tensor(contents(plain, place)))
+
+
+def test_text_is_stored_in_place_unless_a_state_still_shares_the_bank(tokenizer: Tokenizer) -> None:
+    model = build(tokenizer)
+    model.store_experience(A)
+    held = model.memory["ltm"][0].bank
+    places = {name: part.data_ptr() for name, part in held.named_buffers() if name in ("key", "value", "record")}
+    model.store_experience(B)
+    assert {name: getattr(held, name).data_ptr() for name in places} == places, "the bank was copied"
+    other = build(tokenizer)  # told the same, while states are held
+    other.store_experience(A)
+    old = [other.init_state(1), other.bank_state()]
+    answers = [other(torch.tensor([[5, 6, 7]]), state=state).logits for state in old]
+    other.store_experience(B)
+    assert contents(other) == contents(model)
+    for state, answer in zip(old, answers, strict=True):
+        assert torch.equal(other(torch.tensor([[5, 6, 7]]), state=state).logits, answer), "an old state has changed"
+
+
+@pytest.mark.parametrize("memories", [("ltm",), ("stm", "ltm")])
+def test_a_store_that_is_cut_short_leaves_nothing(tokenizer: Tokenizer, monkeypatch: Any, memories: Any) -> None:
+    """At any point: between windows, and between the parts of a slot."""
+    text = " ".join([B, C] * 2)
+    for n_put in (0, 1, 4, 13, 17):
+        model = build(tokenizer, *memories)
+        model.store_experience(A)
+        model.query_memory(A)
+        told, count = contents(model), itertools.count()
+
+        class Cut(BaseException):
+            pass
+
+        def put(*arguments: Any, n: int = n_put, count: Any = count, plain: Any = torch.Tensor.scatter_) -> Tensor:
+            if next(count) == n:
+                raise Cut
+            return plain(*arguments)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.Tensor, "scatter_", put)
+            patch.setattr("memlm.store.passages._WINDOW", T)
+            with pytest.raises(Cut):
+                model.store_experience(text)
+        assert contents(model) == told
+        assert texts(model) == [A]
+        assert model.list_memory()[0].uses == 1
+        model.store_experience(C)
+        assert texts(model) == [A, C]
 
 
 def test_passages_are_whole_sentences_of_up_to_a_segment(tokenizer: Tokenizer) -> None:
@@ -884,7 +932,7 @@ def test_ids_of_32_bits_are_as_good(tokenizer: Tokenizer) -> None:
 
 
 @pytest.mark.parametrize(("n_slot", "index"), [(4000, "exact"), (4000, "inverted"), (150, "exact"), (150, "inverted")])
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_any_order_of_operations_is_that_of_a_list(
     tokenizer: Tokenizer, tmp_path: Path, n_slot: int, index: Any, seed: int
 ) -> None:

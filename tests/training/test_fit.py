@@ -311,10 +311,13 @@ def test_time_that_is_not_training_does_not_count() -> None:
     module: Any = SimpleNamespace(log=lambda name, value: logged.append(value))
     batch = SimpleNamespace(ids=torch.zeros(10, 100))
     now = 0.0
+    threads = 3  # that all work
     import memlm.training.callbacks as where
 
     original = where.time
-    where.time = SimpleNamespace(perf_counter=lambda: now, monotonic=original.monotonic)  # type: ignore[assignment]
+    where.time = SimpleNamespace(  # type: ignore[assignment]
+        perf_counter=lambda: now, process_time=lambda: threads * now, monotonic=original.monotonic
+    )
     try:
         clock.on_train_start(trainer, module)
         now = 2.0
@@ -328,7 +331,7 @@ def test_time_that_is_not_training_does_not_count() -> None:
         clock.on_train_batch_end(trainer, module, None, batch, 1)
     finally:
         where.time = original  # type: ignore[assignment]
-    assert logged == [500.0, 250.0]
+    assert logged == [500.0, 6.0, 250.0, 12.0]  # tokens a second, CPU seconds
 
 
 def test_processes_but_the_first_show_nothing(capsys: pytest.CaptureFixture[str]) -> None:

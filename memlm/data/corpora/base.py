@@ -140,7 +140,9 @@ def check_document(document: str) -> None:
         )
 
 
-def split_documents(documents: list[str], held_out: Sequence[str] = ("val", "test")) -> dict[str, list[str]]:
+def split_documents(
+    documents: list[str], held_out: Sequence[str] = ("val", "test"), share: float = HELD_OUT
+) -> dict[str, list[str]]:
     """Hold out 5 % of the text for each split of `held_out`; the rest is `train`.
 
     With `FEW_DOCUMENTS` or more different documents whole documents are chosen, by a hash of their text, so equal ones
@@ -150,6 +152,7 @@ def split_documents(documents: list[str], held_out: Sequence[str] = ("val", "tes
     Args:
         documents: The text.
         held_out: Names of the splits to make beside `train`.
+        share: How much to hold out for each, in place of 5 %.
 
     Returns:
         The documents of each split. Splits of a very short text may be empty.
@@ -159,13 +162,13 @@ def split_documents(documents: list[str], held_out: Sequence[str] = ("val", "tes
     distinct = sorted(set(digests))
     if len(distinct) < FEW_DOCUMENTS:
         for document in documents:
-            shares = [1 - HELD_OUT * (len(held_out) - i) for i in range(len(held_out))]
-            cuts = [0, *(_cut_near(document, share) for share in shares), len(document)]
+            places = [1 - share * (len(held_out) - i) for i in range(len(held_out))]
+            cuts = [0, *(_cut_near(document, place) for place in places), len(document)]
             for name, (start, stop) in zip(splits, itertools.pairwise(cuts), strict=True):
                 if document[start:stop].strip():
                     splits[name].append(document[start:stop])
         return splits
-    n_held = max(1, round(HELD_OUT * len(distinct)))
+    n_held = max(1, round(share * len(distinct)))
     home = {d: name for i, name in enumerate(held_out) for d in distinct[i * n_held : (i + 1) * n_held]}
     for document, digest in zip(documents, digests, strict=True):
         splits[home.get(digest, "train")].append(document)

@@ -10,7 +10,7 @@ import platform
 import re
 import sysconfig
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
 from memlm.config import ConfigError
@@ -33,23 +33,20 @@ class Builtin(Corpus):
         self.name = "builtin"
 
     def _load(self) -> dict[str, list[str]]:
-        path = cache_dir() / f"builtin-v{self.VERSION}-python{platform.python_version()}.json"
-        if (content := read_checked(path)) is not None:
-            return json.loads(bytes(content))
-        splits = _disjoint_splits({**_docstrings(), **_topics()})
-        with checked_file(path) as file:
-            file.write(json.dumps(splits).encode())
-        return splits
+        return kept(f"builtin-v{self.VERSION}", lambda: _disjoint_splits({**_docstrings(), **_topics()}))
 
 
 _MIN_DOCSTRING = 80
 
 
-# Folders of the standard library that are tests, tools, data or not part of it.
-_SKIPPED = {
-    *("test", "tests", "idlelib", "idle_test", "lib2to3", "turtledemo", "ensurepip", "encodings", "pydoc_data"),
-    *("site-packages", "dist-packages", "lib-dynload", "__pycache__"),
-}
+# Folders beside the standard library that are no part of it.
+_OUTSIDE = frozenset({"site-packages", "dist-packages", "lib-dynload", "__pycache__"})
+
+
+# Folders of the standard library that are tests, tools or data.
+_SKIPPED = frozenset(
+    {"test", "tests", "idlelib", "idle_test", "lib2to3", "turtledemo", "ensurepip", "encodings", "pydoc_data"}
+)
 
 
 _MIN_HELD_OUT = 75_000  # characters of val, and again of test
@@ -59,6 +56,39 @@ _MAX_HELD_OUT_DOCUMENT = 25_000  # so that val and test are made of several docu
 
 
 _SHARED_WORDS = 13  # as in Brown et al. 2020 (GPT-3), appendix C
+
+
+def kept(name: str, make: Callable[[], dict[str, list[str]]]) -> dict[str, list[str]]:
+    """Return what was made of the sources of this Python, from the cache if it was made before.
+
+    Args:
+        name: Of the file, with a number that rises when what is made changes.
+        make: Makes the documents of all splits.
+    """
+    path = cache_dir() / f"{name}-python{platform.python_version()}.json"
+    if (content := read_checked(path)) is not None:
+        return json.loads(bytes(content))
+    splits = make()
+    with checked_file(path) as file:
+        file.write(json.dumps(splits).encode())
+    return splits
+
+
+def sources(skipped: Collection[str]) -> list[tuple[tuple[str, ...], Path]]:
+    """Return the modules of the standard library, each with its name by parts, sorted.
+
+    Args:
+        skipped: Names of folders and modules to leave out.
+
+    Raises:
+        ConfigError: If this Python comes without sources.
+    """
+    root = Path(sysconfig.get_path("stdlib"))
+    modules = [(path.relative_to(root).with_suffix("").parts, path) for path in sorted(root.rglob("*.py"))]
+    found = [(parts, path) for parts, path in modules if not _OUTSIDE.union(skipped).intersection(parts)]
+    if not found:
+        raise ConfigError(f"no Python sources in {root}; use data=text data.path=FILE instead.")
+    return found
 
 
 def _topics() -> dict[str, list[str]]:
@@ -78,12 +108,8 @@ def _docstrings() -> dict[str, list[str]]:
 
     The sources are parsed and never imported: importing some modules has side effects.
     """
-    root = Path(sysconfig.get_path("stdlib"))
     found: dict[str, list[str]] = {}
-    for path in sorted(root.rglob("*.py")):
-        parts = path.relative_to(root).with_suffix("").parts
-        if _SKIPPED.intersection(parts):
-            continue
+    for parts, path in sources(_SKIPPED):
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # such as invalid escapes in old sources
@@ -97,8 +123,6 @@ def _docstrings() -> dict[str, list[str]]:
             docstring = ast.get_docstring(node) or ""
             if len(docstring) >= _MIN_DOCSTRING:
                 found.setdefault(f"module {parts[0]}", []).extend(_paragraphs(docstring))
-    if not found:
-        raise ConfigError(f"no Python sources in {root}; use data=text data.path=FILE instead.")
     return found
 
 

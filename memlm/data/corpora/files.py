@@ -10,6 +10,7 @@ from typing import Any
 
 from memlm.config import ConfigError, did_you_mean
 from memlm.data.corpora.base import (
+    HELD_OUT,
     Corpus,
     Document,
     as_documents,
@@ -38,15 +39,27 @@ class TextFiles(Corpus):
             written with a backslash.
         document: How rows of jsonl and parquet, or lines of `.txt`, become documents; see `as_documents`. With `auto`
             a `.txt` file is one document, but for `document_separator`.
+        val: A file or pattern with the text of val; None to hold it out of `path`.
+        test: The same for test.
+        held_out: Share of `path` that is held out for each of val and test, in place of 5 %.
 
     Raises:
-        ConfigError: Also if the separator is nowhere in the text.
+        ConfigError: Also if the separator is nowhere in the text, or a file is in two splits.
     """
 
     def __init__(
-        self, path: str, column: str = "text", document_separator: str | None = None, document: Document = "auto"
+        self,
+        path: str,
+        column: str = "text",
+        document_separator: str | None = None,
+        document: Document = "auto",
+        val: str | None = None,
+        test: str | None = None,
+        held_out: float = HELD_OUT,
     ):
         check_document(document)
+        if not 0 < held_out <= 0.4:
+            raise ConfigError(f"held_out must be above 0 and at most 0.4, got {held_out}: val and test take it each.")
         if document_separator == "":
             raise ConfigError("document_separator is empty: give the text between two documents, or null for none.")
         if document_separator is not None and document != "auto":
@@ -59,16 +72,27 @@ class TextFiles(Corpus):
         self._separator = None if document_separator is None else unescaped(document_separator)
         self._separated = False  # whether any file was split
         self._document = document
+        self._rows = document  # of jsonl and parquet
+        self._own = {name: given for name, given in (("val", val), ("test", test)) if given is not None}
+        self._held_out = held_out
 
     def _load(self) -> dict[str, list[str]]:
-        paths = _find(self.name)
-        documents = [document for path in paths for document in self._read(path)]
+        paths = {split: _find(pattern) for split, pattern in {"train": self.name, **self._own}.items()}
+        homes: dict[Path, str] = {}
+        for split, files in paths.items():
+            for path in files:
+                if (home := homes.setdefault(path.resolve(), split)) != split:
+                    raise ConfigError(
+                        f"{shown_path(path)} is named for {home} and for {split}: give each its own files."
+                    )
+        texts = {split: [text for path in files for text in self._read(path)] for split, files in paths.items()}
         if self._separator is not None and not self._separated:
             raise ConfigError(
                 f"document_separator {self._separator!r} occurs nowhere in {shown_path(self.name)}: write it as it "
                 "stands in the .txt files, or give null for a document per file."
             )
-        return split_documents(documents)
+        missing = [split for split in ("val", "test") if split not in texts]
+        return {**texts, **split_documents(texts["train"], missing, self._held_out)}
 
     def _read(self, path: Path) -> list[str]:
         """Return the documents of one file."""
@@ -112,7 +136,7 @@ class TextFiles(Corpus):
             if self._column not in row:
                 raise ConfigError(no_column(f"{path}, line {number}", self._column, row))
             rows.append(checked(row[self._column], f"{path}, line {number}", self._column))
-        return as_documents(rows, self._document, str(path))
+        return as_documents(rows, self._rows, str(path))
 
     def _read_parquet(self, path: Path) -> list[str]:
         import pyarrow
@@ -130,7 +154,32 @@ class TextFiles(Corpus):
                 f"{str(path)!r} cannot be read as parquet ({first_line(error)}); write it again."
             ) from None
         rows = [checked(value, f"{path}, row {i}", self._column) for i, value in enumerate(values)]
-        return as_documents(rows, self._document, str(path))
+        return as_documents(rows, self._rows, str(path))
+
+
+class Books(TextFiles):
+    """Whole books of the user's own, a book a document; see `TextFiles`.
+
+    Raises:
+        ConfigError: If no file is named; it says where there are books.
+    """
+
+    def __init__(
+        self,
+        path: str | None,
+        column: str = "text",
+        val: str | None = None,
+        test: str | None = None,
+        held_out: float = 0.2,
+    ):
+        if path is None:
+            raise ConfigError(
+                "data=books reads files of your own: give data.path=FILE or data.path='FOLDER/*.txt', with a book in "
+                "each row (.parquet, .jsonl) or in each file (.txt). Project Gutenberg (https://www.gutenberg.org) has "
+                "books as plain text; for a data set of the Hugging Face hub use data=hub data.name=NAME."
+            )
+        super().__init__(path, column, val=val, test=test, held_out=held_out)
+        self._rows = "row"
 
 
 def _find(pattern: str) -> list[Path]:

@@ -24,12 +24,14 @@ class Planted(NamedTuple):
         answer: Targets that answer a question, (N,), bool.
         breaks: Segments that begin a new context, (N / segment_len,), bool.
         weight: Weight of each target in the loss, (N,); None for 1 everywhere.
+        targets: What is to be predicted at each token, (N,); None for the token after it.
     """
 
     tokens: np.ndarray
     answer: np.ndarray
     breaks: np.ndarray
     weight: np.ndarray | None = None
+    targets: np.ndarray | None = None
 
 
 @runtime_checkable

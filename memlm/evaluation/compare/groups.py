@@ -11,7 +11,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from memlm.config import ConfigError
+from memlm.data.epochs import order_of, scaled
 from memlm.evaluation.compare.differences import Group, brief, differences_of, measuring_differences, name_of
 from memlm.evaluation.headline import Number, headline, shown
 from memlm.evaluation.runs import Run, Trained
@@ -161,6 +164,7 @@ def _costs(groups: Sequence[Group]) -> list[Line]:
         "parameters": "n_parameter",
         "state bytes per row": "state_bytes",
         "training tokens/s": "tokens_per_second",
+        "training CPU seconds": "cpu_seconds",
     }
     lines = []
     for label, name in kinds.items():
@@ -237,20 +241,28 @@ def n_token(trained: Trained) -> int | None:
     if trained.step is None:
         return None
     left = trained.step * trained.config["trainer"]["accumulate_grad_batches"]
-    phases = trained.config["curriculum"]["phases"]
-    n_segment = 0
-    for i, phase in enumerate(phases):
-        steps = left if i == len(phases) - 1 else min(left, phase["steps"])
-        n_segment += steps * phase["n_row"] * phase["n_segment"]
-        left -= steps
-    return n_segment * trained.config["model"]["segment_len"]
+    curriculum, segment_len = trained.config["curriculum"], trained.config["model"]["segment_len"]
+    sizes = [phase["n_row"] * phase["n_segment"] * segment_len for phase in curriculum["phases"]]
+    steps = [phase["steps"] for phase in curriculum["phases"]]
+    if "n_epoch" in curriculum:
+        n_batch = tuple(scaled(steps, curriculum["n_epoch"], curriculum["scale"])[0])
+        whole, part = divmod(left, sum(n_batch))
+        mixed = np.bincount(order_of(n_batch, whole)[:part], minlength=len(sizes)) + whole * np.array(n_batch)
+        return int(mixed @ np.array(sizes))
+    n_token = 0
+    for i, size in enumerate(sizes):
+        n = left if i == len(sizes) - 1 else min(left, steps[i])
+        n_token += n * size
+        left -= n
+    return n_token
 
 
 def _planted(config: Mapping[str, Any]) -> dict[str, Any]:
     """What decides of which documents the batches are made."""
     curriculum = config["curriculum"]
     phases = [{key: value for key, value in phase.items() if key != "memory"} for phase in curriculum["phases"]]
-    return {"task": curriculum["task"], "phases": phases}
+    mixed = {key: curriculum[key] for key in ("n_epoch", "scale") if key in curriculum}
+    return {"task": curriculum["task"], "phases": phases} | mixed
 
 
 def by_value(groups: Sequence[Group], values: Sequence[str]) -> str:

@@ -73,7 +73,7 @@ def read(
         while place < length:
             end = min(place + _WINDOW * model.segment_len, length, (place // step + 1) * step)
             ids = np.stack([document.tokens(place, end) for document in documents])
-            state = model.absorb(torch.from_numpy(ids).long().to(device), state)
+            state = model.absorb(torch.from_numpy(ids).long().to(device), state, donate=True)
             place = end
             if consolidation and place % step == 0:
                 state = consolidation(model, state, place // step - 1)

@@ -572,7 +572,7 @@ def test_hub_errors_name_the_alternatives(tmp_path, hf_cache):
 # --- configs ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["builtin", "shakespeare", "text", "hub"])
+@pytest.mark.parametrize("name", ["builtin", "code", "books", "shakespeare", "text", "hub"])
 def test_data_configs_build_their_corpus_and_list_every_parameter(name):
     from hydra.utils import instantiate
 
@@ -580,7 +580,7 @@ def test_data_configs_build_their_corpus_and_list_every_parameter(name):
 
     config = OmegaConf.create({"data": OmegaConf.load(CONFIGS / f"{name}.yaml")})
     for key in ("path", "name"):
-        if OmegaConf.is_missing(config.data, key):
+        if OmegaConf.is_missing(config.data, key) or name == "books":
             config.data[key] = "some/where.txt"
     corpus = instantiate(config.data.corpus)
     given = set(config.data.corpus) - {"_target_"}
@@ -595,7 +595,7 @@ def test_data_configs_build_their_corpus_and_list_every_parameter(name):
 
 def test_importing_the_data_modules_loads_nothing_heavy():
     heavy = "{'torch', 'datasets', 'tokenizers', 'pyarrow', 'tqdm'} & set(sys.modules)"
-    corpora = ", ".join(f"memlm.data.corpora.{name}" for name in ("base", "builtin", "files", "hub", "symbols"))
+    corpora = ", ".join(f"memlm.data.corpora.{name}" for name in ("base", "builtin", "code", "files", "hub", "symbols"))
     code = f"import sys, {corpora}, memlm.data.tokenizer, memlm.data.tokens; print({heavy})"
     run = subprocess.run([sys.executable, "-c", code], cwd=CONFIGS.parents[1], capture_output=True, text=True)
     assert run.stdout.strip() == "set()", run.stderr

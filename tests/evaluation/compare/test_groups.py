@@ -51,7 +51,7 @@ def run(seed: int = 0, *results: Result, changes: Any = (), **trained: Any) -> R
             node = node[parent]
         node[name] = value
     facts = {"checkpoint": f"/{seed}/{changes}", "step": 500, "config": config, "n_parameter": 1000, "state_bytes": 64}
-    facts |= {"text": "a" * 64, "tokenizer": "b" * 64, "tokens_per_second": 10.0}
+    facts |= {"text": "a" * 64, "tokenizer": "b" * 64, "tokens_per_second": 10.0, "cpu_seconds": 40.0}
     return Run(Path(f"run{seed}"), Trained(**facts | trained), {result.name: result for result in results})
 
 
@@ -152,6 +152,7 @@ def test_what_a_run_costs_and_what_is_missing() -> None:
         "parameters": ["1,000", "-"],
         "state bytes per row": ["64", "0"],
         "training tokens/s": ["15", "-"],
+        "training CPU seconds": ["40", "40"],
         "memory on": ["50.0 % (40.4 to 59.6)", "-"],
         "reads off": ["0.0 % (0.0 to 3.7)", "-"],
         "nats": ["2", "-"],
@@ -233,7 +234,14 @@ def test_the_figure_has_a_panel_for_each_main_number_and_its_controls() -> None:
     found = compare([run(0, recall(0.9), loss(2.0)), run(0, recall(0.1), changes=NONE, n_parameter=None)])
     figure = plot(found)
     titles = [axes.get_title(loc="left") for axes in figure.axes if axes.get_title(loc="left")]
-    assert titles == ["parameters", "state bytes per row", "training tokens/s", "loss", "needle"]
+    assert titles == [
+        "parameters",
+        "state bytes per row",
+        "training tokens/s",
+        "training CPU seconds",
+        "loss",
+        "needle",
+    ]
     (needle,) = [axes for axes in figure.axes if axes.get_title(loc="left") == "needle"]
     legend = needle.get_legend()
     assert legend is not None
