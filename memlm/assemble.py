@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from memlm.config import ConfigError, check_arguments, check_kind, instantiate, validate, whole
+from memlm.config import ConfigError, check_arguments, check_kind, instantiate, target_of, validate, whole
 from memlm.data.corpora.base import Corpus
 from memlm.data.curriculum import Curriculum, build_curriculum
 from memlm.data.tasks.base import Task
@@ -51,7 +51,20 @@ def build(*overrides: str) -> LanguageModel:
     config = to_dict(compose(overrides))
     for part in ("model", "memory", "data", "curriculum"):
         validate(config[part], key=part)
+    config = settled(config)
     return build_model(config, build_tokenizer(config))
+
+
+def settled(config: dict[str, Any]) -> dict[str, Any]:
+    """A configuration that says of its model all that tells it apart: see `LanguageModel.settled`."""
+    kind = _model_class(config)
+    return config if kind is None else config | {"model": kind.settled(config["model"])}
+
+
+def _model_class(config: Mapping[str, Any]) -> type[LanguageModel] | None:
+    """The class of ``config["model"]``; None if a function makes the model."""
+    thing = target_of(config["model"], "model")
+    return thing if isinstance(thing, type) and issubclass(thing, LanguageModel) else None
 
 
 def build_corpus(config: Mapping[str, Any]) -> Corpus:
@@ -65,7 +78,10 @@ def build_corpus(config: Mapping[str, Any]) -> Corpus:
 
 
 def build_tokenizer(config: Mapping[str, Any], corpus: Corpus | None = None) -> Tokenizer:
-    """The tokenizer of ``config["data"]``, loaded from the cache or trained on ``corpus`` (by default its text)."""
+    """The tokenizer of ``config["data"]``, loaded from the cache or trained on ``corpus`` (by default its text).
+
+    A model that comes with one of its own has that.
+    """
     settings = config["data"]["tokenizer"]
     if not isinstance(settings, dict):
         raise ConfigError(f"data.tokenizer must be settings such as {{kind: bpe, vocab_size: 4096}}, got {settings!r}")
@@ -77,6 +93,15 @@ def build_tokenizer(config: Mapping[str, Any], corpus: Corpus | None = None) -> 
         "data.tokenizer",
         ("corpus", "cache_dir"),
     )
+    kind = _model_class(config)
+    own = None if kind is None else kind.own_tokenizer(config["model"])
+    if own is not None:
+        if settings["path"] is not None and Tokenizer.from_file(settings["path"]).fingerprint() != own.fingerprint():
+            raise ConfigError(
+                f"data.tokenizer.path: {settings['path']} is another tokenizer than that of the model, which its "
+                "weights know: leave it null"
+            )
+        return own
     return get_tokenizer(
         settings["kind"], settings["vocab_size"], settings["path"], corpus or build_corpus(config), _cache(config)
     )

@@ -47,7 +47,7 @@ def main(config: Mapping[str, Any]) -> float | None:
 def _train(config: Mapping[str, Any], answer: Answer) -> float | None:
     from pathlib import Path
 
-    from memlm.assemble import build_corpus, build_data, build_model, build_tokenizer
+    from memlm.assemble import build_corpus, build_data, build_model, build_tokenizer, settled
     from memlm.evaluation import runner
     from memlm.evaluation.emit import emit
     from memlm.evaluation.run_figures import training_result
@@ -56,7 +56,7 @@ def _train(config: Mapping[str, Any], answer: Answer) -> float | None:
     from memlm.training.resume import Finished, check_text, find_in_sweep, find_origin, mark_finished
     from memlm.training.settings import build_training, check_device, places_of_runs, plan_steps, sweep_dir
 
-    config = plan_steps(config)
+    config = settled(plan_steps(config))
     check_device(config)
     run = Path(config["paths"]["run_dir"])
     experiments, watched = runner.chosen(config), runner.watched(config["watch"])

@@ -70,6 +70,7 @@ class Tokenizer:
         self._unk = _unknown_id(json.loads(self._json)["model"])
         self._pad = next((vocab[name] for name in (PAD, "[PAD]", "<|pad|>", "<|padding|>") if name in vocab), None)
         self._cuttable = _is_cuttable(json.loads(self._json))
+        self._adds_space = _adds_space(json.loads(self._json))
 
     @classmethod
     def from_json(cls, text: str) -> Tokenizer:
@@ -103,7 +104,10 @@ class Tokenizer:
             raise ConfigError(f"tokenizer file {str(path)!r} cannot be read: {error}") from None
 
     def encode(self, text: str) -> list[int]:
-        """Return the token ids of a text, with nothing added before or after."""
+        """Return the token ids of a text, with nothing added before or after.
+
+        Of a tokenizer that puts a space before every text, one that is there already counts as that space.
+        """
         return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
@@ -115,6 +119,8 @@ class Tokenizer:
             ConfigError: A given tokenizer has no token for what is in the text.
         """
         texts = [_SURROGATE.sub("\ufffd", text) for text in texts]
+        if self._adds_space:
+            texts = [text[1:] if text[:1] == " " and not text[1:2].isspace() else text for text in texts]
         pieces = [list(_pieces(text)) if self._cuttable else [text] for text in texts]
         flat = [piece for row in pieces for piece in row]
         with _refused("this tokenizer cannot encode the text ({}): use one that has a token for what it does not know"):
@@ -297,6 +303,16 @@ def _is_cuttable(config: dict[str, Any]) -> bool:
     if before.get("type") == "ByteLevel":
         return before["use_regex"] and not before["add_prefix_space"]
     return before.get("type") == "Split" and before["pattern"].get("Regex") in (_CHAR_PATTERN, _WORD_PATTERN)
+
+
+def _adds_space(config: dict[str, Any]) -> bool:
+    """Whether a space is put before every text, as by the tokenizers of sentencepiece."""
+    if any(kind == "Prepend" and part.get("prepend") == "\u2581" for kind, part in _parts(config["normalizer"])):
+        return True
+    return any(
+        kind == "Metaspace" and part.get("prepend_scheme") in ("always", "first")
+        for kind, part in _parts(config["pre_tokenizer"])
+    )
 
 
 def _unknown_id(model: dict[str, Any]) -> int | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor, nn
@@ -54,6 +54,24 @@ class LanguageModel(nn.Module):
     sizes: Sizes
     tokenizer: Tokenizer
     config: dict[str, Any]
+
+    @classmethod
+    def settled(cls, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """Settings of a model as a run keeps them: with all that tells apart what they name.
+
+        Args:
+            settings: Settings of the model, ``_target_`` included.
+        """
+        return dict(settings)
+
+    @classmethod
+    def own_tokenizer(cls, settings: Mapping[str, Any]) -> Tokenizer | None:
+        """The tokenizer that a model comes with; None if it takes any.
+
+        Args:
+            settings: Settings of the model, ``_target_`` included.
+        """
+        return None
 
     @property
     def head_weight(self) -> Tensor:

@@ -36,7 +36,7 @@ class Decoder:
 
     def __init__(self, model: Stack, state: ModelState, read: bool, write: bool, compile: bool = False) -> None:
         self.model, self.read, self.write = model, read, write
-        self.by_column = all(_by_column(modules[0]) for modules in model.memory.values())
+        self.by_column = model.by_column and all(_by_column(modules[0]) for modules in model.memory.values())
         self._compiled = compile
         self._step: Callable[..., Tensor] = torch.compile(_step, dynamic=False) if compile else _step
         self._own: bool  # whether states of memories are copies of its own

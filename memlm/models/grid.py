@@ -9,7 +9,7 @@ N = S * T cells.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,6 +33,7 @@ class Grid(NamedTuple):
         opened: Tokens of each row in the first segment that an earlier call brought.
         columns: Columns that are computed; all unless ``S`` is 1.
         cell: Cell of each token of the call, (B, L); None if they lie in order from cell 0.
+        before: What the model knows before its layers run: see `Stack.ready`. It has an ``of`` as the grid has.
     """
 
     ids: Tensor
@@ -44,6 +45,7 @@ class Grid(NamedTuple):
     opened: list[int]
     columns: slice
     cell: Tensor | None
+    before: Any = None
 
     @property
     def n_segment(self) -> int:
@@ -77,6 +79,7 @@ class Grid(NamedTuple):
             opened=self.opened if begin == 0 else [0] * len(self.opened),
             columns=self.columns,
             cell=None,
+            before=None if self.before is None else self.before.of(begin, end),
         )
 
     def fill(self, computed: Tensor, opened: Tensor) -> Tensor:

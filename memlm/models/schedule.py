@@ -123,9 +123,10 @@ class _Pass:
     """One run of all layers over a grid."""
 
     def __init__(self, model: Stack, grid: Grid, state: ModelState, how: How) -> None:
-        self.model, self.grid, self.local, self.how = model, grid, state.local, how
+        self.model, self.local, self.how = model, state.local, how
         self.lookback = model.lookback
         ids = torch.cat([self.local.ids[:, : self.lookback], grid.ids], dim=1)  # (B, C + N)
+        self.grid = model.ready(grid, ids)
         self.ids, self.embeddings = ids, model.embed(ids)
         self.before = state.memory
         self.memory = {name: list(parts) for name, parts in state.memory.items()}
@@ -139,7 +140,7 @@ class _Pass:
     def run(self) -> Ran:
         """All of it."""
         embeddings = self.embeddings[:, self.lookback :].unflatten(1, (self.grid.n_segment, -1))
-        x = self.model.enter(embeddings[:, :, self.grid.columns], self.grid.columns)  # (B, S, Q, D)
+        x = self.model.entered(embeddings, self.grid)  # (B, S, Q, D)
         for name, modules in self.model.memory.items():
             for place, module in enumerate(() if writes_within(modules[0]) or not self.how.read else modules):
                 self.prepared[f"{name}/{place}"] = module.prepare(self.begun(name, module, place))
@@ -268,8 +269,11 @@ class _Pass:
         if "mixed" in self.streams:
             self.streams["mixed"].append(self.fill("mixed", place, y))
         flat = y.flatten(1, 2).float()  # (B, S * Q, D)
-        reads = [self.step(name, modules, i, flat, Done())[1] for name, modules in beside]
-        values: list[Any] = [read.value.to(y.dtype) for read in reads if read is not None and read.value is not None]
+        values: list[Any] = []
+        for name, modules in beside:
+            found = self.step(name, modules, i, flat, Done())[1]
+            if found is not None and found.value is not None:
+                values.append(self.model.let_in(name, place, found.value, flat).to(y.dtype))
         return y + sum(values).view_as(y) if values else y
 
     def step(self, name: str, modules: Any, i: int, x: Tensor, mixer: Mixer) -> tuple[Tensor | None, Read | None]:
@@ -392,7 +396,7 @@ def nll_after(model: Stack, ids: Tensor, valid: Tensor) -> Callable[[Tensor], Te
         )
         grid = lay_out(own, state.local, model.segment_len, None, None, None, None)
         run = _Pass(model, grid, state, How(read=False, write=False, keep_state=False))
-        x = model.enter(run.embeddings[:, None, run.lookback :], grid.columns)
+        x = model.entered(run.embeddings[:, None, run.lookback :], run.grid)
         x, _ = run.layers(x, Cells(cells.to(x.dtype), None))
         logits = F.linear(model.norm(x[:, 0, :-1]), model.head_weight.detach()).float()
         nats = F.cross_entropy(logits.mT, own[:, 1:], reduction="none")

@@ -99,7 +99,7 @@ class SegmentModel(Stack):
                 for module in self.memory[name]:
                     module.bank.create()
         arguments.needs(self)
-        self.lookback = max((modules[0].needs.lookback for modules in self.memory.values()), default=0)
+        self.lookback = max([self.n_again, *(modules[0].needs.lookback for modules in self.memory.values())])
         self._shapes = shapes(self.no_context(1))
 
     # --- state ---------------------------------------------------------------------------------------------------

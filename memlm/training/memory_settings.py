@@ -60,7 +60,7 @@ def check_memory_settings(model: LanguageModel, settings: Mapping[str, Any], key
         check_arguments(nodes[name]["_target_"], new, f"{key}.{name}", ())
         with torch.random.fork_rng(devices=[]):
             changed = instantiate(
-                nodes[name] | new, f"{key}.{name}", model.config["model"]["d_model"], offered={"sizes": model.sizes}
+                nodes[name] | new, f"{key}.{name}", model.sizes.d_model, offered={"sizes": model.sizes}
             )
         old = model.memory[name][0]
         shapes, known = ([part.shape for part in module.parameters()] for module in (changed, old))

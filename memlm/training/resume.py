@@ -27,8 +27,8 @@ _LOCK = ".lock"  # held by the process that trains a run
 # What makes two runs the same run. The rest (loggers, paths, devices, precision) may change.
 _SAME = ("model", "memory", "data", "curriculum", "training", "replay", "seed")
 _SAME_TRAINER = ("accumulate_grad_batches", "gradient_clip_val", "gradient_clip_algorithm")
-# Where the text is: which text it is its hash tells, see `check_text`.
-_PLACES = ("data.path", "data.name", "data.corpus.path", "data.corpus.name")
+# Where text and base are: which these are their hashes tell, see `check_text` and `LanguageModel.settled`.
+_PLACES = ("data.path", "data.name", "data.corpus.path", "data.corpus.name", "model.path")
 # Settings of these that say how something is computed, not what; see also `Memory.technical`.
 _TECHNICAL = ("data.n_worker", "model.gradient_checkpointing", "training.compile")
 # Settings that no two jobs of a sweep differ in if they are the same: where files go, and what is gone on with.
