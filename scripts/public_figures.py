@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from memlm import threads
 from memlm.config import ConfigError
 from memlm.evaluation.headline import in_percent
 from memlm.files import atomic_file
@@ -162,6 +163,7 @@ def filled_in(page: str, record: Sequence[Mapping[str, Any]]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Read the runs, write record and page."""
+    threads.wait_passively()
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("runs", metavar="RUN", nargs="*", help="directory of a run or of a sweep; none: the page anew")
     parser.add_argument("--commit", help="what the runs were made with; by default the commit of this checkout")

@@ -60,18 +60,18 @@ def store(memory: LongTermMemory, segment: Segment, state: LongTermState) -> tup
         replace_sharded(memory, start, new.priority) if memory.is_sharded else replace(start, new.priority)
     )
     # The record first: a slot whose write is cut short is then known by it.
-    found = {"record": state.n_record[:, None] + take(record, order)}
-    found |= {name: take(part, order) for name, part in new._asdict().items()}
-    found["origins"] = state.origins.new_full((*victim.shape, ORIGINS), -1)
-    olds = {name: getattr(state, name) for name in found} | {"priority": start}
-    stored: dict[str, Any] = {name: put(olds[name], victim, accept, part, in_place) for name, part in found.items()}
+    parts = {"record": state.n_record[:, None] + take(record, order)}
+    parts |= {name: take(part, order) for name, part in new._asdict().items()}
+    parts["origins"] = state.origins.new_full((*victim.shape, ORIGINS), -1)
+    olds = {name: getattr(state, name) for name in parts} | {"priority": start}
+    stored: dict[str, Any] = {name: put(olds[name], victim, accept, part, in_place) for name, part in parts.items()}
     after = state._replace(
         **stored,
         n_record=state.n_record + complete,
         n_used=Host((state.n_used.tensor + new.priority.shape[1]).clamp(max=memory.n_slot)),
     )
     lists = memory.search_index().written(
-        state.lists, victim, found["key"], accept, after.key, lambda: memory.filled(after), in_place
+        state.lists, victim, parts["key"], accept, after.key, lambda: memory.filled(after), in_place
     )
     return after._replace(lists=lists), trace
 
