@@ -58,6 +58,7 @@ def test_every_benchmark_has_settings_and_a_module() -> None:
         "base",
         "candidates",
         "mixer_peers",
+        "nanogpt",
     }
     for name in names:
         config = to_dict(compose([f"benchmark={name}"], "benchmark"))
