@@ -55,10 +55,10 @@ def build(*overrides: str) -> LanguageModel:
     return build_model(config, build_tokenizer(config))
 
 
-def settled(config: dict[str, Any]) -> dict[str, Any]:
+def settled(config: Mapping[str, Any]) -> dict[str, Any]:
     """A configuration that says of its model all that tells it apart: see `LanguageModel.settled`."""
     kind = _model_class(config)
-    return config if kind is None else config | {"model": kind.settled(config["model"])}
+    return {**config} if kind is None else {**config, "model": kind.settled(config["model"])}
 
 
 def _model_class(config: Mapping[str, Any]) -> type[LanguageModel] | None:

@@ -273,7 +273,7 @@ class DecoderLayer(SegmentLayer):
         """What queries (R, H, Q, E) find by the attention of transformers, (R, H, Q, E)."""
         from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-        eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+        eager: Any = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
         function: Any = ALL_ATTENTION_FUNCTIONS.get_interface(self.attention, eager)
         n_query, n_key = query.shape[2], key.shape[2]
         near = n_key if self.window is None else min(n_key, self.window)
