@@ -97,17 +97,9 @@ def absolute(path: Any, if_there: bool = False) -> Any:
 
 
 OmegaConf.register_new_resolver("wandb_offline", wandb_offline, replace=True)
-
-
 OmegaConf.register_new_resolver("absolute", absolute, replace=True)
-
-
 OmegaConf.register_new_resolver("digest", digest, replace=True)
-
-
 OmegaConf.register_new_resolver("run_dir", run_dir, replace=True)
-
-
 OmegaConf.register_new_resolver("device_of_job", device_of_job, replace=True)
 
 
