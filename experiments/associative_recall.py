@@ -179,26 +179,21 @@ def _read(model: LanguageModel, documents: Sequence[Recall], never: Sequence[np.
     own = [documents[i].tokens for i in numbers]
     # The memory of a document is asked for what the document before it told: no other memory need be at hand.
     before = [(i - 1) % len(documents) for i in numbers]
-    texts = {
-        "off": own,
-        "wiped": own,
-        "swapped": [documents[i].tokens for i in before],
-        "unseen": [never[i] for i in numbers],
-    }
+    texts = {"off": own, "wiped": own, "swapped": [documents[i].tokens for i in before]}
+    texts["unseen"] = [never[i] for i in numbers]
     state = model.init_state(len(numbers))
     rows: list[Row] = []
     for start in range(0, len(own[0]), segment_len):
         if start:
             state = model.new_context(state, donate=True)
         asked = any(((d.place >= start) & (d.place < start + segment_len)).any() for d in documents)
-        ids = _ids(own, start, segment_len, device)
         for condition in texts if asked else ():
             memory = model.wipe(state) if condition == "wiped" else state
             shown = _ids(texts[condition], start, segment_len, device)
             out = model(shown, state=memory, read=condition != "off", write=False)
             told = before if condition == "swapped" else numbers
             rows += _answers(condition, out.logits, [(i, documents[i]) for i in told], start, segment_len)
-        out = model(ids, state=state, logits=asked, donate=True)
+        out = model(_ids(own, start, segment_len, device), state=state, logits=asked, donate=True)
         state = out.state
         if asked:
             rows += _answers("on", out.logits, [(i, documents[i]) for i in numbers], start, segment_len)

@@ -391,12 +391,10 @@ class _Nothing(nn.Module):
 
 
 def _alike(a: Tensor, b: Tensor) -> bool:
-    if a.is_meta:
-        return True
-    return bool(torch.allclose(a.float(), b.float(), atol=1e-2 if a.dtype == torch.bfloat16 else 1e-4, rtol=1e-2))
+    tolerance = 1e-2 if a.dtype == torch.bfloat16 else 1e-4
+    return a.is_meta or bool(torch.allclose(a.float(), b.float(), atol=tolerance, rtol=1e-2))
 
 
 def again_seen(continues: Tensor, n_begin: int, n_again: int) -> Tensor:
     """Which tokens that segments take in again may be seen, (B, S, F): the overlap only where a context goes on."""
-    begins = torch.arange(n_again, device=continues.device) < n_begin
-    return continues[..., None] | begins
+    return continues[..., None] | (torch.arange(n_again, device=continues.device) < n_begin)

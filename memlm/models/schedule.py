@@ -308,8 +308,6 @@ class _Pass:
                 hidden = self.streams[stream_of(module)][place]
                 self.write(name, module, place, hidden, self.streams["output"][place], layer=self.model.layers[i])
 
-    # --- memories ------------------------------------------------------------------------------------------------
-
     def keep(self, key: str, found: Read | None) -> None:
         """Keep what was read, to be looked at."""
         if found is not None:
@@ -357,15 +355,13 @@ class _Pass:
 
     def checkpointed(self, function: Any, *arguments: Any) -> Any:
         """Call a function of a layer."""
-        model = self.model
-        if model.gradient_checkpointing and model.training and torch.is_grad_enabled():
+        if self.model.gradient_checkpointing and self.model.training and torch.is_grad_enabled():
             return checkpoint(function, *arguments, use_reentrant=False)
         return function(*arguments)
 
     def next_local(self) -> LocalState:
         """The local state after the grid."""
-        grid, local, open_segment = self.grid, self.local, OpenSegment(self.grid)
-        flags = grid.flags
+        grid, flags, local, open_segment = self.grid, self.grid.flags, self.local, OpenSegment(self.grid)
         cache = [mixer.next_cache() for mixer in self.caches]
         streams = {
             name: torch.stack([open_segment.cells(part) for part in parts], dim=1) if parts else local.streams[name]
@@ -373,13 +369,12 @@ class _Pass:
         }
         open_len = torch.tensor(grid.open_len)
         position = open_segment.of(flags.position, flags.position[:, -1] + grid.segment_len)
-        device = grid.ids.device
         return LocalState(
             cache=(*cache, *[None] * (len(local.cache) - len(cache))),
             streams=streams,
             ids=open_segment.cells(self.ids),
             continues=open_segment.of(flags.continues, torch.ones_like(flags.continues[:, 0])),
-            position=position + open_len.to(device) if any(grid.open_len) else position,
+            position=position + open_len.to(grid.ids.device) if any(grid.open_len) else position,
             document=open_segment.of(flags.document, flags.document[:, -1]),
             n_open=Host(open_len),
         )

@@ -21,11 +21,11 @@ from torch import Tensor, nn
 from memlm.config import ConfigError
 from memlm.memory.contract import Memory, Sizes
 from memlm.memory.slots import Slots
-from memlm.memory.state import State, select_rows, shared, where_rows
+from memlm.memory.state import State, select_rows, shared
 from memlm.models import arguments, generation, schedule, views
 from memlm.models.grid import closing_grid, lay_out
 from memlm.models.stack import Stack
-from memlm.models.state import LocalState, ModelState, Output, shapes
+from memlm.models.state import LocalState, ModelState, Output, renewed, shapes
 from memlm.store import operations, passages
 from memlm.tensors import Host
 
@@ -183,7 +183,7 @@ class SegmentModel(Stack):
             memory = {name: self._closed(name, state, rows, embeddings, owned) for name in self.memory}
             state = state._replace(memory=memory)
         fresh = self.no_context(len(rows))._replace(position=local.position, document=local.document)
-        return state._replace(local=_renewed(local, fresh, rows))
+        return state._replace(local=renewed(local, fresh, rows))
 
     def _closed(self, name: str, state: ModelState, rows: Tensor, embeddings: Tensor, owned: bool) -> tuple[State, ...]:
         """The states of a memory after the open segment of ``rows`` was written."""
@@ -329,7 +329,7 @@ class SegmentModel(Stack):
         begin = (rows if rows is not None else reset[:, :1].any(dim=1)).cpu()  # type: ignore[index]
         if any(modules[0].scope == "shared" for modules in self.memory.values()):
             state = self._close(state, begin, write, owned)
-        local = _renewed(state.local, self.no_context(n_row), begin)
+        local = renewed(state.local, self.no_context(n_row), begin)
         return state._replace(local=local._replace(document=state.local.document))
 
     generate = generation.generate
@@ -396,11 +396,3 @@ def _starts(reset: Tensor | None, n_row: int) -> tuple[Tensor | None, Tensor | N
     if reset.shape[0] != n_row or reset.dim() > 2:
         raise ConfigError(f"reset must be ({n_row},) or ({n_row}, segments), got {tuple(reset.shape)}")
     return (reset, None) if reset.dim() == 1 else (None, reset)
-
-
-def _renewed(local: LocalState, fresh: LocalState, rows: Tensor) -> LocalState:
-    """``fresh`` in ``rows`` (B,), on the CPU, else ``local``; what `absorb` left out is missing until all rows are."""
-    if bool(rows.all()):
-        return fresh
-    cache = tuple(None if old is None else new for old, new in zip(local.cache, fresh.cache, strict=True))
-    return where_rows(rows, fresh._replace(cache=cache), local)

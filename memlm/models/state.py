@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from memlm.memory.contract import Read, Trace
-from memlm.memory.state import State, tensors
+from memlm.memory.state import State, tensors, where_rows
 from memlm.tensors import Host
 
 
@@ -79,3 +79,11 @@ class Output(NamedTuple):
 def shapes(local: LocalState) -> list[torch.Size]:
     """Shapes of all that a model carries, without the rows."""
     return [part.shape[1:] for part in tensors(local)]
+
+
+def renewed(local: LocalState, fresh: LocalState, rows: Tensor) -> LocalState:
+    """``fresh`` in ``rows`` (B,), on the CPU, else ``local``; what `absorb` left out is missing until all rows are."""
+    if bool(rows.all()):
+        return fresh
+    cache = tuple(None if old is None else new for old, new in zip(local.cache, fresh.cache, strict=True))
+    return where_rows(rows, fresh._replace(cache=cache), local)

@@ -309,15 +309,15 @@ def test_reading_equals_a_softmax_slot_by_slot(
 def test_the_null_slot_takes_the_weight_when_nothing_fits(bank: tuple[ByHand, LongTermState, Tensor]) -> None:
     memory, state, x = bank
     memory.null_similarity.fill_(5.0)
-    assert memory.read(x, state).weights.sum(dim=2).max() < 1e-6
+    assert memory.read(x, memory.prepare(state)).weights.sum(dim=2).max() < 1e-6
     memory.null_similarity.fill_(-5.0)
-    torch.testing.assert_close(memory.read(x, state).weights.sum(dim=2), torch.ones(2, T))
+    torch.testing.assert_close(memory.read(x, memory.prepare(state)).weights.sum(dim=2), torch.ones(2, T))
 
 
 @torch.no_grad()
 def test_an_empty_bank_reads_nothing() -> None:
     memory = ByHand(D)
-    read = memory.read(torch.randn(2, T, D), memory.init_state(2))
+    read = memory.read(torch.randn(2, T, D), memory.prepare(memory.init_state(2)))
     assert torch.equal(read.value, torch.zeros(2, T, D))
     assert read.weights.sum() == 0
 
@@ -326,7 +326,7 @@ def test_an_empty_bank_reads_nothing() -> None:
 def test_slots_that_were_not_read_are_numbered_minus_one(bank: tuple[ByHand, LongTermState, Tensor]) -> None:
     memory, state, x = bank
     memory.retrieval_threshold = 0.4
-    read = memory.read(x, state)
+    read = memory.read(x, memory.prepare(state))
     assert (read.weights == 0).any()
     assert (read.slots[read.weights == 0] == -1).all()
 
@@ -336,7 +336,7 @@ def test_gradients_reach_the_gates_that_were_written_and_read() -> None:
     reference = ByHand(D)
     part = segment_of(reference, [[-1.0] * T])
     state, _ = memory.write(part, memory.init_state(1))
-    memory.read(part.hidden[:, memory.needs.lookback :], state).value.square().sum().backward()
+    memory.read(part.hidden[:, memory.needs.lookback :], memory.prepare(state)).value.square().sum().backward()
     missing = [name for name, p in memory.named_parameters() if p.grad is None or not p.grad.abs().max() > 0]
     assert not missing
 
