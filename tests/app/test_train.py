@@ -278,7 +278,8 @@ def test_mistakes_are_told_before_training(
 @pytest.mark.parametrize("group", ["memory", "model", "recipe"])
 def test_nothing_that_is_shipped_is_refused_ahead(group: str) -> None:
     for path in sorted((config_dir() / group).glob("*.yaml")):
-        check(to_dict(compose([f"{group}={path.stem}"])))
+        if path.stem != "pretrained":  # which asks for a path
+            check(to_dict(compose([f"{group}={path.stem}"])))
 
 
 def test_what_a_constructor_refuses_is_told_ahead() -> None:
