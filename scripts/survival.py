@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from memlm.evaluation.result import Result
 
 _POLL = 0.0005  # seconds between two looks at a process
-_CLOCKS = ("train/tokens_per_second",)  # what is logged of time, and no part of what is trained
+_CLOCKS = ("train/tokens_per_second", "train/cpu_seconds")  # what is logged of time, and no part of what is trained
 
 
 class Moment(NamedTuple):
