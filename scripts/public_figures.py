@@ -16,7 +16,6 @@ from typing import Any
 
 from memlm import threads
 from memlm.config import ConfigError
-from memlm.evaluation.headline import in_percent
 from memlm.files import atomic_file
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
@@ -121,6 +120,8 @@ def merged(record: Sequence[Mapping[str, Any]], new: Sequence[Mapping[str, Any]]
 
 def table(record: Sequence[Mapping[str, Any]], task: str) -> str:
     """The entries of a task as a table of Markdown."""
+    from memlm.evaluation.headline import in_percent
+
     heads = ["model", "memory", "state of a row, bytes", "task", "rate", "controls at most", "n", "trained", "rows"]
     lines = [[*heads, "seed", "steps", "tokens", "minutes", "commit"], ["---"] * 14]
     for entry in record:
