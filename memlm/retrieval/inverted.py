@@ -25,7 +25,7 @@ from torch.nn import functional as F
 
 from memlm.retrieval import exact
 from memlm.retrieval.exact import Pool
-from memlm.tensors import Host, owned, take
+from memlm.tensors import Host, copied, owned, take
 
 _FIRST = 2**14  # slots that are searched one and all before they are assigned for the first time, at most
 _ROOM = 2  # cells for each slot
@@ -228,17 +228,17 @@ class InvertedFile:
         if bool((left > 0).all()):
             return lists._replace(known_left=Host(left))
         left = lists.left.cpu().clone()
-        return self.rebuild(lists._replace(known_left=Host(left)), key, used(), left <= 0, given=True)
+        return self.rebuild(lists._replace(known_left=Host(left)), key, used(), left <= 0)
 
     def is_due(self, lists: Lists, n_written: int) -> bool:
         """Whether a row may have to be assigned anew before it was given ``n_written`` slots more."""
         return bool((lists.known_left.tensor <= n_written).any()) and bool((lists.left <= n_written).any())
 
-    def rebuild(self, lists: Lists, key: Tensor, used: Tensor, rows: Tensor, given: bool = False) -> Lists:
-        """``lists``, in place if ``given`` away, with the slots of ``rows`` (B,) assigned anew; see `settle`."""
+    def rebuild(self, lists: Lists, key: Tensor, used: Tensor, rows: Tensor) -> Lists:
+        """A copy of ``lists`` with the slots of ``rows`` (B,) assigned anew, which takes longer; see `settle`."""
         if not bool(rows.any()):
             return lists
-        lists = _each(lists, lambda part: owned(part, given))
+        lists = _each(lists, copied)
         for row in rows.nonzero()[:, 0].tolist():
             self._cluster(_rows_of(lists, slice(row, row + 1)), key[row].detach(), used[row])
         return lists

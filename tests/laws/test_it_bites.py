@@ -185,15 +185,15 @@ class ForgetsWindowGradient(Ring):
 class KeepsDocuments(Ring):
     """Goes on remembering when a new document begins."""
 
-    def start_documents(self, reset: Tensor | None, state: Any) -> Any:
+    def start_documents(self, reset: Tensor | None, state: Any, owned: bool = False) -> Any:
         return state
 
 
 class ResetsAllRows(Ring):
     """Forgets every row when one begins a new document."""
 
-    def start_documents(self, reset: Tensor | None, state: Any) -> Any:
-        return super().start_documents(None if reset is None else reset | reset.any(), state)
+    def start_documents(self, reset: Tensor | None, state: Any, owned: bool = False) -> Any:
+        return super().start_documents(None if reset is None else reset | reset.any(), state, owned)
 
 
 class Attribute(Ring):
@@ -305,7 +305,7 @@ class Overflows(Ring):
 class Swells(Overflows):
     """Adds up slowly."""
 
-    factor = 0.1
+    factor = 0.5
 
 
 class Frozen(Ring):
