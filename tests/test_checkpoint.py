@@ -244,7 +244,8 @@ def _used(model: Any, text: str) -> dict[str, Any]:
     return found | {"generated": model.generate(ids[:, :8], max_new_tokens=24, temperature=0)}
 
 
-@pytest.mark.parametrize("memory", [pytest.param("none", marks=pytest.mark.slow), "dual"])
+@pytest.mark.slow
+@pytest.mark.parametrize("memory", ["none", "dual"])
 def test_an_exported_model_is_the_same_without_what_trained_it(memory: str, tmp_path: Path) -> None:
     scope = ["memory.ltm.scope=shared"] if memory == "dual" else []  # with a bank, which is a part of the model
     fit(config(tmp_path, "a", *scope, "trainer.max_steps=2", memory=memory, phases=[FACTS]))

@@ -220,6 +220,8 @@ def get_tokenizer(kind: str, vocab_size: int, path: str | None, corpus: Corpus, 
     if path is not None:
         return Tokenizer.from_file(path)
     _check_kind(kind)
+    if kind == "byte":
+        return train_tokenizer(kind, (), vocab_size)  # the same for any text, which may take seconds to be read
     name = f"{kind}-{vocab_size}-v{VERSION}-{corpus.fingerprint()[:32]}.json"
     cached = Path(cache_dir) / "tokenizers" / name
     if (content := read_checked(cached)) is not None:

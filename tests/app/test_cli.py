@@ -372,6 +372,7 @@ def _parallel(tree: Path) -> None:
     write(tree, {"hydra/launcher/parallel": (config_dir() / "hydra/launcher/parallel.yaml").read_text()})
 
 
+@pytest.mark.slow
 def test_jobs_side_by_side(tree: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """In processes of their own, with a GPU and a share of the cores each; failures as in one process."""
     _parallel(tree)
@@ -630,6 +631,7 @@ def test_a_typing_error_in_a_recipe_is_refused(tmp_path: Path) -> None:
     assert compose(["recipe=right"], searchpath=[more]).seed == 3
 
 
+@pytest.mark.slow
 def test_keys_that_others_refer_to_are_fine() -> None:
     assert compose(["+width=32", "model.d_model=${width}", "model.d_ff=${width}"]).model.d_ff == 32
     assert compose(["+a.b=x", "name=${a.b}"]).name == "x"
@@ -645,6 +647,7 @@ def test_settings_of_experiments_that_are_not_chosen_are_fine_in_a_recipe() -> N
     assert "_target_" not in compose(["recipe=needle", "experiment=[]"]).needle
 
 
+@pytest.mark.slow
 def test_what_ships_has_the_keys_of_its_schema() -> None:
     """And every key of a schema has a value in what ships."""
     given = {"generate": ["checkpoint=x"], "evaluate": ["checkpoint=x"], "chat": ["checkpoint=x"]}

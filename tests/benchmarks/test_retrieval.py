@@ -21,6 +21,7 @@ def config(*overrides: str) -> dict[str, Any]:
     return to_dict(compose([*tiny, "candidates=[exact,inverted,torch]", *overrides], "benchmark"))
 
 
+@pytest.mark.slow
 def test_searches_are_measured_side_by_side() -> None:
     pytest.importorskip("faiss")
     names = ["exact", "inverted", "torch", "faiss flat", "faiss ivf", "faiss hnsw"]

@@ -26,6 +26,8 @@ from memlm.compose import compose, to_dict
 from memlm.config import ConfigError
 from tests.training.small import write_text
 
+pytestmark = pytest.mark.slow
+
 SAMPLES = Path(__file__).parent / "samples"
 SMALL = {  # of LMCODE
     "vocab_size=50257": "vocab_size=300", "hidden_size=512": "hidden_size=32", "num_layers=6": "num_layers=2",

@@ -177,6 +177,7 @@ def test_means_by_hand():
     assert summarise([]) == {}
 
 
+@pytest.mark.slow
 def test_figures(facts):
     result = run(tiny(facts.tokenizer, "ltm"), facts, ContextInfluence(limit=2000, n_document=2, n_fact=2, distance=20))
     (figure,) = plot(result).values()

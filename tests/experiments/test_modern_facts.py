@@ -441,6 +441,7 @@ def test_yaml_and_settings_agree():
     assert set(node) == set(ModernFacts.__dataclass_fields__)
 
 
+@pytest.mark.slow
 def test_several_processes_find_what_one_does(data):
     def measure(share: Share = ALONE) -> Result:
         return run(Fake(data), data, SMALL, share=share)

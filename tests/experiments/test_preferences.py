@@ -174,6 +174,7 @@ def test_a_result_has_its_controls_and_depends_on_the_seed_alone(result: Result)
     assert run(model_of(adaptive()), None, Preferences(**(vars(SMALL) | {"seed": 1}))) != result
 
 
+@pytest.mark.slow
 def test_the_agent_without_signals_is_trained_and_asked_without_them(monkeypatch: pytest.MonkeyPatch) -> None:
     trained: list[tuple[list[str], set[str], set[str]]] = []
     asked: list[tuple[list[str], list[str]]] = []
@@ -198,6 +199,7 @@ def test_the_agent_without_signals_is_trained_and_asked_without_them(monkeypatch
     assert sorted(asked) == sorted([([], []), *[(["hour", "tone"], ["hour", "tone"])] * 5])
 
 
+@pytest.mark.slow
 def test_a_controller_that_is_told_what_to_write_stores_no_noise(result: Result) -> None:
     told = [row for row in result.rows if row["condition"] == "perfect"]
     assert sum(row["stored"] for row in told) > 0

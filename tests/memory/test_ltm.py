@@ -525,6 +525,7 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(similar, name, value)
 
 
+@pytest.mark.slow
 def test_large_banks_are_consolidated_in_turns(small_blocks: None) -> None:
     memory = LongTermMemory(D, **(SETTINGS | {"n_slot": 1000, "d_key": 32}))
     assert memory.n_turn == 4

@@ -146,6 +146,7 @@ def largest() -> Iterator[_Largest]:
         yield mode
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("memories", [MEMORIES, {"imm": ImplicitMemory}], ids=["by layer", "by segment"])
 def test_a_long_call_needs_memory_for_what_it_returns(
     memories: dict[str, Any], monkeypatch: pytest.MonkeyPatch

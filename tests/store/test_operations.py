@@ -931,7 +931,11 @@ def test_ids_of_32_bits_are_as_good(tokenizer: Tokenizer) -> None:
 # --- any order of operations -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("n_slot", "index"), [(4000, "exact"), (4000, "inverted"), (150, "exact"), (150, "inverted")])
+@pytest.mark.parametrize(
+    ("n_slot", "index"),
+    [pytest.param(4000, "exact", marks=pytest.mark.slow), pytest.param(4000, "inverted", marks=pytest.mark.slow),
+     (150, "exact"), (150, "inverted")],
+)  # fmt: skip
 @pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_any_order_of_operations_is_that_of_a_list(
     tokenizer: Tokenizer, tmp_path: Path, n_slot: int, index: Any, seed: int

@@ -283,7 +283,7 @@ def test_memory_settings_are_put_back_after_an_error(tmp_path: Path) -> None:
 # --- one bank for all ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("phase", [FACTS, SHORT, PLAIN])
+@pytest.mark.parametrize("phase", [FACTS, *(pytest.param(p, marks=pytest.mark.slow) for p in (SHORT, PLAIN))])
 def test_training_steps_write_the_shared_bank(phase: dict[str, Any], tmp_path: Path) -> None:
     banks, states_seen = [], []
 

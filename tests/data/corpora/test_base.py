@@ -84,6 +84,7 @@ def documents(corpus) -> dict[str, list[str]]:
 # --- builtin ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_builtin_splits_are_large_and_share_no_passage_and_come_back_from_the_cache(cache):
     built = Builtin()
     texts = documents(built)
@@ -461,6 +462,7 @@ def test_shakespeare_reads_a_given_file(tmp_path):
     assert documents(given) == documents(TextFiles(str(tmp_path / "mine.txt")))
 
 
+@pytest.mark.slow
 def test_shakespeare_is_downloaded_once(serve, hf_cache, monkeypatch):
     folder, address, stop = serve
     text = "".join(f"SPEAKER {i}:\nWords, words, words.\n\n" for i in range(200))

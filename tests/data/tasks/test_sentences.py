@@ -127,6 +127,7 @@ def is_name(text, words):
     return "".join(words) in {text.lower().replace(" ", "").removeprefix(article) for article in ("", "the")}
 
 
+@pytest.mark.slow
 def test_evaluated_subjects_and_values_are_in_no_training_fact_and_in_no_text(bpe):
     tokenizer, train, facts = bpe
     maker = facts.maker_of("natural")
