@@ -190,7 +190,7 @@ def _read(model: LanguageModel, documents: Sequence[Recall], never: Sequence[np.
         for condition in texts if asked else ():
             memory = model.wipe(state) if condition == "wiped" else state
             shown = _ids(texts[condition], start, segment_len, device)
-            out = model(shown, state=memory, read=condition != "off", write=False)
+            out = model(shown, state=memory, read=condition != "off", write=False, keep_state=False)
             told = before if condition == "swapped" else numbers
             rows += _answers(condition, out.logits, [(i, documents[i]) for i in told], start, segment_len)
         out = model(_ids(own, start, segment_len, device), state=state, logits=asked, donate=True)

@@ -139,7 +139,8 @@ def _read(
     context = torch.from_numpy(np.stack([documents[i].context for i in numbers])).to(device)
     state = model.init_state(len(numbers))
     for start in range(0, context.shape[1], segment_len):
-        state = model.new_context(model.absorb(context[:, start : start + segment_len], state))
+        state = model.absorb(context[:, start : start + segment_len], state, donate=True)
+        state = model.new_context(state, donate=True)
     before = [(i - 1) % len(documents) for i in numbers]
     rows: list[Row] = []
     for turn in range(len(asked[0])):
@@ -156,7 +157,7 @@ def _read(
             answer = torch.from_numpy(np.stack([task.answer(value) for value in values])).to(device)  # (B, 4)
             memory = model.wipe(state) if condition == "wiped" else state
             ids = torch.cat([torch.from_numpy(question).to(device), answer[:, :-1]], dim=1)
-            out = model(ids, state=memory, read=condition != "off", write=False)
+            out = model(ids, state=memory, read=condition != "off", write=False, keep_state=False)
             rows += _rows(out.logits[:, QUESTION - 1 :], answer, condition, documents, told, pairs)
     return rows
 

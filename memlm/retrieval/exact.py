@@ -85,10 +85,11 @@ def attend(
     """
     scores, found = [], []
     k = min(top_k, bank.key.shape[1]) if bank is not None else 0
-    learned = any(part.requires_grad for part in (query, temperature, null_score, *(bank or ())[:3]))
-    alone = window is None and recency is None and find is None and not (learned and torch.is_grad_enabled())
+    alone = window is None and recency is None and find is None
     if bank is not None and alone and has_kernel(query, k):
-        return _attend_at_once(query, temperature, null_score, threshold, k, top_k, bank)
+        learned = any(part.requires_grad for part in (query, temperature, null_score, *bank[:3]))
+        if not (learned and torch.is_grad_enabled()):
+            return _attend_at_once(query, temperature, null_score, threshold, k, top_k, bank)
     if bank is not None:
         best_of = gather_best if any(part.requires_grad for part in bank[:3]) else search_best
         similarity, index = best_of(find or search, query, temperature, threshold, k, bank)

@@ -16,6 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from memlm.retrieval.exact import weigh
+
 _QUERIES, _SLOTS = 16, 64  # of a block
 _PROGRAMS, _PART = 512, 1024  # programs that keep a GPU busy; least slots of a part, where queries alone are too few
 
@@ -156,5 +158,4 @@ def find_and_weigh(
         return score[0], index[0], weight[0]
     best = score.movedim(0, 2).flatten(2).topk(k, dim=2, sorted=False)
     index = index.movedim(0, 2).flatten(2).gather(2, best.indices)
-    null = null_score.detach().to(score.dtype).expand(n_row, n_query, 1)
-    return best.values, index, torch.cat([null, best.values], dim=2).softmax(dim=2)[..., 1:]
+    return best.values, index, weigh(best.values, null_score.detach())

@@ -43,7 +43,7 @@ class Fake(nn.Module):
         self.memory = {"fake": [SimpleNamespace(scope=scope)]}
         self.told = []  # (memory, ids) of each call that writes
 
-    def forward(self, ids, state=None, read=True, write=True, logits=True, donate=False):
+    def forward(self, ids, state=None, read=True, write=True, logits=True, donate=False, keep_state=True):
         state = self.init_state(len(ids)) if state is None else state
         assert len(state) == len(ids)
         assert not torch.is_grad_enabled()
@@ -57,7 +57,7 @@ class Fake(nn.Module):
             new.append((memory, text + row))
         if write:
             self.told.append((state, ids.clone()))
-        return SimpleNamespace(logits=out, state=new if write else None)
+        return SimpleNamespace(logits=out, state=new if write and keep_state else None)
 
     def absorb(self, ids, state=None, donate=False):
         return self(ids, state, logits=False).state
