@@ -292,6 +292,47 @@ def test_an_empty_memory_has_nothing_to_tell(tokenizer: Tokenizer) -> None:
 # --- forget and edit -------------------------------------------------------------------------------------------------
 
 
+def test_forgetting_is_done_in_place_unless_a_state_still_shares_the_bank(tokenizer: Tokenizer) -> None:
+    model, other, never = (build(tokenizer) for _ in range(3))
+    for told in (model, other):
+        told.store_experience(A)
+        told.store_experience(B)
+    held = model.memory["ltm"][0].bank
+    places = {name: getattr(held, name).data_ptr() for name in ("key", "value", "record", "tokens", "priority")}
+    model.forget(0)
+    assert {name: getattr(held, name).data_ptr() for name in places} == places, "the bank was copied"
+    old, asked = other.init_state(1), torch.tensor([[5, 6, 7]])
+    answer = other(asked, state=old).logits
+    other.forget(0)
+    assert torch.equal(other(asked, state=old).logits, answer), "an old state has changed"
+    never.store_experience(B)
+    assert contents(model) == contents(other) == contents(never)
+
+
+def test_forgetting_that_is_cut_short_is_finished(tokenizer: Tokenizer, monkeypatch: Any) -> None:
+    class Cut(BaseException):
+        pass
+
+    for n_put in (0, 1, 6, 13):  # of two layers
+        model = build(tokenizer, layers="all")
+        model.store_experience(A)
+        model.store_experience(B)
+        count, plain = itertools.count(), torch.Tensor.__setitem__
+
+        def put(*arguments: Any, n: int = n_put, count: Any = count, plain: Any = plain) -> None:
+            if next(count) == n:
+                raise Cut
+            plain(*arguments)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.Tensor, "__setitem__", put)
+            with pytest.raises(Cut):
+                model.forget(0)
+        assert texts(model) == [B]
+        for module in model.memory["ltm"]:
+            module.check(module.bank.state())  # nothing is left in the slots
+
+
 @pytest.mark.parametrize(("memories", "layers"), [(("ltm",), "middle"), (("stm", "ltm"), "all")])
 def test_after_forgetting_it_is_as_if_never_told(tokenizer: Tokenizer, memories: Any, layers: Any) -> None:
     model, naive = (build(tokenizer, *memories, layers=layers) for _ in range(2))
