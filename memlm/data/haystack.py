@@ -46,7 +46,9 @@ class Haystack:
             if turn == 0:
                 parts += self._once(first, last)
                 continue
-            at, ends = self._passages(turn)
+            if self._turn is None or self._turn[0] != turn:
+                self._turn = (turn, *self._passages(turn))
+            _, at, ends = self._turn
             for i in range(int(np.searchsorted(ends, first, side="right")), len(ends)):
                 start = int(ends[i - 1]) if i else 0
                 if start >= last:
@@ -73,15 +75,16 @@ class Haystack:
 
     def _passages(self, turn: int) -> tuple[np.ndarray, np.ndarray]:
         """Where the passages of a round stand in the first one, and where each ends in its own."""
-        if self._turn is None or self._turn[0] != turn:
-            n = len(self.text)
-            at = np.arange(0, n, _PASSAGE) if self._starts is None else np.sort((self._starts - self.begin) % n)
-            length = np.diff(at, append=n)
-            if turn:
-                order = np.random.default_rng([*self.seed, turn]).permutation(len(at))
-                at, length = at[order], length[order]
-            self._turn = (turn, at, length.cumsum())
-        return self._turn[1:]
+        n = len(self.text)
+        if self._starts is None:
+            at = np.arange(0, n, _PASSAGE)
+        else:
+            at = np.roll((self._starts - self.begin) % n, -int(np.searchsorted(self._starts, self.begin)))
+        length = np.diff(at, append=n)
+        if turn:
+            order = np.random.default_rng([*self.seed, turn]).permutation(len(at))
+            at, length = at[order], length[order]
+        return at, length.cumsum()
 
 
 class Told(NamedTuple):

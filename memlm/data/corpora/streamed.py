@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,12 +34,13 @@ def content(path: str | Path) -> str:
         raise ConfigError(f"{shown_path(path)} cannot be read: {error.strerror or error}") from None
 
 
-def rows(path: str | Path, columns: dict[str, bool]) -> Iterator[dict[str, Any]]:
+def rows(path: str | Path, texts: Sequence[str], others: Sequence[str] = ()) -> Iterator[dict[str, Any]]:
     """The rows of a `.jsonl` or `.parquet` file, one after the other.
 
     Args:
         path: The file.
-        columns: Columns of text, and whether each must be there.
+        texts: Columns of text, or null.
+        others: Columns of anything.
 
     Raises:
         ConfigError: If it cannot be read, or lacks a column.
@@ -51,11 +52,12 @@ def rows(path: str | Path, columns: dict[str, bool]) -> Iterator[dict[str, Any]]
         raise ConfigError(
             f"cannot read {shown_path(path)}: its name must end in {', '.join(readers)}.{did_you_mean(suffix, readers)}"
         )
-    for where, row in readers[suffix](path, columns):
-        for column, needed in columns.items():
-            if needed and column not in row:
+    for where, row in readers[suffix](path, [*texts, *others]):
+        for column in (*texts, *others):
+            if column not in row:
                 raise ConfigError(no_column(where, column, row))
-            checked(row.get(column), where, column)
+        for column in texts:
+            checked(row[column], where, column)
         yield row
 
 
@@ -81,7 +83,7 @@ def pieces(path: str | Path, column: str = "text") -> Iterator[str]:
                 f"cannot read {shown_path(path)}: its name must end in {', '.join(kinds)}."
                 f"{did_you_mean(path.suffix, kinds)}"
             )
-        parts = (f"{row[column]}\n\n" for row in rows(path, {column: True}) if row[column] is not None)
+        parts = (f"{row[column]}\n\n" for row in rows(path, [column]) if row[column] is not None)
     for part in parts:
         rest += part
         while len(rest) > PIECE:
@@ -109,7 +111,7 @@ def _txt(path: Path) -> Iterator[str]:
         raise ConfigError(f"{shown_path(path)} {looks}; convert the file to UTF-8.") from None
 
 
-def _jsonl(path: Path, columns: dict[str, bool]) -> Iterator[tuple[str, dict[str, Any]]]:
+def _jsonl(path: Path, columns: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
     with open_regular(path) as file:
         for number, line in enumerate(file, start=1):
             where = f"{shown_path(path)}, line {number}"
@@ -124,18 +126,17 @@ def _jsonl(path: Path, columns: dict[str, bool]) -> Iterator[tuple[str, dict[str
             yield where, row
 
 
-def _parquet(path: Path, columns: dict[str, bool]) -> Iterator[tuple[str, dict[str, Any]]]:
+def _parquet(path: Path, columns: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
     import pyarrow
     import pyarrow.parquet
 
     number = 0
     try:
         file = pyarrow.parquet.ParquetFile(path, page_checksum_verification=True)
-        there = [name for name in columns if name in file.schema_arrow.names]
-        missing = [name for name, needed in columns.items() if needed and name not in there]
+        missing = [name for name in columns if name not in file.schema_arrow.names]
         if missing:
             raise ConfigError(no_column(shown_path(path), missing[0], file.schema_arrow.names))
-        for batch in file.iter_batches(batch_size=8, columns=there):
+        for batch in file.iter_batches(batch_size=8, columns=list(columns)):
             for row in batch.to_pylist():
                 yield f"{shown_path(path)}, row {number}", row
                 number += 1

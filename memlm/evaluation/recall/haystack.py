@@ -14,7 +14,7 @@ _CROSSING = 16  # one fact in so many is placed across a segment boundary on pur
 
 
 class Document(NamedTuple):
-    """Text with facts; it goes on without end.
+    """Text with facts.
 
     Attributes:
         facts: What is told and will be asked for.
@@ -22,6 +22,7 @@ class Document(NamedTuple):
         told: All that is told, in order.
         haystack: The text around it.
         others: What is told too, but not asked for.
+        n_token: Where it ends; None: it goes on without end.
     """
 
     facts: list[Fact]
@@ -29,6 +30,7 @@ class Document(NamedTuple):
     told: list[Told]
     haystack: Haystack
     others: Sequence[Fact] = ()
+    n_token: int | None = None
 
     @property
     def n_head(self) -> int:
