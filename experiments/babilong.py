@@ -1,8 +1,8 @@
 """BABILong: published bAbI questions about facts spread over book text of up to 10 million tokens.
 
-The rules, and what differs, stand in `memlm.data.tasks.babilong`. A model is trained on one task's train split and asked
-the published test questions at all lengths; what it says by greedy decoding is judged by BABILong's own rule. Controls:
-reads off, memory wiped, another question's memory, and a question about a story that was not told.
+The rules, and what differs, stand in `memlm.data.tasks.babilong`. A model is trained on one task's train split and
+asked the published test questions at all lengths; what it says by greedy decoding is judged by BABILong's own rule.
+Controls: reads off, memory wiped, another question's memory, and a question about a story that was not told.
 """
 
 from __future__ import annotations
@@ -131,8 +131,8 @@ def run(
     doubtful = [label for label in task.labels if sum(label in other for other in task.labels) > 1]
     if doubtful:
         raise ConfigError(
-            f"BABILong's rule cannot judge bAbI task {task.task}, where the answer {doubtful[0]!r} is a part of another "
-            "one: choose one of tasks 1 to 5"
+            f"BABILong's rule cannot judge bAbI task {task.task}, where the answer {doubtful[0]!r} is a part of "
+            "another one: choose one of tasks 1 to 5"
         )
     tokens = data.tokens(cfg.split) if cfg.text is None else data.tokens_of_file(cfg.text)
     text = sentences(tokens.tokens, data.tokenizer)
