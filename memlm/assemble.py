@@ -154,9 +154,10 @@ def build_tokenizer(config: Mapping[str, Any], corpus: Corpus | None = None) -> 
     kind = _model_class(config)
     own = None if kind is None else kind.own_tokenizer(config["model"])
     if own is not None:
-        if settings["path"] is not None and Tokenizer.from_file(settings["path"]).fingerprint() != own.fingerprint():
+        path = settings["path"]
+        if path is not None and Tokenizer.from_file(path).bare().fingerprint() != own.fingerprint():
             raise ConfigError(
-                f"data.tokenizer.path: {settings['path']} is another tokenizer than that of the model, which its "
+                f"data.tokenizer.path: {path} is another tokenizer than that of the model, which its "
                 "weights know: leave it null"
             )
         return own

@@ -145,6 +145,8 @@ class Export:
     checkpoint: str
     trust: list[str] | str | None
     output: str
+    push: str | None
+    private: bool | None
 
 
 class Survival:

@@ -1,6 +1,6 @@
 """The table of all memories: one line per memory and size, of what several trainings of it found, and two figures.
 
-`recipe=table_worth`, `table_pairs` and `table_facts` each train one model of a memory and answer some of the columns. A
+`table=worth`, `table=pairs` and `table=facts` each train one model of a memory and answer some of the columns. A
 record has an entry per training; lines are put together here.
 """
 
@@ -99,7 +99,7 @@ def measured(run: Run) -> dict[str, Any]:
     parts = sorted({name.partition("/")[0] for name in metrics} - {"training"})
     if not parts:
         raise ConfigError(
-            f"{run.path} has nothing that the table shows: give runs of recipe=table_worth, table_pairs or table_facts"
+            f"{run.path} has nothing that the table shows: give runs of table=worth, table=pairs or table=facts"
         )
     config = run.trained.config
     text = str(config["data"]["corpus"]["_target_"]).rpartition(".")[2].lower() if parts == ["worth"] else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor, nn
@@ -45,6 +46,7 @@ class LanguageModel(nn.Module):
         sizes: What memories are told of the model.
         tokenizer: What encodes and decodes text; set by `memlm.build`.
         config: The plain configuration the model was built from; set by `memlm.build`.
+        base_folder: Where the pretrained model is that it stands on; None if it was trained from scratch.
     """
 
     memory: Any  # nn.ModuleDict of nn.ModuleList of Memory, whose items torch types as bare modules
@@ -54,6 +56,7 @@ class LanguageModel(nn.Module):
     sizes: Sizes
     tokenizer: Tokenizer
     config: dict[str, Any]
+    base_folder: Path | None = None
 
     @classmethod
     def settled(cls, settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -147,7 +147,9 @@ def load_base(folder: Path, dtype: torch.dtype, trained: bool) -> Any:
 
 
 def _check(folder: Path, config: Any, trained: bool) -> None:
-    """Refuse what is no decoder."""
+    """Refuse what is no decoder, or has memories already."""
+    if config.model_type == "memlm":
+        raise ConfigError(f"model.path: {one_line(folder)} is an export of memlm, no base: load it with memlm.load")
     names = list(config.architectures or ())
     kind = names[0] if names else config.model_type
     if config.is_encoder_decoder or (names and not any(name.endswith(_DECODERS) for name in names)):

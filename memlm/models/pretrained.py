@@ -100,7 +100,7 @@ class Pretrained(SegmentModel):
                 f"model.path: the tokenizer has {n_vocab} ids, and the base knows {config.vocab_size}: it is another "
                 "tokenizer; leave data.tokenizer.path and n_vocab null"
             )
-        self.begin = hf_base.begin_of(folder)
+        self.base_folder, self.begin = folder, hf_base.begin_of(folder)
         self.freeze, self.n_again = freeze, overlap
         n_again, most = len(self.begin) + overlap, getattr(config, "max_position_embeddings", None)
         if most is not None and n_again + segment_len > most:
@@ -150,7 +150,8 @@ class Pretrained(SegmentModel):
     @classmethod
     def own_tokenizer(cls, settings: Mapping[str, Any]) -> Tokenizer:
         """See `LanguageModel.own_tokenizer`: that of the base."""
-        return Tokenizer.from_json(hf_base.tokenizer_of(hf_base.folder_of(settings["path"], settings.get("revision"))))
+        folder = hf_base.folder_of(settings["path"], settings.get("revision"))
+        return Tokenizer.from_json(hf_base.tokenizer_of(folder)).bare()
 
     @property
     def embedding(self) -> Any:  # type: ignore[override]
