@@ -78,6 +78,7 @@ class KnnMemory(Slots):
     """
 
     needs = Needs(heads=True)
+    sized = ("n_token",)
 
     def __init__(
         self,

@@ -107,6 +107,7 @@ class LongTermMemory(RecordKeeper, SharedBank):
         ValueError: If a setting cannot work; the message names it.
     """
 
+    sized = ("n_slot",)
     temperature_scale: Tensor
     distractors: bool = False
 
