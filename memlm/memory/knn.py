@@ -154,6 +154,14 @@ class KnnMemory(Slots):
         y = mixer.out(self._mixed(found, mixer.attend(heads)), rows)
         return Scanned(y.view_as(x), told, after, trace)
 
+    def places(self, state: KnnState) -> Tensor | None:
+        """See `Slots.places`; None where tokens are kept in chunks, which may have gaps."""
+        if self.chunk > 1:
+            return None
+        last = state.n_chunk[:, None] - 1
+        place = last - (last - torch.arange(self.n_token, device=last.device)).remainder(self.n_token)
+        return place.masked_fill(~state.full, -1)
+
     def filled(self, state: KnnState) -> Tensor:
         """See `Slots.filled`."""
         return state.full
