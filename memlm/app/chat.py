@@ -37,7 +37,7 @@ def _model(config: Mapping[str, Any]) -> Any:
     from memlm.assemble import build_model, own_tokenizer, settled
     from memlm.checkpoint import load
 
-    chosen = config["model"] is not None
+    chosen = config.get("model") is not None
     if chosen == (config["checkpoint"] is not None):
         both = "both are given" if chosen else "neither is given"
         raise ConfigError(
@@ -46,7 +46,7 @@ def _model(config: Mapping[str, Any]) -> Any:
     if not chosen:
         return load(config["checkpoint"], trust=config["trust"])
     whole = {"memory": {}, "data": {"tokenizer": {"n_vocab": None}}, "seed": 0}
-    whole = settled({**whole, "model": config["model"], "memory": config["memory"] or {}})
+    whole = settled({**whole, "model": config["model"], "memory": config.get("memory") or {}})
     tokenizer = own_tokenizer(whole)
     if tokenizer is None:
         raise ConfigError("a model that is not pretrained says nothing before it is trained: give checkpoint=RUN")

@@ -24,7 +24,6 @@ from memlm.store.kept import at_rest
 from memlm.store.remembered import READ, Remembered
 
 _ANSWER, _ANSWER_IN_CHAT = 24, 64  # most tokens of an answer
-_HEARD = {"role": "assistant", "content": "I will remember that."}
 _END = re.compile(r"[.!?](?=\s|$)|(?<=\S)\s*\n")
 _SHORT = 120  # characters of a record that are shown whole
 HELP = """\
@@ -79,17 +78,17 @@ class Conversation:
 
     def tell(self, text: str) -> list[int]:
         """Store a text; returns the ids of its records, none where the memory keeps none."""
-        told = [{"role": "user", "content": text}, _HEARD]
+        told = {"role": "user", "content": text}
         ids: list[int] = []
         if self.keeps:
             ids = self.model.store_experience(text)
         else:
-            tokens = self._chat(told, False) if self.chats else self._encode(text)
+            tokens = self._chat([told], False) if self.chats else self._encode(text)
             with at_rest(self.model):
                 state = self.model.absorb(torch.tensor([tokens], device=self._device), self.state)
                 self.state = self.model.new_context(state)
         self.context += self._encode(text)
-        self.said += told
+        self.said.append(told)
         return ids
 
     def ask(self, text: str, show: Callable[[str], None] | None = None) -> Answer:
@@ -123,10 +122,17 @@ class Conversation:
             ids = self._chat([*said, {"role": "user", "content": text}], True)
             if len(ids) <= room or not said:
                 return ids[-room:]
-            said = said[2:]
+            said = said[1:]
 
     def _chat(self, messages: list[dict[str, str]], add_generation_prompt: bool) -> list[int]:
-        return self.model.tokenizer.encode(self.model.chat(messages, add_generation_prompt))
+        """Tokens of a chat that begins with the user; what one says in turn is one message, as templates want it."""
+        turns: list[dict[str, str]] = []
+        for message in messages:
+            if turns and turns[-1]["role"] == message["role"]:
+                turns[-1] = {**message, "content": f"{turns[-1]['content']}\n{message['content']}"}
+            elif turns or message["role"] == "user":
+                turns.append(message)
+        return self.model.tokenizer.encode(self.model.chat(turns, add_generation_prompt))
 
     def _text(self, ids: list[int]) -> str:
         """The text of an answer, without what ends it."""
