@@ -32,7 +32,7 @@ from memlm.memory.sharding import SharedBank
 from memlm.memory.state import map_tensors
 from memlm.retrieval import similar
 from memlm.retrieval.index import Index, make_index
-from memlm.retrieval.inverted import Lists
+from memlm.retrieval.lists import Lists
 from memlm.tensors import Host, take
 
 _MOST = 2.0**15  # values and priorities of what is read from a file; what a model writes is far below

@@ -70,8 +70,8 @@ def parse(text: str, where: str) -> list[Sample]:
         found = _LINE.fullmatch(line.rstrip())
         if found is None:
             raise ConfigError(
-                f"{where}, line {number}: expected 'NUMBER sentence' or 'NUMBER question<tab>answer<tab>numbers', as in "
-                f"the files of bAbI, got {line[:60]!r}"
+                f"{where}, line {number}: expected 'NUMBER sentence' or 'NUMBER question<tab>answer<tab>numbers', as "
+                f"the files of bAbI have it, got {line[:60]!r}"
             )
         n, sentence, answer, support = int(found[1]), found[2], found[3], found[4]
         if n == 1:
@@ -112,8 +112,8 @@ def load(path: str | Path, task: int, split: str) -> list[Sample]:
         return parse("".join(pieces(files[0])), shown_path(files[0]))
     if not folder.exists():
         raise ConfigError(
-            f"there is no bAbI at {shown_path(path)}: give the folder of its files, such as tasks_1-20_v1-2/en-10k, or a "
-            ".parquet file of them"
+            f"there is no bAbI at {shown_path(path)}: give the folder of its files, such as tasks_1-20_v1-2/en-10k, or "
+            "a .parquet file of them"
         )
     there = []
     for row in rows(folder, ["split", "text"], ["task"]):
@@ -236,7 +236,7 @@ class BabiLong:
 
 
 def spread(rng: np.random.Generator, facts: Sequence[np.ndarray], haystack: Haystack, n_token: int) -> list[Told]:
-    """Facts in their order between sentences of a text, so that all have ``n_token`` tokens, or the facts alone more."""
+    """Facts in their order between sentences of a text, ``n_token`` tokens in all; or the facts alone, if longer."""
     n_text = max(n_token - sum(map(len, facts)), 0)
     cuts = np.append(haystack.cuts(n_text), n_text)
     told: list[Told] = []

@@ -31,8 +31,8 @@ from memlm.models.base import LanguageModel
 _Asked = list[tuple[int, Sequence[Fact]]]  # by row of a state: number of a document, and facts to ask for
 
 Judge = Callable[[LanguageModel, Any, Sequence[Any], bool], list[Row]]
-"""What of each answer goes into its row, ``correct`` and ``nll`` at least: of a model and a state, with one question per
-row, and whether memories are read."""
+"""What of each answer goes into its row, ``correct`` and ``nll`` at least. It gets a model, a state, one question for
+each of its rows, and whether memories are read."""
 
 
 def exactly(model: LanguageModel, state: Any, facts: Sequence[Any], read: bool) -> list[Row]:
