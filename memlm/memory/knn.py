@@ -7,6 +7,7 @@ and values of the layer's own heads, before positions are encoded; no gradient r
 - A learned null key with a value of its own is read beside the best. It is all that an empty bank gives, and lets a
   head read nothing. In the paper a head that reads has no such choice.
 - The temperature of normalised keys is learned per head. Keys and queries of attention itself are not normalised.
+- Without a gate the best tokens stand in the softmax of attention itself, beside those of the segment.
 - The search is exact. There is no Transformer-XL cache beside the bank; text sees the overlap.
 
 ``chunk`` is the retrieval of LongMem (W. Wang et al., "Augmenting language models with long-term memory", NeurIPS 2023,
@@ -26,8 +27,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from memlm.memory.contract import Mixer, Needs, Read, Scanned, Segment, Sizes, Trace
+from memlm.memory.contract import Context, Heads, Mixer, Needs, Read, Scanned, Segment, Sizes, Trace
 from memlm.memory.slots import Slots
+from memlm.memory.state import own
 from memlm.retrieval.exact import Pool, gather_best, search, search_best, weigh, weighted_sum
 from memlm.tensors import take
 
@@ -69,7 +71,8 @@ class KnnMemory(Slots):
             chunk at the end of a segment may have fewer.
         norm_keys: Whether keys and queries are compared at length 1 and a learned temperature, or as attention does.
         temperature: Inverse temperature of normalised keys at first.
-        gate: Share of memory in each head at first, in (0, 1).
+        gate: Share of memory in each head at first, in (0, 1). None for one softmax over the best and what attention
+            sees, without a gate and a null key.
         gradient: Whether gradients flow into the bank, inside a window; not so in the paper.
 
     Raises:
@@ -88,7 +91,7 @@ class KnnMemory(Slots):
         chunk: int = 1,
         norm_keys: bool = True,
         temperature: float = 10.0,
-        gate: float = 0.5,
+        gate: float | None = 0.5,
         gradient: bool = False,
     ) -> None:
         super().__init__()
@@ -99,31 +102,34 @@ class KnnMemory(Slots):
                 raise ValueError(f"{name} must be a positive multiple of chunk ({chunk}), got {size}")
         if not temperature > 0:
             raise ValueError(f"temperature must be above 0, got {temperature}")
-        if not 0 < gate < 1:
-            raise ValueError(f"gate must be in (0, 1), got {gate}")
+        if gate is not None and not 0 < gate < 1:
+            raise ValueError(f"gate must be in (0, 1), or null for one softmax, got {gate}")
         self.n_token, self.top_k, self.chunk, self.gradient = n_token, top_k, chunk, gradient
         self.n_head, self.width = sizes.n_head, d_model // sizes.n_head
-        self.gate = nn.Parameter(torch.full((self.n_head,), math.log(gate / (1 - gate))))
-        self.null_key = nn.Parameter(torch.randn(self.n_head, self.width))
-        self.null_value = nn.Parameter(torch.zeros(self.n_head, self.width))
+        self.gate: nn.Parameter | None = None
+        if gate is not None:
+            self.gate = nn.Parameter(torch.full((self.n_head,), math.log(gate / (1 - gate))))
+            self.null_key = nn.Parameter(torch.randn(self.n_head, self.width))
+            self.null_value = nn.Parameter(torch.zeros(self.n_head, self.width))
+        self.register_buffer("cell", torch.zeros(self.width), persistent=False)  # an empty one
         start = torch.full((self.n_head,), math.log(temperature))
         self.log_temperature = nn.Parameter(start) if norm_keys else None
 
     def init_state(self, n_row: int) -> KnnState:
         """No tokens."""
-        key = self.gate.new_zeros(n_row, self.n_head, self.n_token, self.width)
+        key = self.get_buffer("cell").new_zeros(n_row, self.n_head, self.n_token, self.width)
         return KnnState(key, key.clone(), key[:, 0, :, 0].bool(), key[:, 0, 0, 0].long())
 
     def mix(self, x: Tensor, prepared: KnnState, mixer: Mixer) -> tuple[Tensor, Read | None]:
         """Each head takes a share of what it finds in the bank; see `Memory.mix`."""
-        heads = mixer.heads(x)
         slot = torch.arange(self.n_token, device=x.device).expand_as(prepared.full)
-        found, read = self._find(heads.q, _Cells(prepared.key, prepared.value, prepared.full[:, None], slot))
-        return mixer.out(self._mixed(found, mixer.attend(heads)), x), read
+        cells = _Cells(prepared.key, prepared.value, prepared.full[:, None], slot)
+        mixed, read = self._mixed(mixer.heads(x), cells, mixer, 1)
+        return mixer.out(mixed, x), read
 
     def write(self, segment: Segment, state: KnnState) -> tuple[KnnState, Trace]:
         """Keep the segment's keys and values, in place of the oldest; see `Memory.write`."""
-        return self._pass(segment, state)[1], self._gates()
+        return self._pass(segment, state, read=False)[1], self._gates()
 
     def scan(
         self,
@@ -142,17 +148,13 @@ class KnnMemory(Slots):
         n_segment = window.n_segment
         if n_segment == 1:
             return super().scan(x, window, state, mixer, read, write, keep_state)
-        cells, after = self._pass(window, state, write)
+        cells, after = self._pass(window, state, write, read)
         trace = self._gates() if write else {}
         rows = x.reshape(len(x) * n_segment, -1, x.shape[2])  # (B * S, Q, D)
-        if not read:
+        if cells is None:
             return Scanned(self.off(rows, mixer).view_as(x), None, after, trace)
-        heads = mixer.heads(rows)
-        query = heads.q.unflatten(0, (-1, n_segment)).transpose(1, 2).flatten(2, 3)  # (B, H, N, E)
-        found, told = self._find(query, cells)
-        found = found.unflatten(2, (n_segment, -1)).transpose(1, 2).flatten(0, 1)  # (B * S, H, Q, E)
-        y = mixer.out(self._mixed(found, mixer.attend(heads)), rows)
-        return Scanned(y.view_as(x), told, after, trace)
+        mixed, told = self._mixed(mixer.heads(rows), cells, mixer, n_segment)
+        return Scanned(mixer.out(mixed, rows).view_as(x), told, after, trace)
 
     def filled(self, state: KnnState) -> Tensor:
         """See `Slots.filled`."""
@@ -169,35 +171,59 @@ class KnnMemory(Slots):
 
     def flops_per_token(self) -> int:
         """Scores of the bank, what is read of it, and keys and values made again for the write."""
-        d_model, read = self.n_head * self.width, self.top_k + 1
-        scored = self.n_token // self.chunk + (read if self.chunk > 1 else 1)
+        d_model, read = self.n_head * self.width, self.top_k + (self.gate is not None)
+        scored = self.n_token // self.chunk + (read if self.chunk > 1 else read - self.top_k)
         return 6 * d_model**2 + 2 * d_model * (scored + read)
 
     def _gates(self) -> Trace:
-        return {f"gate_{head}": gate for head, gate in enumerate(self.gate.detach().sigmoid())}
+        gates = () if self.gate is None else self.gate.detach().sigmoid()
+        return {f"gate_{head}": gate for head, gate in enumerate(gates)}
 
-    def _mixed(self, found: Tensor, local: Tensor) -> Tensor:
+    def _mixed(self, heads: Heads, cells: _Cells, mixer: Mixer, n_segment: int) -> tuple[Tensor, Read | None]:
+        """What heads (B * S, H, Q, E) find in the bank and in the segment, (B * S, H, Q, E)."""
+        query = heads.q.unflatten(0, (-1, n_segment)).transpose(1, 2).flatten(2, 3)  # (B, H, N, E)
+
+        def of_segments(part: Tensor) -> Tensor:
+            """(B, H, N, ...) -> (B * S, H, Q, ...)."""
+            return part.unflatten(2, (n_segment, -1)).transpose(1, 2).flatten(0, 1)
+
+        if self.gate is None:
+            score, index = self._best(self._scaled(query), cells)
+            value = take(cells.value.flatten(0, 1), index.flatten(1)).unflatten(1, index.shape[1:])  # (B * H, N, k, E)
+            score, value = (of_segments(part.unflatten(0, query.shape[:2])) for part in (score, value))
+            return mixer.attend(heads, Context(torch.zeros_like(value), value, bias=score)), None
+        found, read = self._find(query, cells)
         gate = self.gate.sigmoid()[:, None, None]
-        return gate * found + (1 - gate) * local
+        return gate * of_segments(found) + (1 - gate) * mixer.attend(heads), read
 
-    def _find(self, query: Tensor, cells: _Cells) -> tuple[Tensor, Read]:
-        """What queries (B, H, N, E) find in the bank and under the null key, (B, H, N, E)."""
-        n_row, n_head, n_query, _ = query.shape
+    def _scaled(self, query: Tensor) -> Tensor:
+        """Queries (B, H, N, E) whose products with keys of the bank are scores."""
         with torch.autocast(query.device.type, enabled=False):
-            null_key: Tensor = self.null_key
-            scale = query.new_full((n_head,), self.width**-0.5)
-            if self.log_temperature is not None:
-                query, null_key = F.normalize(query, dim=-1), F.normalize(null_key, dim=-1)
-                scale = self.log_temperature.exp()
-            query = (query * scale[:, None, None]).flatten(0, 1)  # (B * H, N, E)
+            if self.log_temperature is None:
+                return query * self.width**-0.5
+            return F.normalize(query, dim=-1) * self.log_temperature.exp()[:, None, None]
+
+    def _best(self, query: Tensor, cells: _Cells) -> tuple[Tensor, Tensor]:
+        """Scores and places of what fits scaled queries (B, H, N, E) best, (B * H, N, k) each."""
+        with torch.autocast(query.device.type, enabled=False):
             key, value = cells.key.flatten(0, 1), cells.value.flatten(0, 1)  # (B * H, L, E)
-            visible = cells.visible.repeat_interleave(n_head, dim=0)
+            visible = cells.visible.repeat_interleave(query.shape[1], dim=0)
             pool = Pool(key, value, key.new_zeros(key.shape[:2]), visible)
             best_of = gather_best if key.requires_grad else search_best
             find = search if self.chunk == 1 else self._search_chunks
-            score, index = best_of(find, query, query.new_ones(()), -1.0, min(self.top_k, key.shape[1]), pool)
-            null = query @ null_key.repeat(n_row, 1)[..., None]  # (B * H, N, 1)
+            k = min(self.top_k, key.shape[1])
+            return best_of(find, query.flatten(0, 1), query.new_ones(()), -1.0, k, pool)
+
+    def _find(self, query: Tensor, cells: _Cells) -> tuple[Tensor, Read]:
+        """What queries (B, H, N, E) find in the bank and under the null key, (B, H, N, E)."""
+        assert self.gate is not None
+        n_row, n_head, n_query, _ = query.shape
+        with torch.autocast(query.device.type, enabled=False):
+            query = self._scaled(query)
+            score, index = self._best(query, cells)
+            null = query.flatten(0, 1) @ self._unit(self.null_key).repeat(n_row, 1)[..., None]  # (B * H, N, 1)
             weight = weigh(score, null)  # (B * H, N, k)
+            value = cells.value.flatten(0, 1)
             left = 1 - weight.sum(dim=2, keepdim=True)
             found = weighted_sum(weight, value, index) + left * self.null_value.repeat(n_row, 1)[:, None]
         slots = cells.slot.repeat_interleave(n_head, dim=0).gather(1, index.flatten(1)).view_as(index)
@@ -228,31 +254,58 @@ class KnnMemory(Slots):
         there = bank.visible.gather(2, index.view(n_row, seen.shape[1], -1)).view_as(index)
         return score.masked_fill(~there, -torch.inf), index
 
-    def _pass(self, window: Segment, state: KnnState, write: bool = True) -> tuple[_Cells, KnnState]:
-        """What the segments of a window may read, and the bank after it."""
+    def _pass(
+        self, window: Segment, state: KnnState, write: bool = True, read: bool = True
+    ) -> tuple[_Cells | None, KnnState]:
+        """What the segments of a window may read, None if they do not, and the bank after it."""
         assert window.heads is not None  # as they are among the `needs`
         n_place = self.n_token // self.chunk
         new = window.valid.unflatten(1, (window.n_segment, -1)) & window.complete[..., None] & write  # (B, S, T)
         new = F.pad(new, (0, -new.shape[2] % self.chunk))
         number, last, count = self._last(new.unflatten(2, (-1, self.chunk)).any(dim=3), window.reset, state.n_chunk)
-        inside = torch.arange(self.chunk, device=new.device)
-        slot = (number.remainder(n_place)[..., None] * self.chunk + inside).flatten(1)  # (B, L)
-        key = torch.cat([state.key, self._cells(self._unit(window.heads.k), new)], dim=2)
-        value = torch.cat([state.value, self._cells(window.heads.v, new)], dim=2)
-        full = torch.cat([state.full, new.flatten(1)], dim=1)
-        visible = full[:, None] & last[:, :-1].repeat_interleave(self.chunk, dim=2)
+        key, value = self._cells(self._unit(window.heads.k), new), self._cells(window.heads.v, new)
+        cells = None
+        if read:
+            inside = torch.arange(self.chunk, device=new.device)
+            slot = (number.remainder(n_place)[..., None] * self.chunk + inside).flatten(1)  # (B, L)
+            full = torch.cat([state.full, new.flatten(1)], dim=1)
+            visible = full[:, None] & last[:, :-1].repeat_interleave(self.chunk, dim=2)
+            cells = _Cells(torch.cat([state.key, key], dim=2), torch.cat([state.value, value], dim=2), visible, slot)
 
         # Each place takes the chunk that is kept there; one place more is for all that goes.
         where = torch.where(last[:, -1], number.remainder(n_place), n_place)
         chunk = torch.arange(where.shape[1], device=new.device).expand_as(where)
-        source = where.new_full((len(where), n_place + 1), -1).scatter(1, where, chunk)[:, :n_place, None]
-        taken = (source >= 0).expand(-1, -1, self.chunk).flatten(1)  # (B, n)
-        cell = (source.clamp(min=0) * self.chunk + inside).flatten(1)
-        kept = [
-            part.gather(2, cell[:, None, :, None].expand(-1, self.n_head, -1, self.width)) * taken[:, None, :, None]
-            for part in (key, value)
-        ]
-        return _Cells(key, value, visible, slot), KnnState(kept[0], kept[1], full.gather(1, cell) & taken, count)
+        source = where.new_full((len(where), n_place + 1), -1).scatter(1, where, chunk)[:, :n_place]
+        new_parts = (key, value, new.flatten(1)[:, None, :, None])
+        if not torch.is_grad_enabled():
+            return cells, self._put(own(state, window.owned), new_parts, source, count)
+        inside = torch.arange(self.chunk, device=new.device)
+        taken = (source >= 0)[..., None].expand(-1, -1, self.chunk).flatten(1)[:, None, :, None]  # (B, 1, n, 1)
+        cell = (source.clamp(min=0)[..., None] * self.chunk + inside).flatten(1)[:, None, :, None]
+        kept = []
+        for old, part in zip((state.key, state.value, state.full[:, None, :, None]), new_parts, strict=True):
+            every = torch.cat([old, part], dim=2)
+            kept.append(every.gather(2, cell.expand(-1, every.shape[1], -1, every.shape[3])) * taken)
+        return cells, KnnState(kept[0], kept[1], kept[2][:, 0, :, 0], count)
+
+    def _put(self, state: KnnState, new: tuple[Tensor, ...], source: Tensor, count: Tensor) -> KnnState:
+        """The bank with what changes of it written in place.
+
+        Args:
+            state: The bank before, which is given away.
+            new: Keys and values of the window (B, H, S * T, E), and which of its cells hold a token (B, 1, S * T, 1).
+            source: The chunk that each place is to hold, of those of the bank and then of the window, (B, n / c); -1
+                for none.
+            count: Chunks that the document has had after the window, (B,).
+        """
+        n_place = source.shape[1]
+        row, place = (source != torch.arange(n_place, device=source.device)).nonzero(as_tuple=True)
+        source = source[row, place] - n_place  # of the window's own chunks
+        empty = (source < 0).view(-1, 1, 1, 1)
+        for old, part in zip((state.key, state.value, state.full[:, None, :, None]), new, strict=True):
+            held, came = (each.unflatten(2, (-1, self.chunk)).transpose(1, 2) for each in (old, part))
+            held[row, place] = came[row, source.clamp(min=0)].masked_fill(empty, 0)
+        return state._replace(n_chunk=count)
 
     def _last(self, written: Tensor, reset: Tensor | None, count: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Which chunks are the last of their document, of K chunks of the bank and then of a window.

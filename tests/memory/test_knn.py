@@ -11,7 +11,7 @@ from memlm import build, laws
 from memlm.config import ConfigError
 from memlm.memory.contract import Heads, Sizes
 from memlm.memory.knn import KnnMemory, KnnState
-from memlm.memory.state import n_byte
+from memlm.memory.state import n_byte, tensors
 from memlm.models.segments import SegmentModel
 from tests.memory.gradients import gradients, same_gradients
 from tests.memory.plain_attention import behind, heads_of, scores
@@ -28,6 +28,8 @@ SETTINGS: list[dict[str, Any]] = [
     {"n_token": 20, "top_k": 4, "gradient": True},
     {"n_token": 20, "top_k": 8, "chunk": 4},
     {"n_token": 15, "top_k": 10, "chunk": 5, "norm_keys": False, "gradient": True},  # does not divide a segment
+    {"n_token": 20, "top_k": 4, "gate": None, "gradient": True},
+    {"n_token": 15, "top_k": 10, "chunk": 5, "norm_keys": False, "gate": None},
 ]
 
 
@@ -35,8 +37,10 @@ def nearest(settings: dict[str, Any], **model: Any) -> SegmentModel:
     return MAKE(memory=settings, **({"memory_layers": "all"} | model))
 
 
-def found_by(memory: KnnMemory, h: int, query: Tensor, bank: list[list[tuple[Tensor, Tensor]]]) -> Tensor:
-    """What head ``h`` finds for a query (E,) in chunks of keys and values (H, E)."""
+def found_by(
+    memory: KnnMemory, h: int, query: Tensor, bank: list[list[tuple[Tensor, Tensor]]], own: Tensor, values: Tensor
+) -> Tensor:
+    """What head ``h`` finds for a query (E,) in chunks of keys and values (H, E), and by its own scores (L,)."""
 
     def score(key: Tensor) -> Tensor:
         if memory.log_temperature is None:
@@ -51,9 +55,13 @@ def found_by(memory: KnnMemory, h: int, query: Tensor, bank: list[list[tuple[Ten
     ]
     best = [i for _, i in sorted(by_mean, reverse=True)[: memory.top_k // memory.chunk]]
     read = [(unit(k[h]), v[h]) for i in best for k, v in bank[i]]
+    if memory.gate is None:
+        weight = torch.cat([own, *(score(key)[None] for key, _ in read)]).softmax(dim=0)
+        return weight @ torch.stack([*values, *(value for _, value in read)])
     read.append((unit(memory.null_key[h]), memory.null_value[h]))
     weight = torch.stack([score(key) for key, _ in read]).softmax(dim=0)
-    return sum(w * value for w, (_, value) in zip(weight, read, strict=True))  # type: ignore[return-value]
+    gate = memory.gate[h].sigmoid()
+    return gate * weight @ torch.stack([value for _, value in read]) + (1 - gate) * own.softmax(dim=0) @ values
 
 
 def naive(model: SegmentModel, ids: Tensor, segments: list[tuple[int, int, bool]]) -> Tensor:
@@ -74,13 +82,14 @@ def naive(model: SegmentModel, ids: Tensor, segments: list[tuple[int, int, bool]
             first = begin if fresh else max(0, begin - model.overlap)
             place, seen = torch.arange(begin, end), torch.arange(first, end)
             here = scores(q[:, begin:end], k[:, first:end], seen <= place[:, None], place - begin, seen - begin)
-            local = here.softmax(dim=2) @ v[:, first:end]
-            known = torch.stack([
-                torch.stack([found_by(memory, h, q[h, t], bank) for t in range(begin, end)])
-                for h in range(layer.n_head)
-            ])  # fmt: skip
-            gate = memory.gate[:, None, None].sigmoid()
-            found.append(gate * known + (1 - gate) * local)
+            found.append(
+                torch.stack([
+                    torch.stack([
+                        found_by(memory, h, q[h, t], bank, own, v[h, first:end]) for t, own in enumerate(rows, begin)
+                    ])
+                    for h, rows in enumerate(here)
+                ])
+            )  # fmt: skip
             for start in range(begin, end, memory.chunk):
                 chunk = range(start, min(start + memory.chunk, end))
                 bank.append(
@@ -199,6 +208,7 @@ def test_what_it_costs() -> None:
     model = nearest({"n_token": 50})
     assert [n_byte(part) for part in model.init_state(1).memory["knn"]] == [50 * (8 * model.d_model + 1) + 8] * 3
     # queries, keys and values of what is written; keys that are scored; values that are read; the null key in both
+    assert memory_of(n_token=50, top_k=5, gate=None).flops_per_token() == 2 * 32 * (3 * 32 + 50 + 5)
     assert memory_of(n_token=50, top_k=5).flops_per_token() == 2 * 32 * (3 * 32 + 51 + 6)
     assert memory_of(n_token=50, top_k=5, chunk=5).flops_per_token() == 2 * 32 * (3 * 32 + 10 + 6 + 6)
 
@@ -210,7 +220,7 @@ def test_what_cannot_work_is_refused_in_a_sentence() -> None:
         "chunk=3": r"n_token must be a positive multiple of chunk \(3\), got 2048",
         "chunk=0": "chunk must be at least 1, got 0",
         "temperature=0": "temperature must be above 0",
-        "gate=0": r"gate must be in \(0, 1\)",
+        "gate=0": r"gate must be in \(0, 1\), or null",
     }.items():
         with pytest.raises(ConfigError, match=rf"memory\.knn\.{message}"):
             build("memory=knn", f"memory.knn.{setting}", "data.tokenizer.kind=byte")
@@ -222,7 +232,7 @@ CHUNKS = {"n_token": 48, "top_k": 8, "chunk": 4}
 RAW = {"n_token": 15, "norm_keys": False}
 
 
-@pytest.mark.parametrize("settings", [CHUNKS, RAW], ids=str)
+@pytest.mark.parametrize("settings", [CHUNKS, RAW, {"n_token": 15, "top_k": 4, "gate": None}], ids=str)
 @pytest.mark.parametrize(
     "law",
     [
@@ -238,3 +248,16 @@ def test_laws_hold_for_its_settings(law: Callable[[laws.Make], None], settings: 
 def test_chunks_are_useful() -> None:
     make = laws.builder(laws.nodes_of("knn"), shrink=False)
     laws.useful(lambda memory=None, *args, **model: make({"chunk": 4} | (memory or {}), *args, **model))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("settings", [SETTINGS[0], SETTINGS[4]])
+def test_a_bank_that_is_given_away_is_written_in_place(settings: dict[str, Any]) -> None:
+    model, ids = nearest(settings), laws.text(2, 6 * T)
+    state = model(ids[:, : 3 * T]).state
+    kept = model(ids[:, 3 * T :], state=state).state
+    places = [(part.key.data_ptr(), part.value.data_ptr()) for part in state.memory["knn"]]
+    given = model(ids[:, 3 * T :], state=state, donate=True).state
+    assert [(part.key.data_ptr(), part.value.data_ptr()) for part in given.memory["knn"]] == places
+    for one, other in zip(tensors(kept.memory), tensors(given.memory), strict=True):
+        assert torch.equal(one, other)
