@@ -157,19 +157,9 @@ def _for_transformers(model: LanguageModel) -> dict[str, Any]:
     known = _json_of(base / "tokenizer_config.json")
     kept = ("bos_token", "eos_token", "unk_token", "pad_token", "additional_special_tokens")
     about |= {name: known[name] for name in kept if known.get(name) is not None}
-    if (template := chat_template_of(base)) is not None:
-        about["chat_template"] = template
+    if model.chat_template is not None:
+        about["chat_template"] = model.chat_template
     return {"tokenizer_config.json": about, "generation_config.json": _json_of(base / "generation_config.json")}
-
-
-def chat_template_of(folder: Path) -> str | None:
-    """The template, in Jinja, by which the tokenizer of a folder of Hugging Face writes a chat; None if it has none."""
-    if (file := folder / "chat_template.jinja").is_file():
-        return file.read_text(encoding="utf-8")
-    found = _json_of(folder / "tokenizer_config.json").get("chat_template")
-    if isinstance(found, list):  # several by name
-        found = next((part.get("template") for part in found if part.get("name") == "default"), None)
-    return found if isinstance(found, str) else None
 
 
 def _json_of(file: Path) -> dict[str, Any]:
