@@ -111,15 +111,21 @@ def test_more_keys_change_nothing_while_there_are_none(name: str, folder: Callab
 # --- the laws --------------------------------------------------------------------------------------------------------
 
 LAWS = [*test_laws.LAWS, laws.closed_once]
+WHOLE = ("ltm", "stm", "cache", "delta")
 OTHER = [laws.alive, laws.causal, laws.chunk_invariant, laws.generates_as_parallel]
 
 
-@pytest.mark.parametrize("name", ["ltm", "stm", "cache", "delta"])
+@pytest.mark.parametrize("name", WHOLE)
 @pytest.mark.parametrize("law", LAWS)
 def test_laws_hold(law: Callable[[laws.Make], None], name: str, folder: Callable[[str], Path]) -> None:
     make = make_of(folder("llama"), name)
     if law is not laws.inspectable or laws.has_slots(name):
         law(make)
+
+
+@pytest.mark.parametrize("name", [name for name in laws.names() if name not in ("none", *WHOLE)])
+def test_what_other_memories_hold_matters(name: str, folder: Callable[[str], Path]) -> None:
+    laws.alive(make_of(folder("llama"), name))
 
 
 @pytest.mark.parametrize("law", [law for law in LAWS if law not in (laws.alive, laws.reach, laws.inspectable)])
