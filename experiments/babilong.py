@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import numpy as np
 from matplotlib.figure import Figure
 
-from memlm.analysis.style import PALETTE, style
+from memlm.analysis.style import CONTROLS, PALETTE, style
 from memlm.config import ConfigError
 from memlm.data.haystack import Haystack, Sentences, sentences
 from memlm.data.tasks.babilong import BabiLong as Task
@@ -214,27 +214,30 @@ def summarise(rows: Sequence[Row]) -> dict[str, float]:
 
     Returns:
         For each length those of `memlm.evaluation.recall.rates.rates`, ``.../<length>``, with ``chance`` for a guess
-        among the answers that the question does not name. Without an ending: those of the longest.
+        among the answers that the question does not name, and ``controls_at_most``. Without an ending: those of the
+        longest.
     """
     metrics: dict[str, float] = {}
     for length in sorted({row["length"] for row in rows}):
         part = [row for row in rows if row["length"] == length]
         found = rates(part)
         on = [row for row in part if row["condition"] == "on"]
+        found["controls_at_most"] = max(found.get(f"exact_match/{name}", math.nan) for name in CONTROLS)
         found["chance"] = math.fsum(1 / row["candidates"] for row in on) / len(on) if on else math.nan
         metrics |= {f"{name}/{length}": value for name, value in found.items()} | found
     return metrics
 
 
 def _headline(lengths: Sequence[int], task: int) -> list[dict[str, Any]]:
-    """Every length beside its own controls, the longest first."""
+    """Every length beside the greatest of its controls, which `summarise` has one by one."""
     lines = []
-    for length in sorted(lengths, reverse=True):
+    for length in sorted(lengths):
         about = f"qa{task}, {length_name(length)}"
-        first, *controls = recall_entries(about, f"/{length}")
-        chance = {**controls[0], "label": "guess among the answers", "metric": f"chance/{length}"}
-        chance |= {"low": None, "high": None, "n": None}
-        lines += [first, *(line | {"label": f"{about}, {line['label']}"} for line in (*controls, chance))]
+        first, control, *_ = recall_entries(about, f"/{length}")
+        plain: dict[str, Any] = {"low": None, "high": None}
+        controls = {"label": f"{about}, controls at most", "metric": f"controls_at_most/{length}", **plain}
+        chance = {"label": f"{about}, guess among the answers", "metric": f"chance/{length}", **plain, "n": None}
+        lines += [first, control | controls, control | chance]
     return lines
 
 

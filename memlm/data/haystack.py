@@ -117,7 +117,9 @@ def weave(haystack: Haystack, told: Sequence[Told], begin: int, end: int) -> np.
             at = item.place
         parts.append(item.tokens[at - item.place : end - item.place])
         at, shift = max(at, min(end, item.end)), item.end - item.taken
-    return np.concatenate([*parts, haystack.tokens(at - shift, end - shift)])
+    if at < end:
+        parts.append(haystack.tokens(at - shift, end - shift))
+    return np.concatenate(parts)
 
 
 class Sentences(NamedTuple):

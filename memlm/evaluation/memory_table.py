@@ -1,6 +1,6 @@
 """The table of all memories: one line per memory and size, of what several trainings of it found, and two figures.
 
-`recipe=table_worth`, `table_pairs` and `table_facts` each train one model of a memory and answer some of the columns. A
+`table=worth`, `table=pairs` and `table=facts` each train one model of a memory and answer some of the columns. A
 record has an entry per training; lines are put together here.
 """
 
@@ -99,7 +99,7 @@ def measured(run: Run) -> dict[str, Any]:
     parts = sorted({name.partition("/")[0] for name in metrics} - {"training"})
     if not parts:
         raise ConfigError(
-            f"{run.path} has nothing that the table shows: give runs of recipe=table_worth, table_pairs or table_facts"
+            f"{run.path} has nothing that the table shows: give runs of table=worth, table=pairs or table=facts"
         )
     config = run.trained.config
     text = str(config["data"]["corpus"]["_target_"]).rpartition(".")[2].lower() if parts == ["worth"] else None
@@ -267,7 +267,7 @@ def figures(record: Sequence[Entry]) -> dict[str, Figure]:
     lines = _lines(record)
     none = next((line for line in lines if line.name == "none"), None)
     accuracy = [(line, line.costs("state_bytes", pairs=True), line.accuracy) for line in lines]
-    worth = [(line, line.speed, _saved(line, none, "code")) for line in lines]
+    worth = [(line, line.speed, _saved(line, none, "code")) for line in lines if line.asked is None]
     drawn = {}
     for name, points, head, x, y in (
         ("table_bytes", accuracy, "Accuracy against bytes", "bytes of state of a row", "pairs answered, mean"),
@@ -275,31 +275,33 @@ def figures(record: Sequence[Entry]) -> dict[str, Figure]:
     ):
         there = [(line, at, values) for line, at, values in points if at > 0 and values]
         if there:
-            drawn[name] = _drawn(there, head, x, y)
+            drawn[name] = _drawn(there, [line.name for line in lines], head, x, y)
     return drawn
 
 
-def _drawn(points: Sequence[tuple[_Line, float, Sequence[float]]], head: str, x: str, y: str) -> Figure:
-    """A line for each memory through its sizes, named at the end; what has its own size is filled."""
+def _drawn(
+    points: Sequence[tuple[_Line, float, Sequence[float]]], names: Sequence[str], head: str, x: str, y: str
+) -> Figure:
+    """A line for each memory through its sizes; the one that it has by itself is filled. Names decide looks."""
+    colors = [PALETTE[name] for name in ("blue", "vermillion", "green", "purple", "orange", "sky", "black")]
     with style():
-        figure = Figure(figsize=(9.0, 6.0))
+        figure = Figure(figsize=(10.0, 6.5))
         axes: Axes = figure.subplots()
-        colors = [PALETTE[name] for name in ("blue", "vermillion", "green", "purple", "orange", "sky", "black")]
-        for i, name in enumerate(dict.fromkeys(line.name for line, _, _ in points)):
+        for i, name in enumerate(dict.fromkeys(names)):
             own = sorted(
-                (at, *mean_interval(values), line.asked) for line, at, values in points if line.name == name
-            )  # fmt: skip
-            look: dict[str, Any] = {"color": colors[i % len(colors)], "marker": "osD^vPX"[i // len(colors) % 7]}
+                (at, *mean_interval(values), line.asked is None) for line, at, values in points if line.name == name
+            )
+            if not own:
+                continue
+            color, marker = colors[i % len(colors)], "osD^vPX"[i // len(colors) % 7]
             ats, means = [at for at, *_ in own], [100 * mean for _, mean, *_ in own]
             halves = [0.0 if math.isnan(half) else 100 * half for _, _, half, _ in own]
-            axes.errorbar(ats, means, yerr=halves, markerfacecolor="white", capsize=3, linewidth=1.0, **look)
-            full = [(at, 100 * mean) for at, mean, _, asked in own if asked is None]
-            for point in full:
-                axes.plot(*point, **look)
-            axes.annotate(
-                name, (ats[-1], means[-1]), xytext=(7, 0), textcoords="offset points", va="center", fontsize=9
-            )
+            look: dict[str, Any] = {"color": color, "linewidth": 1.0, "elinewidth": 0.6, "capsize": 2, "label": name}
+            axes.errorbar(ats, means, yerr=halves, marker=marker, markerfacecolor="white", markersize=6, **look)
+            for at, mean, _, default in own:
+                axes.plot([at] * default, [100 * mean] * default, color=color, marker=marker, markersize=8, zorder=5)
         axes.set(title=head, xlabel=x, ylabel=f"{y}, %")
-        axes.set_xscale("log")
-        axes.margins(x=0.12)
+        if max(at for _, at, _ in points) > 10 * min(at for _, at, _ in points):
+            axes.set_xscale("log")
+        figure.legend(loc="outside right upper", fontsize=9, title="filled: its own size", title_fontsize=9)
     return figure

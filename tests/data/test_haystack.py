@@ -45,14 +45,14 @@ def test_passages_of_ones_own_stay_whole_in_every_round() -> None:
 def test_what_is_told_stands_in_the_text_however_it_is_cut() -> None:
     haystack = Haystack(TEXT, [1])
     text, told, expected, place, taken = haystack.tokens(0, 300), [], [], 0, 0
-    for space, n in [(0, 3), (20, 5), (0, 2), (100, 0), (7, 4)]:
+    for space, n in [(0, 9), (20, 5), (0, 2), (100, 0), (7, 4)]:
         ids = np.full(n, -1 - len(told))
         told.append(Told(place + space, taken + space, ids))
         expected += [text[taken : taken + space], ids]
         place, taken = place + space + n, taken + space
     expected = np.concatenate([*expected, text[taken:]])
     rng = np.random.default_rng(0)
-    for begin, end in [(0, 200), *(sorted(pair) for pair in rng.integers(200, size=(200, 2)).tolist())]:
+    for begin, end in [(0, 200), (0, 2), (1, 3), *(sorted(pair) for pair in rng.integers(200, size=(200, 2)).tolist())]:
         assert np.array_equal(weave(haystack, told, begin, end), expected[begin:end])
     assert np.array_equal(weave(haystack, [], 5, 9), text[5:9])
 

@@ -139,5 +139,5 @@ def test_a_record_grows(project: list[Any]) -> None:
 
 def test_a_run_of_something_else_is_refused(project: list[Any]) -> None:
     project.append(trained("stm", 0))
-    with pytest.raises(ConfigError, match="run has nothing that the table shows: give runs of recipe=table_worth"):
+    with pytest.raises(ConfigError, match="run has nothing that the table shows: give runs of table=worth"):
         results.main(["table", "anywhere"])

@@ -84,7 +84,8 @@ def test_a_reader_answers_every_question_at_every_length(data):
         assert result.metrics[f"chance/{length}"] == pytest.approx(1 / 3)
     assert result.metrics["n/on"] == 4
     numbers = headline(result)
-    assert [(n.label, n.value) for n in numbers if not n.control] == [("qa1, 200 tokens", 1.0), ("qa1, 0k", 1.0)]
+    assert [(n.label, n.value) for n in numbers if not n.control] == [("qa1, 0k", 1.0), ("qa1, 200 tokens", 1.0)]
+    assert numbers[1].value == max(result.metrics[f"exact_match/{name}/0"] for name in CONDITIONS[1:])
     assert {row["said"] for row in result.rows if row["condition"] == "on"} == {f" {place}." for place in PLACES}
     assert result.metadata["haystack_repetition"] == 200 / data.train.n_token
     assert list(plot(result)) == ["babilong"]

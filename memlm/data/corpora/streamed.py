@@ -24,8 +24,11 @@ def content(path: str | Path) -> str:
         ConfigError: If it cannot be read.
     """
     try:
+        digest = hashlib.sha256()
         with open_regular(from_home(path)) as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+            while block := file.read(1 << 20):
+                digest.update(block)
+        return digest.hexdigest()
     except FileNotFoundError:
         raise ConfigError(
             f"text file {shown_path(path)} does not exist: give the path of a .txt, .jsonl or .parquet file"

@@ -75,7 +75,7 @@ def read(
             ids = torch.from_numpy(np.stack([document.tokens(place, end) for document in documents])).long()
             there = torch.tensor([length if (n := document.n_token) is None else n for document in documents])
             mask = torch.arange(place, end) < there[:, None]
-            options = {} if bool(mask.all()) else {"mask": mask.to(device)}
+            options: dict[str, Any] = {} if bool(mask.all()) else {"mask": mask.to(device)}
             state = model.absorb(ids.to(device), state, donate=True, **options)
             place = end
             if consolidation and place % step == 0:
