@@ -95,8 +95,9 @@ class Context(NamedTuple):
         value: As ``key``.
         mask: Which of them may be seen, (B, M), or per query (B, T, M); None for all.
         bias: Added to the scores, of any shape that broadcasts to (B, H, T, M); None for nothing.
-        place: Where each key stands, (M,), in tokens from the first cell of the segment (-1 is right before it); None
-            if keys have no place: scores then are those of queries and keys before positions are encoded.
+        place: Where each key stands, (M,) or per row (B, M), in tokens from the first cell of the segment (-1 is right
+            before it); None if keys have no place: scores then are those of queries and keys before positions are
+            encoded.
     """
 
     key: Tensor

@@ -7,8 +7,10 @@ and values of the layer's own heads, before positions are encoded; no gradient r
 - A learned null key with a value of its own is read beside the best. It is all that an empty bank gives, and lets a
   head read nothing. In the paper a head that reads has no such choice.
 - The temperature of normalised keys is learned per head. Keys and queries of attention itself are not normalised.
-- Without a gate the best tokens stand in the softmax of attention itself, beside those of the segment.
 - The search is exact. There is no Transformer-XL cache beside the bank; text sees the overlap.
+- Without a gate (``gate=null``) what is found joins the softmax of attention, as in Unlimiformer (2305.01625) and
+  InfLLM (2402.04617): nothing has to be learned, and an empty bank changes nothing. A token then enters the bank when
+  it leaves the overlap, so that none is seen twice, and may keep its place in the text (``reach``).
 
 ``chunk`` is the retrieval of LongMem (W. Wang et al., "Augmenting language models with long-term memory", NeurIPS 2023,
 2306.07174): chunks of tokens are scored by the means of their keys, and all tokens of the best are read. Chunks lie on
@@ -27,7 +29,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from memlm.memory.contract import Context, Heads, Mixer, Needs, Read, Scanned, Segment, Sizes, Trace
+from memlm.memory.contract import Context, Mixer, Needs, Read, Scanned, Segment, Sizes, Trace
 from memlm.memory.slots import Slots
 from memlm.memory.state import own
 from memlm.retrieval.exact import Pool, gather_best, search, search_best, weigh, weighted_sum
@@ -71,15 +73,16 @@ class KnnMemory(Slots):
             chunk at the end of a segment may have fewer.
         norm_keys: Whether keys and queries are compared at length 1 and a learned temperature, or as attention does.
         temperature: Inverse temperature of normalised keys at first.
-        gate: Share of memory in each head at first, in (0, 1). None for one softmax over the best and what attention
-            sees, without a gate and a null key.
+        gate: Share of memory in each head at first, in (0, 1); None for one softmax with what attention sees, without
+            a null key. Keys are then compared as attention does.
+        reach: Without a gate, tokens before a segment where the oldest of what is kept stand; None for no place: scores
+            are then those of queries and keys before positions are encoded.
         gradient: Whether gradients flow into the bank, inside a window; not so in the paper.
 
     Raises:
         ValueError: If a setting cannot work; the message names it.
     """
 
-    needs = Needs(heads=True)
     sized = ("n_token",)
 
     def __init__(
@@ -92,6 +95,7 @@ class KnnMemory(Slots):
         norm_keys: bool = True,
         temperature: float = 10.0,
         gate: float | None = 0.5,
+        reach: int | None = None,
         gradient: bool = False,
     ) -> None:
         super().__init__()
@@ -103,17 +107,28 @@ class KnnMemory(Slots):
         if not temperature > 0:
             raise ValueError(f"temperature must be above 0, got {temperature}")
         if gate is not None and not 0 < gate < 1:
-            raise ValueError(f"gate must be in (0, 1), or null for one softmax, got {gate}")
+            raise ValueError(f"gate must be in (0, 1), or null for one softmax with attention, got {gate}")
+        if gate is None and norm_keys:
+            raise ValueError("gate can be null only with norm_keys=false: attention compares keys as they are")
+        if reach is not None and (gate is not None or reach <= sizes.overlap):
+            raise ValueError(
+                f"reach must be null, or with gate=null a number of tokens above the overlap ({sizes.overlap}), got "
+                f"{reach}"
+            )
         self.n_token, self.top_k, self.chunk, self.gradient = n_token, top_k, chunk, gradient
         self.n_head, self.width = sizes.n_head, d_model // sizes.n_head
-        self.gate: nn.Parameter | None = None
-        if gate is not None:
-            self.gate = nn.Parameter(torch.full((self.n_head,), math.log(gate / (1 - gate))))
-            self.null_key = nn.Parameter(torch.randn(self.n_head, self.width))
-            self.null_value = nn.Parameter(torch.zeros(self.n_head, self.width))
+        self.overlap, self.reach = sizes.overlap, reach
+        self.needs = Needs(heads=True, context=gate is None, lookback=sizes.overlap if gate is None else 0)
         self.register_buffer("cell", torch.zeros(self.width), persistent=False)  # an empty one
-        start = torch.full((self.n_head,), math.log(temperature))
-        self.log_temperature = nn.Parameter(start) if norm_keys else None
+        self.log_temperature: nn.Parameter | None = None
+        self.gate: nn.Parameter | None = None
+        if gate is None:
+            return
+        self.gate = nn.Parameter(torch.full((self.n_head,), math.log(gate / (1 - gate))))
+        self.null_key = nn.Parameter(torch.randn(self.n_head, self.width))
+        self.null_value = nn.Parameter(torch.zeros(self.n_head, self.width))
+        if norm_keys:
+            self.log_temperature = nn.Parameter(torch.full((self.n_head,), math.log(temperature)))
 
     def init_state(self, n_row: int) -> KnnState:
         """No tokens."""
@@ -122,10 +137,12 @@ class KnnMemory(Slots):
 
     def mix(self, x: Tensor, prepared: KnnState, mixer: Mixer) -> tuple[Tensor, Read | None]:
         """Each head takes a share of what it finds in the bank; see `Memory.mix`."""
+        heads = mixer.heads(x)
+        if self.gate is None:
+            return mixer(x, self._context(heads.q, prepared)), None
         slot = torch.arange(self.n_token, device=x.device).expand_as(prepared.full)
-        cells = _Cells(prepared.key, prepared.value, prepared.full[:, None], slot)
-        mixed, read = self._mixed(mixer.heads(x), cells, mixer, 1)
-        return mixer.out(mixed, x), read
+        found, read = self._find(heads.q, _Cells(prepared.key, prepared.value, prepared.full[:, None], slot))
+        return mixer.out(self._mixed(found, mixer.attend(heads)), x), read
 
     def write(self, segment: Segment, state: KnnState) -> tuple[KnnState, Trace]:
         """Keep the segment's keys and values, in place of the oldest; see `Memory.write`."""
@@ -146,15 +163,35 @@ class KnnMemory(Slots):
         Bank and window lie side by side, once: each segment sees the last ``n_token`` tokens before it.
         """
         n_segment = window.n_segment
-        if n_segment == 1:
+        if n_segment == 1 or self.gate is None:
             return super().scan(x, window, state, mixer, read, write, keep_state)
         cells, after = self._pass(window, state, write, read)
         trace = self._gates() if write else {}
         rows = x.reshape(len(x) * n_segment, -1, x.shape[2])  # (B * S, Q, D)
         if cells is None:
             return Scanned(self.off(rows, mixer).view_as(x), None, after, trace)
-        mixed, told = self._mixed(mixer.heads(rows), cells, mixer, n_segment)
-        return Scanned(mixer.out(mixed, rows).view_as(x), told, after, trace)
+        heads = mixer.heads(rows)
+        query = heads.q.unflatten(0, (-1, n_segment)).transpose(1, 2).flatten(2, 3)  # (B, H, N, E)
+        found, told = self._find(query, cells)
+        found = found.unflatten(2, (n_segment, -1)).transpose(1, 2).flatten(0, 1)  # (B * S, H, Q, E)
+        y = mixer.out(self._mixed(found, mixer.attend(heads)), rows)
+        return Scanned(y.view_as(x), told, after, trace)
+
+    def offsets(self, state: KnnState) -> Tensor:
+        """Where each slot stands before a segment, counted in slots, (B, n): the newest right before the overlap."""
+        n_place = self.n_token // self.chunk
+        last, inside = state.n_chunk[:, None] - 1, torch.arange(self.chunk, device=state.full.device)
+        number = last - (last - torch.arange(n_place, device=last.device)).remainder(n_place)
+        first = (number - last - 1) * self.chunk - self.overlap
+        return (first[..., None] + inside).flatten(1)
+
+    def places(self, state: KnnState) -> Tensor | None:
+        """See `Slots.places`; None where tokens are kept in chunks, which may have gaps."""
+        if self.chunk > 1:
+            return None
+        last = state.n_chunk[:, None] - 1
+        place = last - (last - torch.arange(self.n_token, device=last.device)).remainder(self.n_token)
+        return place.masked_fill(~state.full, -1)
 
     def filled(self, state: KnnState) -> Tensor:
         """See `Slots.filled`."""
@@ -171,59 +208,53 @@ class KnnMemory(Slots):
 
     def flops_per_token(self) -> int:
         """Scores of the bank, what is read of it, and keys and values made again for the write."""
-        d_model, read = self.n_head * self.width, self.top_k + (self.gate is not None)
-        scored = self.n_token // self.chunk + (read if self.chunk > 1 else read - self.top_k)
+        d_model, read = self.n_head * self.width, self.top_k + 1
+        scored = self.n_token // self.chunk + (read if self.chunk > 1 else 1)
         return 6 * d_model**2 + 2 * d_model * (scored + read)
 
     def _gates(self) -> Trace:
-        gates = () if self.gate is None else self.gate.detach().sigmoid()
-        return {f"gate_{head}": gate for head, gate in enumerate(gates)}
-
-    def _mixed(self, heads: Heads, cells: _Cells, mixer: Mixer, n_segment: int) -> tuple[Tensor, Read | None]:
-        """What heads (B * S, H, Q, E) find in the bank and in the segment, (B * S, H, Q, E)."""
-        query = heads.q.unflatten(0, (-1, n_segment)).transpose(1, 2).flatten(2, 3)  # (B, H, N, E)
-
-        def of_segments(part: Tensor) -> Tensor:
-            """(B, H, N, ...) -> (B * S, H, Q, ...)."""
-            return part.unflatten(2, (n_segment, -1)).transpose(1, 2).flatten(0, 1)
-
         if self.gate is None:
-            score, index = self._best(self._scaled(query), cells)
-            value = take(cells.value.flatten(0, 1), index.flatten(1)).unflatten(1, index.shape[1:])  # (B * H, N, k, E)
-            score, value = (of_segments(part.unflatten(0, query.shape[:2])) for part in (score, value))
-            return mixer.attend(heads, Context(torch.zeros_like(value), value, bias=score)), None
-        found, read = self._find(query, cells)
-        gate = self.gate.sigmoid()[:, None, None]
-        return gate * of_segments(found) + (1 - gate) * mixer.attend(heads), read
+            return {}
+        return {f"gate_{head}": gate for head, gate in enumerate(self.gate.detach().sigmoid())}
 
-    def _scaled(self, query: Tensor) -> Tensor:
-        """Queries (B, H, N, E) whose products with keys of the bank are scores."""
-        with torch.autocast(query.device.type, enabled=False):
-            if self.log_temperature is None:
-                return query * self.width**-0.5
-            return F.normalize(query, dim=-1) * self.log_temperature.exp()[:, None, None]
-
-    def _best(self, query: Tensor, cells: _Cells) -> tuple[Tensor, Tensor]:
-        """Scores and places of what fits scaled queries (B, H, N, E) best, (B * H, N, k) each."""
-        with torch.autocast(query.device.type, enabled=False):
-            key, value = cells.key.flatten(0, 1), cells.value.flatten(0, 1)  # (B * H, L, E)
-            visible = cells.visible.repeat_interleave(query.shape[1], dim=0)
-            pool = Pool(key, value, key.new_zeros(key.shape[:2]), visible)
-            best_of = gather_best if key.requires_grad else search_best
+    def _context(self, query: Tensor, bank: KnnState) -> Context:
+        """The bank as attention sees it: of each head's queries (B, H, Q, E) their best."""
+        place = self.offsets(bank).clamp(min=-self.reach) if self.reach is not None else None
+        if self.top_k >= self.n_token:
+            return Context(bank.key, bank.value, bank.full, place=place)
+        with torch.no_grad(), torch.autocast(query.device.type, enabled=False):
+            key, visible = bank.key.flatten(0, 1), bank.full.repeat_interleave(self.n_head, dim=0)[:, None]
+            pool = Pool(key, key, key.new_zeros(key.shape[:2]), visible)
             find = search if self.chunk == 1 else self._search_chunks
-            k = min(self.top_k, key.shape[1])
-            return best_of(find, query.flatten(0, 1), query.new_ones(()), -1.0, k, pool)
+            score, index = search_best(find, query.flatten(0, 1), query.new_ones(()), -1.0, self.top_k, pool)
+            best = torch.full((*score.shape[:2], self.n_token), -torch.inf, device=query.device)
+            best = best.scatter(2, index, torch.zeros_like(score).masked_fill(score == -torch.inf, -torch.inf))
+        return Context(bank.key, bank.value, None, best.unflatten(0, (-1, self.n_head)), place)
+
+    def _mixed(self, found: Tensor, local: Tensor) -> Tensor:
+        assert self.gate is not None
+        gate = self.gate.sigmoid()[:, None, None]
+        return gate * found + (1 - gate) * local
 
     def _find(self, query: Tensor, cells: _Cells) -> tuple[Tensor, Read]:
         """What queries (B, H, N, E) find in the bank and under the null key, (B, H, N, E)."""
-        assert self.gate is not None
         n_row, n_head, n_query, _ = query.shape
+        assert self.gate is not None
         with torch.autocast(query.device.type, enabled=False):
-            query = self._scaled(query)
-            score, index = self._best(query, cells)
-            null = query.flatten(0, 1) @ self._unit(self.null_key).repeat(n_row, 1)[..., None]  # (B * H, N, 1)
+            null_key: Tensor = self.null_key
+            scale = query.new_full((n_head,), self.width**-0.5)
+            if self.log_temperature is not None:
+                query, null_key = F.normalize(query, dim=-1), F.normalize(null_key, dim=-1)
+                scale = self.log_temperature.exp()
+            query = (query * scale[:, None, None]).flatten(0, 1)  # (B * H, N, E)
+            key, value = cells.key.flatten(0, 1), cells.value.flatten(0, 1)  # (B * H, L, E)
+            visible = cells.visible.repeat_interleave(n_head, dim=0)
+            pool = Pool(key, value, key.new_zeros(key.shape[:2]), visible)
+            best_of = gather_best if key.requires_grad else search_best
+            find = search if self.chunk == 1 else self._search_chunks
+            score, index = best_of(find, query, query.new_ones(()), -1.0, min(self.top_k, key.shape[1]), pool)
+            null = query @ null_key.repeat(n_row, 1)[..., None]  # (B * H, N, 1)
             weight = weigh(score, null)  # (B * H, N, k)
-            value = cells.value.flatten(0, 1)
             left = 1 - weight.sum(dim=2, keepdim=True)
             found = weighted_sum(weight, value, index) + left * self.null_value.repeat(n_row, 1)[:, None]
         slots = cells.slot.repeat_interleave(n_head, dim=0).gather(1, index.flatten(1)).view_as(index)
@@ -260,7 +291,11 @@ class KnnMemory(Slots):
         """What the segments of a window may read, None if they do not, and the bank after it."""
         assert window.heads is not None  # as they are among the `needs`
         n_place = self.n_token // self.chunk
-        new = window.valid.unflatten(1, (window.n_segment, -1)) & window.complete[..., None] & write  # (B, S, T)
+        valid = window.valid
+        if self.gate is None:  # what attention sees no more, of one segment and the overlap before it
+            cell = torch.arange(valid.shape[1], device=valid.device)
+            valid = valid & ((cell < window.segment_len) | window.closes)
+        new = valid.unflatten(1, (window.n_segment, -1)) & window.complete[..., None] & write  # (B, S, T)
         new = F.pad(new, (0, -new.shape[2] % self.chunk))
         number, last, count = self._last(new.unflatten(2, (-1, self.chunk)).any(dim=3), window.reset, state.n_chunk)
         key, value = self._cells(self._unit(window.heads.k), new), self._cells(window.heads.v, new)

@@ -230,8 +230,11 @@ def plan_steps(config: Mapping[str, Any]) -> Mapping[str, Any]:
     if trainer["max_steps"] in (None, -1):
         batches = build_curriculum(config).steps
         trainer["max_steps"] = -(-batches // trainer["accumulate_grad_batches"])
-    if trainer["max_steps"] < 1:
-        raise ConfigError(f"trainer.max_steps must be at least 1, or -1 for the curriculum, got {trainer['max_steps']}")
+    if trainer["max_steps"] < 0:
+        raise ConfigError(
+            f"trainer.max_steps must be at least 1, 0 to train nothing, or -1 for the curriculum, got "
+            f"{trainer['max_steps']}"
+        )
     if trainer["max_steps"] > 10**9:
         raise ConfigError(f"trainer.max_steps must be at most {10**9}, got {trainer['max_steps']}")
     if trainer["precision"] not in ("32-true", "32", 32, "bf16-mixed"):

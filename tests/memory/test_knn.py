@@ -28,8 +28,6 @@ SETTINGS: list[dict[str, Any]] = [
     {"n_token": 20, "top_k": 4, "gradient": True},
     {"n_token": 20, "top_k": 8, "chunk": 4},
     {"n_token": 15, "top_k": 10, "chunk": 5, "norm_keys": False, "gradient": True},  # does not divide a segment
-    {"n_token": 20, "top_k": 4, "gate": None, "gradient": True},
-    {"n_token": 15, "top_k": 10, "chunk": 5, "norm_keys": False, "gate": None},
 ]
 
 
@@ -37,10 +35,8 @@ def nearest(settings: dict[str, Any], **model: Any) -> SegmentModel:
     return MAKE(memory=settings, **({"memory_layers": "all"} | model))
 
 
-def found_by(
-    memory: KnnMemory, h: int, query: Tensor, bank: list[list[tuple[Tensor, Tensor]]], own: Tensor, values: Tensor
-) -> Tensor:
-    """What head ``h`` finds for a query (E,) in chunks of keys and values (H, E), and by its own scores (L,)."""
+def found_by(memory: KnnMemory, h: int, query: Tensor, bank: list[list[tuple[Tensor, Tensor]]]) -> Tensor:
+    """What head ``h`` finds for a query (E,) in chunks of keys and values (H, E)."""
 
     def score(key: Tensor) -> Tensor:
         if memory.log_temperature is None:
@@ -55,13 +51,9 @@ def found_by(
     ]
     best = [i for _, i in sorted(by_mean, reverse=True)[: memory.top_k // memory.chunk]]
     read = [(unit(k[h]), v[h]) for i in best for k, v in bank[i]]
-    if memory.gate is None:
-        weight = torch.cat([own, *(score(key)[None] for key, _ in read)]).softmax(dim=0)
-        return weight @ torch.stack([*values, *(value for _, value in read)])
     read.append((unit(memory.null_key[h]), memory.null_value[h]))
     weight = torch.stack([score(key) for key, _ in read]).softmax(dim=0)
-    gate = memory.gate[h].sigmoid()
-    return gate * weight @ torch.stack([value for _, value in read]) + (1 - gate) * own.softmax(dim=0) @ values
+    return sum(w * value for w, (_, value) in zip(weight, read, strict=True))  # type: ignore[return-value]
 
 
 def naive(model: SegmentModel, ids: Tensor, segments: list[tuple[int, int, bool]]) -> Tensor:
@@ -82,14 +74,13 @@ def naive(model: SegmentModel, ids: Tensor, segments: list[tuple[int, int, bool]
             first = begin if fresh else max(0, begin - model.overlap)
             place, seen = torch.arange(begin, end), torch.arange(first, end)
             here = scores(q[:, begin:end], k[:, first:end], seen <= place[:, None], place - begin, seen - begin)
-            found.append(
-                torch.stack([
-                    torch.stack([
-                        found_by(memory, h, q[h, t], bank, own, v[h, first:end]) for t, own in enumerate(rows, begin)
-                    ])
-                    for h, rows in enumerate(here)
-                ])
-            )  # fmt: skip
+            local = here.softmax(dim=2) @ v[:, first:end]
+            known = torch.stack([
+                torch.stack([found_by(memory, h, q[h, t], bank) for t in range(begin, end)])
+                for h in range(layer.n_head)
+            ])  # fmt: skip
+            gate = memory.gate[:, None, None].sigmoid()
+            found.append(gate * known + (1 - gate) * local)
             for start in range(begin, end, memory.chunk):
                 chunk = range(start, min(start + memory.chunk, end))
                 bank.append(
@@ -208,7 +199,6 @@ def test_what_it_costs() -> None:
     model = nearest({"n_token": 50})
     assert [n_byte(part) for part in model.init_state(1).memory["knn"]] == [50 * (8 * model.d_model + 1) + 8] * 3
     # queries, keys and values of what is written; keys that are scored; values that are read; the null key in both
-    assert memory_of(n_token=50, top_k=5, gate=None).flops_per_token() == 2 * 32 * (3 * 32 + 50 + 5)
     assert memory_of(n_token=50, top_k=5).flops_per_token() == 2 * 32 * (3 * 32 + 51 + 6)
     assert memory_of(n_token=50, top_k=5, chunk=5).flops_per_token() == 2 * 32 * (3 * 32 + 10 + 6 + 6)
 
@@ -220,7 +210,9 @@ def test_what_cannot_work_is_refused_in_a_sentence() -> None:
         "chunk=3": r"n_token must be a positive multiple of chunk \(3\), got 2048",
         "chunk=0": "chunk must be at least 1, got 0",
         "temperature=0": "temperature must be above 0",
-        "gate=0": r"gate must be in \(0, 1\), or null",
+        "gate=0": r"gate must be in \(0, 1\)",
+        "gate=null": "gate can be null only with norm_keys=false",
+        "reach=100": "reach must be null, or with gate=null a number of tokens above the overlap",
     }.items():
         with pytest.raises(ConfigError, match=rf"memory\.knn\.{message}"):
             build("memory=knn", f"memory.knn.{setting}", "data.tokenizer.kind=byte")
@@ -230,9 +222,55 @@ def test_what_cannot_work_is_refused_in_a_sentence() -> None:
 
 CHUNKS = {"n_token": 48, "top_k": 8, "chunk": 4}
 RAW = {"n_token": 15, "norm_keys": False}
+JOINED = {"n_token": 30, "top_k": 4, "norm_keys": False, "gate": None, "reach": 20}
 
 
-@pytest.mark.parametrize("settings", [CHUNKS, RAW, {"n_token": 15, "top_k": 4, "gate": None}], ids=str)
+@torch.no_grad()
+@pytest.mark.parametrize("n_token", [T + 1, 4 * T])
+def test_without_a_gate_all_that_is_kept_is_a_cache(n_token: int) -> None:
+    """Keys and values of the last tokens, each at its place, give what attention gives over their hidden states."""
+    all_of_it = {"n_token": n_token, "top_k": n_token, "norm_keys": False, "gate": None, "reach": 100}
+    model, ids = nearest(all_of_it), laws.text(2, 5 * T + 3)
+    cache = laws.builder(laws.nodes_of("cache"))(memory={"n_token": n_token}, memory_layers="all")
+    cache.load_state_dict(model.state_dict())
+    torch.testing.assert_close(model(ids).logits, cache(ids).logits, atol=1e-5, rtol=1e-4)
+    states = [part.new_context(part(ids).state) for part in (model, cache)]
+    after = [part(ids, state=state).logits for part, state in zip((model, cache), states, strict=True)]
+    torch.testing.assert_close(after[0], after[1], atol=1e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("chunk", [1, 2])
+def test_without_a_gate_queries_see_their_best(chunk: int) -> None:
+    memory = memory_of(**JOINED | {"chunk": chunk})
+    draw = torch.Generator().manual_seed(0)
+    key, query = (torch.randn(2, 4, n, 8, generator=draw) for n in (30, 7))
+    full = torch.arange(30) < torch.tensor([[30], [9]])
+    bank = KnnState(key * full[:, None, :, None], key, full, torch.tensor([40, 9]) // chunk)
+    seen = memory._context(query, bank).bias == 0
+    score = query @ bank.key.unflatten(2, (-1, chunk)).sum(dim=3).mT  # half full chunks have a mean of one key
+    score = score / bank.full.unflatten(1, (-1, chunk)).sum(dim=2).clamp(min=1)[:, None, None]
+    score = score.masked_fill(~full[:, ::chunk][:, None, None], -torch.inf)
+    best = score.topk(4 // chunk, dim=3).indices
+    expected = torch.zeros_like(score, dtype=torch.bool).scatter(3, best, True).repeat_interleave(chunk, dim=3)
+    assert torch.equal(seen, expected & full[:, None, None])
+
+
+def test_without_a_gate_tokens_keep_their_places() -> None:
+    memory = memory_of(n_token=4, top_k=4, norm_keys=False, gate=None, reach=100)
+    state = memory.init_state(1)._replace(n_chunk=torch.tensor([6]))  # places of tokens 4, 5, 2, 3; the overlap is 4
+    assert memory.offsets(state).tolist() == [[-6, -5, -8, -7]]
+
+
+@torch.no_grad()
+def test_without_a_gate_an_empty_bank_is_attention_alone() -> None:
+    model, ids = nearest(JOINED), laws.text(2, 3 * T)
+    out = model(ids)
+    torch.testing.assert_close(out.logits[:, :T], model(ids[:, :T], read=False).logits, atol=1e-5, rtol=1e-4)
+    assert not torch.allclose(out.logits[:, T:], model(ids, read=False).logits[:, T:], atol=1e-3)
+
+
+@pytest.mark.parametrize("settings", [CHUNKS, RAW, JOINED], ids=str)
 @pytest.mark.parametrize(
     "law",
     [
