@@ -61,6 +61,8 @@ class Train:
     paths: Paths
     name: str | None
     n_parameter: Annotated[int, Range(1, 10**12)] | None
+    state_bytes: Annotated[int, Range(1, 10**12)] | None
+    n_token: Annotated[int, Range(1, 10**15)] | None
     seed: Seed
     optimized_metric: str
     resume: str | None
@@ -143,6 +145,8 @@ class Export:
     checkpoint: str
     trust: list[str] | str | None
     output: str
+    push: str | None
+    private: bool | None
 
 
 class Survival:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from memlm.config import ConfigError
+from memlm.evaluation import memory_table
 from memlm.evaluation.compare.groups import n_token
 from memlm.evaluation.headline import Number, headline, in_percent, shown
 from memlm.evaluation.result import Result
@@ -28,6 +29,7 @@ Entry = Mapping[str, Any]
 
 _MARKS = re.compile(r"(<!-- results/([\w-]+)\.json -->\n).*?(<!-- end of results -->)", re.DOTALL)
 _NEEDED = ("name", "seed", "commit", "machine", "experiment", "metrics", "headline", "step", "tokens", "state_bytes")
+_TOLD: tuple[tuple[str, Any], ...] = (("trained", None), ("settings", {}), ("headline", []))
 _CONTROLS = ("off", "wiped", "swapped")
 
 
@@ -46,9 +48,7 @@ def entries(runs: Sequence[Run], experiment: str, commit: str, machine: str, tor
     """
     found = []
     for run in runs:
-        if (result := run.results.get(experiment)) is None:
-            raise ConfigError(f"{run.path} has no result of {experiment}; it has: {', '.join(run.results)}")
-        trained, stored = run.trained, result.to_dict()
+        trained, stored = run.trained, _stored(run, experiment)
         tokens, speed = n_token(trained), trained.tokens_per_second
         found.append(
             {
@@ -65,14 +65,22 @@ def entries(runs: Sequence[Run], experiment: str, commit: str, machine: str, tor
                 "cpu_seconds": trained.cpu_seconds,
                 "parameters": trained.n_parameter,
                 "state_bytes": trained.state_bytes,
-                "trained": stored["metadata"].get("trained"),
+                **stored,
                 "curve": _curve(run.results.get("training")),
-                "settings": stored["metadata"].get("settings", {}),
-                "headline": stored["metadata"].get("headline", []),
-                "metrics": stored["metrics"],
             }
         )
     return found
+
+
+def _stored(run: Run, experiment: str) -> dict[str, Any]:
+    """What was measured of a run."""
+    if experiment == memory_table.NAME:
+        return {"settings": {}, "headline": [], **memory_table.measured(run)}
+    if (result := run.results.get(experiment)) is None:
+        raise ConfigError(f"{run.path} has no result of {experiment}; it has: {', '.join(run.results)}")
+    stored = result.to_dict()
+    told = {name: stored["metadata"].get(name, empty) for name, empty in _TOLD}
+    return {**told, "metrics": stored["metrics"]}
 
 
 def _curve(training: Result | None) -> list[list[float]]:
@@ -93,12 +101,12 @@ def _command(run: Path) -> str | None:
 
 
 def merged(record: Sequence[Entry], new: Sequence[Entry]) -> list[Entry]:
-    """A record with new entries, sorted by name and seed; of the same name and seed the newer one stays.
+    """A record with new entries, sorted by name and seed; of the same name, seed and variant the newer one stays.
 
     Raises:
         ConfigError: If the entries are not of one experiment.
     """
-    known = {(entry["name"], entry["seed"]): entry for entry in [*record, *new]}
+    known = {(entry["name"], entry["seed"], entry.get("variant", "")): entry for entry in [*record, *new]}
     if len(kinds := sorted({entry["experiment"] for entry in known.values()})) > 1:
         raise ConfigError(f"a record is of one experiment, and here are {', '.join(kinds)}: give each its own record")
     return [known[key] for key in sorted(known)]
@@ -147,12 +155,15 @@ def filled_in(page: str, folder: Path) -> str:
 
 
 def table(record: Sequence[Entry]) -> str:
-    """A record as a table of Markdown: of the rates by size, or of the experiment's headline."""
-    lines = [["nothing was measured yet"], ["---"]]
-    if record:
+    """A record as a table of Markdown: of all memories, of the rates by size, or of the experiment's headline."""
+    lines, below = [["nothing was measured yet"], ["---"]], ""
+    if record and record[0]["experiment"] == memory_table.NAME:
+        lines = memory_table.table(record)
+        below = "".join(f"\n\n![{name}](figures/{name}.png)" for name in memory_table.figures(record))
+    elif record:
         by_size = _sizes(record) or any(entry.get("trained") for entry in record)
         lines = (_rates if by_size else _headlines)(record)
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + below
 
 
 def _costs(entry: Entry) -> list[str]:

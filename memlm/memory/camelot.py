@@ -88,6 +88,7 @@ class CamelotMemory(Slots):
     """
 
     needs = Needs(heads=True, context=True)
+    sized = ("n_mode",)
     within = True  # what a token sees depends on tokens before it in its segment
 
     def __init__(

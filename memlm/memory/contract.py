@@ -314,6 +314,7 @@ class Memory(nn.Module):
         within: Whether a token reads what earlier tokens of its own segment wrote. `scan` is then the rule itself, and
             no faster way to what the loop over `mix` gives.
         technical: Names of settings that say how it is computed, not what: a run may go on with other ones.
+        sized: Names of the settings that its size is made of, which grow together where a run has ``state_bytes``.
         bank: What outlives the text; see `Bank`.
     """
 
@@ -322,6 +323,7 @@ class Memory(nn.Module):
     scope: Scope = "sequence"
     within: bool = False
     technical: frozenset[str] = frozenset()
+    sized: tuple[str, ...] = ()
     bank: Bank
 
     def __init__(self) -> None:

@@ -29,6 +29,7 @@ from torch.nn import functional as F
 
 from memlm.memory.contract import Context, Heads, Mixer, Needs, Read, Scanned, Segment, Sizes, Trace
 from memlm.memory.slots import Slots
+from memlm.memory.state import own
 from memlm.retrieval.exact import Pool, gather_best, search, search_best, weigh, weighted_sum
 from memlm.tensors import take
 
@@ -79,6 +80,7 @@ class KnnMemory(Slots):
     """
 
     needs = Needs(heads=True)
+    sized = ("n_token",)
 
     def __init__(
         self,
@@ -127,7 +129,7 @@ class KnnMemory(Slots):
 
     def write(self, segment: Segment, state: KnnState) -> tuple[KnnState, Trace]:
         """Keep the segment's keys and values, in place of the oldest; see `Memory.write`."""
-        return self._pass(segment, state)[1], self._gates()
+        return self._pass(segment, state, read=False)[1], self._gates()
 
     def scan(
         self,
@@ -146,10 +148,10 @@ class KnnMemory(Slots):
         n_segment = window.n_segment
         if n_segment == 1:
             return super().scan(x, window, state, mixer, read, write, keep_state)
-        cells, after = self._pass(window, state, write)
+        cells, after = self._pass(window, state, write, read)
         trace = self._gates() if write else {}
         rows = x.reshape(len(x) * n_segment, -1, x.shape[2])  # (B * S, Q, D)
-        if not read:
+        if cells is None:
             return Scanned(self.off(rows, mixer).view_as(x), None, after, trace)
         mixed, told = self._mixed(mixer.heads(rows), cells, mixer, n_segment)
         return Scanned(mixer.out(mixed, rows).view_as(x), told, after, trace)
@@ -252,31 +254,58 @@ class KnnMemory(Slots):
         there = bank.visible.gather(2, index.view(n_row, seen.shape[1], -1)).view_as(index)
         return score.masked_fill(~there, -torch.inf), index
 
-    def _pass(self, window: Segment, state: KnnState, write: bool = True) -> tuple[_Cells, KnnState]:
-        """What the segments of a window may read, and the bank after it."""
+    def _pass(
+        self, window: Segment, state: KnnState, write: bool = True, read: bool = True
+    ) -> tuple[_Cells | None, KnnState]:
+        """What the segments of a window may read, None if they do not, and the bank after it."""
         assert window.heads is not None  # as they are among the `needs`
         n_place = self.n_token // self.chunk
         new = window.valid.unflatten(1, (window.n_segment, -1)) & window.complete[..., None] & write  # (B, S, T)
         new = F.pad(new, (0, -new.shape[2] % self.chunk))
         number, last, count = self._last(new.unflatten(2, (-1, self.chunk)).any(dim=3), window.reset, state.n_chunk)
-        inside = torch.arange(self.chunk, device=new.device)
-        slot = (number.remainder(n_place)[..., None] * self.chunk + inside).flatten(1)  # (B, L)
-        key = torch.cat([state.key, self._cells(self._unit(window.heads.k), new)], dim=2)
-        value = torch.cat([state.value, self._cells(window.heads.v, new)], dim=2)
-        full = torch.cat([state.full, new.flatten(1)], dim=1)
-        visible = full[:, None] & last[:, :-1].repeat_interleave(self.chunk, dim=2)
+        key, value = self._cells(self._unit(window.heads.k), new), self._cells(window.heads.v, new)
+        cells = None
+        if read:
+            inside = torch.arange(self.chunk, device=new.device)
+            slot = (number.remainder(n_place)[..., None] * self.chunk + inside).flatten(1)  # (B, L)
+            full = torch.cat([state.full, new.flatten(1)], dim=1)
+            visible = full[:, None] & last[:, :-1].repeat_interleave(self.chunk, dim=2)
+            cells = _Cells(torch.cat([state.key, key], dim=2), torch.cat([state.value, value], dim=2), visible, slot)
 
         # Each place takes the chunk that is kept there; one place more is for all that goes.
         where = torch.where(last[:, -1], number.remainder(n_place), n_place)
         chunk = torch.arange(where.shape[1], device=new.device).expand_as(where)
-        source = where.new_full((len(where), n_place + 1), -1).scatter(1, where, chunk)[:, :n_place, None]
-        taken = (source >= 0).expand(-1, -1, self.chunk).flatten(1)  # (B, n)
-        cell = (source.clamp(min=0) * self.chunk + inside).flatten(1)
-        kept = [
-            part.gather(2, cell[:, None, :, None].expand(-1, self.n_head, -1, self.width)) * taken[:, None, :, None]
-            for part in (key, value)
-        ]
-        return _Cells(key, value, visible, slot), KnnState(kept[0], kept[1], full.gather(1, cell) & taken, count)
+        source = where.new_full((len(where), n_place + 1), -1).scatter(1, where, chunk)[:, :n_place]
+        new_parts = (key, value, new.flatten(1)[:, None, :, None])
+        if not torch.is_grad_enabled():
+            return cells, self._put(own(state, window.owned), new_parts, source, count)
+        inside = torch.arange(self.chunk, device=new.device)
+        taken = (source >= 0)[..., None].expand(-1, -1, self.chunk).flatten(1)[:, None, :, None]  # (B, 1, n, 1)
+        cell = (source.clamp(min=0)[..., None] * self.chunk + inside).flatten(1)[:, None, :, None]
+        kept = []
+        for old, part in zip((state.key, state.value, state.full[:, None, :, None]), new_parts, strict=True):
+            every = torch.cat([old, part], dim=2)
+            kept.append(every.gather(2, cell.expand(-1, every.shape[1], -1, every.shape[3])) * taken)
+        return cells, KnnState(kept[0], kept[1], kept[2][:, 0, :, 0], count)
+
+    def _put(self, state: KnnState, new: tuple[Tensor, ...], source: Tensor, count: Tensor) -> KnnState:
+        """The bank with what changes of it written in place.
+
+        Args:
+            state: The bank before, which is given away.
+            new: Keys and values of the window (B, H, S * T, E), and which of its cells hold a token (B, 1, S * T, 1).
+            source: The chunk that each place is to hold, of those of the bank and then of the window, (B, n / c); -1
+                for none.
+            count: Chunks that the document has had after the window, (B,).
+        """
+        n_place = source.shape[1]
+        row, place = (source != torch.arange(n_place, device=source.device)).nonzero(as_tuple=True)
+        source = source[row, place] - n_place  # of the window's own chunks
+        empty = (source < 0).view(-1, 1, 1, 1)
+        for old, part in zip((state.key, state.value, state.full[:, None, :, None]), new, strict=True):
+            held, came = (each.unflatten(2, (-1, self.chunk)).transpose(1, 2) for each in (old, part))
+            held[row, place] = came[row, source.clamp(min=0)].masked_fill(empty, 0)
+        return state._replace(n_chunk=count)
 
     def _last(self, written: Tensor, reset: Tensor | None, count: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Which chunks are the last of their document, of K chunks of the bank and then of a window.

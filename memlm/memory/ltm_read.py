@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from memlm.memory.contract import Read
 from memlm.memory.ltm_write import USED
 from memlm.retrieval.exact import Pool, attend
-from memlm.retrieval.inverted import Lists
+from memlm.retrieval.lists import Lists
 from memlm.retrieval.sharded import attend_sharded
 
 if TYPE_CHECKING:

@@ -99,6 +99,8 @@ class MatrixMemory(Memory):
         ValueError: If a setting cannot work; the message names it.
     """
 
+    sized = ("d_key", "d_value")
+
     def __init__(
         self, d_model: int, n_head: int, d_key: int, d_value: int, decay: Decay, within: bool, norm_keys: bool = True
     ) -> None:

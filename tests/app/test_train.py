@@ -275,7 +275,7 @@ def test_mistakes_are_told_before_training(
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("group", ["memory", "model", "recipe"])
+@pytest.mark.parametrize("group", ["memory", "model", "recipe", "table"])
 def test_nothing_that_is_shipped_is_refused_ahead(group: str) -> None:
     for path in sorted((config_dir() / group).glob("*.yaml")):
         if path.stem != "pretrained":  # which asks for a path

@@ -11,7 +11,7 @@ from memlm import build, laws
 from memlm.config import ConfigError
 from memlm.memory.contract import Heads, Sizes
 from memlm.memory.knn import KnnMemory, KnnState
-from memlm.memory.state import n_byte
+from memlm.memory.state import n_byte, tensors
 from memlm.models.segments import SegmentModel
 from tests.memory.gradients import gradients, same_gradients
 from tests.memory.plain_attention import behind, heads_of, scores
@@ -248,3 +248,16 @@ def test_laws_hold_for_its_settings(law: Callable[[laws.Make], None], settings: 
 def test_chunks_are_useful() -> None:
     make = laws.builder(laws.nodes_of("knn"), shrink=False)
     laws.useful(lambda memory=None, *args, **model: make({"chunk": 4} | (memory or {}), *args, **model))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("settings", [SETTINGS[0], SETTINGS[4]])
+def test_a_bank_that_is_given_away_is_written_in_place(settings: dict[str, Any]) -> None:
+    model, ids = nearest(settings), laws.text(2, 6 * T)
+    state = model(ids[:, : 3 * T]).state
+    kept = model(ids[:, 3 * T :], state=state).state
+    places = [(part.key.data_ptr(), part.value.data_ptr()) for part in state.memory["knn"]]
+    given = model(ids[:, 3 * T :], state=state, donate=True).state
+    assert [(part.key.data_ptr(), part.value.data_ptr()) for part in given.memory["knn"]] == places
+    for one, other in zip(tensors(kept.memory), tensors(given.memory), strict=True):
+        assert torch.equal(one, other)
