@@ -56,6 +56,7 @@ def run(
 
     metadata = {"settings": given | {"rules": rules, "n_row": n_row, "seed": seed}, "threads": threads}
     metadata |= surroundings("cpu")
+    clock = time.process_time if threads == 1 else time.perf_counter
     metrics: dict[str, float] = {}
     rows: list[dict[str, Any]] = []
     with torch_threads(threads):
@@ -64,7 +65,7 @@ def run(
                 parts = _inputs(name, n, n_token, n_head, d_head, torch.Generator().manual_seed(seed))
                 ways: dict[str, Rule] = {"loop": _loop, "chunks": _in_chunks}
                 _check_same(name, ways, parts)
-                times = [{way: _seconds(name, rule, parts) for way, rule in ways.items()} for _ in range(rounds)]
+                times = [{way: _seconds(name, rule, parts, clock) for way, rule in ways.items()} for _ in range(rounds)]
                 rows += [{"rule": name, "n_row": n, "round": i, **found} for i, found in enumerate(times)]
                 for way in ways:
                     metrics |= quartiles(f"{name}/{n}/{way}", [found[way] for found in times])
@@ -105,22 +106,24 @@ def _in_chunks(
     from memlm.memory.mesa import Kalman, Sums
 
     rule: Any
-    fading = None if decay is None else cut(decay, 1)
+    fading, query = None if decay is None else cut(decay, 1), cut(q, 1)
     if name == "kalman":
         k, v = rate.sqrt() * k, rate.sqrt() * v
-        rule = Kalman(cut(k, 1), cut(torch.cat([v, torch.zeros_like(k)], dim=-1), 1))
+        rule = Kalman(cut(k, 1), cut(torch.cat([v, torch.zeros_like(k)], dim=-1), 1), query)
     elif name == "mesa":
-        rule = Sums(chunks_of(cut(k, 1), cut(rate * torch.cat([v, k], dim=-1), 1), None, fading), RIDGE, N_STEP)
+        added = cut(rate * torch.cat([v, k], dim=-1), 1)
+        rule = Sums(chunks_of(cut(k, 1), added, None, fading), query, RIDGE, N_STEP)
     else:
-        value, erase = (v, None) if rate is None else (write_rate * v, cut(rate * k, 1))
-        rule = chunks_of(cut(k, 1), cut(value, 1), erase, fading)
+        k = cut(k, 1)
+        value, erase = (v, None) if rate is None else (write_rate * v, cut(rate, 1) * k)
+        rule = chunks_of(k, cut(value, 1), erase, fading, query)
     before, written = [], []
     for chunk in rule.each():
         before.append(matrix)
         written.append(chunk.written(matrix))
         matrix = chunk.after(matrix, written[-1])
-    found = rule.found(cut(q, 1), torch.stack(before), torch.stack(written))  # (c, B, H, L, V)
-    return found.permute(1, 0, 3, 2, 4).flatten(1, 2)[:, : k.shape[1]], matrix
+    found = rule.found(torch.stack(before), torch.stack(written))  # (c, B, H, L, V)
+    return found.permute(1, 0, 3, 2, 4).flatten(1, 2)[:, : q.shape[1]], matrix
 
 
 def _loop(
@@ -168,16 +171,16 @@ def _check_same(name: str, ways: dict[str, Rule], parts: dict[str, Any]) -> None
             raise ValueError(f"chunks and loop of {name!r} differ by {error:.3g} of what they give")
 
 
-def _seconds(name: str, rule: Rule, parts: dict[str, Any]) -> float:
+def _seconds(name: str, rule: Rule, parts: dict[str, Any], clock: Callable[[], float]) -> float:
     """Seconds of one segment, forward and backward."""
     for part in parts.values():
         if part is not None:
             part.grad = None
     gc.collect()
-    begin = time.perf_counter()
+    begin = clock()
     found, matrix = rule(name, **parts)
     ((found * found).sum() + (matrix * matrix).sum()).backward()  # type: ignore[no-untyped-call]
-    return time.perf_counter() - begin
+    return clock() - begin
 
 
 def report(result: Result) -> str:

@@ -22,12 +22,13 @@ from matplotlib.ticker import PercentFormatter, StrMethodFormatter
 
 from memlm.analysis.style import CONTROLS, PALETTE, style
 from memlm.config import ConfigError
+from memlm.data.haystack import Haystack
 from memlm.data.tasks.babi import N_WORD, TASKS, Question, Story
 from memlm.data.tasks.babi import Babi as Task
-from memlm.evaluation.headline import recall_entries
+from memlm.evaluation.headline import recall_entries, repetition_entries
 from memlm.evaluation.recall.asking import ask
 from memlm.evaluation.recall.figures import draw_interval
-from memlm.evaluation.recall.haystack import Document, Haystack, tell
+from memlm.evaluation.recall.haystack import Stories, tell
 from memlm.evaluation.recall.rates import CONDITIONS, rates
 from memlm.evaluation.recall.reading import part_of, visit
 from memlm.evaluation.result import Result, Row, check_settings, evaluating
@@ -114,18 +115,6 @@ class Asked(NamedTuple):
         return f"{self.question.text} {self.question.answer}"
 
 
-class Stories(Document):
-    """A document whose ``facts`` are questions (`Asked`); ``begins`` are the places of the statements that answer."""
-
-    def end(self, fact: int) -> int:
-        """Place of the token after the answer, as it was told."""
-        return self.begins[fact] + self.facts[fact].said  # type: ignore[attr-defined]
-
-    def straddles(self, fact: int, segment_len: int) -> bool:
-        """Whether the statement that says the answer begins in one segment and goes on in another."""
-        return self.begins[fact] // segment_len != (self.end(fact) - 1) // segment_len
-
-
 def run(
     model: LanguageModel,
     data: TextData,
@@ -181,16 +170,17 @@ def run(
             *(place(row[key]) for place, key in zip(order, _KEYS, strict=True)), row["document"], row["fact"]
         )
     )  # fmt: skip
+    repetition = max(cfg.noise) / len(text)
     metadata = {
         "settings": asdict(cfg),
         "seed": cfg.seed,
         "n": cfg.n_document * cfg.n_story * cfg.n_question,  # questions per task, length and vocabulary
         "segment_len": model.segment_len,
-        "haystack_repetition": max(cfg.noise) / len(text),  # above 1 a document repeats its own text
+        "haystack_repetition": repetition,  # above 1 a document repeats its own text
         "memories": list(model.memory.keys()),
-        "headline": _headline(cfg),
+        "headline": _headline(cfg) + repetition_entries(repetition),
     }
-    return Result("babi", summarise(rows), tuple(rows), metadata)
+    return Result("babi", summarise(rows) | {"repetition": repetition}, tuple(rows), metadata)
 
 
 def draw(
@@ -209,7 +199,7 @@ def draw(
         told, never = _stories(rng, task, words[:n_word], cfg), _stories(rng, task, words[n_word:], cfg)
         documents.append(_document(rng, task, told, Haystack(text, seed), segment_len, noise))
         unseen.append([asked for _, asked in _questions(task, never)])
-    longest = max(max(len(document.head), noise + len(document.head) - document.taken) for document in documents)
+    longest = max(max(document.n_head, noise + document.n_head - document.taken) for document in documents)
     return documents, unseen, -(-longest // segment_len) * segment_len
 
 
@@ -267,7 +257,7 @@ def _document(
     told = tell(rng, statements, (), haystack, segment_len, noise / len(statements), crossing=False)
     questions = _questions(task, stories)
     begins = [told.begins[place[key]] for key, _ in questions]
-    return Stories([asked for _, asked in questions], begins, told.head, haystack, told.taken)
+    return Stories([asked for _, asked in questions], begins, told.told, haystack)
 
 
 def _parts(rows: Sequence[Row]) -> Iterator[tuple[str, list[Row]]]:

@@ -27,11 +27,13 @@ from matplotlib.ticker import PercentFormatter
 
 from memlm.analysis.style import PALETTE, style
 from memlm.config import ConfigError
+from memlm.data.haystack import Haystack
 from memlm.data.tasks.makers import Fact, FactMaker, SentenceMaker
-from memlm.evaluation.headline import recall_entries
+from memlm.data.tokens import TokenizedCorpus
+from memlm.evaluation.headline import recall_entries, repetition_entries
 from memlm.evaluation.recall.asking import ask
 from memlm.evaluation.recall.figures import COLORS, draw_rates
-from memlm.evaluation.recall.haystack import Document, Haystack, tell
+from memlm.evaluation.recall.haystack import Document, tell
 from memlm.evaluation.recall.rates import CONDITIONS, LABELS, tabulate
 from memlm.evaluation.recall.reading import Consolidation, is_shared, part_of, visit
 from memlm.evaluation.recall.settings import Telling
@@ -61,6 +63,9 @@ class Needle(Telling):
         kind: ``random``, ``native``, ``natural`` or ``paraphrased``; a list: other documents for each.
         consolidate_every: Segments of a document after which similar slots of memories are merged
             (`memlm.memory.contract.Memory.consolidate`); None for never.
+        text: A file to take the haystack from, in place of ``split``: `.txt`, `.jsonl` or `.parquet`
+            (`memlm.data.tokens.tokenize_file`). A document reads it from a place of its own, and nothing twice
+            as far as the text goes.
 
     Raises:
         ConfigError: If a setting cannot work.
@@ -72,6 +77,7 @@ class Needle(Telling):
     n_other: int | list[int] = 0
     kind: str | list[str] = "random"
     consolidate_every: int | None = None
+    text: str | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -150,9 +156,9 @@ def run(
     rows.sort(key=lambda row: (cfg.kinds.index(row["kind"]), row["n_other"], row["distance"],
                                _ORDER.index(row["condition"]), row["document"], row["fact"]))  # fmt: skip
     n_haystack = max(
-        lengths[-1] - min(len(document.head) - document.taken for document in documents)
-        for documents, _, lengths in drawn
+        lengths[-1] - min(document.n_head - document.taken for document in documents) for documents, _, lengths in drawn
     )
+    repetition = n_haystack / haystack_of(data, cfg).n_token
     metadata = {
         "settings": asdict(cfg),
         "seed": cfg.seed,
@@ -168,12 +174,12 @@ def run(
             for distance in cfg.distances
         ],
         "segment_len": model.segment_len,
-        "haystack_repetition": n_haystack / len(data.tokens(cfg.split).tokens),  # above 1 a document repeats its text
+        "haystack_repetition": repetition,  # above 1 a document repeats its text
         "memories": list(model.memory.keys()),
         "shared": is_shared(model),
-        "headline": _headline(cfg),
+        "headline": _headline(cfg) + repetition_entries(repetition),
     }
-    metrics = summarise(rows)
+    metrics = summarise(rows) | {"repetition": repetition}
     if cfg.consolidate_every is not None:
         on = [row for row in rows if row["condition"] == "on" and row["distance"] == cfg.distances[-1]]
         metrics["merged"] = float(np.mean([row["merged"] for row in on]))
@@ -217,11 +223,11 @@ def draw(
     """
     plan = plan or _plans(cfg)[0]
     n, per_document = cfg.n_document * cfg.n_fact, cfg.n_fact + plan.n_other
-    facts = KINDS[plan.kind](data, cfg.split).draw(
+    haystack = haystack_of(data, cfg)
+    facts = KINDS[plan.kind](data, haystack).draw(
         np.random.default_rng([cfg.seed, 0]), cfg.n_document * per_document + n, "evaluation"
     )
     told, unseen = facts[:-n], facts[-n:]
-    text = data.tokens(cfg.split).tokens
     documents = []
     for i in range(cfg.n_document):
         own = told[i * per_document : (i + 1) * per_document]
@@ -232,9 +238,9 @@ def draw(
             gap = segment_len / cfg.facts_per_segment - taken / per_document
         documents.append(
             tell(np.random.default_rng([cfg.seed, 1 + i]), own[: cfg.n_fact], own[cfg.n_fact :],
-                 Haystack(text, [cfg.seed, i]), segment_len, gap)
+                 Haystack(haystack.tokens, [cfg.seed, i]), segment_len, gap)
         )  # fmt: skip
-    longest = max(len(document.head) for document in documents)
+    longest = max(document.n_head for document in documents)
     ends = [max(longest, d) if cfg.spread else longest + d for d in plan.distances]
     lengths = [-(-end // segment_len) * segment_len for end in ends]
     return documents, [unseen[i * cfg.n_fact : (i + 1) * cfg.n_fact] for i in range(cfg.n_document)], lengths
@@ -244,7 +250,7 @@ def _strangers(data: TextData, cfg: Needle, plan: _Plan, documents: Sequence[Doc
     """The asked facts of each document as if of subjects that nobody was told of, where facts have subjects."""
     if not _is_told_in_sentences(plan.kind):
         return None
-    maker = KINDS[plan.kind](data, cfg.split)
+    maker = KINDS[plan.kind](data, haystack_of(data, cfg))
     assert isinstance(maker, SentenceMaker)
     rng = np.random.default_rng([cfg.seed, 1 + cfg.n_document])
     taken = {fact.name for document in documents for fact in (*document.facts, *document.others)}
@@ -255,13 +261,18 @@ def _is_told_in_sentences(kind: str) -> bool:
     return kind in ("natural", "paraphrased")
 
 
-KINDS: dict[str, Callable[[TextData, str], FactMaker]] = {
-    "random": lambda data, split: data.maker,
-    "native": lambda data, split: FactMaker(data.tokenizer, data.tokens("train"), native=data.tokens(split)),
-    "natural": lambda data, split: SentenceMaker(data.tokenizer, data.tokens("train")),
-    "paraphrased": lambda data, split: SentenceMaker(data.tokenizer, data.tokens("train")),
+KINDS: dict[str, Callable[[TextData, TokenizedCorpus], FactMaker]] = {
+    "random": lambda data, haystack: data.maker,
+    "native": lambda data, haystack: FactMaker(data.tokenizer, data.tokens("train"), native=haystack),
+    "natural": lambda data, haystack: SentenceMaker(data.tokenizer, data.tokens("train")),
+    "paraphrased": lambda data, haystack: SentenceMaker(data.tokenizer, data.tokens("train")),
 }
-"""Where facts of each kind come from, given the data and the split of the haystack."""
+"""Where facts of each kind come from, given the data and the text of the haystack."""
+
+
+def haystack_of(data: TextData, cfg: Needle) -> TokenizedCorpus:
+    """The text around facts."""
+    return data.tokens(cfg.split) if cfg.text is None else data.tokens_of_file(cfg.text)
 
 
 def summarise(rows: Sequence[Row]) -> dict[str, float]:

@@ -22,13 +22,14 @@ from matplotlib.ticker import PercentFormatter
 
 from memlm.analysis.style import CONTROLS, PALETTE, style
 from memlm.config import ConfigError
+from memlm.data.haystack import Haystack
 from memlm.data.tasks.makers import Fact
 from memlm.data.tasks.overwrite import Overwrite as Task
 from memlm.data.tasks.overwrite import retell
 from memlm.evaluation.headline import recall_entries
 from memlm.evaluation.recall.asking import answer, ask
 from memlm.evaluation.recall.figures import draw_interval
-from memlm.evaluation.recall.haystack import Document, Haystack, tell
+from memlm.evaluation.recall.haystack import Document, tell
 from memlm.evaluation.recall.rates import CONDITIONS, rates
 from memlm.evaluation.recall.reading import visit
 from memlm.evaluation.recall.settings import Telling
@@ -95,7 +96,7 @@ def run(
             "a run whose curriculum has the task memlm.data.tasks.overwrite.Overwrite; train one with recipe=overwrite"
         )
     documents, older, unseen = draw(data, cfg, model.segment_len)
-    length = max(len(document.head) for document in documents) + cfg.distance
+    length = max(document.n_head for document in documents) + cfg.distance
     length += -length % model.segment_len
     rows: list[Row] = []
     with evaluating(model):

@@ -25,11 +25,12 @@ from matplotlib.figure import Figure
 
 from memlm.analysis.style import PALETTE, style
 from memlm.config import ConfigError
+from memlm.data.haystack import Haystack
 from memlm.data.tasks.makers import Fact
 from memlm.evaluation.headline import recall_entries
 from memlm.evaluation.recall.asking import ask
 from memlm.evaluation.recall.figures import draw_rates
-from memlm.evaluation.recall.haystack import Document, Haystack, tell
+from memlm.evaluation.recall.haystack import Document, tell
 from memlm.evaluation.recall.rates import CONDITIONS, above_controls, tabulate
 from memlm.evaluation.recall.reading import is_shared, part_of, visit
 from memlm.evaluation.recall.settings import Telling
@@ -110,7 +111,7 @@ def run(
                 for row in ask(model, state, documents, unseen, numbers, lengths[i]):
                     since = {"writes": None if row["since"] is None else row["since"] // model.segment_len}
                     rows.append({"filler": filler, "n_write": cfg.n_write[i]} | row | since)
-            told = min(len(document.head) - document.taken for document in documents)
+            told = min(document.n_head - document.taken for document in documents)
             n_haystack = max(n_haystack, lengths[-1] - told)
     rows = share.join(rows)
     rows.sort(key=lambda row: (cfg.fillers.index(row["filler"]), row["n_write"], CONDITIONS.index(row["condition"]),

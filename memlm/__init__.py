@@ -6,11 +6,14 @@ The public interface is small; everything is imported when first used, so that `
 
     model = memlm.build("model=lmcode", "memory=ltm")
     model = memlm.load("outputs/lmcode-ltm/...")
+
+transformers knows the models that memlm exports: see `memlm.hf`.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from memlm import hf
 from memlm.version import __version__
 
 if TYPE_CHECKING:
@@ -31,3 +34,6 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted(set(globals()) | set(__all__))
+
+
+hf.announce()

@@ -17,7 +17,7 @@ from memlm.data.tasks.base import Task
 from memlm.data.tokenizer import Tokenizer, get_tokenizer
 from memlm.files import cache_dir
 from memlm.machine import available_memory, gib
-from memlm.memory.contract import Memory
+from memlm.memory.contract import Memory, Sizes
 from memlm.memory.state import n_byte
 from memlm.models.base import LanguageModel
 from memlm.saved import find_class
@@ -56,9 +56,67 @@ def build(*overrides: str) -> LanguageModel:
 
 
 def settled(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A configuration that says of its model all that tells it apart: see `LanguageModel.settled`."""
+    """A configuration that says of its model all that tells it apart: see `LanguageModel.settled` and `sized`."""
     kind = _model_class(config)
-    return config if kind is None else {**config, "model": kind.settled(config["model"])}
+    return sized(config if kind is None else {**config, "model": kind.settled(config["model"])})
+
+
+def sized(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A configuration whose memories are as large as ``config["state_bytes"]`` lets them be.
+
+    The settings that they name (`Memory.sized`) grow or shrink together, in proportion to their values. Where even the
+    least that the constructors take is larger, that is taken. Where nothing changes ``state_bytes`` is None in what is
+    returned: it is the run that it would be without.
+    """
+    if (most := config.get("state_bytes")) is None or not config["memory"]:
+        return {**config, "state_bytes": None} if "state_bytes" in config else config
+    made: list[tuple[str, Sizes]] = []
+
+    def noting(name: str, node: dict[str, Any]) -> Callable[..., Any]:
+        def make(d_model: int, sizes: Sizes) -> Any:
+            made.append((name, sizes))
+            return _memory(name, node)(d_model, sizes)
+
+        return make
+
+    with torch.device("meta"):
+        makers = {name: noting(name, dict(node)) for name, node in config["memory"].items()}
+        model = instantiate(dict(config["model"]), "model", n_vocab=2, memories=makers)
+        names = {name: modules[0].sized for name, modules in model.memory.items()}
+        largest = max((config["memory"][name][key] for name, keys in names.items() for key in keys), default=0)
+
+        def nodes(k: int) -> dict[str, Any]:
+            """Settings of the memories where the largest of all sizes is k."""
+            return {
+                name: node | {key: max(1, round(node[key] * k / largest)) for key in names[name]}
+                for name, node in config["memory"].items()
+            }
+
+        def fits(k: int, refused: bool = True) -> bool:
+            """Whether memories of that size have so few bytes; what is refused is too small, or too large."""
+            try:
+                parts = [_memory(name, nodes(k)[name])(sizes.d_model, sizes).init_state(1) for name, sizes in made]
+            except ConfigError:
+                return refused and k < largest
+            return sum(map(n_byte, parts)) <= most
+
+        if not largest:
+            return {**config, "state_bytes": None}
+        k = _last(fits)
+        if k == 0 or not fits(k, refused=False):
+            k += 1  # too small to be built: the first that can be
+    return {**config, "memory": nodes(k)} if nodes(k) != config["memory"] else {**config, "state_bytes": None}
+
+
+def _last(holds: Callable[[int], bool]) -> int:
+    """The greatest whole number of which something holds that holds up to there; 0 if not even of 1."""
+    low, high = 0, 1
+    while holds(high):
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if holds(middle) else (low, middle)
+    return low
 
 
 def _model_class(config: Mapping[str, Any]) -> type[LanguageModel] | None:
@@ -93,18 +151,24 @@ def build_tokenizer(config: Mapping[str, Any], corpus: Corpus | None = None) -> 
         "data.tokenizer",
         ("corpus", "cache_dir"),
     )
-    kind = _model_class(config)
-    own = None if kind is None else kind.own_tokenizer(config["model"])
+    own = own_tokenizer(config)
     if own is not None:
-        if settings["path"] is not None and Tokenizer.from_file(settings["path"]).fingerprint() != own.fingerprint():
+        path = settings["path"]
+        if path is not None and Tokenizer.from_file(path).bare().fingerprint() != own.fingerprint():
             raise ConfigError(
-                f"data.tokenizer.path: {settings['path']} is another tokenizer than that of the model, which its "
+                f"data.tokenizer.path: {path} is another tokenizer than that of the model, which its "
                 "weights know: leave it null"
             )
         return own
     return get_tokenizer(
         settings["kind"], settings["vocab_size"], settings["path"], corpus or build_corpus(config), _cache(config)
     )
+
+
+def own_tokenizer(config: Mapping[str, Any]) -> Tokenizer | None:
+    """The tokenizer that the model of ``config["model"]`` comes with; None if it takes any."""
+    kind = _model_class(config)
+    return None if kind is None else kind.own_tokenizer(config["model"])
 
 
 def build_data(

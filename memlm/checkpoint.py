@@ -9,13 +9,10 @@ names only classes of memlm are imported and built, and those of packages that t
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import pickle
 import re
 import reprlib
-import tempfile
 import warnings
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,12 +21,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
 
+from memlm import exported
 from memlm.config import ConfigError
-from memlm.files import atomic_file, open_regular, parse_json, regular
-from memlm.machine import no_space, written_to
+from memlm.files import atomic_file, open_regular, regular
+from memlm.machine import no_space
 from memlm.memory import state as states
 from memlm.memory.records import RecordKeeper
 from memlm.printed import one_line
@@ -43,19 +39,17 @@ Trust = Sequence[str] | str | None
 """Names of packages: one, several or none."""
 
 FOLDER = "checkpoints"
-_WEIGHTS = "model.safetensors"  # of an export
-_PARTS = ("config.json", _WEIGHTS, "tokenizer.json")
-_SUMS = "SHA256SUMS"  # of the parts, as sha256sum writes and checks it
 _NAME = re.compile(r"(?:.*-)?step=(\d+)(?:-v\d+)?\.ckpt")  # also as Lightning names them: epoch=0-step=100.ckpt
 
 
-def load(path: str | os.PathLike[str], *, trust: Trust = None) -> LanguageModel:
+def load(path: str | os.PathLike[str], *, trust: Trust = None, base: str | None = None) -> LanguageModel:
     """Load a trained model; nothing but the path is needed.
 
     Args:
         path: A run directory (its newest checkpoint is taken), a checkpoint file, or the directory of an export.
         trust: Names of packages, beside memlm, of which the file may name classes of models and memories. Importing
             them runs their code; nothing else that a file names is imported or called.
+        base: Folder or name of the pretrained model that it stands on, if not where it was in training.
 
     Returns:
         The model in eval mode, with its tokenizer.
@@ -64,7 +58,17 @@ def load(path: str | os.PathLike[str], *, trust: Trust = None) -> LanguageModel:
         ConfigError: If there is no checkpoint, it is damaged or not one of memlm, or names what is not trusted.
     """
     path = find(path)
-    return _restore(path, read(path), trust)
+    content = read(path)
+    return _restore(path, content if base is None else _on_base(content, base), trust)
+
+
+def _on_base(content: dict[str, Any], base: str) -> dict[str, Any]:
+    """The contents of a checkpoint whose pretrained model is elsewhere."""
+    entry, config = content["memlm"], content["memlm"]["config"]
+    if not isinstance(config.get("model"), dict) or "sha256" not in config["model"]:
+        raise ConfigError("base is of models that stand on a pretrained one, and this does not: leave it out")
+    model = {**config["model"], "path": base, "revision": None}
+    return {**content, "memlm": {**entry, "config": {**config, "model": model}}}
 
 
 def load_run(
@@ -147,8 +151,8 @@ def find(path: str | os.PathLike[str]) -> Path:
             return regular(path)
         except FileNotFoundError:
             raise ConfigError(f"there is no run or checkpoint at {one_line(path)}") from None
-    if os.path.lexists(path / _WEIGHTS):
-        return path / _WEIGHTS
+    if os.path.lexists(path / exported.WEIGHTS):
+        return path / exported.WEIGHTS
     found = checkpoints(path)
     if not found:
         raise ConfigError(f"there is no checkpoint in {path}: expected {FOLDER}/step=N.ckpt in a run directory")
@@ -173,7 +177,7 @@ def read(path: Path, peek: bool = False) -> dict[str, Any]:
     Raises:
         ConfigError: If it is damaged, holds more than plain data, or is not one of memlm.
     """
-    content = _read_export(path.parent) if path.name == _WEIGHTS else read_plain(path, peek)
+    content = exported.read(path.parent) if path.name == exported.WEIGHTS else read_plain(path, peek)
     entry = content.get("memlm") if isinstance(content, dict) else None
     if not isinstance(entry, dict) or not {"config", "tokenizer"} <= set(entry) or "state_dict" not in content:
         raise ConfigError(f"{path} is not a checkpoint of memlm: it has no entry 'memlm' that describes a model")
@@ -211,9 +215,9 @@ def _numbers(version: str) -> list[int]:
 
 
 def export(model: LanguageModel, directory: str | os.PathLike[str]) -> list[Path]:
-    """Write a model for others to read: ``model.safetensors``, ``config.json``, ``tokenizer.json``, ``SHA256SUMS``.
+    """Write a model for others to read, as a folder of Hugging Face: see `memlm.exported.write`.
 
-    They appear together or not at all; `load` reads the directory, and refuses what is not as ``SHA256SUMS`` says.
+    `load` reads it, and so does ``transformers.AutoModelForCausalLM.from_pretrained`` (`memlm.hf`).
 
     Args:
         model: The model; the banks of its shared memories are among the weights.
@@ -225,58 +229,12 @@ def export(model: LanguageModel, directory: str | os.PathLike[str]) -> list[Path
     Raises:
         ConfigError: If something is there already.
     """
-    directory = Path(directory)
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        raise ConfigError(f"{directory} exists already: give the name of a new directory")
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    with (
-        written_to(directory),
-        tempfile.TemporaryDirectory(dir=directory.parent, prefix=f".{directory.name}.") as folder,
-    ):
-        whole = Path(folder) / "whole"  # renamed, so that what removes the folder does not find it
-        whole.mkdir()
-        entry = describe(model)
-        # Not save_file, which makes files that nobody else can read.
-        weights = {name: value.contiguous() for name, value in model.state_dict().items()}
-        (whole / _WEIGHTS).write_bytes(save(weights))
-        (whole / "tokenizer.json").write_text(entry.pop("tokenizer"), encoding="utf-8")
-        (whole / "config.json").write_text(json.dumps(entry, indent=2) + "\n", encoding="utf-8")
-        (whole / _SUMS).write_text("".join(f"{_sha256(whole / name)}  {name}\n" for name in _PARTS), encoding="ascii")
-        os.replace(whole, directory)
-    return sorted(directory.iterdir())
+    return exported.write(model, describe(model), Path(directory))
 
 
-def _read_export(directory: Path) -> dict[str, Any]:
-    """What `export` has written, as the contents of a checkpoint."""
-    try:
-        for name in (*_PARTS, _SUMS):
-            regular(directory / name)
-        lines = (directory / _SUMS).read_text(encoding="ascii").splitlines()
-        sums = {line.partition("  ")[2]: line.partition("  ")[0] for line in lines}
-        for name in _PARTS:
-            if sums[name] != _sha256(directory / name):
-                raise ConfigError(
-                    f"{directory / name} is not as it was exported: export the model again, or, if you have changed it "
-                    f"yourself, write its new checksum: (cd {directory}; sha256sum {' '.join(_PARTS)} > {_SUMS})"
-                )
-        entry = parse_json((directory / "config.json").read_bytes())
-        if not isinstance(entry, dict):
-            raise ConfigError(f"{directory / 'config.json'} must hold a mapping, got {reprlib.repr(entry)}")
-        tokenizer = (directory / "tokenizer.json").read_text(encoding="utf-8")
-        weights = load_file(directory / _WEIGHTS)
-    except ConfigError:
-        raise
-    except FileNotFoundError as error:
-        raise ConfigError(f"{error.filename} is missing: an export has {', '.join((*_PARTS, _SUMS))}") from error
-    except (ValueError, KeyError, OSError, SafetensorError) as error:
-        raise ConfigError(f"{directory} cannot be read: it is damaged or cut short; export the model again") from error
-    weights = {f"model.{name}": value for name, value in weights.items()}
-    return {"memlm": {**entry, "tokenizer": tokenizer}, "state_dict": weights}
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def config_of(model: LanguageModel) -> dict[str, Any]:
+    """What the ``config.json`` of an export says of ``model``."""
+    return exported.about(model, describe(model))
 
 
 def read_plain(path: Path, peek: bool = False) -> Any:

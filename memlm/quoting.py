@@ -23,9 +23,9 @@ _VERBATIM = ("prompt",)
 
 # Names and paths: text, but null, lists, sweeps, references and quotes are Hydra's.
 _TEXTS = (
-    "checkpoint", "resume", "output", "out", "name", "cache", "prompt_file", "stop_strings", "data.path", "data.name",
-    "data.corpus.path", "data.tokenizer.path", "paths.root", "paths.cache_dir", "paths.run_dir", "hydra.run.dir",
-    "hydra.sweep.dir", "logger.wandb.project", "logger.wandb.name", "logger.wandb.group",
+    "checkpoint", "resume", "output", "push", "out", "name", "cache", "prompt_file", "stop_strings", "data.path",
+    "data.name", "data.corpus.path", "data.tokenizer.path", "paths.root", "paths.cache_dir", "paths.run_dir",
+    "hydra.run.dir", "hydra.sweep.dir", "logger.wandb.project", "logger.wandb.name", "logger.wandb.group",
 )  # fmt: skip
 
 

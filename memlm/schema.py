@@ -61,6 +61,8 @@ class Train:
     paths: Paths
     name: str | None
     n_parameter: Annotated[int, Range(1, 10**12)] | None
+    state_bytes: Annotated[int, Range(1, 10**12)] | None
+    n_token: Annotated[int, Range(1, 10**15)] | None
     seed: Seed
     optimized_metric: str
     resume: str | None
@@ -131,7 +133,9 @@ class Chat:
     """`scripts/chat.py`."""
 
     paths: Paths
-    checkpoint: str
+    model: Node | None = None
+    memory: dict[str, Node] | None = None
+    checkpoint: str | None
     trust: list[str] | str | None
     device: str
 
@@ -143,6 +147,8 @@ class Export:
     checkpoint: str
     trust: list[str] | str | None
     output: str
+    push: str | None
+    private: bool | None
 
 
 class Survival:

@@ -7,8 +7,10 @@ import torch
 import memlm
 from memlm import assemble
 from memlm.assemble import build_corpus, build_data, build_model, build_tokenizer, check_model, untrained
-from memlm.config import ConfigError
+from memlm.compose import compose, config_dir, to_dict
+from memlm.config import ConfigError, target_of
 from memlm.memory.state import n_byte
+from memlm.models.base import LanguageModel
 from tests.training.small import config, write_text
 
 SMALL = [
@@ -121,6 +123,52 @@ def test_a_size_that_cannot_be_is_refused(tmp_path: Path, model_name: str) -> No
         memlm.build(*small, "n_parameter=100")
     with pytest.raises(ConfigError, match=r"d_ff, which is set to 32"):
         memlm.build(*small, "n_parameter=40000", "model.d_ff=32")
+
+
+def bytes_of(model: LanguageModel) -> int:
+    return sum(n_byte(module.init_state(1)) for modules in model.memory.values() for module in modules)
+
+
+def test_every_memory_names_settings_that_its_size_is_made_of() -> None:
+    for name in (path.stem for path in (config_dir() / "memory").glob("*.yaml")):
+        for node in to_dict(compose([f"memory={name}"]))["memory"].values():
+            names = target_of(node, name).sized
+            assert all(isinstance(node[key], int) for key in names)
+            assert names or name == "infini"  # its matrix is as large as the layer's heads
+
+
+@pytest.mark.parametrize(
+    ("memory", "names"),
+    [("ltm", ["ltm.n_slot"]), ("delta", ["delta.d_key", "delta.d_value"]), ("dual", ["ltm.n_slot", "stm.n_slot"])],
+)
+def test_memories_of_equal_bytes(tmp_path: Path, memory: str, names: list[str]) -> None:
+    small = [*SMALL, f"data.path={write_text(tmp_path)}", f"memory={memory}"]
+    model = memlm.build(*small, "state_bytes=40000", "n_parameter=60000")
+    assert bytes_of(model) <= 40_000
+    assert sum(parameter.numel() for parameter in model.parameters()) == pytest.approx(60_000, abs=40)
+    whole = to_dict(compose(small))["memory"]
+    changed = {
+        f"{name}.{key}": value
+        for name, node in model.config["memory"].items()
+        for key, value in node.items()
+        if value != whole[name][key]
+    }
+    assert sorted(changed) == names
+    larger = [f"memory.{key}={value + 1}" for key, value in changed.items()]
+    assert bytes_of(memlm.build(*small, *larger)) > 40_000  # none is left unused
+
+
+def test_a_size_that_changes_nothing_is_none(tmp_path: Path) -> None:
+    small = [*SMALL, f"data.path={write_text(tmp_path)}"]
+    for memory, most in (("none", 9), ("infini", 10), ("delta", 32_768)):
+        model = memlm.build(*small, f"memory={memory}", f"state_bytes={most}")
+        assert model.config == memlm.build(*small, f"memory={memory}").config
+    least = memlm.build(*small, "memory=knn", "state_bytes=1")
+    assert (least.config["memory"]["knn"]["n_token"], least.config["state_bytes"]) == (1, 1)
+    least = memlm.build(*small, "memory=armt", "state_bytes=1")  # refuses a width of 1
+    assert least.config["memory"]["armt"]["d_mem"] == 2
+    most_slots = memlm.build(*small, "memory=lm2", "memory.lm2.n_slot=8", "state_bytes=1000000")  # at most d_model
+    assert most_slots.config["memory"]["lm2"]["n_slot"] == 16
 
 
 def test_the_text_is_read_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

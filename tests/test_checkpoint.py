@@ -251,7 +251,8 @@ def test_an_exported_model_is_the_same_without_what_trained_it(memory: str, tmp_
     fit(config(tmp_path, "a", *scope, "trainer.max_steps=2", memory=memory, phases=[FACTS]))
     model = memlm.load(tmp_path / "a")
     assert [path.name for path in export(model, tmp_path / "out")] == [
-        "SHA256SUMS", "config.json", "model.safetensors", "tokenizer.json",
+        "SHA256SUMS", "config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
+        "tokenizer_config.json",
     ]  # fmt: skip
     assert files(tmp_path) == ["a", "out", "text.txt"]  # nothing temporary is left
     again = memlm.load(tmp_path / "out")

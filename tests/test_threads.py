@@ -230,7 +230,6 @@ scripts/compare.py RUN
 scripts/evaluate.py checkpoint=RUN
 scripts/export.py checkpoint=RUN output=DIR
 scripts/generate.py checkpoint=RUN prompt=a
-scripts/public_figures.py RUN
 scripts/report.py RUN
 scripts/results.py recall RUN
 scripts/search.py training.lr=0.1,0.2

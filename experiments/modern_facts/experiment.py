@@ -32,10 +32,11 @@ from experiments.modern_facts.facts import COLUMNS, CUES, Item, Twins, check, la
 from memlm.analysis.style import CONTROLS
 from memlm.assemble import untrained
 from memlm.config import ConfigError
+from memlm.data.haystack import Haystack
 from memlm.data.tasks.makers import Fact
 from memlm.data.tasks.sentences import RELATIONS
 from memlm.evaluation.recall.asking import answer
-from memlm.evaluation.recall.haystack import Document, Haystack
+from memlm.evaluation.recall.haystack import Document
 from memlm.evaluation.recall.rates import rate
 from memlm.evaluation.recall.reading import device_of, is_shared, n_row_of, read
 from memlm.evaluation.recall.settings import Telling
@@ -136,7 +137,7 @@ def run(
         lay_out([cfg.seed, 1 + i], share, Haystack(text, [cfg.seed, i]), model.segment_len, cfg.facts_per_segment)
         for i, share in enumerate(shares)
     ]
-    longest = max(len(twin.head) for twins in documents for twin in twins)
+    longest = max(twin.n_head for twins in documents for twin in twins)
     length = -(-(longest + cfg.distance) // model.segment_len) * model.segment_len
     watched = any(isinstance(modules[0], Slots) for modules in model.memory.values())
     blank = untrained(model) if hasattr(model, "config") and watched else None

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from memlm.data.haystack import Haystack
 from memlm.data.tasks.makers import Fact
 from memlm.data.tasks.words import decoded
 from memlm.data.tokenizer import Tokenizer
-from memlm.evaluation.recall.haystack import Document, Haystack, tell
+from memlm.evaluation.recall.haystack import Document, tell
 
 if TYPE_CHECKING:
     from memlm.data.datamodule import TextData

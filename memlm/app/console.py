@@ -18,13 +18,19 @@ COMMANDS = {
     "generate": "continue a text",
     "chat": "talk with a model and its memory",
     "export": "write a trained model as safetensors and JSON",
+    "lm_eval": "measure with lm-evaluation-harness",
     "check": "judge a memory by the laws, also one outside of memlm",
     "benchmark": "measure speed",
     "search": "search for good settings",
 }
 """The commands, each a module of `memlm.app` with a function ``start``, and what they do."""
 
-_WITHOUT_HYDRA = ("compare", "report", "results")  # their arguments are paths, which a shell completes itself
+_WITHOUT_HYDRA = (
+    "compare",
+    "report",
+    "results",
+    "lm_eval",
+)  # their arguments are paths, which a shell completes itself
 _USAGE = (
     "usage: memlm COMMAND [arguments]\n\n"
     + "".join(f"  {name:<10} {what}\n" for name, what in COMMANDS.items())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import re
 from collections.abc import Sequence
 from importlib import import_module
@@ -13,6 +14,9 @@ from memlm.app.errors import mistakes_told
 from memlm.config import ConfigError
 from memlm.files import atomic_file
 from memlm.saved import TRUST
+
+FIGURES = Path("docs/figures")
+"""Where the figures of pages are, below the directory of the project."""
 
 _DESCRIPTION = (
     "Puts runs into results/NAME.json, and the tables of all records into the pages that have marks for them: "
@@ -68,7 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _put(path: Path, chosen: argparse.Namespace) -> None:
     """Put runs into a record."""
-    from memlm.evaluation import records
+    from memlm.evaluation import memory_table, records
     from memlm.evaluation.runs import find_runs
 
     record = records.read_record(path) if path.exists() else []
@@ -78,12 +82,17 @@ def _put(path: Path, chosen: argparse.Namespace) -> None:
     runs, _ = find_runs(chosen.runs, chosen.trust)
     new = records.entries(runs, experiment, commit, around["processor"], around["torch"])
     path.parent.mkdir(exist_ok=True)
-    _write(path, records.written(records.merged(record, new)))
+    merged = records.merged(record, new)
+    _write(path, records.written(merged))
+    if experiment == memory_table.NAME:
+        for name, figure in memory_table.figures(merged).items():
+            figure.savefig(image := io.BytesIO(), format="png", dpi=150)
+            _write(FIGURES / f"{name}.png", image.getvalue())
 
 
-def _write(path: Path, text: str) -> None:
+def _write(path: Path, content: str | bytes) -> None:
     with atomic_file(path) as file:
-        file.write(text.encode())
+        file.write(content.encode() if isinstance(content, str) else content)
     print(path)
 
 

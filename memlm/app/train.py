@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 def check(config: Mapping[str, Any]) -> None:
     """Refuse what can be told to be wrong without a look at text, files or devices."""
-    from memlm.assemble import check_model
+    from memlm.assemble import check_model, sized
     from memlm.evaluation import runner
     from memlm.training.replay import build_replay
     from memlm.training.settings import plan_steps
@@ -28,7 +28,7 @@ def check(config: Mapping[str, Any]) -> None:
     build_replay(config)
     runner.chosen(config)
     runner.watched(config["watch"])
-    check_model(config)
+    check_model(sized(config))
 
 
 @cli("train", check)

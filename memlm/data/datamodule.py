@@ -19,7 +19,7 @@ from memlm.data.tasks.base import Task
 from memlm.data.tasks.facts import Facts
 from memlm.data.tasks.makers import FactMaker, Maker
 from memlm.data.tokenizer import Tokenizer
-from memlm.data.tokens import TokenizedCorpus, tokenize
+from memlm.data.tokens import TokenizedCorpus, tokenize, tokenize_file
 
 log = logging.getLogger(__name__)
 
@@ -87,6 +87,20 @@ class TextData(lightning.LightningDataModule):
                 )
             self._splits[split] = tokens
         return self._splits[split]
+
+    def tokens_of_file(self, path: str) -> TokenizedCorpus:
+        """Token ids of a text of the user's own, of any length; see `memlm.data.tokens.tokenize_file`.
+
+        Raises:
+            ConfigError: If it cannot be read, or is no longer than a segment.
+        """
+        tokens = tokenize_file(path, self.tokenizer, self.cache_dir)
+        if tokens.n_token <= self.segment_len:
+            raise ConfigError(
+                f"the text {path!r} has {tokens.n_token} tokens, no more than one segment of {self.segment_len}: give "
+                "a longer one"
+            )
+        return tokens
 
     @property
     def maker(self) -> FactMaker:

@@ -103,6 +103,15 @@ class Tokenizer:
         except (ValueError, OSError) as error:  # ConfigError, or bytes that are not UTF-8
             raise ConfigError(f"tokenizer file {str(path)!r} cannot be read: {error}") from None
 
+    def bare(self) -> Tokenizer:
+        """Return the same tokenizer without what it would put around texts for others, such as ``<s>``."""
+        return Tokenizer.from_json(json.dumps(json.loads(self._json) | {"post_processor": None}, ensure_ascii=False))
+
+    def special_tokens(self) -> dict[str, str]:
+        """Return its tokens for padding and for what it does not know, by the names they have in transformers."""
+        found = {"pad_token": self._pad, "unk_token": self._unk}
+        return {name: self._backend.id_to_token(i) for name, i in found.items() if i is not None}
+
     def encode(self, text: str) -> list[int]:
         """Return the token ids of a text, with nothing added before or after.
 

@@ -9,12 +9,14 @@ import hashlib
 import io
 import logging
 import math
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from memlm.config import ConfigError
+from memlm.data.corpora.base import shown_path
 from memlm.files import checked_file, read_checked
 
 if TYPE_CHECKING:
@@ -87,20 +89,66 @@ def tokenize(corpus: Corpus, tokenizer: Tokenizer, split: str, cache_dir: Path) 
     Raises:
         ConfigError: The split does not exist or holds no token.
     """
-    key = hashlib.sha256(f"{FORMAT} {corpus.fingerprint()} {tokenizer.fingerprint()}".encode()).hexdigest()[:32]
-    folder = Path(cache_dir) / "tokens"
-    tokens_path, offsets_path = folder / f"{key}-{split}-tokens.npy", folder / f"{key}-{split}-offsets.npy"
+    return _cached(
+        f"{corpus.fingerprint()} {tokenizer.fingerprint()}",
+        split,
+        lambda: corpus.documents(split),
+        tokenizer,
+        Path(cache_dir),
+        f"split {split!r} of corpus {corpus.name!r}",
+    )
+
+
+def tokenize_file(path: str | Path, tokenizer: Tokenizer, cache_dir: Path, column: str = "text") -> TokenizedCorpus:
+    """Encode a text of any length, piece by piece, or take it from the cache; it is never held as a whole.
+
+    Args:
+        path: See `memlm.data.corpora.streamed.pieces`.
+        tokenizer: What encodes it.
+        cache_dir: As for `tokenize`.
+        column: Where `.jsonl` and `.parquet` keep the text.
+
+    Returns:
+        The tokens, in order of the file. Its "documents" are the pieces that were encoded in one go.
+
+    Raises:
+        ConfigError: The file is missing, empty, or no text.
+    """
+    from memlm.data.corpora.streamed import content, pieces
+
+    return _cached(
+        f"{content(path)} {column} {tokenizer.fingerprint()}",
+        "file",
+        lambda: pieces(path, column),
+        tokenizer,
+        Path(cache_dir),
+        shown_path(path),
+    )
+
+
+def _cached(
+    content: str,
+    label: str,
+    documents: Callable[[], Iterable[str]],
+    tokenizer: Tokenizer,
+    cache_dir: Path,
+    where: str,
+) -> TokenizedCorpus:
+    """The tokens of documents, whose content and tokenizer ``content`` stands for."""
+    key = hashlib.sha256(f"{FORMAT} {content}".encode()).hexdigest()[:32]
+    folder = cache_dir / "tokens"
+    tokens_path, offsets_path = folder / f"{key}-{label}-tokens.npy", folder / f"{key}-{label}-offsets.npy"
     cached = _load(tokens_path, offsets_path)
     if cached is not None:
         return cached
 
-    tokens, offsets = _encode(corpus.documents(split), tokenizer, split)
+    tokens, offsets = _encode(documents(), tokenizer, label)
     if not len(tokens):
-        raise ConfigError(f"split {split!r} of corpus {corpus.name!r} holds no token; give a longer text.")
+        raise ConfigError(f"{where} holds no token; give a longer text.")
     for path, array in ((tokens_path, tokens), (offsets_path, offsets)):
         with checked_file(path) as file:
             np.save(file, array)
-    log.info("%s, %s: tokenized", corpus.name, split)
+    log.info("%s: tokenized", where)
     cached = _load(tokens_path, offsets_path)
     # Another process may be clearing the cache: what is in memory is right in any case.
     return TokenizedCorpus(tokens, offsets) if cached is None else cached
@@ -132,22 +180,31 @@ def _array(content: memoryview) -> np.ndarray:
     return np.frombuffer(content, dtype, math.prod(shape), head.tell()).reshape(shape)
 
 
-def _encode(documents: list[str], tokenizer: Tokenizer, split: str) -> tuple[np.ndarray, np.ndarray]:
+def _encode(documents: Iterable[str], tokenizer: Tokenizer, label: str) -> tuple[np.ndarray, np.ndarray]:
     """Encode documents in batches of bounded size; returns `(tokens, offsets)`."""
     from tqdm import tqdm
 
-    n_char = sum(map(len, documents))
+    n_char = sum(map(len, documents)) if isinstance(documents, list) else None  # how long a stream is nobody knows
     arrays: list[np.ndarray] = []
-    with tqdm(total=n_char, desc=f"tokenizing {split}", unit="char", disable=n_char < PROGRESS_CHARS) as bar:
-        start = 0
-        while start < len(documents):
-            stop, size = start, 0
-            while stop < len(documents) and (stop == start or size + len(documents[stop]) <= BATCH_CHARS):
-                size += len(documents[stop])
-                stop += 1
-            arrays += [np.asarray(ids, dtype=np.int32) for ids in tokenizer.encode_batch(documents[start:stop])]
-            bar.update(size)
-            start = stop
+    hidden = n_char is not None and n_char < PROGRESS_CHARS
+    with tqdm(total=n_char, desc=f"tokenizing {label}", unit="char", disable=hidden, delay=0 if n_char else 2) as bar:
+        for batch in _batches(documents):
+            arrays += [np.asarray(ids, dtype=np.int32) for ids in tokenizer.encode_batch(batch)]
+            bar.update(sum(map(len, batch)))
     offsets = np.zeros(len(arrays) + 1, dtype=np.int64)
     np.cumsum([len(array) for array in arrays], out=offsets[1:])
     return np.concatenate([np.empty(0, dtype=np.int32), *arrays]), offsets
+
+
+def _batches(documents: Iterable[str]) -> Iterator[list[str]]:
+    """Documents in batches of at most `BATCH_CHARS`, or one."""
+    batch: list[str] = []
+    size = 0
+    for document in documents:
+        if batch and size + len(document) > BATCH_CHARS:
+            yield batch
+            batch, size = [], 0
+        batch.append(document)
+        size += len(document)
+    if batch:
+        yield batch

@@ -94,6 +94,17 @@ def recall_entries(label: str, suffix: str = "", stranger: bool = False) -> list
     ]
 
 
+def repetition_entries(repetition: float) -> list[dict[str, Any]]:
+    """An entry that says how often a document goes through its text, if it does more than once.
+
+    Args:
+        repetition: What the metric ``repetition`` has.
+    """
+    entry = {"label": "times a document goes through all the text there is", "metric": "repetition", "low": None}
+    more = {"high": None, "n": None, "percent": False, "better": None, "control": False}
+    return [entry | more] if repetition > 1 else []
+
+
 def shown(value: float, percent: bool = False) -> str:
     """A number as text: a rate in percent, else with four significant digits; "-" for NaN."""
     if math.isnan(value):

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from memlm.config import ConfigError
+from memlm.evaluation import memory_table
 from memlm.evaluation.compare.groups import n_token
 from memlm.evaluation.headline import Number, headline, in_percent, shown
 from memlm.evaluation.result import Result
@@ -28,6 +29,7 @@ Entry = Mapping[str, Any]
 
 _MARKS = re.compile(r"(<!-- results/([\w-]+)\.json -->\n).*?(<!-- end of results -->)", re.DOTALL)
 _NEEDED = ("name", "seed", "commit", "machine", "experiment", "metrics", "headline", "step", "tokens", "state_bytes")
+_TOLD: tuple[tuple[str, Any], ...] = (("trained", None), ("settings", {}), ("headline", []))
 _CONTROLS = ("off", "wiped", "swapped")
 
 
@@ -46,9 +48,7 @@ def entries(runs: Sequence[Run], experiment: str, commit: str, machine: str, tor
     """
     found = []
     for run in runs:
-        if (result := run.results.get(experiment)) is None:
-            raise ConfigError(f"{run.path} has no result of {experiment}; it has: {', '.join(run.results)}")
-        trained, stored = run.trained, result.to_dict()
+        trained, stored = run.trained, _stored(run, experiment)
         tokens, speed = n_token(trained), trained.tokens_per_second
         found.append(
             {
@@ -65,12 +65,28 @@ def entries(runs: Sequence[Run], experiment: str, commit: str, machine: str, tor
                 "cpu_seconds": trained.cpu_seconds,
                 "parameters": trained.n_parameter,
                 "state_bytes": trained.state_bytes,
-                "settings": stored["metadata"].get("settings", {}),
-                "headline": stored["metadata"].get("headline", []),
-                "metrics": stored["metrics"],
+                **stored,
+                "curve": _curve(run.results.get("training")),
             }
         )
     return found
+
+
+def _stored(run: Run, experiment: str) -> dict[str, Any]:
+    """What was measured of a run."""
+    if experiment == memory_table.NAME:
+        return {"settings": {}, "headline": [], **memory_table.measured(run)}
+    if (result := run.results.get(experiment)) is None:
+        raise ConfigError(f"{run.path} has no result of {experiment}; it has: {', '.join(run.results)}")
+    stored = result.to_dict()
+    told = {name: stored["metadata"].get(name, empty) for name, empty in _TOLD}
+    return {**told, "metrics": stored["metrics"]}
+
+
+def _curve(training: Result | None) -> list[list[float]]:
+    """Steps that were logged, each with the share of its batch's answers that were right."""
+    rows = [] if training is None else training.rows
+    return [[row["step"], row[rate]] for row in rows if row.get(rate := "train/answer_accuracy") is not None]
 
 
 def _command(run: Path) -> str | None:
@@ -85,12 +101,12 @@ def _command(run: Path) -> str | None:
 
 
 def merged(record: Sequence[Entry], new: Sequence[Entry]) -> list[Entry]:
-    """A record with new entries, sorted by name and seed; of the same name and seed the newer one stays.
+    """A record with new entries, sorted by name and seed; of the same name, seed and variant the newer one stays.
 
     Raises:
         ConfigError: If the entries are not of one experiment.
     """
-    known = {(entry["name"], entry["seed"]): entry for entry in [*record, *new]}
+    known = {(entry["name"], entry["seed"], entry.get("variant", "")): entry for entry in [*record, *new]}
     if len(kinds := sorted({entry["experiment"] for entry in known.values()})) > 1:
         raise ConfigError(f"a record is of one experiment, and here are {', '.join(kinds)}: give each its own record")
     return [known[key] for key in sorted(known)]
@@ -139,11 +155,15 @@ def filled_in(page: str, folder: Path) -> str:
 
 
 def table(record: Sequence[Entry]) -> str:
-    """A record as a table of Markdown: of the pairs that are held, or of the experiment's headline."""
-    lines = [["nothing was measured yet"], ["---"]]
-    if record:
-        lines = (_pairs if _sizes(record) else _headlines)(record)
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    """A record as a table of Markdown: of all memories, of the rates by size, or of the experiment's headline."""
+    lines, below = [["nothing was measured yet"], ["---"]], ""
+    if record and record[0]["experiment"] == memory_table.NAME:
+        lines = memory_table.table(record)
+        below = "".join(f"\n\n![{name}](figures/{name}.png)" for name in memory_table.figures(record))
+    elif record:
+        by_size = _sizes(record) or any(entry.get("trained") for entry in record)
+        lines = (_rates if by_size else _headlines)(record)
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + below
 
 
 def _costs(entry: Entry) -> list[str]:
@@ -188,37 +208,53 @@ def _cell(number: Number) -> str:
     return f"{text} ({' to '.join(ends)})"
 
 
-def _sizes(record: Sequence[Entry]) -> list[int]:
-    """Numbers of pairs that were told, where experiment=associative_recall was measured with several."""
+def _sizes(record: Sequence[Entry]) -> list[tuple[int, ...]]:
+    """Sizes of documents with rates of their own: pairs told, or tokens and pairs."""
     names = {name for entry in record for name in entry["metrics"] if name.startswith("accuracy/on/")}
-    return sorted(int(name.rpartition("/")[2]) for name in names)
+    return sorted(tuple(map(int, name.rpartition("/")[2].split("_"))) for name in names)
 
 
-def _pairs(record: Sequence[Entry]) -> list[list[str]]:
-    """How many pairs are held: most first, of those the fewest bytes."""
+def _rates(record: Sequence[Entry]) -> list[list[str]]:
+    """Rates by size: those of most pairs held, or else of all sizes, first; then of the fewest bytes."""
     sizes = _sizes(record)
+    ends = ["_".join(map(str, size)) for size in sizes]
+    held = all("held/on" in entry["metrics"] for entry in record)
+    published = any(entry.get("trained") for entry in record)
+    first = "pairs held at 90 %" if held else "answered"
+    shares = ["of the published training"] * published
     lines = [
-        ["memory", "seed", "state of a row, bytes", "pairs held at 90 %"]
-        + [f"{n} pair{'s' * (n > 1)}" for n in sizes]
-        + ["controls at most", *_COSTS]
+        ["memory", "seed", "state of a row, bytes", first, *map(_size, sizes), "controls at most", *shares, *_COSTS]
     ]
     lines.append(["---"] * len(lines[0]))
-    for entry in sorted(record, key=lambda e: (-e["metrics"]["held/on"], e["state_bytes"], e["seed"])):
+    best = "held/on" if held else "accuracy/on"
+    for entry in sorted(record, key=lambda e: (-e["metrics"][best], e["state_bytes"], e["seed"])):
         metrics = entry["metrics"]
-        rates = [_rate(metrics, n) if f"accuracy/on/{n}" in metrics else "-" for n in sizes]
-        control = max(metrics.get(f"accuracy/{name}/{n}", 0.0) for n in sizes for name in _CONTROLS)
-        held = f"{int(metrics['held/on'])}{' or more' if metrics['held/on'] == sizes[-1] else ''}"
+        controls = [
+            metrics.get(f"accuracy/{name}{end}") for name in _CONTROLS for end in ("", *(f"/{e}" for e in ends))
+        ]
+        n = int(metrics.get("held/on", 0))
         lines.append(
             [
-                *(f"`{entry['name']}`", str(entry["seed"]), f"{entry['state_bytes']:,}", held),
-                *rates,
-                *(f"{in_percent(control):.1f}", *_costs(entry)),
+                *(f"`{entry['name']}`", str(entry["seed"]), f"{entry['state_bytes']:,}"),
+                f"{n}{' or more' if (n,) == sizes[-1] else ''}" if held else _rate(metrics, ""),
+                *(_rate(metrics, f"/{end}") for end in ends),
+                f"{in_percent(max(rate for rate in controls if rate is not None)):.1f}",
+                *(entry["trained"] or "-" for _ in shares),
+                *_costs(entry),
             ]
         )
     return lines
 
 
-def _rate(metrics: Mapping[str, float], n: int) -> str:
-    """The rate of so many pairs and its interval, in percent."""
-    rate, low, high = (in_percent(metrics[f"{name}/on/{n}"]) for name in ("accuracy", "low", "high"))
+def _size(size: tuple[int, ...]) -> str:
+    """A size in words."""
+    *n_token, n_pair = size
+    return "".join(f"{n:,} tokens, " for n in n_token) + f"{n_pair} pair{'s' * (n_pair > 1)}"
+
+
+def _rate(metrics: Mapping[str, float], end: str) -> str:
+    """A rate and its interval, in percent; "-" if it was not measured."""
+    if f"accuracy/on{end}" not in metrics:
+        return "-"
+    rate, low, high = (in_percent(metrics[f"{name}/on{end}"]) for name in ("accuracy", "low", "high"))
     return f"{rate:.1f} ({low:.1f} to {high:.1f})"

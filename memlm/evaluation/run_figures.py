@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from matplotlib.figure import Figure
 
+from memlm.analysis.efficiency import compute_memory_efficiency
 from memlm.analysis.figures import gates, loss_curve, recall_curve, slot_use
 from memlm.analysis.usage import slot_usage
 from memlm.evaluation.result import Result
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 def training_result(
     model: LanguageModel, data: TextData, history: Sequence[Mapping[str, Any]]
 ) -> tuple[Result, dict[str, Figure | None]]:
-    """The history of a run and its figures: loss, recall beside its controls, gates, and use of the slots.
+    """The history of a run, its cost, and its figures: loss, recall beside its controls, gates, and use of the slots.
 
     Args:
         model: The trained model.
@@ -35,6 +36,6 @@ def training_result(
     last: dict[str, Any] = {}
     for row in history:
         last |= {name: value for name, value in row.items() if value is not None}
-    return Result(
-        "training", {k: v for k, v in last.items() if isinstance(v, float)}, tuple(map(dict, history))
-    ), figures
+    metrics = {k: v for k, v in last.items() if isinstance(v, float)}
+    metrics["flops_per_token"] = float(compute_memory_efficiency(model).model.flops_per_token)
+    return Result("training", metrics, tuple(map(dict, history))), figures

@@ -75,6 +75,8 @@ class AdaptiveMemory(Slots):
         ValueError: If a setting cannot work; the message names it.
     """
 
+    sized = ("n_slot",)
+
     def __init__(
         self,
         d_model: int,

@@ -95,6 +95,7 @@ class AssociativeMemory(Memory):
     """
 
     around = "stack"
+    sized = ("d_mem",)
 
     def __init__(self, d_model: int, sizes: Sizes, n_cell: int = 8, d_mem: int = 64) -> None:
         super().__init__()

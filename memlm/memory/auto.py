@@ -55,6 +55,8 @@ class AutoMemory(Slots):
         ValueError: If a setting cannot work; the message names it.
     """
 
+    sized = ("n_slot",)
+
     def __init__(
         self,
         d_model: int,

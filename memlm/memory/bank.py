@@ -124,8 +124,10 @@ class Bank(nn.Module):
         if self.memory.scope == "shared" or saved - {_USES}:
             self.commit(self.memory.init_state(1))
             for name, part in self.held().items():
-                setattr(self, name, part.clone())
-                state_dict.setdefault(f"{prefix}{name}", part)
+                came = state_dict.setdefault(f"{prefix}{name}", part)
+                fits = (came.shape, came.dtype, came.device) == (part.shape, part.dtype, part.device)
+                # What came is held itself: no write in place changes what another has too.
+                setattr(self, name, came.detach() if fits and came.is_contiguous() else part.clone())
         if _USES in saved:
             self.register_buffer(_USES, torch.zeros_like(state_dict[f"{prefix}{_USES}"]))
         super()._load_from_state_dict(state_dict, prefix, *rest)

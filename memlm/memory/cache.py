@@ -71,6 +71,7 @@ class CacheMemory(Memory):
         ValueError: If a setting cannot work; the message names it.
     """
 
+    sized = ("n_token",)
     scan = at_once
 
     def __init__(self, d_model: int, sizes: Sizes, n_token: int = 512, gradient: bool = False) -> None:

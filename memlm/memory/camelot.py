@@ -5,7 +5,9 @@ Source: Z. He et al., "CAMELoT: Towards large language models with training-free
 
 - A slot holds the key and value of all heads of a layer, with one count and one age. Keys are taken before rotation.
 - Similarity is the cosine of whole keys, all heads side by side.
-- What is found has no place: scores are those of queries and keys before positions are encoded.
+- What is found has no place: scores are those of queries and keys before positions are encoded. With ``reach`` a slot
+  stands where the token stood that joined it last. A model that was trained with rotary places, and is not trained
+  again, needs that.
 - A token sees the slots that tokens of its segment up to itself found, each once. The paper puts all that a window
   finds before it; a token that saw what later tokens found would learn something of them.
 - A token finds ``top_k`` slots. The paper has 1, with which nothing could be learned in a short training.
@@ -81,6 +83,7 @@ class CamelotMemory(Slots):
         n_mode: Slots of a row and layer.
         threshold: Cosine above which a token joins its nearest slot, at least -1; from 1 on the memory is a FIFO.
         top_k: Slots that a token finds.
+        reach: Tokens before a segment where the oldest slots stand, at least 1; None for no place.
         gradient: Whether gradients flow into what is kept, inside a window.
 
     Raises:
@@ -88,6 +91,7 @@ class CamelotMemory(Slots):
     """
 
     needs = Needs(heads=True, context=True)
+    sized = ("n_mode",)
     within = True  # what a token sees depends on tokens before it in its segment
 
     def __init__(
@@ -97,6 +101,7 @@ class CamelotMemory(Slots):
         n_mode: int = 512,
         threshold: float = 0.95,
         top_k: int = 8,
+        reach: int | None = None,
         gradient: bool = False,
     ) -> None:
         super().__init__()
@@ -105,6 +110,9 @@ class CamelotMemory(Slots):
                 raise ValueError(f"{name} must be at least 1, got {number}")
         if not threshold >= -1:
             raise ValueError(f"threshold is a cosine, so at least -1, got {threshold}")
+        if reach is not None and reach < 1:
+            raise ValueError(f"reach must be at least 1, or null for slots without a place, got {reach}")
+        self.reach = reach
         self.n_mode, self.threshold, self.top_k, self.gradient = n_mode, threshold, top_k, gradient
         self.sizes = sizes
         self.register_buffer("empty", torch.zeros(sizes.n_head, d_model // sizes.n_head), persistent=False)
@@ -134,7 +142,7 @@ class CamelotMemory(Slots):
         keep_state: bool = True,
     ) -> Scanned:
         """Find and write segment by segment, then mix all of them in one call; see `Memory.scan`."""
-        found: list[tuple[Tensor, Tensor, Tensor]] = []
+        found: list[tuple[Tensor, ...]] = []
         traces: list[Trace] = []
         for s in range(window.n_segment):
             segment = window.at(s)
@@ -146,16 +154,18 @@ class CamelotMemory(Slots):
                 traces.append(trace)
         if not read:
             return Scanned(self.off(x, mixer), None, state, mean_trace(traces))
-        key, value, seen = (torch.stack(parts, dim=1).flatten(0, 1) for parts in zip(*found, strict=True))
+        key, value, seen, place = (torch.stack(parts, dim=1).flatten(0, 1) for parts in zip(*found, strict=True))
         context = Context(key.transpose(1, 2), value.transpose(1, 2), seen)
+        if self.reach is not None:
+            context = context._replace(place=place)
         return Scanned(mixer(x, context), None, state, mean_trace(traces))
 
-    def find(self, segment: Segment, state: CamelotState) -> tuple[Tensor, Tensor, Tensor]:
+    def find(self, segment: Segment, state: CamelotState) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """What the tokens of a segment find.
 
         Returns:
-            Keys and values of the slots that are found by any token, (B, M, H, E) each, and which of them each token
-            that is mixed sees, (B, Q, M).
+            Keys and values of the slots that are found by any token, (B, M, H, E) each; which of them each token that
+            is mixed sees, (B, Q, M); and where they stand before the segment, (B, M).
         """
         assert segment.heads is not None  # as they are among the `needs`
         n_token, device = segment.segment_len, state.key.device
@@ -170,7 +180,8 @@ class CamelotMemory(Slots):
             first = first.masked_fill(~self.filled(state), n_token)
             first, order = (part[:, : slots[0].numel()] for part in first.sort(dim=1, stable=True))  # (B, M)
             seen = first[:, None] <= cell[segment.columns][:, None]  # (B, Q, M)
-        return take(state.key, order), take(state.value, order), seen
+        place = (state.last - state.n_token[:, None]).gather(1, order).clamp(min=-(self.reach or 0))
+        return take(state.key, order), take(state.value, order), seen, place
 
     def write(self, segment: Segment, state: CamelotState) -> tuple[CamelotState, Trace]:
         """Let the tokens of a segment join slots or take the place of some; see `Memory.write`."""

@@ -13,7 +13,6 @@ that fade apart: K, or 1 if all fade alike.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -26,29 +25,29 @@ class Chunks(NamedTuple):
     """What the tokens of chunks do to the matrix M before their chunk, whatever it is.
 
     Attributes:
-        k: Keys, (..., L, K).
         late: What is left of the keys at the chunk's end, (..., L, K).
-        value: x, (..., L, V).
-        erase: e, for M as it was before the chunk, (..., L, K); None if nothing is erased.
+        value: What tokens write where nothing is erased, (..., L, V).
+        erase: Keys under which is erased, with what is left of M, (..., L, K); None if nothing is erased.
         inverse: Of the system that ties what tokens write to each other, (..., L, L); None if nothing is erased.
-        since: Share of M that is left at each token, (..., L, A); None for all of it.
-        between: Share of what token i (column) wrote that is left at token t (row), 0 for i > t, (..., L, L); None if
-            nothing fades, or channels fade apart.
-        decay: Logs of what each token leaves, (..., L, K), where channels fade apart; None elsewhere.
+        left: Share of M that is left at the chunk's end, (..., A, 1); None for all of it.
+        alike: What tells of any query what it meets, where channels fade alike; None elsewhere.
+        query: Queries with what is left of M, (..., L, K); None unless there are queries.
+        met: Products of them with what is left of the keys, (..., L, L); None unless there are queries.
     """
 
-    k: Tensor
     late: Tensor
     value: Tensor
     erase: Tensor | None
     inverse: Tensor | None
-    since: Tensor | None
-    between: Tensor | None
-    decay: Tensor | None
+    left: Tensor | None
+    alike: Alike | None
+    query: Tensor | None
+    met: Tensor | None
 
     def each(self) -> list[Chunks]:
-        """The chunks one by one, of chunks (C, ...)."""
-        parts = zip(*([None] * len(self.k) if part is None else part.unbind() for part in self), strict=True)
+        """The chunks one by one, of chunks (C, ...); they have no queries."""
+        passed = self._replace(alike=None, query=None, met=None)
+        parts = zip(*([None] * len(self.late) if part is None else part.unbind() for part in passed), strict=True)
         return [Chunks(*part) for part in parts]
 
     def written(self, matrix: Tensor) -> Tensor:
@@ -59,16 +58,47 @@ class Chunks(NamedTuple):
 
     def after(self, matrix: Tensor, written: Tensor) -> Tensor:
         """The matrix (..., K, V) after the chunk."""
-        kept = matrix if self.since is None else self.since[..., -1, :, None] * matrix
-        return kept + self.late.mT @ written
+        return (matrix if self.left is None else self.left * matrix) + self.late.mT @ written
 
-    def found(self, query: Tensor, matrix: Tensor, written: Tensor) -> Tensor:
-        """What each token finds under its query (..., L, K), once it has written: (..., L, V)."""
-        left = query if self.since is None else query * self.since
-        return left @ matrix + products(query, self.k, self.between, self.decay) @ written
+    def asking(self, query: Tensor) -> Chunks:
+        """The same with other queries (..., L, K), where channels fade alike."""
+        assert self.alike is not None
+        return self._replace(query=self.alike.faded(query), met=self.alike.met(query))
+
+    def found(self, matrix: Tensor, written: Tensor) -> Tensor:
+        """What each token finds under its query, once it has written: (..., L, V)."""
+        assert self.query is not None
+        assert self.met is not None
+        return self.query @ matrix + self.met @ written
 
 
-def chunks_of(k: Tensor, value: Tensor, erase: Tensor | None, decay: Tensor | None) -> Chunks:
+class Alike(NamedTuple):
+    """What is left at tokens of a chunk where all channels fade alike.
+
+    Attributes:
+        k: Keys, (..., L, K).
+        since: Share of the matrix before the chunk that is left at each token, (..., L, 1); None for all of it.
+        between: Share of what token i (column) wrote that is left at token t (row), 0 for i > t, (..., L, L); None for
+            all of it.
+    """
+
+    k: Tensor
+    since: Tensor | None
+    between: Tensor | None
+
+    def faded(self, query: Tensor) -> Tensor:
+        """Queries (..., L, K) with what is left of the matrix."""
+        return query if self.since is None else query * self.since
+
+    def met(self, query: Tensor) -> Tensor:
+        """Products of query t (row) with what is left at t of key i (column), 0 for i > t, (..., L, L)."""
+        found = query @ self.k.mT
+        return found.tril() if self.between is None else found * self.between
+
+
+def chunks_of(
+    k: Tensor, value: Tensor, erase: Tensor | None, decay: Tensor | None, query: Tensor | None = None
+) -> Chunks:
     """Solve the rule within each chunk.
 
     Args:
@@ -76,30 +106,38 @@ def chunks_of(k: Tensor, value: Tensor, erase: Tensor | None, decay: Tensor | No
         value: What tokens write where nothing is erased, (..., L, V).
         erase: Keys under which what stands there is erased, (..., L, K); None to erase nothing.
         decay: Logs of the share of the matrix that each token leaves, (..., L, A), at most 0; None for all of it.
+        query: What is asked once a token has written, (..., L, K); None to ask for nothing.
     """
-    since = between = inverse = None
-    late = k
-    if decay is not None:
-        since = decay.cumsum(dim=-2).exp()
-        late = k * sums_after(decay).exp()
-        if decay.shape[-1] == 1 < k.shape[-1]:
-            between, decay = decay_between(decay[..., 0]), None
-    if erase is not None:
-        inverse = inverse_of(products(erase, k, between, decay))
-        erase = erase if since is None else erase * since
-    return Chunks(k, late, value, erase, inverse, since, between, decay)
+    asked = [part for part in (erase, query) if part is not None]
+    alike = None
+    if decay is not None and decay.shape[-1] > 1:
+        late, left, faded, met = faded_apart(k, decay, *asked)
+    else:
+        late, left, alike = k, None, Alike(k, None, None)
+        if decay is not None:
+            alike = Alike(k, decay.cumsum(dim=-2).exp(), decay_between(decay[..., 0]))
+            late, left = k * sums_after(decay).exp(), alike.since[..., -1, :, None]
+        faded, met = [alike.faded(part) for part in asked], [alike.met(part) for part in asked]
+    erase, inverse = (None, None) if erase is None else (faded[0], inverse_of(met[0]))
+    query, of_query = (None, None) if query is None else (faded[-1], met[-1])
+    return Chunks(late, value, erase, inverse, left, alike, query, of_query)
 
 
-def products(query: Tensor, k: Tensor, between: Tensor | None, decay: Tensor | None) -> Tensor:
-    """Of query t (row) with what is left at t of key i (column), 0 for i > t, (..., L, L); see `Chunks`."""
-    if decay is not None:
-        return faded_products(query, k, decay)
-    return (query @ k.mT).tril() if between is None else (query @ k.mT) * between
+def faded_apart(k: Tensor, decay: Tensor, *query: Tensor) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]:
+    """What is left where each channel fades at its own pace.
 
+    Args:
+        k: Keys, (..., L, K).
+        decay: Logs of the share that each token leaves, (..., L, K).
+        *query: Queries, (..., L, K) each.
 
-def faded_products(query: Tensor, k: Tensor, decay: Tensor) -> Tensor:
-    """The same where each channel fades at its own pace: ``sum_c query_tc k_ic exp(decay_(i+1)c + ... + decay_tc)``."""
-    return _FadedProducts.apply(query, k, decay)  # type: ignore[no-any-return, no-untyped-call]
+    Returns:
+        Keys with what is left of them at the end; what is left of what was before, (..., K, 1); each query with what is
+        left of that; and each query's products with what is left of the keys at its token, 0 with later ones,
+        (..., L, L): ``sum_c query_tc k_ic exp(decay_(i+1)c + ... + decay_tc)``.
+    """
+    late, left, *found = _FadedApart.apply(k, decay, *query)  # type: ignore[no-untyped-call]
+    return late, left.mT, found[: len(query)], found[len(query) :]
 
 
 def sums_after(steps: Tensor) -> Tensor:
@@ -120,62 +158,79 @@ def inverse_of(lower: Tensor) -> Tensor:
     return _Inverse.apply(lower)  # type: ignore[no-any-return, no-untyped-call]
 
 
-class _FadedProducts(torch.autograd.Function):
-    """By blocks of the diagonal, which are joined in twos until one is left.
+class _FadedApart(torch.autograd.Function):
+    """By blocks of one token each, which are joined in twos until one is left.
 
-    Of two blocks, the tokens of the second meet those of the first at the border between them. The shares up to there
-    and from there on are at most 1, so that a product of matrices does, without a share for each channel of each pair.
+    Keys are kept with what is left of them at the end of their block, queries with what is left of what was before it.
+    Of two blocks, the queries of the second meet the keys of the first at the border between them, so that a product of
+    matrices does, without a share for each channel of each pair. No share is ever more than 1.
     """
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, k: Tensor, decay: Tensor) -> Tensor:
-        share = decay.exp()
-        ctx.save_for_backward(query, k, share)
-        found = query.new_zeros(*query.shape[:-1], query.shape[-2])
-        found.diagonal(dim1=-2, dim2=-1).copy_((query * k).sum(dim=-1))
-        for n, late, early in _shares(share):
-            first, second = _halves(k, n)[0] * early, _halves(query, n)[1] * late
-            _diagonal_blocks(found, 2 * n)[..., n:, :n] = second @ first.mT
-        return found
+    def forward(ctx: Any, k: Tensor, decay: Tensor, *query: Tensor) -> tuple[Tensor, ...]:
+        left = decay.exp()  # of each block
+        queries = torch.stack(query, dim=-2) if query else k[..., None, :][..., :0, :]  # (..., L, R, K)
+        met = [part.new_zeros(*part.shape[:-1], part.shape[-2]) for part in query]
+        for part, products in zip(query, met, strict=True):
+            products.diagonal(dim1=-2, dim2=-1).copy_((part * k).sum(dim=-1))
+        late, faded = k.clone(), queries * left[..., None, :]
+        kept = [k, queries, left]
+        n = 1
+        while n < k.shape[-2]:
+            first, second = _halves(late, n, -2)[0], _halves(faded, n, -3)[1]
+            keys, asked = (part.clone(memory_format=torch.contiguous_format) for part in (first, second))
+            blocks = (asked.flatten(-3, -2) @ keys.mT).unflatten(-2, (n, -1))  # (..., L / 2n, n, R, n)
+            for i, products in enumerate(met):
+                _diagonal_blocks(products, 2 * n)[..., n:, :n] = blocks[..., i, :]
+            of_first, of_second = _halves(left, 1, -2)
+            first *= of_second
+            second *= of_first[..., None, :]
+            kept += [keys, asked, of_first, of_second]
+            left = (of_first * of_second).flatten(-3, -2)
+            n *= 2
+        ctx.save_for_backward(late, left, *kept)
+        return late, left, *faded.unbind(dim=-2), *met
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        query, k, share = ctx.saved_tensors
-        on_diagonal = grad.diagonal(dim1=-2, dim2=-1)[..., None]
-        of_query, of_k = on_diagonal * k, on_diagonal * query
-        for n, late, early in _shares(share):
-            first, second = _halves(k, n)[0] * early, _halves(query, n)[1] * late
-            block = _diagonal_blocks(grad, 2 * n)[..., n:, :n].contiguous()
-            _halves(of_query, n)[1].addcmul_(late, _times(block, first))
-            _halves(of_k, n)[0].addcmul_(early, _times(block.mT, second))
+    def backward(ctx: Any, of_late: Tensor, of_left: Tensor, *grads: Tensor) -> tuple[Tensor, ...]:
+        late, left, k, queries, share, *kept = ctx.saved_tensors
+        n_query = queries.shape[-2]
+        to_end = (of_late * late).sum(dim=-2, keepdim=True) + of_left * left
+        of_k = of_late.clone()
+        of_query = torch.stack(grads[:n_query], dim=-2) if n_query else torch.zeros_like(queries)
+        of_met = grads[n_query:]
+        n = k.shape[-2] // 2
+        while n:
+            *kept, keys, asked, of_first, of_second = kept
+            first, second = _halves(of_k, n, -2)[0], _halves(of_query, n, -3)[1]
+            first *= of_second
+            second *= of_first[..., None, :]
+            if n_query:
+                blocks = torch.stack([_diagonal_blocks(part, 2 * n)[..., n:, :n] for part in of_met], dim=-2)
+                blocks = blocks.flatten(-3, -2)
+                first += _times(blocks.mT, asked.flatten(-3, -2))
+                second += _times(blocks, keys).view_as(second)
+            n //= 2
+        of_query *= share[..., None, :]
         # A step fades what goes from keys before it to queries from it on: what goes to them, less what begins there.
-        steps = query * of_query - k * of_k
-        return of_query, of_k, steps.flip(-2).cumsum(dim=-2).flip(-2)
+        steps = (queries * of_query).sum(dim=-2) - k * of_k
+        of_decay = steps.flip(-2).cumsum(dim=-2).flip(-2) + to_end
+        for i, part in enumerate(of_met):
+            on_diagonal = part.diagonal(dim1=-2, dim2=-1)[..., None]
+            of_k.addcmul_(on_diagonal, queries[..., i, :])
+            of_query[..., i, :].addcmul_(on_diagonal, k)
+        return of_k, of_decay, *of_query.unbind(dim=-2)
 
 
-def _shares(share: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """For each size n of blocks what is left on both sides of the border between two, (..., L / 2n, n, K) each.
-
-    Of what comes to it at tokens of the second block, and, until it, of what tokens of the first wrote.
-    """
-    since, until, n = share.clone(), torch.ones_like(share), 1
-    while n < share.shape[-2]:
-        (first, late), (early, _) = _halves(since, n), _halves(until, n)
-        yield n, late, early
-        early *= late[..., -1:, :]
-        late *= first[..., -1:, :]
-        n *= 2
+def _times(left: Tensor, right: Tensor) -> Tensor:
+    """``left @ right``; PyTorch has no fast product on the CPU where ``left`` is one row or one column."""
+    return (left[..., None] * right[..., None, :, :]).sum(dim=-2) if 1 in left.shape[-2:] else left @ right
 
 
-def _times(block: Tensor, part: Tensor) -> Tensor:
-    """``block`` (..., n, n) times ``part`` (..., n, K); PyTorch has no fast product for very small ones on the CPU."""
-    return block @ part if block.shape[-1] > 2 else (block[..., None] * part[..., None, :, :]).sum(dim=-2)
-
-
-def _halves(part: Tensor, n: int) -> tuple[Tensor, ...]:
-    """First and second blocks of all pairs, (..., L / 2n, n, K) each, as views of (..., L, K)."""
-    return part.unflatten(-2, (-1, 2, n)).unbind(dim=-3)
+def _halves(part: Tensor, n: int, dim: int) -> tuple[Tensor, ...]:
+    """First and second blocks of n of all pairs of blocks along a dimension, as views."""
+    return part.unflatten(dim, (-1, 2, n)).unbind(dim=dim - 1)
 
 
 class _Inverse(torch.autograd.Function):
@@ -189,7 +244,8 @@ class _Inverse(torch.autograd.Function):
     def forward(ctx: Any, lower: Tensor) -> Tensor:
         n_token = lower.shape[-1]
         inverse = torch.eye(n_token, dtype=lower.dtype, device=lower.device).repeat(*lower.shape[:-2], 1, 1)
-        n = 1
+        inverse.diagonal(-1, -2, -1)[..., ::2] = -lower.diagonal(-1, -2, -1)[..., ::2]  # blocks of two tokens
+        n = 2
         while n < n_token:
             pairs, held = _diagonal_blocks(lower, 2 * n), _diagonal_blocks(inverse, 2 * n)
             first, second = held[..., :n, :n], held[..., n:, n:]

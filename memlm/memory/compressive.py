@@ -61,6 +61,7 @@ class CompressiveMemory(Memory):
         ValueError: If a setting cannot work; the message names it.
     """
 
+    sized = ("n_token", "n_compressed")
     scan = at_once
 
     def __init__(

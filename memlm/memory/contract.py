@@ -95,8 +95,9 @@ class Context(NamedTuple):
         value: As ``key``.
         mask: Which of them may be seen, (B, M), or per query (B, T, M); None for all.
         bias: Added to the scores, of any shape that broadcasts to (B, H, T, M); None for nothing.
-        place: Where each key stands, (M,), in tokens from the first cell of the segment (-1 is right before it); None
-            if keys have no place: scores then are those of queries and keys before positions are encoded.
+        place: Where each key stands, (M,) or per row (B, M), in tokens from the first cell of the segment (-1 is right
+            before it); None if keys have no place: scores then are those of queries and keys before positions are
+            encoded.
     """
 
     key: Tensor
@@ -314,6 +315,7 @@ class Memory(nn.Module):
         within: Whether a token reads what earlier tokens of its own segment wrote. `scan` is then the rule itself, and
             no faster way to what the loop over `mix` gives.
         technical: Names of settings that say how it is computed, not what: a run may go on with other ones.
+        sized: Names of the settings that its size is made of, which grow together where a run has ``state_bytes``.
         bank: What outlives the text; see `Bank`.
     """
 
@@ -322,6 +324,7 @@ class Memory(nn.Module):
     scope: Scope = "sequence"
     within: bool = False
     technical: frozenset[str] = frozenset()
+    sized: tuple[str, ...] = ()
     bank: Bank
 
     def __init__(self) -> None:

@@ -94,18 +94,18 @@ class DeltaMemory(MatrixMemory):
 
     def rule(self, tokens: Tokens, n_segment: int) -> tuple[Chunks, Trace]:
         """Values, erasing keys and decays, solved in chunks; see `MatrixMemory.rule`."""
-        decay = None if tokens.decay is None else cut(tokens.decay, n_segment)
+        decay, query = (None if part is None else cut(part, n_segment) for part in (tokens.decay, tokens.query))
         k, value, erase = cut(tokens.k, n_segment), tokens.v, None
         trace: Trace = {}
         if self.to_rate is not None:
             rate = self.rates(self.to_rate, tokens.x, self.rate_max)
-            erase = cut(rate * tokens.k, n_segment)
+            erase = cut(rate, n_segment) * k
             trace["rate"] = self.mean(rate, tokens.valid)
             if self.to_write_rate is not None:
                 rate = self.rates(self.to_write_rate, tokens.x, self.rate_max)
                 trace["write_rate"] = self.mean(rate, tokens.valid)
             value = rate * value
-        return chunks_of(k, cut(value, n_segment), erase, decay), trace
+        return chunks_of(k, cut(value, n_segment), erase, decay, query), trace
 
     def flops_per_token(self) -> int:
         """Maps; the matrix, read and written; and products of tokens with those of their chunk, of `matrix.CHUNK`."""

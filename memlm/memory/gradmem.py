@@ -50,6 +50,7 @@ class GradientMemory(Memory):
 
     around = "stack"
     needs = Needs(context=True, nll=True)
+    sized = ("n_cell",)
 
     def __init__(self, d_model: int, sizes: Sizes, n_cell: int = 8, n_step: int = 2, rate: float = 10.0) -> None:
         super().__init__()

@@ -77,6 +77,7 @@ class HierarchyMemory(Slots):
         ValueError: If a setting cannot work; the message names it.
     """
 
+    sized = ("n_slot",)
     scan = at_once
 
     def __init__(

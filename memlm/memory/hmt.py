@@ -68,6 +68,7 @@ class RecallMemory(Slots):
 
     around = "stack"
     needs = Needs(tail=2, context=True)
+    sized = ("n_slot",)
 
     def __init__(self, d_model: int, sizes: Sizes, n_slot: int = 300, d_key: int = 128) -> None:
         super().__init__()

@@ -53,6 +53,8 @@ class ImplicitMemory(Slots):
         ValueError: If a setting cannot work; the message names it.
     """
 
+    sized = ("n_slot",)
+
     def __init__(
         self,
         d_model: int,

@@ -8,6 +8,9 @@ and values of the layer's own heads, before positions are encoded; no gradient r
   head read nothing. In the paper a head that reads has no such choice.
 - The temperature of normalised keys is learned per head. Keys and queries of attention itself are not normalised.
 - The search is exact. There is no Transformer-XL cache beside the bank; text sees the overlap.
+- Without a gate (``gate=null``) what is found joins the softmax of attention, as in Unlimiformer (2305.01625) and
+  InfLLM (2402.04617): nothing has to be learned, and an empty bank changes nothing. A token then enters the bank when
+  it leaves the overlap, so that none is seen twice, and may keep its place in the text (``reach``).
 
 ``chunk`` is the retrieval of LongMem (W. Wang et al., "Augmenting language models with long-term memory", NeurIPS 2023,
 2306.07174): chunks of tokens are scored by the means of their keys, and all tokens of the best are read. Chunks lie on
@@ -26,8 +29,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from memlm.memory.contract import Mixer, Needs, Read, Scanned, Segment, Sizes, Trace
+from memlm.memory.contract import Context, Mixer, Needs, Read, Scanned, Segment, Sizes, Trace
 from memlm.memory.slots import Slots
+from memlm.memory.state import own
 from memlm.retrieval.exact import Pool, gather_best, search, search_best, weigh, weighted_sum
 from memlm.tensors import take
 
@@ -69,14 +73,17 @@ class KnnMemory(Slots):
             chunk at the end of a segment may have fewer.
         norm_keys: Whether keys and queries are compared at length 1 and a learned temperature, or as attention does.
         temperature: Inverse temperature of normalised keys at first.
-        gate: Share of memory in each head at first, in (0, 1).
+        gate: Share of memory in each head at first, in (0, 1); None for one softmax with what attention sees, without
+            a null key. Keys are then compared as attention does.
+        reach: Without a gate, tokens before a segment where the oldest of what is kept stand; None for no place: scores
+            are then those of queries and keys before positions are encoded.
         gradient: Whether gradients flow into the bank, inside a window; not so in the paper.
 
     Raises:
         ValueError: If a setting cannot work; the message names it.
     """
 
-    needs = Needs(heads=True)
+    sized = ("n_token",)
 
     def __init__(
         self,
@@ -87,7 +94,8 @@ class KnnMemory(Slots):
         chunk: int = 1,
         norm_keys: bool = True,
         temperature: float = 10.0,
-        gate: float = 0.5,
+        gate: float | None = 0.5,
+        reach: int | None = None,
         gradient: bool = False,
     ) -> None:
         super().__init__()
@@ -98,31 +106,47 @@ class KnnMemory(Slots):
                 raise ValueError(f"{name} must be a positive multiple of chunk ({chunk}), got {size}")
         if not temperature > 0:
             raise ValueError(f"temperature must be above 0, got {temperature}")
-        if not 0 < gate < 1:
-            raise ValueError(f"gate must be in (0, 1), got {gate}")
+        if gate is not None and not 0 < gate < 1:
+            raise ValueError(f"gate must be in (0, 1), or null for one softmax with attention, got {gate}")
+        if gate is None and norm_keys:
+            raise ValueError("gate can be null only with norm_keys=false: attention compares keys as they are")
+        if reach is not None and (gate is not None or reach <= sizes.overlap):
+            raise ValueError(
+                f"reach must be null, or with gate=null a number of tokens above the overlap ({sizes.overlap}), got "
+                f"{reach}"
+            )
         self.n_token, self.top_k, self.chunk, self.gradient = n_token, top_k, chunk, gradient
         self.n_head, self.width = sizes.n_head, d_model // sizes.n_head
+        self.overlap, self.reach = sizes.overlap, reach
+        self.needs = Needs(heads=True, context=gate is None, lookback=sizes.overlap if gate is None else 0)
+        self.register_buffer("cell", torch.zeros(self.width), persistent=False)  # an empty one
+        self.log_temperature: nn.Parameter | None = None
+        self.gate: nn.Parameter | None = None
+        if gate is None:
+            return
         self.gate = nn.Parameter(torch.full((self.n_head,), math.log(gate / (1 - gate))))
         self.null_key = nn.Parameter(torch.randn(self.n_head, self.width))
         self.null_value = nn.Parameter(torch.zeros(self.n_head, self.width))
-        start = torch.full((self.n_head,), math.log(temperature))
-        self.log_temperature = nn.Parameter(start) if norm_keys else None
+        if norm_keys:
+            self.log_temperature = nn.Parameter(torch.full((self.n_head,), math.log(temperature)))
 
     def init_state(self, n_row: int) -> KnnState:
         """No tokens."""
-        key = self.gate.new_zeros(n_row, self.n_head, self.n_token, self.width)
+        key = self.get_buffer("cell").new_zeros(n_row, self.n_head, self.n_token, self.width)
         return KnnState(key, key.clone(), key[:, 0, :, 0].bool(), key[:, 0, 0, 0].long())
 
     def mix(self, x: Tensor, prepared: KnnState, mixer: Mixer) -> tuple[Tensor, Read | None]:
         """Each head takes a share of what it finds in the bank; see `Memory.mix`."""
         heads = mixer.heads(x)
+        if self.gate is None:
+            return mixer(x, self._context(heads.q, prepared)), None
         slot = torch.arange(self.n_token, device=x.device).expand_as(prepared.full)
         found, read = self._find(heads.q, _Cells(prepared.key, prepared.value, prepared.full[:, None], slot))
         return mixer.out(self._mixed(found, mixer.attend(heads)), x), read
 
     def write(self, segment: Segment, state: KnnState) -> tuple[KnnState, Trace]:
         """Keep the segment's keys and values, in place of the oldest; see `Memory.write`."""
-        return self._pass(segment, state)[1], self._gates()
+        return self._pass(segment, state, read=False)[1], self._gates()
 
     def scan(
         self,
@@ -139,12 +163,12 @@ class KnnMemory(Slots):
         Bank and window lie side by side, once: each segment sees the last ``n_token`` tokens before it.
         """
         n_segment = window.n_segment
-        if n_segment == 1:
+        if n_segment == 1 or self.gate is None:
             return super().scan(x, window, state, mixer, read, write, keep_state)
-        cells, after = self._pass(window, state, write)
+        cells, after = self._pass(window, state, write, read)
         trace = self._gates() if write else {}
         rows = x.reshape(len(x) * n_segment, -1, x.shape[2])  # (B * S, Q, D)
-        if not read:
+        if cells is None:
             return Scanned(self.off(rows, mixer).view_as(x), None, after, trace)
         heads = mixer.heads(rows)
         query = heads.q.unflatten(0, (-1, n_segment)).transpose(1, 2).flatten(2, 3)  # (B, H, N, E)
@@ -152,6 +176,22 @@ class KnnMemory(Slots):
         found = found.unflatten(2, (n_segment, -1)).transpose(1, 2).flatten(0, 1)  # (B * S, H, Q, E)
         y = mixer.out(self._mixed(found, mixer.attend(heads)), rows)
         return Scanned(y.view_as(x), told, after, trace)
+
+    def offsets(self, state: KnnState) -> Tensor:
+        """Where each slot stands before a segment, counted in slots, (B, n): the newest right before the overlap."""
+        n_place = self.n_token // self.chunk
+        last, inside = state.n_chunk[:, None] - 1, torch.arange(self.chunk, device=state.full.device)
+        number = last - (last - torch.arange(n_place, device=last.device)).remainder(n_place)
+        first = (number - last - 1) * self.chunk - self.overlap
+        return (first[..., None] + inside).flatten(1)
+
+    def places(self, state: KnnState) -> Tensor | None:
+        """See `Slots.places`; None where tokens are kept in chunks, which may have gaps."""
+        if self.chunk > 1:
+            return None
+        last = state.n_chunk[:, None] - 1
+        place = last - (last - torch.arange(self.n_token, device=last.device)).remainder(self.n_token)
+        return place.masked_fill(~state.full, -1)
 
     def filled(self, state: KnnState) -> Tensor:
         """See `Slots.filled`."""
@@ -173,15 +213,33 @@ class KnnMemory(Slots):
         return 6 * d_model**2 + 2 * d_model * (scored + read)
 
     def _gates(self) -> Trace:
+        if self.gate is None:
+            return {}
         return {f"gate_{head}": gate for head, gate in enumerate(self.gate.detach().sigmoid())}
 
+    def _context(self, query: Tensor, bank: KnnState) -> Context:
+        """The bank as attention sees it: of each head's queries (B, H, Q, E) their best."""
+        place = self.offsets(bank).clamp(min=-self.reach) if self.reach is not None else None
+        if self.top_k >= self.n_token:
+            return Context(bank.key, bank.value, bank.full, place=place)
+        with torch.no_grad(), torch.autocast(query.device.type, enabled=False):
+            key, visible = bank.key.flatten(0, 1), bank.full.repeat_interleave(self.n_head, dim=0)[:, None]
+            pool = Pool(key, key, key.new_zeros(key.shape[:2]), visible)
+            find = search if self.chunk == 1 else self._search_chunks
+            score, index = search_best(find, query.flatten(0, 1), query.new_ones(()), -1.0, self.top_k, pool)
+            best = torch.full((*score.shape[:2], self.n_token), -torch.inf, device=query.device)
+            best = best.scatter(2, index, torch.zeros_like(score).masked_fill(score == -torch.inf, -torch.inf))
+        return Context(bank.key, bank.value, None, best.unflatten(0, (-1, self.n_head)), place)
+
     def _mixed(self, found: Tensor, local: Tensor) -> Tensor:
+        assert self.gate is not None
         gate = self.gate.sigmoid()[:, None, None]
         return gate * found + (1 - gate) * local
 
     def _find(self, query: Tensor, cells: _Cells) -> tuple[Tensor, Read]:
         """What queries (B, H, N, E) find in the bank and under the null key, (B, H, N, E)."""
         n_row, n_head, n_query, _ = query.shape
+        assert self.gate is not None
         with torch.autocast(query.device.type, enabled=False):
             null_key: Tensor = self.null_key
             scale = query.new_full((n_head,), self.width**-0.5)
@@ -227,31 +285,62 @@ class KnnMemory(Slots):
         there = bank.visible.gather(2, index.view(n_row, seen.shape[1], -1)).view_as(index)
         return score.masked_fill(~there, -torch.inf), index
 
-    def _pass(self, window: Segment, state: KnnState, write: bool = True) -> tuple[_Cells, KnnState]:
-        """What the segments of a window may read, and the bank after it."""
+    def _pass(
+        self, window: Segment, state: KnnState, write: bool = True, read: bool = True
+    ) -> tuple[_Cells | None, KnnState]:
+        """What the segments of a window may read, None if they do not, and the bank after it."""
         assert window.heads is not None  # as they are among the `needs`
         n_place = self.n_token // self.chunk
-        new = window.valid.unflatten(1, (window.n_segment, -1)) & window.complete[..., None] & write  # (B, S, T)
+        valid = window.valid
+        if self.gate is None:  # what attention sees no more, of one segment and the overlap before it
+            cell = torch.arange(valid.shape[1], device=valid.device)
+            valid = valid & ((cell < window.segment_len) | window.closes)
+        new = valid.unflatten(1, (window.n_segment, -1)) & window.complete[..., None] & write  # (B, S, T)
         new = F.pad(new, (0, -new.shape[2] % self.chunk))
         number, last, count = self._last(new.unflatten(2, (-1, self.chunk)).any(dim=3), window.reset, state.n_chunk)
-        inside = torch.arange(self.chunk, device=new.device)
-        slot = (number.remainder(n_place)[..., None] * self.chunk + inside).flatten(1)  # (B, L)
-        key = torch.cat([state.key, self._cells(self._unit(window.heads.k), new)], dim=2)
-        value = torch.cat([state.value, self._cells(window.heads.v, new)], dim=2)
-        full = torch.cat([state.full, new.flatten(1)], dim=1)
-        visible = full[:, None] & last[:, :-1].repeat_interleave(self.chunk, dim=2)
+        key, value = self._cells(self._unit(window.heads.k), new), self._cells(window.heads.v, new)
+        cells = None
+        if read:
+            inside = torch.arange(self.chunk, device=new.device)
+            slot = (number.remainder(n_place)[..., None] * self.chunk + inside).flatten(1)  # (B, L)
+            full = torch.cat([state.full, new.flatten(1)], dim=1)
+            visible = full[:, None] & last[:, :-1].repeat_interleave(self.chunk, dim=2)
+            cells = _Cells(torch.cat([state.key, key], dim=2), torch.cat([state.value, value], dim=2), visible, slot)
 
         # Each place takes the chunk that is kept there; one place more is for all that goes.
         where = torch.where(last[:, -1], number.remainder(n_place), n_place)
         chunk = torch.arange(where.shape[1], device=new.device).expand_as(where)
-        source = where.new_full((len(where), n_place + 1), -1).scatter(1, where, chunk)[:, :n_place, None]
-        taken = (source >= 0).expand(-1, -1, self.chunk).flatten(1)  # (B, n)
-        cell = (source.clamp(min=0) * self.chunk + inside).flatten(1)
-        kept = [
-            part.gather(2, cell[:, None, :, None].expand(-1, self.n_head, -1, self.width)) * taken[:, None, :, None]
-            for part in (key, value)
-        ]
-        return _Cells(key, value, visible, slot), KnnState(kept[0], kept[1], full.gather(1, cell) & taken, count)
+        source = where.new_full((len(where), n_place + 1), -1).scatter(1, where, chunk)[:, :n_place]
+        new_parts = (key, value, new.flatten(1)[:, None, :, None])
+        if not torch.is_grad_enabled():
+            return cells, self._put(own(state, window.owned), new_parts, source, count)
+        inside = torch.arange(self.chunk, device=new.device)
+        taken = (source >= 0)[..., None].expand(-1, -1, self.chunk).flatten(1)[:, None, :, None]  # (B, 1, n, 1)
+        cell = (source.clamp(min=0)[..., None] * self.chunk + inside).flatten(1)[:, None, :, None]
+        kept = []
+        for old, part in zip((state.key, state.value, state.full[:, None, :, None]), new_parts, strict=True):
+            every = torch.cat([old, part], dim=2)
+            kept.append(every.gather(2, cell.expand(-1, every.shape[1], -1, every.shape[3])) * taken)
+        return cells, KnnState(kept[0], kept[1], kept[2][:, 0, :, 0], count)
+
+    def _put(self, state: KnnState, new: tuple[Tensor, ...], source: Tensor, count: Tensor) -> KnnState:
+        """The bank with what changes of it written in place.
+
+        Args:
+            state: The bank before, which is given away.
+            new: Keys and values of the window (B, H, S * T, E), and which of its cells hold a token (B, 1, S * T, 1).
+            source: The chunk that each place is to hold, of those of the bank and then of the window, (B, n / c); -1
+                for none.
+            count: Chunks that the document has had after the window, (B,).
+        """
+        n_place = source.shape[1]
+        row, place = (source != torch.arange(n_place, device=source.device)).nonzero(as_tuple=True)
+        source = source[row, place] - n_place  # of the window's own chunks
+        empty = (source < 0).view(-1, 1, 1, 1)
+        for old, part in zip((state.key, state.value, state.full[:, None, :, None]), new, strict=True):
+            held, came = (each.unflatten(2, (-1, self.chunk)).transpose(1, 2) for each in (old, part))
+            held[row, place] = came[row, source.clamp(min=0)].masked_fill(empty, 0)
+        return state._replace(n_chunk=count)
 
     def _last(self, written: Tensor, reset: Tensor | None, count: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Which chunks are the last of their document, of K chunks of the bank and then of a window.

@@ -53,6 +53,7 @@ class GatedMemory(Slots):
         ValueError: If a setting cannot work; the message names it.
     """
 
+    sized = ("n_slot",)
     scan = at_once
 
     def __init__(self, d_model: int, n_slot: int = 64, n_head: int = 4) -> None:

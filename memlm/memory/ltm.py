@@ -32,7 +32,7 @@ from memlm.memory.sharding import SharedBank
 from memlm.memory.state import map_tensors
 from memlm.retrieval import similar
 from memlm.retrieval.index import Index, make_index
-from memlm.retrieval.inverted import Lists
+from memlm.retrieval.lists import Lists
 from memlm.tensors import Host, take
 
 _MOST = 2.0**15  # values and priorities of what is read from a file; what a model writes is far below
@@ -107,6 +107,7 @@ class LongTermMemory(RecordKeeper, SharedBank):
         ValueError: If a setting cannot work; the message names it.
     """
 
+    sized = ("n_slot",)
     temperature_scale: Tensor
     distractors: bool = False
 
@@ -308,9 +309,9 @@ class LongTermMemory(RecordKeeper, SharedBank):
         n_used = ltm_read.n_used(self, state)
         return F.pad(self.to_output(state.value[:, :n_used]), (0, 0, 0, state.value.shape[1] - n_used))
 
-    def forget(self, state: LongTermState, slots: Tensor) -> LongTermState:
-        """See `Slots.forget`. What is left is assigned to lists anew, as their centres come from all keys."""
-        new = super().forget(state._replace(lists=None), slots)
+    def forget(self, state: LongTermState, slots: Tensor, owned: bool = False) -> LongTermState:
+        """See `RecordKeeper.forget`. What is left is assigned to lists anew, as their centres come from all keys."""
+        new = super().forget(state._replace(lists=None), slots, owned and state.lists is None)
         lists = self.search_index().assign_again(state.lists, new.key, self.filled(new), slots.any(dim=1).cpu())
         return new._replace(lists=lists)
 
@@ -329,10 +330,10 @@ class LongTermMemory(RecordKeeper, SharedBank):
         return (key @ query[..., None])[..., 0]
 
     def consolidate(
-        self, state: LongTermState, threshold: float = 0.1, *, turn: int = 0
+        self, state: LongTermState, threshold: float = 0.1, *, turn: int = 0, owned: bool = False
     ) -> tuple[LongTermState, dict[str, int]]:
         """Join similar slots: see `memlm.memory.ltm_join.consolidate`."""
-        return ltm_join.consolidate(self, state, threshold, turn)
+        return ltm_join.consolidate(self, state, threshold, turn, owned)
 
     @property
     def n_turn(self) -> int:

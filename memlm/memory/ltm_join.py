@@ -14,14 +14,14 @@ from torch.nn import functional as F
 from memlm.memory.ltm_write import EMPTY, ORIGINS, USED, Candidates, put, replace
 from memlm.memory.records import MANY
 from memlm.retrieval import similar
-from memlm.tensors import Host, take
+from memlm.tensors import Host, owned, take
 
 if TYPE_CHECKING:
     from memlm.memory.ltm import LongTermMemory, LongTermState
 
 
 def consolidate(
-    memory: LongTermMemory, state: LongTermState, threshold: float, turn: int
+    memory: LongTermMemory, state: LongTermState, threshold: float, turn: int, given: bool = False
 ) -> tuple[LongTermState, dict[str, int]]:
     """Join similar slots: keys within ``threshold`` in cosine distance that hold similar values.
 
@@ -38,6 +38,7 @@ def consolidate(
         state: The bank.
         threshold: Largest cosine distance (1 - cosine) of both keys and values that is merged, in 0..2.
         turn: Number of the call; the result depends on it and the state alone.
+        given: Whether nobody else needs the state, so that it may be changed in place.
 
     Returns:
         The new bank and ``{"merged": number of slots that were joined to another}``.
@@ -64,13 +65,13 @@ def consolidate(
     )
     if not len(bank):
         return state, {"merged": 0}
-    new = join(state, bank, gone, survivor)
+    new = join(state, bank, gone, survivor, given and not torch.is_grad_enabled())
     rows = torch.ones(len(new.key), dtype=torch.bool)
     lists = memory.search_index().assign_again(new.lists, new.key, memory.filled(new), rows)
     return new._replace(lists=lists), {"merged": len(bank)}
 
 
-def join(state: LongTermState, bank: Tensor, joined: Tensor, survivor: Tensor) -> LongTermState:
+def join(state: LongTermState, bank: Tensor, joined: Tensor, survivor: Tensor, in_place: bool = False) -> LongTermState:
     """The bank with slots ``joined`` (J,) of rows ``bank`` (J,) joined to the slots ``survivor`` (J,)."""
     n_slot = state.key.shape[1]
     group, member = torch.unique(bank * n_slot + survivor, return_inverse=True)  # (G,), (J,)
@@ -87,13 +88,14 @@ def join(state: LongTermState, bank: Tensor, joined: Tensor, survivor: Tensor) -
         return torch.zeros_like(flat[: len(group)]).index_add(0, member, flat) / total[:, None]
 
     def put(part: Tensor, empty: Any, merged: Tensor | None = None) -> Tensor:
-        new = part.clone(memory_format=torch.contiguous_format)
+        new = owned(part, True) if in_place else part.clone(memory_format=torch.contiguous_format)
         flat = new.view(-1, *part.shape[2:])
         if merged is not None:
             flat[group] = merged
         flat[gone] = empty
         return new
 
+    origins = _origins(state, slots, member, len(group))  # before records are others
     return state._replace(
         key=put(state.key, 0.0, F.normalize(mean(state.key), dim=-1)),
         value=put(state.value, 0.0, mean(state.value)),
@@ -103,7 +105,7 @@ def join(state: LongTermState, bank: Tensor, joined: Tensor, survivor: Tensor) -
         document=put(state.document, -1),
         position=put(state.position, -1),
         tokens=put(state.tokens, -1),
-        origins=put(state.origins, -1, _origins(state, slots, member, len(group))),
+        origins=put(state.origins, -1, origins),
     )
 
 

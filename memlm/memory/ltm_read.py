@@ -15,7 +15,7 @@ from memlm.memory.contract import Read
 from memlm.memory.ltm_write import USED
 from memlm.retrieval.coarse import Coarse, coarse, pays
 from memlm.retrieval.exact import Pool, attend, hidden_by
-from memlm.retrieval.inverted import Lists
+from memlm.retrieval.lists import Lists
 from memlm.retrieval.sharded import attend_sharded
 
 if TYPE_CHECKING:

@@ -28,6 +28,7 @@ class _Plan(NamedTuple):
     """What becomes of the slots of a window."""
 
     slot: Tensor  # where each candidate went, (B, P); -1 if nowhere
+    owner: Tensor  # the candidate that is in that slot after the window, (B, P); -1 if none is
     stays: Tensor  # whether it is there after the window, (B, P)
     priority: Tensor  # its priority then, (B, P)
     record: Tensor  # number of its record within the window, (B, P)
@@ -113,9 +114,7 @@ def _settled(
     # end, so that all writers of a slot agree. One of them has the gradient.
     number = torch.arange(plan.slot.shape[1], device=plan.slot.device)
     slot, stays = plan.slot.clamp(min=0), plan.stays  # (B, P)
-    held_by = (slot[..., None] == slot[:, None]) & stays[:, None]  # (B, P, P)
-    owner = torch.where(held_by.any(dim=2), held_by.long().argmax(dim=2), -1)
-    refused = plan.slot < 0
+    owner, refused = plan.owner, plan.slot < 0
     home = torch.where(stays.any(dim=1, keepdim=True), stays.long().argmax(dim=1, keepdim=True), 0)
     slot = torch.where(refused, slot.gather(1, home), slot)
     owner = torch.where(refused, owner.gather(1, home), owner)
@@ -199,8 +198,10 @@ def plan_window(memory: LongTermMemory, state: LongTermState, priority: Tensor, 
         counter = counter + complete
     reader = torch.arange(n_segment, device=device)[:, None]  # (S, 1)
     born = torch.arange(n_candidate, device=device) // n_new
+    last = torch.searchsorted(place, slot).clamp(max=place.shape[1] - 1)  # among the places at the end, which differ
     return _Plan(
         slot=slot,
+        owner=torch.where(place.gather(1, last) == slot, source.gather(1, last), -1),
         stays=until[:, :-1] == n_segment,
         priority=bank.gather(1, seat),
         record=torch.cat(records, dim=1),

@@ -51,18 +51,17 @@ class Rule(Protocol):
     def each(self) -> list[Any]:
         """The `Pass` of each chunk."""
 
-    def found(self, query: Tensor, matrix: Tensor, written: Tensor) -> Tensor:
-        """What each token finds once it has written: of queries (C, B, H, L, K), (C, B, H, L, V).
+    def found(self, matrix: Tensor, written: Tensor) -> Tensor:
+        """What each token finds under its query once it has written, (C, B, H, L, V).
 
         Args:
-            query: Queries.
             matrix: The matrix before each chunk, (C, B, H, K, W).
             written: What tokens write, (C, B, H, L, W).
         """
 
 
 class Tokens(NamedTuple):
-    """What is made of the cells of a window. All but ``v`` is zero where there is no token.
+    """What is made of the cells of a window. All but ``v`` and ``query`` is zero where there is no token.
 
     Attributes:
         x: The stream, normalised, (B, N, D).
@@ -70,6 +69,7 @@ class Tokens(NamedTuple):
         k: Keys, (B, N, H, K).
         v: Values, (B, N, H, V).
         decay: Logs of what each token leaves, (B, N, H, A); None for all of it.
+        query: Queries, (B, N, H, K); None if nothing is found ``within`` the segment.
     """
 
     x: Tensor
@@ -77,6 +77,7 @@ class Tokens(NamedTuple):
     k: Tensor
     v: Tensor
     decay: Tensor | None
+    query: Tensor | None
 
 
 class MatrixMemory(Memory):
@@ -97,6 +98,8 @@ class MatrixMemory(Memory):
     Raises:
         ValueError: If a setting cannot work; the message names it.
     """
+
+    sized = ("d_key", "d_value")
 
     def __init__(
         self, d_model: int, n_head: int, d_key: int, d_value: int, decay: Decay, within: bool, norm_keys: bool = True
@@ -138,7 +141,7 @@ class MatrixMemory(Memory):
 
     def write(self, segment: Segment, state: MatrixState) -> tuple[MatrixState, Trace]:
         """The matrix after all tokens of the segment; see `Memory.write`."""
-        rule, trace = self._rule(segment)
+        rule, trace = self._rule(segment, within=False)
         return self._passed(rule, segment, state).state, trace
 
     def scan(
@@ -156,7 +159,7 @@ class MatrixMemory(Memory):
         Where tokens read ``within`` their segment they do so even if ``write`` is false: its end is then forgotten.
         """
         within = read and self.within
-        rule, trace = self._rule(window) if write or within else (None, {})
+        rule, trace = self._rule(window, within) if write or within else (None, {})
         passed = self._passed(rule, window, state, write)
         if not read:
             return Scanned(None, None, passed.state, trace)
@@ -166,13 +169,15 @@ class MatrixMemory(Memory):
             found = self.read(rows, self.prepare(MatrixState(begun))).value
             assert found is not None
             return Scanned(None, Read(found.reshape(x.shape)), passed.state, trace)
-        hidden = self.norm(window.hidden[:, window.lookback :])
         with exact(x):
-            query = cut(self._keys(self.to_query, hidden), window.n_segment)
-            inside = rule.found(query, torch.stack(passed.before), torch.stack(passed.written))
+            inside = rule.found(torch.stack(passed.before), torch.stack(passed.written))
         inside = inside.unflatten(0, (window.n_segment, -1)).permute(2, 0, 1, 4, 3, 5).flatten(2, 3)  # (B, S, cL, H, V)
         inside = inside[:, :, : window.segment_len][:, :, window.columns].flatten(1, 2)
-        hidden = hidden.unflatten(1, (window.n_segment, -1))[:, :, window.columns].flatten(1, 2)
+        hidden = (
+            self.norm(window.hidden[:, window.lookback :])
+            .unflatten(1, (window.n_segment, -1))[:, :, window.columns]
+            .flatten(1, 2)
+        )
         return Scanned(None, self._read(inside, hidden), passed.state, trace)
 
     def _passed(self, rule: Rule | None, window: Segment, state: MatrixState, write: bool = True) -> Passed:
@@ -196,16 +201,17 @@ class MatrixMemory(Memory):
                 state = where_rows(flags.complete[:, 0], MatrixState(matrix), state)
         return Passed(state, begun, before, written)
 
-    def _rule(self, window: Segment) -> tuple[Rule, Trace]:
-        """What the tokens of a window do, numbers about it, and the mean share that tokens leave."""
+    def _rule(self, window: Segment, within: bool) -> tuple[Rule, Trace]:
+        """What tokens of a window do, and find ``within`` it, numbers about it, and the mean share that they leave."""
         x = self.norm(window.hidden[:, window.lookback :])
         valid = window.valid[:, window.lookback :, None, None]
         k, v = self._keys(self.to_key, x) * valid, self._heads(self.to_value, x)
         decay = None
         if self.to_step is not None and self.log_decay is not None:
             decay = -self.log_decay.exp()[:, None] * F.softplus(self._heads(self.to_step, x)) * valid
+        query = self._keys(self.to_query, x) if within else None
         with exact(x):
-            rule, trace = self.rule(Tokens(x, valid, k, v, decay), window.n_segment)
+            rule, trace = self.rule(Tokens(x, valid, k, v, decay, query), window.n_segment)
         if decay is not None:
             trace["left"] = self.mean(decay.exp(), valid)
         return rule, trace
@@ -256,7 +262,9 @@ def cut(part: Tensor, n_segment: int) -> Tensor:
     cells = part.unflatten(1, (n_segment, -1))
     n_token = cells.shape[2]
     size = min(CHUNK, 1 << (n_token - 1).bit_length())
-    cells = F.pad(cells, (0, 0, 0, 0, 0, -n_token % size)).unflatten(2, (-1, size))
+    if n_more := -n_token % size:  # else it would be a copy
+        cells = F.pad(cells, (0, 0, 0, 0, 0, n_more))
+    cells = cells.unflatten(2, (-1, size))
     return cells.permute(1, 2, 0, 4, 3, 5).flatten(0, 1).contiguous()
 
 

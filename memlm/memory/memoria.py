@@ -62,6 +62,7 @@ class MemoriaMemory(Slots):
     """
 
     around = "layers"
+    sized = ("n_slot", "n_stm")
 
     def __init__(
         self,

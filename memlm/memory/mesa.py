@@ -38,11 +38,13 @@ class Sums(NamedTuple):
 
     Attributes:
         chunks: What tokens add.
+        query: Queries, (..., L, K); None if nothing is found.
         ridge: Added to the diagonal of H.
         n_step: Steps of conjugate gradients.
     """
 
     chunks: Chunks
+    query: Tensor | None
     ridge: float
     n_step: int
 
@@ -50,15 +52,16 @@ class Sums(NamedTuple):
         """See `Rule`."""
         return self.chunks.each()
 
-    def found(self, query: Tensor, matrix: Tensor, written: Tensor) -> Tensor:
+    def found(self, matrix: Tensor, written: Tensor) -> Tensor:
         """See `Rule`: each token solves with H as it is after its own write, which no step needs to form."""
-        d_value = matrix.shape[-1] - query.shape[-1]
+        assert self.query is not None
+        d_value = matrix.shape[-1] - self.query.shape[-1]
         of_keys, of_values = (
             (matrix[..., part].contiguous(), written[..., part].contiguous())
             for part in (slice(d_value, None), slice(d_value))
         )
-        solution = solve(lambda x: self.chunks.found(x, *of_keys) + self.ridge * x, query, self.n_step)
-        return self.chunks.found(solution, *of_values)
+        solution = solve(lambda x: self.chunks.asking(x).found(*of_keys) + self.ridge * x, self.query, self.n_step)
+        return self.chunks.asking(solution).found(*of_values)
 
 
 class Kalman(NamedTuple):
@@ -70,14 +73,16 @@ class Kalman(NamedTuple):
     Attributes:
         k: Keys times the root of their rates, which is to divide the noise by the rate, (..., L, K).
         target: Values times the same, and zeros, (..., L, V + K).
+        query: Queries, (..., L, K); None if nothing is found.
     """
 
     k: Tensor
     target: Tensor
+    query: Tensor | None
 
     def each(self) -> list[Kalman]:
         """See `Rule`."""
-        return [Kalman(*part) for part in zip(self.k.unbind(), self.target.unbind(), strict=True)]
+        return [Kalman(*part, None) for part in zip(self.k.unbind(), self.target.unbind(), strict=True)]
 
     def written(self, matrix: Tensor) -> Tensor:
         """Errors of M and, instead of those of U, the gains less their sign, of unit noise each, (..., L, V + K)."""
@@ -90,11 +95,12 @@ class Kalman(NamedTuple):
         """See `Pass`."""
         return matrix - written[..., -self.k.shape[-1] :].mT @ written
 
-    def found(self, query: Tensor, matrix: Tensor, written: Tensor) -> Tensor:
+    def found(self, matrix: Tensor, written: Tensor) -> Tensor:
         """See `Rule`."""
-        d_value = matrix.shape[-1] - query.shape[-1]
-        gains = (query @ written[..., d_value:].mT).tril()
-        return query @ matrix[..., :d_value] - gains @ written[..., :d_value]
+        assert self.query is not None
+        d_value = matrix.shape[-1] - self.query.shape[-1]
+        gains = (self.query @ written[..., d_value:].mT).tril()
+        return self.query @ matrix[..., :d_value] - gains @ written[..., :d_value]
 
 
 def conjugate_gradients(apply: Apply, b: Tensor, n_step: int) -> Tensor:
@@ -187,13 +193,14 @@ class MesaMemory(MatrixMemory):
         """What tokens add to the sums, or measure; see `MatrixMemory.rule`."""
         rate = self.rates(self.to_rate, tokens.x) * tokens.valid
         trace = {"rate": self.mean(rate, tokens.valid)}
+        decay, query = (None if part is None else cut(part, n_segment) for part in (tokens.decay, tokens.query))
         if self.form == "kalman":
             root = self.rates(self.to_rate, tokens.x).sqrt()
             k, v = root * tokens.k, root * tokens.v
-            return Kalman(cut(k, n_segment), cut(torch.cat([v, torch.zeros_like(k)], dim=-1), n_segment)), trace
-        decay = None if tokens.decay is None else cut(tokens.decay, n_segment)
+            target = torch.cat([v, torch.zeros_like(k)], dim=-1)
+            return Kalman(cut(k, n_segment), cut(target, n_segment), query), trace
         added = cut(rate * torch.cat([tokens.v, tokens.k], dim=-1), n_segment)
-        return Sums(chunks_of(cut(tokens.k, n_segment), added, None, decay), self.ridge, self.n_step), trace
+        return Sums(chunks_of(cut(tokens.k, n_segment), added, None, decay), query, self.ridge, self.n_step), trace
 
     def prepare(self, state: MatrixState) -> MatrixState:
         """The solution (B, H, K, V); see `Memory.prepare`."""

@@ -48,6 +48,8 @@ class PlusMemory(PoolMemory):
         ValueError: If a setting cannot work; the message names it.
     """
 
+    sized = ("n_token", "n_new", "n_long")
+
     def __init__(
         self,
         d_model: int,

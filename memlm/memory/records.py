@@ -9,10 +9,12 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
+from memlm import tensors
 from memlm.memory.slots import Slots
-from memlm.memory.state import State, named_tensors
+from memlm.memory.state import State, map_tensors, named_tensors
 
 MANY = -2
 """In place of an origin: more records were merged than are listed."""
@@ -45,8 +47,8 @@ class Records(NamedTuple):
 class RecordKeeper(Slots):
     """A memory of slots that knows of each which record it belongs to.
 
-    Every complete segment makes one record more, and ``consolidate`` takes a ``threshold`` (see
-    `memlm.store.operations`).
+    Every complete segment makes one record more, and ``consolidate`` takes a ``threshold``, and whether the state is
+    ``owned`` (see `memlm.store.operations`).
     """
 
     def places(self, state: State) -> Tensor:
@@ -67,6 +69,21 @@ class RecordKeeper(Slots):
         Default: the fields of these names are replaced.
         """
         return state._replace(record=record, document=document)
+
+    def forget(self, state: State, slots: Tensor, owned: bool = False) -> State:
+        """See `Slots.forget`. A state that is ``owned`` may be changed in place, only at these slots."""
+        if not owned or torch.is_grad_enabled():
+            return super().forget(state, slots)
+        row, slot = slots.nonzero(as_tuple=True)
+
+        def empty(tensor: Tensor, fresh: Tensor) -> Tensor:
+            if tensor.shape[:2] != slots.shape:
+                return tensor
+            mine = tensors.owned(tensor, given=True)
+            mine[row, slot] = fresh[row, slot]
+            return mine
+
+        return map_tensors(empty, state, self.init_state(len(slots)))
 
     def admit(self, state: State, other: State) -> State:
         """The state with the slots of another bank admitted by the rule of replacement.

@@ -50,6 +50,7 @@ class RecurrentMemory(Memory):
     """
 
     around = "stack"
+    sized = ("n_cell",)
 
     def __init__(self, d_model: int, sizes: Sizes, n_cell: int = 8, map: Literal["linear", "none"] = "linear") -> None:
         super().__init__()

@@ -46,6 +46,8 @@ class ShortTermMemory(Slots):
         ValueError: If a setting cannot work; the message names it.
     """
 
+    sized = ("n_slot",)
+
     def __init__(self, d_model: int, n_slot: int = 16, n_head: int = 4, update_rate: float = 0.01) -> None:
         super().__init__()
         if n_slot < 1:

@@ -174,6 +174,7 @@ class TitansMemory(Memory):
         ValueError: If a setting cannot work; the message names it.
     """
 
+    sized = ("d_head", "d_hidden")
     scan = at_once
 
     def __init__(

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor, nn
 
+from memlm.config import ConfigError
 from memlm.memory.contract import Memory, Sizes
 
 if TYPE_CHECKING:
@@ -45,6 +47,12 @@ class LanguageModel(nn.Module):
         sizes: What memories are told of the model.
         tokenizer: What encodes and decodes text; set by `memlm.build`.
         config: The plain configuration the model was built from; set by `memlm.build`.
+        base_folder: Where the pretrained model is that it stands on; None if it was trained from scratch.
+        begin: Ids that the model itself puts before texts.
+        start: Id after which a text begins, for a text of which the first token is to be predicted too; None if no
+            token is known for that.
+        ends: Ids that end a text, as the pretrained model has learned it.
+        chat_template: How its tokenizer writes a chat, in Jinja; None if it has no way.
     """
 
     memory: Any  # nn.ModuleDict of nn.ModuleList of Memory, whose items torch types as bare modules
@@ -54,6 +62,11 @@ class LanguageModel(nn.Module):
     sizes: Sizes
     tokenizer: Tokenizer
     config: dict[str, Any]
+    base_folder: Path | None = None
+    begin: Sequence[int] = ()
+    start: int | None = None
+    ends: Sequence[int] = ()
+    chat_template: str | None = None
 
     @classmethod
     def settled(cls, settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -81,6 +94,22 @@ class LanguageModel(nn.Module):
     def head(self, hidden: Tensor) -> Tensor:
         """Logits (..., V) of last hidden states (..., D)."""
         return nn.functional.linear(hidden, self.head_weight)
+
+    def opening(self) -> Tensor | None:
+        """The last hidden state before any text, (D,), from which the first token is predicted; None if nothing is."""
+        return None
+
+    def chat(self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool = True) -> str:
+        """The text of a chat, as the tokenizer of the base writes it.
+
+        Args:
+            messages: Each with its ``role`` (``system``, ``user``, ``assistant``) and ``content``.
+            add_generation_prompt: Whether what begins an answer stands at the end.
+
+        Raises:
+            ConfigError: If it has no way to write one.
+        """
+        raise ConfigError("the tokenizer of this model has no chat template: give it plain text")
 
     def init_state(self, n_row: int) -> Any:
         """State before any text."""

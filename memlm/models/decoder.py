@@ -219,7 +219,7 @@ class DecoderLayer(SegmentLayer):
             if context.place is None:
                 parts.append((query, context))
             else:
-                key = self._turn(context.key, context.place[None] + self.n_again)
+                key = self._turn(context.key, torch.atleast_2d(context.place) + self.n_again)
                 parts.append((turned, context._replace(key=key)))
         return self._softmax(parts)
 

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from typing import Any
 import torch
 
 from memlm.config import ConfigError
+from memlm.files import read_json
 from memlm.printed import one_line
 
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -147,7 +147,9 @@ def load_base(folder: Path, dtype: torch.dtype, trained: bool) -> Any:
 
 
 def _check(folder: Path, config: Any, trained: bool) -> None:
-    """Refuse what is no decoder."""
+    """Refuse what is no decoder, or has memories already."""
+    if config.model_type == "memlm":
+        raise ConfigError(f"model.path: {one_line(folder)} is an export of memlm, no base: load it with memlm.load")
     names = list(config.architectures or ())
     kind = names[0] if names else config.model_type
     if config.is_encoder_decoder or (names and not any(name.endswith(_DECODERS) for name in names)):
@@ -249,12 +251,64 @@ def begin_of(folder: Path) -> list[int]:
 
 def _add_bos(folder: Path, backend: Any) -> list[int]:
     """What ``add_bos_token`` of an older tokenizer says."""
-    file = folder / "tokenizer_config.json"
-    about = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    token = about.get("bos_token")
-    token = token.get("content") if isinstance(token, dict) else token
-    found = backend.token_to_id(token) if about.get("add_bos_token") and token else None
+    about = _json_of(folder / "tokenizer_config.json")
+    found = _named(about, "bos_token", backend) if about.get("add_bos_token") else None
     return [] if found is None else [found]
+
+
+def start_of(folder: Path) -> int | None:
+    """Id of the token after which a text of a base begins: that for beginnings, or else for ends."""
+    import tokenizers
+
+    file, about = folder / "tokenizer.json", _json_of(folder / "tokenizer_config.json")
+    if not file.is_file():
+        return None
+    backend = tokenizers.Tokenizer.from_str(file.read_text(encoding="utf-8"))
+    found = (_named(about, name, backend) for name in ("bos_token", "eos_token"))
+    return next((i for i in found if i is not None), None)
+
+
+def _named(about: Mapping[str, Any], name: str, backend: Any) -> int | None:
+    """Id of a token that has a name in the settings of a tokenizer."""
+    token = about.get(name)
+    token = token.get("content") if isinstance(token, dict) else token
+    return backend.token_to_id(token) if isinstance(token, str) else None
+
+
+def ends_of(folder: Path) -> list[int]:
+    """Ids of the tokens that end a text of a base."""
+    for name in ("generation_config.json", "config.json"):
+        found = _json_of(folder / name).get("eos_token_id")
+        if found is not None:
+            return [i for i in (found if isinstance(found, list) else [found]) if isinstance(i, int)]
+    return []
+
+
+def chat_template_of(folder: Path) -> str | None:
+    """How the tokenizer of a base writes a chat, in Jinja; None if it has no way."""
+    if (file := folder / "chat_template.jinja").is_file():
+        return file.read_text(encoding="utf-8")
+    found = _json_of(folder / "tokenizer_config.json").get("chat_template")
+    if isinstance(found, list):  # several by name
+        found = next((part.get("template") for part in found if part.get("name") == "default"), None)
+    return found if isinstance(found, str) else None
+
+
+def chat_of(folder: Path, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool) -> str:
+    """The text of a chat as the tokenizer of a base writes it, without what the model itself begins texts with."""
+    with _told(folder), _quiet(_transformers()):
+        tokenizer = _transformers().AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
+        told = [dict(message) for message in messages]
+        text = tokenizer.apply_chat_template(told, tokenize=False, add_generation_prompt=add_generation_prompt)
+    begin = tokenizer.convert_ids_to_tokens(begin_of(folder))
+    return text.removeprefix("".join(begin))
+
+
+def _json_of(file: Path) -> dict[str, Any]:
+    """Settings of a base; none where there is no such file."""
+    return read_json(file) if file.is_file() else {}
 
 
 def _transformers() -> Any:

@@ -160,17 +160,19 @@ class Attention(nn.Module):
         return found
 
     def _at(self, x: Tensor, place: Tensor | None) -> Tensor:
-        """Queries or keys (..., L, E) at ``place`` (L,) of the segment."""
+        """Queries or keys (R, H, ..., L, E) at ``place`` (L,), or (R, L), of the segment."""
         if place is None or self.rotation is None:
             return x
         cos, sin = _rotation(place + self.overlap, x.shape[-1]).to(x.dtype)
+        if place.dim() == 2:
+            cos, sin = cos[:, None], sin[:, None]
         a, b = x.chunk(2, dim=-1)
         return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
 
 
 def _rotation(place: Tensor, width: int) -> Tensor:
-    """Cosines and sines by which heads of a ``width`` are turned at each ``place`` (L,), (2, L, E / 2)."""
-    angle = place[:, None] / 10_000 ** (torch.arange(0, width, 2, device=place.device) / width)
+    """Cosines and sines by which heads of a ``width`` are turned at each ``place`` (..., L), (2, ..., L, E / 2)."""
+    angle = place[..., None] / 10_000 ** (torch.arange(0, width, 2, device=place.device) / width)
     return torch.stack([angle.cos(), angle.sin()])
 
 

@@ -14,7 +14,7 @@ that are taken in again, D model width, V vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -54,7 +54,7 @@ class Pretrained(SegmentModel):
         gradient_checkpointing: Recompute activations in the backward pass, to save memory.
 
     Attributes:
-        begin: Ids that stand before every segment.
+        begin: Ids that stand before every segment; see `LanguageModel` for the others.
 
     Raises:
         ValueError: If a setting cannot work; the message names it.
@@ -100,7 +100,9 @@ class Pretrained(SegmentModel):
                 f"model.path: the tokenizer has {n_vocab} ids, and the base knows {config.vocab_size}: it is another "
                 "tokenizer; leave data.tokenizer.path and n_vocab null"
             )
-        self.begin = hf_base.begin_of(folder)
+        self.base_folder, self.begin = folder, hf_base.begin_of(folder)
+        self.ends, self.chat_template = hf_base.ends_of(folder), hf_base.chat_template_of(folder)
+        self.start = self.begin[-1] if self.begin else hf_base.start_of(folder)
         self.freeze, self.n_again = freeze, overlap
         n_again, most = len(self.begin) + overlap, getattr(config, "max_position_embeddings", None)
         if most is not None and n_again + segment_len > most:
@@ -150,7 +152,8 @@ class Pretrained(SegmentModel):
     @classmethod
     def own_tokenizer(cls, settings: Mapping[str, Any]) -> Tokenizer:
         """See `LanguageModel.own_tokenizer`: that of the base."""
-        return Tokenizer.from_json(hf_base.tokenizer_of(hf_base.folder_of(settings["path"], settings.get("revision"))))
+        folder = hf_base.folder_of(settings["path"], settings.get("revision"))
+        return Tokenizer.from_json(hf_base.tokenizer_of(folder)).bare()
 
     @property
     def embedding(self) -> Any:  # type: ignore[override]
@@ -166,6 +169,19 @@ class Pretrained(SegmentModel):
     def head_weight(self) -> Tensor:
         """See `LanguageModel.head_weight`."""
         return self.base.causal.get_output_embeddings().weight
+
+    def opening(self) -> Tensor | None:
+        """See `LanguageModel.opening`: behind what begins a text."""
+        if not self.begin:
+            return None
+        ids = torch.tensor([self.begin], device=self.embedding.weight.device)
+        return self.norm(self._again(ids, torch.ones_like(ids, dtype=torch.bool))[0])[0, -1]
+
+    def chat(self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool = True) -> str:
+        """See `LanguageModel.chat`."""
+        if self.chat_template is None or self.base_folder is None:
+            return super().chat(messages, add_generation_prompt)
+        return hf_base.chat_of(self.base_folder, messages, add_generation_prompt)
 
     def held_back(self) -> dict[str, Tensor]:
         """Weights of the base that are not trained, by name: they are no part of a checkpoint."""

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from memlm.retrieval.exact import Search
-from memlm.retrieval.inverted import InvertedFile, Lists, assigned
+from memlm.retrieval.inverted import InvertedFile
+from memlm.retrieval.lists import Lists, assigned
 from memlm.tensors import Host, owned
 
 Kind = Literal["exact", "inverted"]

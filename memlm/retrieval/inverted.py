@@ -2,67 +2,42 @@
 
 Each slot is assigned to the list whose centroid is nearest to its key and has room; a query scores all
 centroids and searches the lists of the nearest ones exactly, so that the work grows with the square root of the slots.
-Lists change with each slot that is written. All slots are assigned anew when as many were written as there were at
-the last time; what decides is the number of slots written, never how the text was cut into calls. Before the first
-time, while slots are few, every slot is searched.
+Lists change with each slot that is written. While slots are few every slot is searched; then all are assigned to lists,
+and from then on lists are mended each time that an eighth of the slots were written: as slots get more the largest
+lists are parted in two, and one that is crowded is parted while one that holds little is given up. So no write has to
+assign all slots. What decides is the number of slots written, never how the text was cut into calls.
 
 Source: the inverted file with coarse centroids of Sivic and Zisserman (Video Google, 2003) and of Jegou et al. (Product
-quantization for nearest neighbor search, 2011), with spherical k-means (Dhillon and Modha, 2001).
+quantization for nearest neighbor search, 2011). Lists that are parted as they grow: SPFresh (Xu et al., 2023).
 
-Shapes: B rows of slots, S segments, N = S * T queries of a row, M slots, L lists, C cells of a list, p lists probed by
-a query, l lists probed by any, K slots written at a time, k slots read.
+Shapes: B rows of slots, S segments, N = S * T queries of a row, M slots, L lists, l of them in use, C cells of a list,
+p lists probed by a query, K slots written at a time, k slots read.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from memlm.retrieval import exact
+from memlm.retrieval import exact, list_search
+from memlm.retrieval.clusters import CHUNK, centroids, halves
 from memlm.retrieval.exact import Pool
+from memlm.retrieval.list_search import GROUP
+from memlm.retrieval.lists import Lists, assigned, each, fields_written, rows_of
 from memlm.tensors import Host, copied, owned, take
 
 _FIRST = 2**14  # slots that are searched one and all before they are assigned for the first time, at most
 _ROOM = 2  # cells for each slot
 _SAMPLE = 16  # keys for each list that centroids are made from
-_ROUNDS = 4  # of k-means
+_OFTEN = 8  # lists are mended when one in so many slots was written
+_CROWDED = 0.75  # of its room: what a list holds that is parted while another is given up
+_NEAR = 16  # lists that what was in one is dealt out to when that is parted or given up
+_AT_ONCE = 64  # lists whose keys are looked at together
 _CHOICES = 3  # tries for the nearest list with room; at the last one, any list will do
-_CHUNK = 4096  # keys that are compared with all centroids at a time
-_SCORES = 2**24  # scores that exist at a time
-_GROUP = 16  # scores whose maximum is ranked before they are
-
-
-class Lists(NamedTuple):
-    """Which list each slot is in. A row whose slots were not assigned yet has no list.
-
-    Attributes:
-        centroid: Unit centres of the lists, (B, L, d_key); zero for those not in use.
-        slot: Slot in each cell, list after list, (B, L * C + 1), int32; -1 for none. The last cell stays empty.
-        key: Its key, (B, L * C + 1, d_key); zero for none.
-        place: Cell of each slot, (B, M), int32; -1 if it is in no list.
-        n_held: Slots in each list, (B, L).
-        extent: Cells of each list, from the first, beyond which all are empty, (B, L).
-        n_list: Lists in use, (B,).
-        left: Slots that may be written before all are assigned anew, (B,).
-        known_n_list: ``n_list`` on the CPU.
-        known_left: A lower bound on ``left``, on the CPU.
-    """
-
-    centroid: Tensor
-    slot: Tensor
-    key: Tensor
-    place: Tensor
-    n_held: Tensor
-    extent: Tensor
-    n_list: Tensor
-    left: Tensor
-    known_n_list: Host
-    known_left: Host
 
 
 class InvertedFile:
@@ -92,7 +67,7 @@ class InvertedFile:
         self.n_slot, self.d_key = n_slot, d_key
         self.n_list = math.ceil(4 * math.sqrt(n_slot)) if n_list is None else n_list
         self.n_list = min(self.n_list, n_slot)
-        self.n_cell = _GROUP * math.ceil(_ROOM * n_slot / self.n_list / _GROUP)
+        self.n_cell = GROUP * math.ceil(_ROOM * n_slot / self.n_list / GROUP)
         self.n_probe = 48 if n_probe is None else n_probe
         self.n_scored = self.n_list + min(self.n_probe, self.n_list) * self.n_cell
         self.n_first = max(1, min(n_slot // 2, _FIRST))
@@ -128,7 +103,7 @@ class InvertedFile:
             given: Whether nobody else needs them.
             keys: Whether keys and centroids may be changed too: not by `replace`.
         """
-        changed: Any = {name: owned(getattr(lists, name), given) for name in _changed(lists, keys)}
+        changed: Any = {name: owned(getattr(lists, name), given) for name in fields_written(lists, keys)}
         return lists._replace(**changed | {"left": lists.left.clone()})  # few numbers, of which a bound is kept
 
     def replace(self, lists: Lists, slot: Tensor, key: Tensor, accept: Tensor) -> Tensor | None:
@@ -148,10 +123,14 @@ class InvertedFile:
             return None
         cells = [self._remove(lists, slot, accept)]
         left = accept & (lists.n_list > 0)[:, None]
+        key = key.detach()
         for choice in range(_CHOICES):
-            if choice and left.is_cpu and not bool(left.any()):
-                break
-            placed, cell = self._insert(lists, slot, key.detach(), left, anywhere=choice == _CHOICES - 1)
+            if choice and left.is_cpu:  # few are left, if any
+                some = left.any(dim=0)
+                if not bool(some.any()):
+                    break
+                slot, key, left = slot[:, some], key[:, some], left[:, some]
+            placed, cell = self._insert(lists, slot, key, left, anywhere=choice == _CHOICES - 1)
             left = left & ~placed
             cells.append(cell)
         return torch.cat(cells, dim=1)
@@ -161,7 +140,8 @@ class InvertedFile:
         if cells is not None:
             slot = lists.slot.gather(1, cells)
             mine = take(key.detach(), slot.clamp(min=0).long()) * (slot >= 0)[..., None]
-            lists.key.scatter_(1, cells[..., None].expand_as(mine), mine)
+            cell = cells + lists.slot.shape[1] * torch.arange(len(cells), device=cells.device)[:, None]
+            lists.key.view(-1, self.d_key).index_copy_(0, cell.flatten(), mine.flatten(0, 1))
 
     def _remove(self, lists: Lists, slot: Tensor, chosen: Tensor) -> Tensor:
         """Take ``slot`` (B, K) out of their lists where ``chosen`` (B, K); their cells, (B, K)."""
@@ -174,7 +154,14 @@ class InvertedFile:
         return place
 
     def _insert(
-        self, lists: Lists, slot: Tensor, key: Tensor, chosen: Tensor, anywhere: bool = False, packed: bool = False
+        self,
+        lists: Lists,
+        slot: Tensor,
+        key: Tensor,
+        chosen: Tensor,
+        anywhere: bool = False,
+        packed: bool = False,
+        into: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Put each slot into the list that is nearest of those with room, as long as the room lasts.
 
@@ -185,23 +172,28 @@ class InvertedFile:
             chosen: Which of them, (B, K); only in rows whose slots are assigned.
             anywhere: Whether those for which the room does not last go into any list with room.
             packed: Whether the empty cells of every list are known to be the last ones.
+            into: The list of each, (B, K), if it is known.
 
         Returns:
             Which slots are in a list now, (B, K), and their cells, (B, K), the last of all for the others.
         """
-        number = torch.arange(self.n_list, device=key.device)
-        room = torch.where(number < lists.n_list[:, None], self.n_cell - lists.n_held, 0)  # (B, L)
-        full = torch.where(room > 0, 0.0, -torch.inf)[:, None]
-        into = torch.baddbmm(full, key, lists.centroid.transpose(1, 2)).argmax(dim=2)  # (B, K)
-        rank = _rank(torch.where(chosen, into, self.n_list))
+        n_list = max(1, int(lists.known_n_list.tensor.max()))
+        number = torch.arange(n_list, device=key.device)
+        room = torch.where(number < lists.n_list[:, None], self.n_cell - lists.n_held[:, :n_list], 0)  # (B, l)
+        if into is None:
+            full = torch.where(room > 0, 0.0, -torch.inf)[:, None]
+            into = torch.baddbmm(full, key, lists.centroid[:, :n_list].transpose(1, 2)).argmax(dim=2)  # (B, K)
+        rank = _rank(torch.where(chosen, into, n_list))
         placed = chosen & (rank < room.gather(1, into))
         if anywhere:
             homeless = chosen & ~placed
             room = room.scatter_add(1, into, -placed.long())
             order = (homeless.cumsum(dim=1) - 1).clamp(min=0)
-            some = torch.searchsorted(room.cumsum(dim=1), order, right=True).clamp(max=self.n_list - 1)
+            some = torch.searchsorted(room.cumsum(dim=1), order, right=True).clamp(max=n_list - 1)
             into, placed = torch.where(homeless, some, into), chosen
-            rank = _rank(torch.where(chosen, into, self.n_list))
+            rank = _rank(torch.where(chosen, into, n_list))
+        if not packed and key.is_cpu:  # as while slots are only added
+            packed = bool((lists.n_held == lists.extent).gather(1, into).all())
         if packed:
             cell = lists.n_held.gather(1, into) + rank
         else:
@@ -216,7 +208,7 @@ class InvertedFile:
         return placed, place
 
     def settle(self, lists: Lists, n_written: int, key: Tensor, used: Callable[[], Tensor]) -> Lists:
-        """``lists``, assigned anew in the rows where it is time. The device is asked only if it may be.
+        """``lists``, assigned or mended in the rows where it is time. The device is asked only if it may be.
 
         Args:
             lists: What `own` gave; changed in place.
@@ -228,19 +220,29 @@ class InvertedFile:
         if bool((left > 0).all()):
             return lists._replace(known_left=Host(left))
         left = lists.left.cpu().clone()
-        return self.rebuild(lists._replace(known_left=Host(left)), key, used(), left <= 0)
+        due, first = left <= 0, lists.known_n_list.tensor == 0
+        lists = lists._replace(known_left=Host(left))
+        if bool((due & first).any()):
+            lists = self.rebuild(lists, key, used(), due & first)
+        if bool((due & ~first).any()):
+            lists = lists._replace(
+                centroid=copied(lists.centroid), known_n_list=Host(lists.known_n_list.tensor.clone())
+            )
+            for row in (due & ~first).nonzero()[:, 0].tolist():
+                self._mend(rows_of(lists, slice(row, row + 1)), key[row].detach())
+        return lists
 
     def is_due(self, lists: Lists, n_written: int) -> bool:
-        """Whether a row may have to be assigned anew before it was given ``n_written`` slots more."""
+        """Whether lists of a row may have to be mended, or made, before it was given ``n_written`` slots more."""
         return bool((lists.known_left.tensor <= n_written).any()) and bool((lists.left <= n_written).any())
 
     def rebuild(self, lists: Lists, key: Tensor, used: Tensor, rows: Tensor) -> Lists:
         """A copy of ``lists`` with the slots of ``rows`` (B,) assigned anew, which takes longer; see `settle`."""
         if not bool(rows.any()):
             return lists
-        lists = _each(lists, copied)
+        lists = each(lists, copied)
         for row in rows.nonzero()[:, 0].tolist():
-            self._cluster(_rows_of(lists, slice(row, row + 1)), key[row].detach(), used[row])
+            self._cluster(rows_of(lists, slice(row, row + 1)), key[row].detach(), used[row])
         return lists
 
     def _cluster(self, lists: Lists, key: Tensor, used: Tensor) -> None:
@@ -253,11 +255,11 @@ class InvertedFile:
             for part in (lists.left, lists.known_left.tensor):
                 part.fill_(self.n_first - n_used)
             return
-        n_list = min(self.n_list, max(1, math.ceil(self.n_list * math.sqrt(n_used / self.n_slot))))
+        n_list = self._n_list_for(n_used)
         lists.centroid.zero_()
         if n_used:
             sample = key[slot[:: max(1, n_used // (_SAMPLE * n_list))]]
-            lists.centroid[0, :n_list] = _centroids(sample, n_list)
+            lists.centroid[0, :n_list] = centroids(sample, n_list)
         n_cell = self.n_cell * max(n_list, int(lists.known_n_list.tensor))  # all others are empty
         for part, value in (
             (lists.slot[:, :n_cell], -1),
@@ -269,17 +271,78 @@ class InvertedFile:
             part.fill_(value)
         for part in (lists.n_list, lists.known_n_list.tensor):
             part.fill_(n_list)
+        self._deal_out(lists, slot, key, packed=True)
+        self._wait(lists, n_used)
+
+    def _mend(self, lists: Lists, key: Tensor) -> None:
+        """Part, in place, large lists of the one row of ``lists``; ``key`` (M, d_key) is of all slots.
+
+        As many are parted as lists are wanted beside those in use, and as many more as are crowded, in place of those
+        that hold least. What was in them goes to the nearest of the lists around.
+        """
+        held, n_list = lists.n_held[0], int(lists.known_n_list.tensor)
+        n_used = int(held.sum())
+        wanted = max(n_list, self._n_list_for(n_used))
+        n_new = min(wanted - n_list, int((held > 1).sum()))
+        n_crowded = int((held > max(_CROWDED * self.n_cell, 1)).sum())
+        n_spare = max(0, min(n_crowded - n_new, (n_list - n_new) // 2, 1 + n_list // _OFTEN))
+        by_size = held[:n_list].argsort(descending=True, stable=True)
+        parted, spare = by_size[: n_new + n_spare], by_size[n_list - n_spare :]
+        number = torch.cat([spare, torch.arange(n_list, n_list + n_new, device=spare.device)])
+        for part in (lists.n_list, lists.known_n_list.tensor):
+            part.fill_(n_list + n_new)
+        self._wait(lists, n_used)
+        if not len(parted):
+            return
+        cells = lists.slot[0, :-1].view(self.n_list, self.n_cell)
+        keys = lists.key[0, :-1].view(self.n_list, self.n_cell, self.d_key)
+        emptied = torch.cat([parted, spare])
+        before, centroid = lists.centroid[0, emptied], lists.centroid[0, : n_list + n_new]
+        centre = torch.cat([halves(keys[some], cells[some] >= 0) for some in parted.split(_AT_ONCE)])
+        centroid[parted], centroid[number] = centre.unbind(dim=1)
+        near = (before @ centroid.T).topk(min(_NEAR, len(centroid)), dim=1).indices  # (l, n)
+        best = [
+            (keys[some] @ centroid[mine].mT).argmax(dim=2)  # (l, C)
+            for some, mine in zip(emptied.split(_AT_ONCE), near.split(_AT_ONCE), strict=True)
+        ]
+        slot, into = cells[emptied].flatten(), near.gather(1, torch.cat(best)).flatten()
+        slot, into = slot[slot >= 0].long(), into[slot >= 0]
+        place = self._remove(lists, slot[None], torch.ones_like(slot, dtype=torch.bool)[None])
+        lists.key[0, place[0]] = 0
+        lists.extent[0, emptied] = 0
+        self._deal_out(lists, slot, key, into=into)
+
+    def _n_list_for(self, n_used: int) -> int:
+        """Lists that a row with so many slots should have."""
+        return min(self.n_list, max(1, math.ceil(self.n_list * math.sqrt(n_used / self.n_slot))))
+
+    def _wait(self, lists: Lists, n_used: int) -> None:
+        """Note, in place, of one row with so many slots when lists are to be mended next."""
+        for part in (lists.left, lists.known_left.tensor):
+            part.fill_(max(n_used, self.n_first) // _OFTEN or 1)
+
+    def _deal_out(
+        self, lists: Lists, slot: Tensor, key: Tensor, packed: bool = False, into: Tensor | None = None
+    ) -> None:
+        """Put, in place, slots (n,) that are in no list of the one row into some; see `_insert`.
+
+        Args:
+            lists: One row.
+            slot: The slots.
+            key: Keys of all slots, (M, d_key).
+            packed: See `_insert`.
+            into: The list that each is to go to if there is room, (n,); None for the nearest with room.
+        """
         for choice in range(_CHOICES):
             left = [slot[:0]]
-            for some in slot.split(_CHUNK):
+            known = [None] * len(slot) if choice or into is None else into[None].split(CHUNK, dim=1)
+            for some, mine in zip(slot.split(CHUNK), known, strict=False):
                 all_ = torch.ones_like(some, dtype=torch.bool)[None]
                 last = choice == _CHOICES - 1
-                placed, place = self._insert(lists, some[None], key[some][None], all_, anywhere=last, packed=True)
+                placed, place = self._insert(lists, some[None], key[some][None], all_, last, packed, mine)
                 self.fill(lists, place, key[None])
                 left.append(some[~placed[0]])
             slot = torch.cat(left)
-        for part in (lists.left, lists.known_left.tensor):
-            part.fill_(max(n_used, self.n_first))
 
     def start(self, lists: Lists, rows: Tensor, keys: bool = True) -> None:
         """Make, in place, the lists of ``rows`` (B,) as fresh, all but what is on the CPU.
@@ -290,7 +353,7 @@ class InvertedFile:
             keys: As `own` was told.
         """
         fresh = self.empty(len(rows), rows.device)
-        for name in _changed(lists, keys):
+        for name in fields_written(lists, keys):
             part = getattr(lists, name)
             part.copy_(torch.where(rows.view(-1, *[1] * (part.dim() - 1)), getattr(fresh, name), part))
 
@@ -382,131 +445,14 @@ class InvertedFile:
             bank_row = row if len(bank.key) > 1 else 0
             one = Pool(*(None if part is None else part[min(row, len(part) - 1)][None] for part in bank))  # type: ignore[arg-type]
             if int(lists.known_n_list.tensor[bank_row]):
-                mine = _rows_of(lists, bank_row)
-                found.append(self._search(mine, query[row], temperature, threshold, k, one))
+                mine = rows_of(lists, bank_row)
+                near = self._nearest(mine.centroid[: int(mine.known_n_list.tensor)], query[row])
+                found.append(list_search.search(mine, near, query[row], temperature, threshold, k, one))
             else:
                 score, index = exact.search(query[row : row + 1], temperature, threshold, k, one)
                 found.append((score[0], index[0]))
         score, index = (torch.stack(parts).view(n_row, n_query, k) for parts in zip(*found, strict=True))
         return score, index
-
-    def _search(
-        self, lists: Lists, query: Tensor, temperature: Tensor, threshold: float, k: int, bank: Pool
-    ) -> tuple[Tensor, Tensor]:
-        """`search` of the queries (N, d_key) of one row, whose slots are assigned: (N, k) each."""
-        visible, bias = bank.visible[0], bank.bias[0]  # (S, M), (M,)
-        n_list, n_query, n_segment = int(lists.known_n_list.tensor), len(query), len(visible)
-        near = self._nearest(lists.centroid[:n_list], query)  # (N, p)
-        if query.is_cuda:
-            searched = torch.arange(n_list, device=query.device)
-        else:  # few queries search few of the lists
-            searched, near = near.unique(return_inverse=True)
-        cells = lists.slot[:-1].view(self.n_list, -1)[searched].long()  # (l, C)
-        empty, cells = cells < 0, cells.clamp(min=0)
-        table = torch.where(visible[:, cells] & ~empty, bias[cells], -torch.inf)  # what each adds, (S, l, C)
-        keys, extent = lists.key[:-1].view(self.n_list, self.n_cell, -1), lists.extent[searched]
-        segment = torch.arange(n_query, device=query.device) // (n_query // n_segment)
-        n_probe = near.shape[1]
-        n_group = n_probe * self.n_cell // _GROUP
-        values, slots = [], []
-        most = table.amax(dim=0)
-        for part in torch.arange(n_query, device=query.device).split(max(1, _SCORES // (n_probe * self.n_cell))):
-            score, place = _by_list(query[part], temperature, threshold, keys, searched, most, extent, near[part])
-            if n_segment > 1:
-                pair = torch.empty_like(place.flatten()).scatter_(0, place.flatten(), near[part].flatten())
-                reader = torch.empty_like(pair).scatter_(0, place.flatten(), segment[part].repeat_interleave(n_probe))
-                score.masked_fill_((table == -torch.inf)[reader, pair], -torch.inf)
-            # As in `exact.top`, but maxima of groups are put in order, not all scores.
-            members = score.view(len(score), _GROUP, -1)  # (n * p, G, C / G)
-            best = members.amax(dim=1)[place].flatten(1).topk(min(k, n_group), dim=1, sorted=False).indices
-            probe, group = best // members.shape[2], best % members.shape[2]  # (n, k) each
-            inside = group[..., None] + members.shape[2] * torch.arange(_GROUP, device=query.device)  # (n, k, G)
-            found = score[place.gather(1, probe)[..., None], inside].flatten(1)
-            value, index = found.topk(min(k, found.shape[1]), dim=1, sorted=False)
-            cell = (near[part].gather(1, probe)[..., None] * self.n_cell + inside).flatten(1).gather(1, index)
-            values.append(value)
-            slots.append(cells.flatten()[cell])
-        value, slot = torch.cat(values), torch.cat(slots)
-        # The rounding of a product of many queries depends on which they are. A query's own result must not.
-        slot, order = slot.sort(dim=1)
-        exactly = temperature * (bank.key[0, slot] * query[:, None]).sum(dim=2) + bias[slot]
-        exactly = exactly.masked_fill(~visible[segment[:, None], slot], -torch.inf)
-        value = exactly.masked_fill(value.gather(1, order) == -torch.inf, -torch.inf)
-        missing = (0, k - slot.shape[1])
-        return F.pad(value, missing, value=-torch.inf), F.pad(slot, missing)
-
-
-def assigned(lists: Lists) -> bool:
-    """Whether the slots of any row are assigned to lists."""
-    return bool((lists.known_n_list.tensor > 0).any())
-
-
-def _changed(lists: Lists, keys: bool) -> tuple[str, ...]:
-    """Names of what may be another after a write; ``keys`` as `InvertedFile.own` is told."""
-    if not assigned(lists):
-        return ("left",)
-    return tuple(name for name in Lists._fields[:8] if keys or name not in ("key", "centroid"))
-
-
-def _rows_of(lists: Lists, rows: int | slice) -> Lists:
-    """Views of some rows."""
-    return _each(lists, lambda part: part[rows])
-
-
-def _each(lists: Lists, function: Callable[[Tensor], Tensor]) -> Lists:
-    """``function`` of every tensor."""
-    found: Any = (Host(function(part.tensor)) if isinstance(part, Host) else function(part) for part in lists)
-    return Lists(*found)
-
-
-def _by_list(
-    query: Tensor,
-    temperature: Tensor,
-    threshold: float,
-    keys: Tensor,
-    searched: Tensor,
-    bias: Tensor,
-    extent: Tensor,
-    near: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """Scores of each ``query`` (N, d_key) in the lists that are near it.
-
-    On a CPU list by list, each with all its queries: no key is copied, and each is read once.
-
-    Args:
-        query: Unit queries.
-        temperature: Inverse temperature.
-        threshold: Least cosine similarity.
-        keys: Keys of the cells of all lists, (L, C, d_key).
-        searched: Lists that any query searches, (l,).
-        bias: What each of their cells adds, (l, C).
-        extent: Cells of each of them beyond which all are empty, (l,).
-        near: Which of them each query searches, (N, p).
-
-    Returns:
-        Scores in the order in which they were made, (N * p, C), and which of them each probe has, (N, p).
-    """
-    scaled, least = query * temperature, threshold * temperature
-    flat = near.flatten()
-    if query.is_cuda:
-        score = (keys[searched[near]] @ scaled[:, None, :, None])[..., 0].flatten(0, 1)
-        if threshold > -1:
-            score.masked_fill_(score < least, -torch.inf)
-        return score.add_(bias[flat]), torch.arange(len(flat), device=flat.device).view_as(near)
-    order = flat.argsort(stable=True)
-    scaled = scaled[order // near.shape[1]]  # (N * p, d_key)
-    score = query.new_full((len(flat), keys.shape[1]), -torch.inf)
-    start = 0
-    sizes = flat.bincount(minlength=len(searched))
-    for row, (number, size, end) in enumerate(zip(searched.tolist(), sizes.tolist(), extent.tolist(), strict=True)):
-        if size and end:
-            part = score[start : start + size, :end]
-            torch.mm(scaled[start : start + size], keys[number, :end].T, out=part)
-            if threshold > -1:
-                part.masked_fill_(part < least, -torch.inf)
-            part.add_(bias[row, :end])
-        start += size
-    return score, torch.empty_like(order).scatter_(0, order, torch.arange(len(order))).view_as(near)
 
 
 def _rank(label: Tensor) -> Tensor:
@@ -515,15 +461,3 @@ def _rank(label: Tensor) -> Tensor:
     ordered = label.gather(1, order)
     rank = torch.arange(label.shape[1], device=label.device) - torch.searchsorted(ordered, ordered)
     return torch.empty_like(rank).scatter_(1, order, rank)
-
-
-def _centroids(key: Tensor, n_list: int) -> Tensor:
-    """Spherical k-means of ``key`` (n, d_key): (n_list, d_key). The same keys give the same centroids."""
-    start = torch.arange(n_list, device=key.device) * len(key) // n_list
-    centroid = key[start]
-    for _ in range(_ROUNDS):
-        nearest = torch.cat([(part @ centroid.T).argmax(dim=1) for part in key.split(_CHUNK)])
-        order, n_held = nearest.argsort(stable=True), nearest.bincount(minlength=n_list)
-        mean = F.embedding_bag(order, key, n_held.cumsum(0) - n_held, mode="sum")  # the same sums on every device
-        centroid = torch.where((n_held > 0)[:, None], F.normalize(mean, dim=1), centroid)
-    return centroid

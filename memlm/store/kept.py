@@ -146,6 +146,26 @@ def without(model: LanguageModel, gone: Callable[[Records], Tensor]) -> Any:
     return model.map_memory(forget, model.init_state(1))
 
 
+def erase(kept: list[Kept], gone: Callable[[Records], Tensor]) -> None:
+    """Forget, in place, what is in the slots that ``gone`` names of their `Records`; what is cut short is finished."""
+    slots = [gone(part.module.records(part.module.bank.state())) for part in kept]
+
+    def forget() -> None:
+        for part, mine in zip(kept, slots, strict=True):
+            bank = part.module.bank.release()
+            try:
+                bank = part.module.forget(bank, mine, owned=True)
+            finally:
+                part.module.bank.commit(bank)
+            part.module.bank.uses().masked_fill_(mine[0], 0)
+
+    try:
+        forget()
+    except BaseException:
+        forget()
+        raise
+
+
 def commit(model: LanguageModel, state: Any) -> None:
     """Make the memories of ``state`` that keep records persistent; slots that changed hands were never used."""
     for name, modules in model.memory.items():

@@ -13,11 +13,10 @@ import os
 import reprlib
 import zlib
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load, save
+from safetensors import safe_open
 from torch import Tensor
 
 from memlm.config import ConfigError
@@ -31,6 +30,8 @@ log = logging.getLogger(__name__)
 
 FORMAT = "memlm.memory.2"
 """Changes when old files can no longer be read."""
+
+_TYPES = {torch.float32: "F32", torch.int64: "I64", torch.int32: "I32", torch.bool: "BOOL", torch.uint8: "U8"}
 
 
 class MemoryFile(NamedTuple):
@@ -68,9 +69,8 @@ def write(path: str | os.PathLike[str], content: MemoryFile) -> None:
         if path.exists() and not path.is_file():  # a device or a pipe, which the file would take the place of
             raise ConfigError(f"{str(path)!r} is no regular file: give the path of the file to write")
         with atomic_file(path) as file:
-            # Not save_file, which puts another file in the place of this one.
-            file.write(save(tensors, header | {"checksum": _checksum(tensors, header)}))
-    except (OSError, SafetensorError) as error:
+            _put(file, tensors, header | {"checksum": _checksum(tensors, header)})
+    except OSError as error:
         reason = getattr(error, "strerror", None) or error
         raise ConfigError(f"{path} cannot be written: {reason}; what was there is as before") from error
 
@@ -91,14 +91,16 @@ def read(path: str | os.PathLike[str], most: int = 2**40) -> MemoryFile:
             raise ConfigError(
                 f"there is no memory file at {path}: give the path of a file that save_memory has written"
             )
-        if (n_byte := path.stat().st_size) > most:
-            raise ConfigError(
-                f"{path} has {n_byte:,} bytes, and the memory of this model takes {most:,} at most: give a file that "
-                "save_memory has written for a model of the same memory"
-            )
-        content = path.read_bytes()  # at once: safe_open opens the path twice, and another process may replace the file
-        tensors = load(content)
-        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")]).get("__metadata__") or {}
+        with open(path, "rb") as file:
+            if (n_byte := os.fstat(file.fileno()).st_size) > most:
+                raise ConfigError(
+                    f"{path} has {n_byte:,} bytes, and the memory of this model takes {most:,} at most: give a file "
+                    "that save_memory has written for a model of the same memory"
+                )
+            # Not by its path, which is opened twice: another process may replace the file in between.
+            with safe_open(f"/dev/fd/{file.fileno()}", "pt") as opened:
+                header = opened.metadata() or {}
+                tensors = {name: opened.get_tensor(name).clone() for name in opened.keys()}  # noqa: SIM118
         if header.get("format") != FORMAT:
             raise ConfigError(
                 f"{path} is not a memory of this version of memlm: expected the format {FORMAT}, got "
@@ -126,6 +128,25 @@ def read(path: str | os.PathLike[str], most: int = 2**40) -> MemoryFile:
     return MemoryFile(tensors, **parts)
 
 
+def _put(file: BinaryIO, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write a safetensors file tensor by tensor, where the library would first have all of it in memory once more."""
+    header: dict[str, Any] = {"__metadata__": metadata}
+    end = 0
+    ordered = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))  # so that all are aligned
+    for name, tensor in ordered:
+        begin, end = end, end + tensor.numel() * tensor.element_size()
+        header[name] = {"dtype": _TYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    file.write(len(text).to_bytes(8, "little") + text)
+    for _, tensor in ordered:
+        file.write(_bytes(tensor))
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    return tensor.unsqueeze(-1).view(torch.uint8).numpy().data
+
+
 def _path(path: str | os.PathLike[str]) -> Path:
     try:
         found = from_home(path)
@@ -142,7 +163,7 @@ def _checksum(tensors: dict[str, Tensor], header: dict[str, str]) -> str:
     crc = zlib.crc32(json.dumps(told, sort_keys=True).encode())
     for name, tensor in sorted(tensors.items()):
         crc = zlib.crc32(f"{name} {describe(tensor)}".encode(), crc)
-        crc = zlib.crc32(tensor.unsqueeze(-1).view(torch.uint8).numpy().data, crc)
+        crc = zlib.crc32(_bytes(tensor), crc)
     return f"{crc:08x}"
 
 

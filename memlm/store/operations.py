@@ -30,6 +30,7 @@ from memlm.store.kept import (
     check_ids,
     commit,
     documents_of,
+    erase,
     holds,
     ids_of,
     kept_of,
@@ -231,7 +232,7 @@ def forget(
         return (records.document == document) | merged_from(records, numbers)
 
     with at_rest(model):
-        commit(model, without(model, gone))
+        erase(kept, gone)
     return sorted(set(before) - set(ids_of(kept)))
 
 
@@ -255,9 +256,10 @@ def consolidate(model: LanguageModel, threshold: float = 0.1) -> dict[str, int]:
     counts = {"slots_before": n_filled(kept), "merged": 0}
     with at_rest(model):
 
-        def consolidate(module: Any, part: State) -> State:
+        def consolidate(module: Any, bank: State) -> State:
+            part = bank  # which stays as it is, should this be cut short; what is made of it is changed in place
             for turn in range(module.n_turn if isinstance(module, RecordKeeper) else 0):
-                part, done = module.consolidate(part, number, turn=turn)
+                part, done = module.consolidate(part, number, turn=turn, owned=part is not bank)
                 counts["merged"] += done["merged"]
             return part
 

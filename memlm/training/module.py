@@ -221,7 +221,7 @@ class LanguageModeling(lightning.LightningModule):
 
     def configure_optimizers(self) -> Any:
         """See `make_optimizer`."""
-        total = self.total_steps or self.trainer.max_steps
+        total = self.total_steps or self.trainer.max_steps or 1  # 0: no step is made
         if total < 1:
             raise ValueError("the learning-rate schedule needs trainer.max_steps (or total_steps): set it to a number")
         return make_optimizer(self.model, self.settings, total)

@@ -136,9 +136,10 @@ def _leave_out(error: Exception) -> None:
 
 
 def _whole(config: Mapping[str, Any]) -> Any:
-    """A configuration as it can be compared with one that was written to a file."""
+    """A configuration as it can be compared with one that was written to a file, maybe before a setting was there."""
     trainer = {name: value for name, value in config["trainer"].items() if name not in _ASIDE_TRAINER}
-    return json.loads(json.dumps({n: node for n, node in config.items() if n not in _ASIDE} | {"trainer": trainer}))
+    rest = {name: node for name, node in config.items() if name not in _ASIDE and node is not None}
+    return json.loads(json.dumps(rest | {"trainer": trainer}))
 
 
 def find_origin(

@@ -192,7 +192,7 @@ def build_training(config: Mapping[str, Any]) -> Training:
 
 
 def plan_steps(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """``config`` with ``trainer.max_steps`` filled in from the curriculum, and the rest checked.
+    """``config`` with ``n_token`` dealt out to the phases, ``trainer.max_steps`` filled in from them, the rest checked.
 
     Raises:
         ConfigError: If a signal is asked for that is not there, or a number is out of range.
@@ -221,11 +221,20 @@ def plan_steps(config: Mapping[str, Any]) -> Mapping[str, Any]:
             )
     _check_consolidation(config)
     build_training(config)
+    if config.get("n_token") is not None:
+        if trainer["max_steps"] not in (None, -1):
+            raise ConfigError(
+                f"n_token and trainer.max_steps={trainer['max_steps']} both say how long it trains: give one of them"
+            )
+        config = {**config, "curriculum": _of_tokens(config)}
     if trainer["max_steps"] in (None, -1):
         batches = build_curriculum(config).steps
         trainer["max_steps"] = -(-batches // trainer["accumulate_grad_batches"])
-    if trainer["max_steps"] < 1:
-        raise ConfigError(f"trainer.max_steps must be at least 1, or -1 for the curriculum, got {trainer['max_steps']}")
+    if trainer["max_steps"] < 0:
+        raise ConfigError(
+            f"trainer.max_steps must be at least 1, 0 to train nothing, or -1 for the curriculum, got "
+            f"{trainer['max_steps']}"
+        )
     if trainer["max_steps"] > 10**9:
         raise ConfigError(f"trainer.max_steps must be at most {10**9}, got {trainer['max_steps']}")
     if trainer["precision"] not in ("32-true", "32", 32, "bf16-mixed"):
@@ -234,6 +243,20 @@ def plan_steps(config: Mapping[str, Any]) -> Mapping[str, Any]:
             "searches and banks in 32 bits, and the loss makes its gradients before they could be scaled for fp16"
         )
     return {**config, "trainer": trainer}
+
+
+def _of_tokens(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The curriculum with the steps of all phases scaled so that they have ``n_token`` tokens, to half a batch each."""
+    if "n_epoch" in config["curriculum"]:
+        raise ConfigError("n_token cannot be set where a curriculum has epochs: set curriculum.scale")
+    phases = config["curriculum"]["phases"]
+    sizes = [
+        phase.n_row * phase.n_segment * config["model"]["segment_len"] for phase in build_curriculum(config).phases
+    ]
+    share = config["n_token"] / sum(phase["steps"] * size for phase, size in zip(phases, sizes, strict=True))
+    return config["curriculum"] | {
+        "phases": [phase | {"steps": max(1, round(phase["steps"] * share))} for phase in phases]
+    }
 
 
 def _check_consolidation(config: Mapping[str, Any]) -> None:

@@ -236,6 +236,16 @@ def test_what_is_reported_is_what_the_checkpoint_does(tmp_path: Path, capsys: py
         assert stored["metrics"] == again["metrics"]
 
 
+def test_without_a_step_what_is_there_is_measured(tmp_path: Path) -> None:
+    main(compose([*lines(tmp_path), f"paths.run_dir={tmp_path / 'run'}", "trainer.max_steps=0"]))
+    assert [path.name for path in checkpoints(tmp_path / "run")] == ["step=0.ckpt"]
+    stored = json.loads((tmp_path / "run/perplexity/result.json").read_text())
+    model, data = load_run(tmp_path / "run")
+    runner.run_all(model, data, {"perplexity": runner.chosen(model.config)["perplexity"]}, tmp_path / "again")
+    again = json.loads((tmp_path / "again/perplexity/result.json").read_text())
+    assert stored["metrics"] == again["metrics"]
+
+
 def test_a_run_that_goes_on_keeps_its_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Another number would round sums in another way."""
     kept: list[object] = []
@@ -275,10 +285,10 @@ def test_mistakes_are_told_before_training(
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("group", ["memory", "model", "recipe"])
+@pytest.mark.parametrize("group", ["memory", "model", "recipe", "table"])
 def test_nothing_that_is_shipped_is_refused_ahead(group: str) -> None:
     for path in sorted((config_dir() / group).glob("*.yaml")):
-        if path.stem != "pretrained":  # which asks for a path
+        if path.stem not in ("pretrained", "training_free"):  # which ask for a path
             check(to_dict(compose([f"{group}={path.stem}"])))
 
 

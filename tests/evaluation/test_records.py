@@ -44,6 +44,18 @@ def loss(value: float) -> Result:
     return Result("worth", metrics, (), {"headline": headline, "settings": {"split": "test"}})
 
 
+def published(rate: float, sizes: list[str]) -> Result:
+    """As of a task with published figures: a mean and sizes of tokens and pairs, a share of the published training."""
+    ends = ["", *(f"/{size}" for size in sizes)]
+    metrics = {
+        f"{key}/{condition}{end}": number
+        for condition, value in {"on": rate, "wiped": 0.1, "swapped": 0.05}.items()
+        for end in ends
+        for key, number in {"accuracy": value, "low": value / 2, "high": value, "n": 7}.items()
+    }
+    return Result("mqar_zoology", metrics, (), {"trained": "1 of 32 epochs"})
+
+
 def run(path: Path, memory: str, seed: int, result: Result, name: str | None = None) -> Any:
     config = {
         "seed": seed, "memory": {memory: {}} if memory != "none" else {}, "trainer": {"accumulate_grad_batches": 1},
@@ -93,6 +105,27 @@ def test_pairs_become_a_record_and_its_table(found: list[Any], tmp_path: Path) -
     _, _, *lines = rows(path)
     assert [line.split(" | ")[0] for line in lines] == ["| `stm`", "| `stm`", "| `none`"]
     assert "| 1,234 | 2 or more | 95.0 (25.8 to 95.0) | 95.0 (25.8 to 95.0) | 2.0 | 10 | 240 | 2.0 | def |" in lines[0]
+
+
+def test_rates_by_size_stand_beside_the_share_of_the_published_training(found: list[Any], tmp_path: Path) -> None:
+    sizes = ["64_4", "1024_256"]
+    found += [run(tmp_path, *of) for of in (("stm", 0, published(0.5, sizes)), ("ltm", 0, published(0.9, sizes)))]
+    logged = [{"step": 49, "train/answer_accuracy": 0.25}, {"step": 99, "train/answer_accuracy": None}, {"step": 9}]
+    found[0].results["training"] = Result("training", {}, logged)
+    path = page("zoology")
+    results.main(["zoology", "anywhere", "--experiment", "mqar_zoology", "--commit", "abc"])
+    record = json.loads(Path("results/zoology.json").read_text())["entries"]
+    assert [(entry["name"], entry["curve"]) for entry in record] == [("ltm", []), ("stm", [[49, 0.25]])]
+    head, _, *lines = rows(path)
+    assert "| answered | 64 tokens, 4 pairs | 1,024 tokens, 256 pairs | controls at most |" in head
+    assert [line.split(" | ")[0] for line in lines] == ["| `ltm`", "| `stm`"]
+    rate = "50.0 (25.0 to 50.0)"
+    assert f"| 1,234 | {rate} | {rate} | {rate} | 10.0 | 1 of 32 epochs | 10 | 240 | 2.0 | abc |" in lines[1]
+    found[:] = [run(tmp_path, "stm", 1, published(0.5, []))]
+    results.main(["one", "anywhere", "--experiment", "mqar_zoology", "--commit", "abc"])
+    assert f"| `stm` | 1 | 1,234 | {rate} | 10.0 | 1 of 32 epochs |" in records.filled_in(
+        BEGIN.format("one") + END, Path("results")
+    )
 
 
 def test_any_experiment_is_shown_by_its_headline_and_controls(found: list[Any], tmp_path: Path) -> None:

@@ -78,7 +78,7 @@ class Reader(Fake):
         return self.tokenizer.encode(f" {found}")[0]
 
 
-def test_a_reader_answers_every_question_and_its_controls_none(result):
+def test_a_reader_answers_every_question_and_its_controls_none(data, result):
     for task in SMALL.tasks:
         for vocabulary in SMALL.vocabularies:
             for noise in SMALL.noise:
@@ -90,7 +90,8 @@ def test_a_reader_answers_every_question_and_its_controls_none(result):
     assert result.metrics["chance/qa1/open/900"] == pytest.approx(1 / 6)
     assert 1 / 4 <= result.metrics["chance/qa5/open/900"] <= 1 / 3
     assert result.metrics["n/on"] == result.metrics["n/on/qa1/open/900"]
-    numbers = headline(result)
+    *numbers, repeated = headline(result)  # the noise is read nine times
+    assert (repeated.metric, repeated.value) == ("repetition", 900 / len(data.splits["val"].tokens))
     assert (numbers[0].value, numbers[0].control) == (1.0, False)
     rates = [number.metric for number in numbers if not number.control]
     assert rates[0] == "exact_match/on/qa1/open/900"

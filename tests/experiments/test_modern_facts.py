@@ -17,9 +17,9 @@ from experiments.modern_facts.facts import CUES, FACTS, check, lay_out, load
 from experiments.modern_facts.figures import plot
 from memlm.compose import compose
 from memlm.config import ConfigError
+from memlm.data.haystack import Haystack
 from memlm.data.tokenizer import train_tokenizer
 from memlm.data.tokens import TokenizedCorpus
-from memlm.evaluation.recall.haystack import Haystack
 from memlm.evaluation.result import Result
 from memlm.evaluation.share import ALONE, Share
 from memlm.memory.delta import DeltaMemory

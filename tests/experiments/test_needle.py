@@ -3,6 +3,7 @@
 import functools
 import random
 from collections import Counter
+from dataclasses import replace
 from itertools import pairwise
 from types import SimpleNamespace
 
@@ -16,6 +17,7 @@ from experiments.needle import Needle, draw, plot, run, summarise
 from memlm.compose import compose
 from memlm.config import ConfigError
 from memlm.data.curriculum import Curriculum
+from memlm.data.datamodule import TextData
 from memlm.data.stream import TrainingBatches
 from memlm.data.tasks.facts import Facts
 from memlm.data.tasks.makers import Fact, FactMaker
@@ -255,6 +257,29 @@ def test_what_is_told_recomputed_from_the_tokens_fed(data, n_row, split):
     assert min(row["since"] for row in result.rows if row["distance"] == 333 and row["since"]) < 333 + SEGMENT_LEN
     expected = (result.metadata["lengths"][-1] - 7 * 6) / data.splits[split].n_token
     assert result.metadata["haystack_repetition"] == pytest.approx(expected)
+
+
+def test_the_haystack_is_the_users_own_text_and_its_repetition_is_put_forward(data, tmp_path):
+    path = tmp_path / "own.txt"
+    own = data.splits["test"].tokens.tolist()
+    path.write_text(data.tokenizer.decode(own))
+    data.cache_dir = tmp_path
+    reads = functools.partial(TextData.tokens_of_file, data)
+    data.tokens_of_file, data.segment_len = reads, SEGMENT_LEN
+    for distance, times in ((300, None), (1000, 2)):
+        model = Oracle(data.tokenizer.vocab_size)
+        result = run(model, data, replace(SMALL, n_document=2, n_row=2, distance=distance, text=str(path)))
+        text = torch.cat([ids for _, ids in model.told], dim=1).tolist()[0]
+        read = [token for token in text if token in set(own)]
+        start = next(i for i in range(len(own)) if (own[i:] + own[:i])[:50] == read[:50])
+        once = (own[start:] + own[:start])[: len(read)]
+        assert read[: len(once)] == once  # nothing twice as far as it goes
+        shown = [number for number in headline(result) if number.metric == "repetition"]
+        assert [round(number.value) for number in shown] == ([] if times is None else [times])
+        assert result.metadata["settings"]["text"] == str(path)
+    path.write_text(data.tokenizer.decode(own[:1]))
+    with pytest.raises(ConfigError, match="has 1 tokens, no more than one segment of 32: give a longer one"):
+        run(Oracle(data.tokenizer.vocab_size), data, replace(SMALL, text=str(path)))
 
 
 def test_some_facts_straddle_a_boundary_and_most_do_not(data):

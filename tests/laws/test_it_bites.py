@@ -582,14 +582,14 @@ def test_an_eviction_of_engrams_other_than_declared_is_caught(cls: type[MemoriaM
 class LeavesKeys(LongTermMemory):
     """Forgets all of a slot but its key, which nothing reads any more."""
 
-    def forget(self, state: LongTermState, slots: Tensor) -> LongTermState:
+    def forget(self, state: LongTermState, slots: Tensor, owned: bool = False) -> LongTermState:
         return super().forget(state, slots)._replace(key=state.key)
 
 
 class LeavesCentres(LongTermMemory):
     """Forgets slots, not the centres of their lists."""
 
-    def forget(self, state: LongTermState, slots: Tensor) -> LongTermState:
+    def forget(self, state: LongTermState, slots: Tensor, owned: bool = False) -> LongTermState:
         new = super().forget(state, slots)
         assert new.lists is not None
         assert state.lists is not None
@@ -600,7 +600,7 @@ class KeepsOrigins(LongTermMemory):
     """Merges slots without a note of whom they came from."""
 
     def consolidate(
-        self, state: LongTermState, threshold: float = 0.1, *, turn: int = 0
+        self, state: LongTermState, threshold: float = 0.1, *, turn: int = 0, owned: bool = False
     ) -> tuple[LongTermState, dict[str, int]]:
         new, counts = super().consolidate(state, threshold, turn=turn)
         return new._replace(origins=torch.where(self.filled(new)[..., None], state.origins, new.origins)), counts
@@ -609,14 +609,14 @@ class KeepsOrigins(LongTermMemory):
 class KeepsTokens(LongTermMemory):
     """Forgets all of a slot but its text."""
 
-    def forget(self, state: LongTermState, slots: Tensor) -> LongTermState:
+    def forget(self, state: LongTermState, slots: Tensor, owned: bool = False) -> LongTermState:
         return super().forget(state, slots)._replace(tokens=state.tokens)
 
 
 class ForgetsMore(LongTermMemory):
     """Forgets the slot before, too."""
 
-    def forget(self, state: LongTermState, slots: Tensor) -> LongTermState:
+    def forget(self, state: LongTermState, slots: Tensor, owned: bool = False) -> LongTermState:
         return super().forget(state, slots | slots.roll(-1, dims=1) if slots.any() else slots)
 
 

@@ -230,6 +230,7 @@ def test_what_cannot_work_is_refused_in_a_sentence() -> None:
     for setting, message in {
         "n_mode=0": "n_mode must be at least 1, got 0",
         "top_k=0": "top_k must be at least 1, got 0",
+        "reach=0": "reach must be at least 1, or null for slots without a place, got 0",
         "threshold=-1.5": "threshold is a cosine, so at least -1, got -1.5",
     }.items():
         with pytest.raises(ConfigError, match=rf"memory\.camelot\.{message}"):
@@ -251,3 +252,35 @@ def test_laws_hold_where_slots_join_and_go(law: Callable[[laws.Make], None], set
 def test_laws_hold_with_gradients(law: Callable[[laws.Make], None]) -> None:
     settings = {"gradient": True, "threshold": 0.6}
     law(lambda memory=None, **model: MAKE(memory=settings | (memory or {}), **model))
+
+
+@torch.no_grad()
+def test_with_places_all_tokens_that_are_kept_are_a_cache() -> None:
+    """As a FIFO of which all is found: what attention gives over the hidden states of the last tokens."""
+    settings = {"n_mode": 40, "threshold": 1.0, "top_k": 40, "reach": 100}
+    model, ids = MAKE(memory=settings, memory_layers="all", overlap=0), laws.text(2, 5 * T + 3)
+    cache = laws.builder(laws.nodes_of("cache"))(memory={"n_token": 40}, memory_layers="all", overlap=0)
+    cache.load_state_dict(model.state_dict())
+    torch.testing.assert_close(model(ids).logits, cache(ids).logits, atol=1e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_slots_stand_where_their_last_token_stood_but_not_further_than_reach() -> None:
+    memory = memory_of(n_mode=3, top_k=3, reach=4)
+    key = torch.eye(H * E).view(H * E, H, E)[:3]
+    state = memory.init_state(1)
+    state = state._replace(key=key[None], value=key[None], n_part=torch.ones(1, 3).long(),
+                           last=torch.tensor([[1, 9, 7]]), n_token=torch.tensor([10]))  # fmt: skip
+    asked = key[:1].transpose(0, 1)[None]  # of slot 0
+    segment = segment_of(torch.zeros(1, 1, H * E))._replace(heads=Heads(asked, asked, asked))
+    assert sorted(memory.find(segment, state)[3][0].tolist()) == [-4, -3, -1]
+
+
+PLACED = {"reach": 20}
+
+
+@pytest.mark.parametrize(
+    "law", [laws.alive, laws.causal, laws.isolated, laws.chunk_invariant, laws.schedules_agree, laws.resets]
+)
+def test_laws_hold_with_places(law: Callable[[laws.Make], None]) -> None:
+    law(lambda memory=None, **model: MAKE(memory=PLACED | (memory or {}), **model))

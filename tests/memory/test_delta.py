@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from memlm import laws
 from memlm.memory import matrix as matrices
-from memlm.memory.chunks import chunks_of, decay_between, faded_products, inverse_of
+from memlm.memory.chunks import chunks_of, decay_between, faded_apart, inverse_of
 from memlm.memory.contract import Flags, Segment
 from memlm.memory.delta import DeltaMemory
 from memlm.memory.matrix import MatrixState, cut
@@ -64,9 +64,9 @@ def in_chunk(
     q, k, value, erase, decay = (
         None if part is None else F.pad(part, (0, 0, 0, n_more)) for part in (q, k, value, erase, decay)
     )
-    chunk = chunks_of(k, value, erase, decay)
+    chunk = chunks_of(k, value, erase, decay, q)
     written = chunk.written(matrix)
-    return chunk.found(q, matrix, written)[:n_token], chunk.after(matrix, written)
+    return chunk.found(matrix, written)[:n_token], chunk.after(matrix, written)
 
 
 RATES = ["none", "head", "channel"]
@@ -141,7 +141,7 @@ def test_channels_that_fade_alike_fade_as_one() -> None:
 def test_a_channel_that_leaves_nothing_takes_no_digits_from_others() -> None:
     decay = torch.zeros(4, 2)
     decay[2, 0], decay[3] = -1e30, torch.tensor([-0.125, -0.25])
-    found = faded_products(torch.ones(4, 2), torch.ones(4, 2), decay)
+    _, _, _, (found,) = faded_apart(torch.ones(4, 2), decay, torch.ones(4, 2))
     one = torch.tensor([-0.125, -0.25]).exp()
     expected = torch.tensor([[2, 0, 0, 0], [2, 2, 0, 0], [1, 1, 2, 0], [one[1], one[1], one.sum(), 2]])
     torch.testing.assert_close(found, expected)

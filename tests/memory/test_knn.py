@@ -11,7 +11,7 @@ from memlm import build, laws
 from memlm.config import ConfigError
 from memlm.memory.contract import Heads, Sizes
 from memlm.memory.knn import KnnMemory, KnnState
-from memlm.memory.state import n_byte
+from memlm.memory.state import n_byte, tensors
 from memlm.models.segments import SegmentModel
 from tests.memory.gradients import gradients, same_gradients
 from tests.memory.plain_attention import behind, heads_of, scores
@@ -211,6 +211,8 @@ def test_what_cannot_work_is_refused_in_a_sentence() -> None:
         "chunk=0": "chunk must be at least 1, got 0",
         "temperature=0": "temperature must be above 0",
         "gate=0": r"gate must be in \(0, 1\)",
+        "gate=null": "gate can be null only with norm_keys=false",
+        "reach=100": "reach must be null, or with gate=null a number of tokens above the overlap",
     }.items():
         with pytest.raises(ConfigError, match=rf"memory\.knn\.{message}"):
             build("memory=knn", f"memory.knn.{setting}", "data.tokenizer.kind=byte")
@@ -220,9 +222,55 @@ def test_what_cannot_work_is_refused_in_a_sentence() -> None:
 
 CHUNKS = {"n_token": 48, "top_k": 8, "chunk": 4}
 RAW = {"n_token": 15, "norm_keys": False}
+JOINED = {"n_token": 30, "top_k": 4, "norm_keys": False, "gate": None, "reach": 20}
 
 
-@pytest.mark.parametrize("settings", [CHUNKS, RAW], ids=str)
+@torch.no_grad()
+@pytest.mark.parametrize("n_token", [T + 1, 4 * T])
+def test_without_a_gate_all_that_is_kept_is_a_cache(n_token: int) -> None:
+    """Keys and values of the last tokens, each at its place, give what attention gives over their hidden states."""
+    all_of_it = {"n_token": n_token, "top_k": n_token, "norm_keys": False, "gate": None, "reach": 100}
+    model, ids = nearest(all_of_it), laws.text(2, 5 * T + 3)
+    cache = laws.builder(laws.nodes_of("cache"))(memory={"n_token": n_token}, memory_layers="all")
+    cache.load_state_dict(model.state_dict())
+    torch.testing.assert_close(model(ids).logits, cache(ids).logits, atol=1e-5, rtol=1e-4)
+    states = [part.new_context(part(ids).state) for part in (model, cache)]
+    after = [part(ids, state=state).logits for part, state in zip((model, cache), states, strict=True)]
+    torch.testing.assert_close(after[0], after[1], atol=1e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("chunk", [1, 2])
+def test_without_a_gate_queries_see_their_best(chunk: int) -> None:
+    memory = memory_of(**JOINED | {"chunk": chunk})
+    draw = torch.Generator().manual_seed(0)
+    key, query = (torch.randn(2, 4, n, 8, generator=draw) for n in (30, 7))
+    full = torch.arange(30) < torch.tensor([[30], [9]])
+    bank = KnnState(key * full[:, None, :, None], key, full, torch.tensor([40, 9]) // chunk)
+    seen = memory._context(query, bank).bias == 0
+    score = query @ bank.key.unflatten(2, (-1, chunk)).sum(dim=3).mT  # half full chunks have a mean of one key
+    score = score / bank.full.unflatten(1, (-1, chunk)).sum(dim=2).clamp(min=1)[:, None, None]
+    score = score.masked_fill(~full[:, ::chunk][:, None, None], -torch.inf)
+    best = score.topk(4 // chunk, dim=3).indices
+    expected = torch.zeros_like(score, dtype=torch.bool).scatter(3, best, True).repeat_interleave(chunk, dim=3)
+    assert torch.equal(seen, expected & full[:, None, None])
+
+
+def test_without_a_gate_tokens_keep_their_places() -> None:
+    memory = memory_of(n_token=4, top_k=4, norm_keys=False, gate=None, reach=100)
+    state = memory.init_state(1)._replace(n_chunk=torch.tensor([6]))  # places of tokens 4, 5, 2, 3; the overlap is 4
+    assert memory.offsets(state).tolist() == [[-6, -5, -8, -7]]
+
+
+@torch.no_grad()
+def test_without_a_gate_an_empty_bank_is_attention_alone() -> None:
+    model, ids = nearest(JOINED), laws.text(2, 3 * T)
+    out = model(ids)
+    torch.testing.assert_close(out.logits[:, :T], model(ids[:, :T], read=False).logits, atol=1e-5, rtol=1e-4)
+    assert not torch.allclose(out.logits[:, T:], model(ids, read=False).logits[:, T:], atol=1e-3)
+
+
+@pytest.mark.parametrize("settings", [CHUNKS, RAW, JOINED], ids=str)
 @pytest.mark.parametrize(
     "law",
     [
@@ -238,3 +286,16 @@ def test_laws_hold_for_its_settings(law: Callable[[laws.Make], None], settings: 
 def test_chunks_are_useful() -> None:
     make = laws.builder(laws.nodes_of("knn"), shrink=False)
     laws.useful(lambda memory=None, *args, **model: make({"chunk": 4} | (memory or {}), *args, **model))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("settings", [SETTINGS[0], SETTINGS[4]])
+def test_a_bank_that_is_given_away_is_written_in_place(settings: dict[str, Any]) -> None:
+    model, ids = nearest(settings), laws.text(2, 6 * T)
+    state = model(ids[:, : 3 * T]).state
+    kept = model(ids[:, 3 * T :], state=state).state
+    places = [(part.key.data_ptr(), part.value.data_ptr()) for part in state.memory["knn"]]
+    given = model(ids[:, 3 * T :], state=state, donate=True).state
+    assert [(part.key.data_ptr(), part.value.data_ptr()) for part in given.memory["knn"]] == places
+    for one, other in zip(tensors(kept.memory), tensors(given.memory), strict=True):
+        assert torch.equal(one, other)

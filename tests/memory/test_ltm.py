@@ -538,6 +538,23 @@ def test_consolidation_of_random_banks_is_that_of_the_rule() -> None:
         check_merged(state, new, row, groups[row])
 
 
+@torch.no_grad()
+def test_a_bank_that_is_given_away_is_consolidated_in_place() -> None:
+    memory = LongTermMemory(D, **(SETTINGS | {"n_slot": 90}))
+    kept, given = random_bank(memory, 80, seed=3), random_bank(memory, 80, seed=3)
+    before, places = tensors(map_tensors(Tensor.clone, kept)), [part.data_ptr() for part in given[:9]]
+    new, report = memory.consolidate(kept, threshold=0.3)
+    assert report["merged"] > 5
+    assert all(torch.equal(a, b) for a, b in zip(tensors(kept), before, strict=True)), "a state that is kept changed"
+    after, _ = memory.consolidate(given, threshold=0.3, owned=True)
+    assert [part.data_ptr() for part in after[:9]] == places
+    assert all(torch.equal(a, b) for a, b in zip(tensors(after), tensors(new), strict=True))
+    held, shared = random_bank(memory, 80, seed=3), random_bank(memory, 80, seed=3)
+    shared = shared._replace(value=held.value[:])  # which somebody else has too
+    memory.consolidate(shared, threshold=0.3, owned=True)
+    assert torch.equal(held.value, kept.value)
+
+
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if 1,000 slots were too many to be looked at at once, or 100 to be compared with each other."""

@@ -75,7 +75,7 @@ def sums_in_chunk(
     decay = None if decay is None else decay[:, None]
     chunks = chunks_of(k, rate[:, None] * torch.cat([v, k], dim=1), None, decay)
     written = chunks.written(matrix)
-    return Sums(chunks, RIDGE, n_step).found(q, matrix, written), chunks.after(matrix, written)
+    return Sums(chunks, q, RIDGE, n_step).found(matrix, written), chunks.after(matrix, written)
 
 
 def kalman_in_chunk(
@@ -83,9 +83,9 @@ def kalman_in_chunk(
 ) -> tuple[Tensor, Tensor]:
     """The Kalman form of one chunk."""
     root = rate.sqrt()[:, None]
-    chunk = Kalman(root * k, torch.cat([root * v, torch.zeros_like(k)], dim=1))
+    chunk = Kalman(root * k, torch.cat([root * v, torch.zeros_like(k)], dim=1), q)
     written = chunk.written(matrix)
-    return chunk.found(q, matrix, written), chunk.after(matrix, written)
+    return chunk.found(matrix, written), chunk.after(matrix, written)
 
 
 def inputs_of(n_token: int, dtype: torch.dtype, decay: bool, covariance: bool) -> list[Tensor | None]:
@@ -336,7 +336,7 @@ def test_what_was_told_once_is_found_better_than_by_sums_or_by_the_delta_rule() 
     """As many pairs as a key has channels, keys at random: sums blur them, the delta rule blurs the first ones."""
     draw = torch.Generator().manual_seed(0)
     k, v = F.normalize(torch.randn(32, 32, generator=draw), dim=1), torch.randn(32, 8, generator=draw)
-    chunk = Kalman(k, torch.cat([v, torch.zeros_like(k)], dim=1))
+    chunk = Kalman(k, torch.cat([v, torch.zeros_like(k)], dim=1), None)
     start = torch.cat([torch.zeros(32, 8), torch.eye(32) / 0.01], dim=1)
     best = k @ chunk.after(start, chunk.written(start))[:, :8]
     delta, sums = (chunks_of(k, v, erase, None) for erase in (k, None))

@@ -11,8 +11,10 @@ from torch.nn import functional as F
 from memlm.memory.ltm import LongTermMemory, LongTermState
 from memlm.memory.ltm_write import put
 from memlm.memory.state import map_tensors, tensors
+from memlm.retrieval.clusters import halves
 from memlm.retrieval.exact import Pool, attend
-from memlm.retrieval.inverted import InvertedFile, Lists
+from memlm.retrieval.inverted import InvertedFile
+from memlm.retrieval.lists import Lists
 from memlm.tensors import Host
 
 
@@ -178,25 +180,96 @@ def test_searches_after_writes_equal_those_of_lists_made_afresh() -> None:
     assert torch.equal(found[0][0], found[1][0])
 
 
-def test_all_are_dealt_out_anew_when_as_many_were_written_as_there_were() -> None:
-    """Counted by hand: first after half of the slots, then each time after as many as were stored."""
+def test_lists_are_made_once_and_mended_when_an_eighth_of_the_slots_was_written() -> None:
+    """Counted by hand: made after half of the slots; 8 lists for 64 slots, fewer by the root of their share."""
     file = InvertedFile(64, 8, n_list=8)
     key, used, lists = unit(1, 64, 8), torch.zeros(1, 64, dtype=torch.bool), file.empty(1, torch.device("cpu"))
-    when = []
+    when, waits = [], []
     for step in range(24):  # the bank grows for 16 steps, then slots are replaced
         slot = torch.arange(4 * step, 4 * step + 4)[None] % 64
         new = unit(1, 4, 8, seed=step)
         key, used = key.scatter(1, slot[..., None].expand_as(new), new), used.scatter(1, slot, True)
         lists = file.own(lists)
         file.fill(lists, file.replace(lists, slot, new, torch.ones(1, 4, dtype=torch.bool)), key)
-        before = lists.centroid.clone()
+        before, n_list = int(lists.left), int(lists.n_list)
         lists = file.settle(lists, 4, key, lambda used=used: used)
         assert int(lists.known_left.tensor) <= int(lists.left)
-        if not torch.equal(before, lists.centroid):
+        file.check(lists, key, used)
+        if int(lists.left) != before:
+            waits.append((4 * step + 4, int(lists.left)))
+        if int(lists.n_list) != n_list:
             when.append((4 * step + 4, int(lists.n_list)))
-    assert when == [(32, math.ceil(8 * math.sqrt(0.5))), (64, 8)]
-    assert int(lists.left) == 64 - 32
+    assert waits == [(32, 4), (36, 4), (40, 5), (48, 6), (56, 7), (64, 8), (72, 8), (80, 8), (88, 8), (96, 8)]
+    assert when == [(32, math.ceil(8 * math.sqrt(0.5))), (40, 7), (56, 8)]
     assert sum(map(len, held(file, lists, 0))) == 64
+
+
+def grown(file: InvertedFile, key: Tensor, n_written: int = 100) -> tuple[Lists, list[int]]:
+    """Lists of slots (M, d_key) that were written one after the other; how many others moved at each time."""
+    used = torch.zeros(1, len(key), dtype=torch.bool)
+    lists, moved = file.own(file.empty(1, key.device)), []
+    for some in torch.arange(len(key)).split(n_written):
+        lists = file.own(lists, given=True)
+        accept = torch.ones(1, len(some), dtype=torch.bool)
+        file.fill(lists, file.replace(lists, some[None], key[some][None], accept), key[None])
+        used[0, some] = True
+        before = file.list_of(lists, torch.arange(len(key))[None]).clone()
+        lists = file.settle(lists, len(some), key[None], lambda: used)
+        after = file.list_of(lists, torch.arange(len(key))[None])
+        moved.append(int(((before != after) & (before >= 0)).sum()))
+    file.check(lists, key[None], used)
+    return lists, moved
+
+
+def found_of_best(file: InvertedFile, lists: Lists, key: Tensor, query: Tensor) -> float:
+    """The share of the best 32 slots that a search finds."""
+    bank = Pool(key[None], key[None], torch.zeros(1, len(key)), torch.ones(1, 1, len(key), dtype=torch.bool))
+    _, index = file.search(lists, query[None], torch.tensor(10.0), -1.0, 32, bank)
+    best = (query @ key.T).topk(32, dim=1).indices
+    return float((index[0, :, :, None] == best[:, None]).any(dim=1).float().mean())
+
+
+def test_a_bank_that_grows_moves_few_slots_and_is_searched_as_well_as_one_that_was_dealt_out() -> None:
+    file = InvertedFile(12_000, 32, n_probe=24)
+    key, query = clustered(12_000, 300, 32), clustered(200, 300, 32, seed=1)
+    lists, moved = grown(file, key)
+    assert max(moved) <= 12_000 / 4, "so many are moved at a time"
+    assert sum(moved) <= 2 * 12_000, "slots are moved again and again"
+    assert int(lists.n_list) >= 0.9 * file.n_list
+    assert found_of_best(file, lists, key, query) >= 0.95
+    assert file.n_scored < 12_000 / 2, "nearly all slots are searched"
+
+
+def test_lists_follow_what_is_written() -> None:
+    """Slots are replaced, twice, by others elsewhere: lists that get full are parted, and empty ones given up."""
+    file = InvertedFile(6_000, 32, n_probe=24)
+    key = clustered(6_000, 300, 32)
+    elsewhere = F.normalize(unit(1, 32, seed=3) + 0.7 * clustered(6_200, 300, 32, seed=4), dim=1)
+    lists, _ = grown(file, key)
+    used = torch.ones(1, 6_000, dtype=torch.bool)
+    g = torch.Generator().manual_seed(5)
+    for some in torch.cat([torch.randperm(6_000, generator=g) for _ in range(2)]).split(100):
+        key[some] = elsewhere[some]
+        accept = torch.ones(1, len(some), dtype=torch.bool)
+        file.fill(lists, file.replace(lists, some[None], key[some][None], accept), key[None])
+        lists = file.settle(lists, len(some), key[None], lambda: used)
+    file.check(lists, key[None], used)
+    assert int((lists.n_held > 0).sum()) > 0.8 * file.n_list
+    assert found_of_best(file, lists, key, elsewhere[6_000:]) >= 0.95
+
+
+def test_groups_are_parted_where_their_keys_are_apart() -> None:
+    """Two bundles of keys around two directions: the centres are their means; cells without a key do not count."""
+    around = torch.eye(4)[[0, 1, 2, 3]].view(2, 2, 1, 4)
+    key = F.normalize(around + 0.1 * torch.rand(2, 2, 5, 4, generator=torch.Generator().manual_seed(0)), dim=3)
+    expected = F.normalize(key.mean(dim=2), dim=2)  # (2, 2, 4)
+    cells = F.pad(key.flatten(1, 2), (0, 0, 0, 3))
+    found = halves(cells, torch.arange(13).expand(2, -1) < 10)
+    for group in range(2):
+        same = torch.allclose(found[group], expected[group], atol=1e-5)
+        assert same or torch.allclose(found[group].flip(0), expected[group], atol=1e-5)
+    alike = halves(key[:1, :1, :1].expand(1, 1, 3, 4)[0], torch.ones(1, 3, dtype=torch.bool))
+    torch.testing.assert_close(alike, key[:1, :1, :1].expand(1, 1, 2, 4)[0])
 
 
 def test_the_device_is_asked_only_when_it_may_be_time() -> None:

@@ -8,19 +8,21 @@ import multiprocessing
 import os
 import random
 import time
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from memlm.assemble import build_model
 from memlm.config import ConfigError
 from memlm.data.tokenizer import Tokenizer, train_tokenizer
+from memlm.memory import state as states
 from memlm.memory.records import MANY
 from memlm.store import memory_file
 from memlm.store.passages import passages_of
@@ -290,6 +292,47 @@ def test_an_empty_memory_has_nothing_to_tell(tokenizer: Tokenizer) -> None:
 
 
 # --- forget and edit -------------------------------------------------------------------------------------------------
+
+
+def test_forgetting_is_done_in_place_unless_a_state_still_shares_the_bank(tokenizer: Tokenizer) -> None:
+    model, other, never = (build(tokenizer) for _ in range(3))
+    for told in (model, other):
+        told.store_experience(A)
+        told.store_experience(B)
+    held = model.memory["ltm"][0].bank
+    places = {name: getattr(held, name).data_ptr() for name in ("key", "value", "record", "tokens", "priority")}
+    model.forget(0)
+    assert {name: getattr(held, name).data_ptr() for name in places} == places, "the bank was copied"
+    old, asked = other.init_state(1), torch.tensor([[5, 6, 7]])
+    answer = other(asked, state=old).logits
+    other.forget(0)
+    assert torch.equal(other(asked, state=old).logits, answer), "an old state has changed"
+    never.store_experience(B)
+    assert contents(model) == contents(other) == contents(never)
+
+
+def test_forgetting_that_is_cut_short_is_finished(tokenizer: Tokenizer, monkeypatch: Any) -> None:
+    class Cut(BaseException):
+        pass
+
+    for n_put in (0, 1, 6, 13):  # of two layers
+        model = build(tokenizer, layers="all")
+        model.store_experience(A)
+        model.store_experience(B)
+        count, plain = itertools.count(), torch.Tensor.__setitem__
+
+        def put(*arguments: Any, n: int = n_put, count: Any = count, plain: Any = plain) -> None:
+            if next(count) == n:
+                raise Cut
+            plain(*arguments)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.Tensor, "__setitem__", put)
+            with pytest.raises(Cut):
+                model.forget(0)
+        assert texts(model) == [B]
+        for module in model.memory["ltm"]:
+            module.check(module.bank.state())  # nothing is left in the slots
 
 
 @pytest.mark.parametrize(("memories", "layers"), [(("ltm",), "middle"), (("stm", "ltm"), "all")])
@@ -610,7 +653,7 @@ def test_a_save_that_fails_leaves_the_old_file(tokenizer: Tokenizer, tmp_path: P
 
     model.store_experience(B)
     for place, error in (("os.fsync", OSError(28, "No space left on device")),
-                         ("memlm.store.memory_file.save", SafetensorError("No space left on device"))):  # fmt: skip
+                         ("memlm.store.memory_file._put", OSError(28, "No space left on device"))):  # fmt: skip
 
         def fail(*_: Any, error: Exception = error) -> None:
             raise error
@@ -621,6 +664,43 @@ def test_a_save_that_fails_leaves_the_old_file(tokenizer: Tokenizer, tmp_path: P
         ):
             model.save_memory(path)
         assert [file.read_bytes() for file in tmp_path.iterdir()] == [whole]
+
+
+def n_stored(model: Any, *others: Any) -> int:
+    """Bytes of all that the banks of a model and some states hold, each storage once."""
+    banks = [part for modules in model.memory.values() for module in modules for part in module.bank.held().values()]
+    held = [*banks, *(part for state in others for part in states.tensors(state.memory))]
+    return sum({part.untyped_storage().data_ptr(): part.untyped_storage().nbytes() for part in held}.values())
+
+
+def test_a_state_at_rest_holds_the_bank_once(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """After storing, querying and loading, with states that begin with it; files are written and read bit by bit."""
+    model, other = (build(tokenizer, n_slot=4000, d_key=64, d_value=64) for _ in range(2))
+    model.store_experience(A)
+    size = states.n_byte(model.init_state(1).memory)
+    model.query_memory(A)
+    assert n_stored(model, model.init_state(1), model.bank_state()) == size
+    for do in (lambda: model.save_memory(tmp_path / "memory"), lambda: other.load_memory(tmp_path / "memory")):
+        tracemalloc.start()  # of what is no tensor of torch
+        do()
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < size / 4, "the file is in memory beside the bank"
+    assert n_stored(other, other.init_state(1), other.bank_state()) == size
+    assert contents(other) == contents(model)
+
+
+def test_a_bank_that_is_loaded_with_the_weights_is_held_once_and_changes_no_other(tokenizer: Tokenizer) -> None:
+    model, other = (build(tokenizer, n_slot=4000) for _ in range(2))
+    model.store_experience(A)
+    size, weights = states.n_byte(model.init_state(1).memory), model.state_dict()
+    other.load_state_dict(weights)
+    assert n_stored(other, model.init_state(1)) == size, "it is there twice"
+    other.store_experience(B)
+    other.forget(0)
+    assert (texts(model), texts(other)) == ([A], [B])
+    model.query_memory(A)
+    assert other.memory["ltm"][0].bank.uses().sum() == 0
 
 
 def test_places_that_cannot_be_written_are_refused(tokenizer: Tokenizer, tmp_path: Path) -> None:

@@ -107,6 +107,26 @@ def test_signals_that_no_data_has_are_refused(tmp_path: Path) -> None:
         plan_steps(settings)
 
 
+def test_training_of_a_number_of_tokens(tmp_path: Path) -> None:
+    settings = config(tmp_path, "a", phases=[SHORT | {"steps": 30, "n_row": 2}, SHORT | {"steps": 10, "n_row": 6}])
+    batches = [2, 6]  # times n_segment and the length of a segment
+    token = SHORT["n_segment"] * settings["model"]["segment_len"]
+    settings["trainer"]["max_steps"] = -1
+    planned = plan_steps(settings | {"n_token": 30 * token * 8})
+    steps = [phase["steps"] for phase in planned["curriculum"]["phases"]]
+    assert steps == [60, 20]
+    assert sum(n * size for n, size in zip(steps, batches, strict=True)) == 30 * 8
+    assert planned["trainer"]["max_steps"] == 80
+    few = plan_steps(settings | {"n_token": 1})
+    assert [phase["steps"] for phase in few["curriculum"]["phases"]] == [1, 1]
+    assert [phase["steps"] for phase in settings["curriculum"]["phases"]] == [30, 10]
+    with pytest.raises(ConfigError, match=r"n_token and trainer\.max_steps=7 both say how long it trains"):
+        plan_steps(settings | {"n_token": 100, "trainer": settings["trainer"] | {"max_steps": 7}})
+    epochs = settings["curriculum"] | {"n_epoch": 2}
+    with pytest.raises(ConfigError, match="n_token cannot be set where a curriculum has epochs"):
+        plan_steps(settings | {"n_token": 100, "curriculum": epochs})
+
+
 def test_settings_reach_the_trainer(tmp_path: Path) -> None:
     more = [
         "trainer.devices=2",

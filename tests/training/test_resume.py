@@ -487,6 +487,8 @@ def test_a_job_of_a_repeated_sweep_is_known_by_its_settings(tmp_path: Path) -> N
     assert fit_until_asked(config(sweep, "1", "seed=1", "checkpoint.every=100"), step=4) == 128 + signal.SIGTERM
     # by another number, logged elsewhere
     assert find_in_sweep(config(sweep, "7", "trainer.max_steps=3", logger="wandb"), sweep) == (sweep / "0", 0.25)
+    before = {name: value for name, value in done.items() if name not in ("state_bytes", "n_token")}
+    assert find_in_sweep(before, sweep) == (sweep / "0", 0.25)  # settings that came later, and are null
     # all other settings count, unlike those of resume=auto: a sweep may be over precisions
     for other in ("trainer.precision=bf16-mixed", "trainer.max_steps=4", "seed=2", "needle.n_fact=3"):
         more = [] if "max_steps" in other else ["trainer.max_steps=3"]

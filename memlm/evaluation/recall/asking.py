@@ -16,7 +16,7 @@ Shapes: B rows, L tokens of a question, V vocabulary, M slots.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -30,6 +30,15 @@ from memlm.models.base import LanguageModel
 
 _Asked = list[tuple[int, Sequence[Fact]]]  # by row of a state: number of a document, and facts to ask for
 
+Judge = Callable[[LanguageModel, Any, Sequence[Any], bool], list[Row]]
+"""What of each answer goes into its row, ``correct`` and ``nll`` at least. It gets a model, a state, one question for
+each of its rows, and whether memories are read."""
+
+
+def exactly(model: LanguageModel, state: Any, facts: Sequence[Any], read: bool) -> list[Row]:
+    """The `Judge` of recall: whether greedy decoding gives the whole answer."""
+    return [{"correct": correct, "nll": nll} for correct, nll in answer(model, state, facts, read)]
+
 
 def ask(
     model: LanguageModel,
@@ -40,6 +49,7 @@ def ask(
     length: int,
     paraphrase: bool = False,
     strangers: Sequence[Sequence[Fact]] | None = None,
+    judge: Judge = exactly,
 ) -> list[Row]:
     """Ask for every fact of the documents ``numbers``, under every condition.
 
@@ -52,6 +62,7 @@ def ask(
         length: Tokens that were read.
         paraphrase: Whether to ask in other words than the fact was told in: fact i with its i-th paraphrase, in turn.
         strangers: For each document its facts as if they were of subjects that nobody was told of.
+        judge: What is right.
 
     Returns:
         One row per condition, document and fact: ``text``, ``since`` (tokens between the fact's end and the question),
@@ -86,23 +97,24 @@ def ask(
         for i in range(n_fact):  # one question per row at a time, so that no bank has to be copied
             other = [facts[i].paraphrases[i % len(facts[i].paraphrases)] if paraphrase else None for _, facts in asked]
             words = [facts[i] if p is None else facts[i].asked(p) for (_, facts), p in zip(asked, other, strict=True)]
-            answers = answer(model, memory, words, reads)
-            for row, ((number, facts), (correct, nll)) in enumerate(zip(asked, answers, strict=True)):
+            for row, ((number, facts), judged) in enumerate(
+                zip(asked, judge(model, memory, words, reads), strict=True)
+            ):
                 document = None if condition == "unseen" else documents[number]
+                n_token = length if document is None or document.n_token is None else document.n_token
                 rows.append(
                     {
                         "condition": condition,
                         "document": number,
                         "fact": i,
                         "text": facts[i].text,
-                        "since": None if document is None else length - document.end(i),
-                        "depth": None if document is None else document.begins[i] / length,
+                        "since": None if document is None else n_token - document.end(i),
+                        "depth": None if document is None else document.begins[i] / n_token,
                         "straddles": None if document is None else document.straddles(i, model.segment_len),
                         "level": None if (said := other[row]) is None else said.level,
                         "alike": None if document is None else alike[number][_relation(facts[i])],
                         "stored": _stored(documents[number], i, held[row]) if held and condition == "on" else None,
-                        "correct": correct,
-                        "nll": nll,
+                        **judged,
                     }
                 )
     return rows
@@ -164,6 +176,28 @@ def answer(
     mean = torch.where(asked, nll, 0.0).sum(dim=1) / asked.sum(dim=1)
     correct = ((logits.argmax(dim=-1) == targets) | ~asked).all(dim=1)
     return list(zip(correct.tolist(), mean.tolist(), strict=True))
+
+
+def say(model: LanguageModel, state: Any, cues: Sequence[Sequence[int]], n_new: int, read: bool) -> list[list[int]]:
+    """What a model says by greedy decoding after each cue; nothing is written.
+
+    Args:
+        model: A language model.
+        state: Memories, one row per cue.
+        cues: Token ids of each.
+        n_new: Tokens to say.
+        read: Whether memories are read.
+    """
+    device = device_of(model)
+    rows = [list(cue) for cue in cues]
+    for _ in range(n_new):
+        longest = max(map(len, rows))
+        ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows], device=device)
+        logits = model(ids, state=state, read=read, write=False).logits
+        last = torch.tensor([len(row) - 1 for row in rows], device=device)
+        best = logits[torch.arange(len(rows), device=device), last].argmax(dim=-1).tolist()
+        rows = [[*row, token] for row, token in zip(rows, best, strict=True)]
+    return [row[len(cue) :] for row, cue in zip(rows, cues, strict=True)]
 
 
 SHARED = (

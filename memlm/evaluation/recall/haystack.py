@@ -7,69 +7,49 @@ from typing import NamedTuple
 
 import numpy as np
 
+from memlm.data.haystack import Haystack, Told, weave
 from memlm.data.tasks.makers import Fact
 
 _CROSSING = 16  # one fact in so many is placed across a segment boundary on purpose; others get there by chance
 
 
-_PASSAGE = 256  # tokens of the passages in which a text is repeated
-
-
-class Haystack:
-    """Endless held-out text: once round from some place, then round after round in passages of another order.
-
-    Args:
-        text: Token ids of a split.
-        seed: Of the place and of the orders.
-    """
-
-    def __init__(self, text: np.ndarray, seed: Sequence[int]) -> None:
-        self.text, self.seed = text, list(seed)
-        self.begin = int(np.random.default_rng([*self.seed, 0]).integers(len(text)))
-        self._round: tuple[int, np.ndarray] | None = None
-
-    def tokens(self, begin: int, end: int) -> np.ndarray:
-        """Token ids of a part, (end - begin,)."""
-        n = len(self.text)
-        parts = [self._turn(i)[max(begin - i * n, 0) : end - i * n] for i in range(begin // n, -(-end // n))]
-        return np.concatenate([self.text[:0], *parts])
-
-    def _turn(self, number: int) -> np.ndarray:
-        """The whole text as it is read the ``number``-th time."""
-        if self._round is None or self._round[0] != number:
-            text = np.roll(self.text, -self.begin)
-            if number:
-                passages = [text[i : i + _PASSAGE] for i in range(0, len(text), _PASSAGE)]
-                order = np.random.default_rng([*self.seed, number]).permutation(len(passages))
-                text = np.concatenate([passages[i] for i in order])
-            self._round = (number, text)
-        return self._round[1]
-
-
 class Document(NamedTuple):
-    """Text with facts; it goes on without end.
+    """Text with facts.
 
     Attributes:
         facts: What is told and will be asked for.
         begins: Place of the first token of each of them.
-        head: Token ids up to the end of the last fact.
-        haystack: The text around facts.
-        taken: Tokens of it within the head.
+        told: All that is told, in order.
+        haystack: The text around it.
         others: What is told too, but not asked for.
+        n_token: Where it ends; None: it goes on without end.
     """
 
     facts: list[Fact]
     begins: list[int]
-    head: np.ndarray
+    told: list[Told]
     haystack: Haystack
-    taken: int
     others: Sequence[Fact] = ()
+    n_token: int | None = None
+
+    @property
+    def n_head(self) -> int:
+        """Tokens up to the end of the last of what is told."""
+        return self.told[-1].end
+
+    @property
+    def head(self) -> np.ndarray:
+        """Token ids of these, (n_head,)."""
+        return self.tokens(0, self.n_head)
+
+    @property
+    def taken(self) -> int:
+        """Tokens of the text within the head."""
+        return self.told[-1].taken
 
     def tokens(self, begin: int, end: int) -> np.ndarray:
         """Token ids of a part of the document, (end - begin,)."""
-        head = self.head[begin:end]
-        rest = max(begin, len(self.head)) - len(self.head) + self.taken
-        return np.concatenate([head, self.haystack.tokens(rest, rest + end - begin - len(head))])
+        return weave(self.haystack, self.told, begin, end)
 
     def end(self, fact: int) -> int:
         """Place of the token after a fact."""
@@ -77,6 +57,21 @@ class Document(NamedTuple):
 
     def straddles(self, fact: int, segment_len: int) -> bool:
         """Whether a fact begins in one segment and ends in another."""
+        return self.begins[fact] // segment_len != (self.end(fact) - 1) // segment_len
+
+
+class Stories(Document):
+    """A document whose ``facts`` are questions; ``begins`` are the places of the statements that answer.
+
+    A question says in ``said`` how many tokens of that statement it takes up to the end of the answer.
+    """
+
+    def end(self, fact: int) -> int:
+        """Place of the token after the answer, as it was told."""
+        return self.begins[fact] + self.facts[fact].said  # type: ignore[attr-defined]
+
+    def straddles(self, fact: int, segment_len: int) -> bool:
+        """Whether the statement that says the answer begins in one segment and goes on in another."""
         return self.begins[fact] // segment_len != (self.end(fact) - 1) // segment_len
 
 
@@ -107,8 +102,8 @@ def tell(
     n = len(facts) + len(others)
     order = rng.permutation(n) if others and mixed else np.arange(n)
     across = set(rng.choice(len(facts), size=-(-len(facts) // _CROSSING), replace=False).tolist() if crossing else ())
-    parts = [haystack.tokens(0, lead)]
     begins = [0] * len(facts)
+    placed: list[Told] = []
     place = taken = lead
     for number in order.tolist():
         told = (facts[number] if number < len(facts) else others[number - len(facts)]).tokens
@@ -116,8 +111,9 @@ def tell(
         if number in across and len(told) > 1:
             before = int(rng.integers(1, len(told)))  # tokens of the fact that lie before the boundary
             space += -(place + space + before) % segment_len
-        parts += [haystack.tokens(taken, taken + space), np.asarray(told)]
+        place, taken = place + space, taken + space
+        placed.append(Told(place, taken, np.asarray(told, dtype=np.int64)))
         if number < len(facts):
-            begins[number] = place + space
-        place, taken = place + space + len(told), taken + space
-    return Document(list(facts), begins, np.concatenate(parts), haystack, taken, others)
+            begins[number] = place
+        place += len(told)
+    return Document(list(facts), begins, placed, haystack, others)

@@ -56,8 +56,8 @@ def read(
 
     Args:
         model: A language model.
-        documents: One per row.
-        lengths: Tokens after which to stop and look, ascending, multiples of the segment.
+        documents: One per row; of those that end before the others, what would follow is left out.
+        lengths: Tokens after which to stop and look, ascending.
         progress: Called with the tokens read so far of a document.
         consolidation: What is done to memories in between; None for nothing.
 
@@ -72,8 +72,11 @@ def read(
     for length in lengths:
         while place < length:
             end = min(place + _WINDOW * model.segment_len, length, (place // step + 1) * step)
-            ids = np.stack([document.tokens(place, end) for document in documents])
-            state = model.absorb(torch.from_numpy(ids).long().to(device), state, donate=True)
+            ids = torch.from_numpy(np.stack([document.tokens(place, end) for document in documents])).long()
+            there = torch.tensor([length if (n := document.n_token) is None else n for document in documents])
+            mask = torch.arange(place, end) < there[:, None]
+            options: dict[str, Any] = {} if bool(mask.all()) else {"mask": mask.to(device)}
+            state = model.absorb(ids.to(device), state, donate=True, **options)
             place = end
             if consolidation and place % step == 0:
                 state = consolidation(model, state, place // step - 1)

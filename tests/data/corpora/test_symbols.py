@@ -345,6 +345,20 @@ def test_what_a_recipe_sets_for_a_memory_is_set_for_it_alone() -> None:
     assert list(compose(["recipe=pairs", "memory=rmt"]).memory) == ["rmt"]
 
 
+def test_what_a_memory_needs_without_a_recipe_is_set_and_gives_way_to_the_command_line(tmp_path: Path) -> None:
+    gradient = "memory.cache.gradient"
+    assert compose(["memory=cache"]).memory.cache.gradient is True
+    assert compose(["memory=cache", f"{gradient}=false"]).memory.cache.gradient is False
+    assert compose(["recipe=needle", "memory=cache"]).memory.cache.gradient is False
+    (tmp_path / "recipe_memory/default").mkdir(parents=True)
+    (tmp_path / "recipe_memory/default/stm.yaml").write_text(
+        "# @package _global_\ncurriculum: {phases: [{steps: 7, n_row: 2, n_segment: 2}]}\n"
+    )
+    assert [p.steps for p in compose(["memory=stm"], searchpath=[tmp_path]).curriculum.phases] == [7]
+    given = ["memory=stm", "curriculum.phases=[{steps: 3, n_row: 2, n_segment: 2}]"]
+    assert [p.steps for p in compose(given, searchpath=[tmp_path]).curriculum.phases] == [3]
+
+
 def test_a_recipe_may_have_settings_for_a_memory_of_somebody_else(tmp_path: Path) -> None:
     (tmp_path / "recipe_memory/pairs").mkdir(parents=True)
     (tmp_path / "memory").mkdir()

@@ -5,8 +5,9 @@ import pytest
 import torch
 
 from experiments.needle import Needle, run
+from memlm.data.haystack import Haystack
 from memlm.data.tasks.makers import Fact
-from memlm.evaluation.recall.haystack import Haystack, tell
+from memlm.evaluation.recall.haystack import tell
 from memlm.evaluation.recall.rates import above_controls
 from memlm.evaluation.recall.reading import part_of, visit
 from tests.experiments.test_needle import SEGMENT_LEN, Data, Oracle

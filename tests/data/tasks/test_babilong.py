@@ -1,0 +1,169 @@
+"""BABILong's documents, from a bAbI of four lines and a book of counted sentences."""
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from memlm.config import ConfigError
+from memlm.data.haystack import Haystack, sentences
+from memlm.data.tasks.babilong import BabiLong, Sample, is_right, load, parse, spread
+from memlm.data.tokenizer import Tokenizer, train_tokenizer
+from memlm.data.tokens import TokenizedCorpus
+
+PLACES = ["kitchen", "garden", "office"]
+TEST = """1 Mary moved to the kitchen.
+2 John went to the office.
+3 Where is Mary? \tkitchen\t1
+4 Mary journeyed to the garden.
+5 Where is Mary? \tgarden\t4
+1 John moved to the garden.
+2 Where is John? \tgarden\t1
+"""
+TRAIN = "".join(f"1 John moved to the {a}.\n2 Mary moved to the {b}.\n3 Where is John? \t{a}\t1\n" for a, b in
+                zip(PLACES, PLACES[::-1], strict=True))  # fmt: skip
+SEGMENT_LEN = 16
+
+
+def book(n: int) -> str:
+    """``n`` sentences of eleven tokens, each with a number of its own."""
+    return "".join(f" this is sentence b{i} of a book with no end." for i in range(n))
+
+
+def write_folder(folder: Path) -> Path:
+    for split, text in {"train": TRAIN, "test": TEST}.items():
+        (folder / f"qa1_single-supporting-fact_{split}.txt").write_text(text)
+    return folder
+
+
+def write_table(folder: Path) -> Path:
+    rows = [{"task": 1, "split": split, "text": text} for split, text in {"train-10k": TRAIN, "test": TEST}.items()]
+    path = folder / "babi.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return path
+
+
+class Text:
+    """A tokenizer of words, and a book of 300 sentences."""
+
+    def __init__(self) -> None:
+        text = book(300)
+        self.tokenizer: Tokenizer = train_tokenizer("word", [text, " " + TEST + TRAIN.replace("1 ", " ")], 5000)
+        ids = np.array(self.tokenizer.encode(text), dtype=np.int32)
+        self.train = TokenizedCorpus(ids, np.array([0, len(ids)]))
+
+
+@pytest.fixture(scope="module")
+def text() -> Text:
+    return Text()
+
+
+def test_every_question_is_a_sample_with_the_facts_before_it() -> None:
+    mary, john, later = "Mary moved to the kitchen.", "John went to the office.", "Mary journeyed to the garden."
+    assert parse(TEST, "test") == [
+        Sample((mary, john), "Where is Mary?", "kitchen", (0,)),
+        Sample((mary, john, later), "Where is Mary?", "garden", (2,)),
+        Sample(("John moved to the garden.",), "Where is John?", "garden", (0,)),
+    ]
+    no_space = "1 The office is north of the kitchen.\n2 What is north of the kitchen?\toffice\t1\n"
+    assert parse(no_space, "qa4")[0][1:] == ("What is north of the kitchen?", "office", (0,))
+
+
+def test_the_same_is_read_from_a_folder_and_from_a_table(tmp_path: Path) -> None:
+    assert load(write_folder(tmp_path), 1, "test") == load(write_table(tmp_path), 1, "test") == parse(TEST, "")
+    assert load(tmp_path, 1, "train-10k") == load(tmp_path / "babi.jsonl", 1, "train-10k") == parse(TRAIN, "")
+
+
+@pytest.mark.parametrize(
+    ("path", "task", "split", "said"),
+    [
+        ("nothing", 1, "test", "there is no bAbI at"),
+        (".", 2, "test", r"has no file qa2_\*_test.txt"),
+        ("babi.jsonl", 1, "train-1k", "no split 'train-1k' of task 1; it has: train-10k of task 1, test of task 1"),
+        ("other.jsonl", 1, "test", "no column 'split'; there are: text"),
+        ("babi.csv", 1, "test", "its name must end in .jsonl, .parquet"),
+    ],
+)
+def test_a_missing_bAbI_is_told(tmp_path: Path, path: str, task: int, split: str, said: str) -> None:
+    write_folder(tmp_path), write_table(tmp_path)
+    (tmp_path / "other.jsonl").write_text('{"text": "a"}')
+    (tmp_path / "babi.csv").write_text("a")
+    with pytest.raises(ConfigError, match=said):
+        load(tmp_path / path, task, split)
+
+
+def test_what_is_no_babi_is_told_by_its_line() -> None:
+    with pytest.raises(ConfigError, match="file, line 2: expected 'NUMBER sentence'"):
+        parse("1 Mary moved.\nWhere is Mary?", "file")
+    with pytest.raises(ConfigError, match="has no question"):
+        parse("1 Mary moved.\n", "file")
+
+
+@pytest.mark.parametrize("n_token", [0, 40, 400, 5000])
+def test_facts_keep_their_order_between_whole_sentences(text: Text, n_token: int) -> None:
+    facts = [np.array(text.tokenizer.encode(f" {fact}")) for fact in parse(TEST, "")[1].facts]
+    found = sentences(text.train.tokens, text.tokenizer)
+    haystack = Haystack(found.tokens, [7], found.starts)
+    told = spread(np.random.default_rng(1), facts, haystack, n_token)
+    assert [item.tokens.tolist() for item in told] == [fact.tolist() for fact in facts]
+    n_text, begin = max(n_token - sum(map(len, facts)), 0), haystack.tokens(0, 1)
+    assert text.tokenizer.decode(begin) == " this"
+    for i, item in enumerate(told):
+        assert item.place == item.taken + sum(map(len, facts[:i]))
+        before = text.tokenizer.decode(haystack.tokens(max(item.taken - 1, 0), item.taken))
+        assert item.taken == 0 or before == "." or item.taken == n_text  # the last sentence is cut
+        assert item.taken <= n_text
+
+
+def test_places_are_drawn_evenly_from_all_ends_of_sentences(text: Text) -> None:
+    found = sentences(text.train.tokens, text.tokenizer)
+    haystack, fact = Haystack(found.tokens, [7], found.starts), np.array([1, 2, 3])
+    rng = np.random.default_rng(0)
+    places = [spread(rng, [fact], haystack, 4 * 11 + 3)[0].taken for _ in range(5000)]
+    values, counts = np.unique(places, return_counts=True)
+    assert values.tolist() == [0, 11, 22, 33, 44]
+    assert counts.min() > 900
+
+
+def test_a_training_document_is_a_story_and_its_question_in_a_fresh_context(text: Text, tmp_path: Path) -> None:
+    task = BabiLong(text.tokenizer, text.train, str(write_table(tmp_path)))
+    stories = {sample.facts: sample for sample in parse(TRAIN, "")}
+    asked = set()
+    for seed in range(20):
+        made = task.document(np.random.default_rng(seed), np.zeros(8 * SEGMENT_LEN + 1), SEGMENT_LEN)
+        assert made.breaks.tolist() == [False] * 7 + [True]
+        words = text.tokenizer.decode(made.tokens[: 7 * SEGMENT_LEN])
+        facts = tuple(re.findall(r"\w+ moved to the \w+\.", words))
+        sample = stories[facts]
+        asked.add(sample)
+        answers = made.tokens[1:][made.answer].tolist()
+        assert text.tokenizer.decode(answers) == f" {sample.answer}."
+        end = int(np.flatnonzero(made.answer)[0]) + 1
+        assert text.tokenizer.decode(made.tokens[7 * SEGMENT_LEN : end]) == f" {sample.question}"
+    assert len(asked) == 3
+    assert task.labels == sorted(PLACES)
+    with pytest.raises(ConfigError, match=r"the shortest story of bAbI task 1 has 12 tokens, .* leaves 0 before"):
+        task.document(np.random.default_rng(0), np.zeros(SEGMENT_LEN + 1), SEGMENT_LEN)
+    with pytest.raises(ConfigError, match=r"raise model\.segment_len"):
+        task.document(np.random.default_rng(0), np.zeros(8 * 5 + 1), 5)
+
+
+@pytest.mark.parametrize(
+    ("output", "right"),
+    [
+        (" garden.", True),
+        (" The Garden", True),
+        (" in the garden, of course. Not in the office.", True),  # the first sentence counts
+        (" garden or office.", False),  # two labels
+        (" garden, not the kitchen.", True),  # the kitchen is in the question
+        (" office.", False),
+        (". garden", False),
+        ("", False),
+        (" gard en.", False),
+    ],
+)
+def test_an_answer_is_right_if_it_is_the_only_label_named(output: str, right: bool) -> None:
+    sample = Sample(("",), "What is north of the kitchen?", "garden", (0,))
+    assert is_right(output, sample, PLACES) == right
