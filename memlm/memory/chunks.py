@@ -46,7 +46,7 @@ class Chunks(NamedTuple):
 
     def each(self) -> list[Chunks]:
         """The chunks one by one, of chunks (C, ...); they have no queries."""
-        passed = self._replace(alike=None, query=None, met=None)
+        passed = (self.late, self.value, self.erase, self.inverse, self.left, None, None, None)
         parts = zip(*([None] * len(self.late) if part is None else part.unbind() for part in passed), strict=True)
         return [Chunks(*part) for part in parts]
 
@@ -115,8 +115,9 @@ def chunks_of(
     else:
         late, left, alike = k, None, Alike(k, None, None)
         if decay is not None:
-            alike = Alike(k, decay.cumsum(dim=-2).exp(), decay_between(decay[..., 0]))
-            late, left = k * sums_after(decay).exp(), alike.since[..., -1, :, None]
+            since = decay.cumsum(dim=-2).exp()
+            alike = Alike(k, since, decay_between(decay[..., 0]))
+            late, left = k * sums_after(decay).exp(), since[..., -1, :, None]
         faded, met = [alike.faded(part) for part in asked], [alike.met(part) for part in asked]
     erase, inverse = (None, None) if erase is None else (faded[0], inverse_of(met[0]))
     query, of_query = (None, None) if query is None else (faded[-1], met[-1])
