@@ -128,7 +128,8 @@ def _conversation(part: Mapping[str, Any]) -> Conversation:
         for name, turns in part["conversation"].items()
         if (found := _SESSION.fullmatch(name)) and isinstance(turns, list)
     }
-    turns, number = [], {}
+    turns: list[str] = []
+    number: dict[tuple[int, int], int] = {}
     for session in sorted(sessions):
         for turn in sessions[session]:
             found = _TURN.fullmatch(turn["dia_id"])
@@ -170,8 +171,8 @@ def run(
         ConfigError: If there is no such file, or no memory of the model tells what its slots are made of.
     """
     conversations = read_conversations(cfg.path)[: cfg.n_conversation]
-    modules = [one for one in placed(model) if isinstance(one.module, Slots)]
-    if not any(one.module.places(one.module.init_state(1)) is not None for one in modules):
+    modules: list[Any] = [one.module for one in placed(model) if isinstance(one.module, Slots)]
+    if not any(module.places(module.init_state(1)) is not None for module in modules):
         has = ", ".join(model.memory) or "none"
         raise ConfigError(
             f"locomo ranks turns by what is read of them, and no memory of this model has slots made of single tokens "
@@ -263,8 +264,8 @@ def _read(model: LanguageModel, state: Any, question: str, begins: Tensor) -> Te
 
 def _recall(scores: Tensor, evidence: Sequence[int]) -> list[float]:
     """The share of the evidence among the first k turns, for each of `KS`; turns that score nothing are not found."""
-    order = scores.argsort(descending=True, stable=True)
-    order = order[scores[order] > 0].tolist()
+    ranked = scores.argsort(descending=True, stable=True)
+    order = ranked[scores[ranked] > 0].tolist()
     return [len(set(order[:k]) & set(evidence)) / len(evidence) for k in KS]
 
 

@@ -45,8 +45,8 @@ def _model(config: Mapping[str, Any]) -> Any:
         )
     if not chosen:
         return load(config["checkpoint"], trust=config["trust"])
-    whole = {"memory": {}, "data": {"tokenizer": {"n_vocab": None}}, "seed": 0}
-    whole = settled({**whole, "model": config["model"], "memory": config.get("memory") or {}})
+    data = {"tokenizer": {"n_vocab": None}}
+    whole = settled({"model": config["model"], "memory": config.get("memory") or {}, "data": data, "seed": 0})
     tokenizer = own_tokenizer(whole)
     if tokenizer is None:
         raise ConfigError("a model that is not pretrained says nothing before it is trained: give checkpoint=RUN")

@@ -145,7 +145,7 @@ class MemlmForCausalLM(PreTrainedModel, GenerationMixin):
         kwargs = {name: value for name, value in kwargs.items() if not name.startswith("_")}
         folder = hub.folder_of(pretrained_model_name_or_path, kwargs)
         model = checkpoint.load(folder, trust=trust, base=base)
-        found = cls(MemlmConfig.from_pretrained(folder), model, hub.card_in(folder))
+        found: Any = cls(MemlmConfig.from_pretrained(folder), model, hub.card_in(folder))
         found.name_or_path = str(pretrained_model_name_or_path)
         if (folder / "generation_config.json").is_file():
             found.generation_config = GenerationConfig.from_pretrained(folder)
@@ -271,7 +271,7 @@ class MemlmForCausalLM(PreTrainedModel, GenerationMixin):
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-        new = None
+        new: Any = None
         if use_cache:
             n_before = 0 if past is None else past.n_token
             new = MemlmCache(self.model, out.state, n_before + input_ids.shape[1])
