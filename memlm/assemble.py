@@ -151,8 +151,7 @@ def build_tokenizer(config: Mapping[str, Any], corpus: Corpus | None = None) -> 
         "data.tokenizer",
         ("corpus", "cache_dir"),
     )
-    kind = _model_class(config)
-    own = None if kind is None else kind.own_tokenizer(config["model"])
+    own = own_tokenizer(config)
     if own is not None:
         path = settings["path"]
         if path is not None and Tokenizer.from_file(path).bare().fingerprint() != own.fingerprint():
@@ -164,6 +163,12 @@ def build_tokenizer(config: Mapping[str, Any], corpus: Corpus | None = None) -> 
     return get_tokenizer(
         settings["kind"], settings["vocab_size"], settings["path"], corpus or build_corpus(config), _cache(config)
     )
+
+
+def own_tokenizer(config: Mapping[str, Any]) -> Tokenizer | None:
+    """The tokenizer that the model of ``config["model"]`` comes with; None if it takes any."""
+    kind = _model_class(config)
+    return None if kind is None else kind.own_tokenizer(config["model"])
 
 
 def build_data(

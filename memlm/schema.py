@@ -133,7 +133,9 @@ class Chat:
     """`scripts/chat.py`."""
 
     paths: Paths
-    checkpoint: str
+    model: Node | None = None
+    memory: dict[str, Node] | None = None
+    checkpoint: str | None
     trust: list[str] | str | None
     device: str
 

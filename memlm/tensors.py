@@ -92,6 +92,21 @@ def take(part: Tensor, index: Tensor) -> Tensor:
     return part.gather(1, index.view(*index.shape, *[1] * (part.dim() - 2)).expand(*index.shape, *part.shape[2:]))
 
 
+def rows_of(table: Tensor) -> tuple[Tensor, int]:
+    """``table`` (B, M, d) as rows one after the other, (n, d), and how many lie from one of the B to the next.
+
+    Without a copy where it can be: also of the first M of more, and of one for all B (then 0 lie between).
+    """
+    n_row, n_slot, width = table.shape
+    apart, *inside = table.stride()
+    if apart == 0 or n_row == 1:
+        return table[0], 0
+    if inside == [width, 1] and apart % width == 0:
+        n_between = apart // width
+        return table.as_strided(((n_row - 1) * n_between + n_slot, width), (width, 1)), n_between
+    return table.reshape(n_row * n_slot, width), n_slot
+
+
 def attend(
     query: Tensor, key: Tensor, value: Tensor, n_head: int = 1, mask: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""Talk with a model and its memory: `python scripts/chat.py checkpoint=RUN`."""
+"""Talk with a model and its memory: `python scripts/chat.py checkpoint=RUN`, or `model=pretrained model.path=DIR`."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from memlm.app.cli import cli
+from memlm.config import ConfigError
 from memlm.printed import printable
 
 
@@ -27,13 +28,38 @@ def lines() -> Iterator[str]:
         yield line
 
 
+def _model(config: Mapping[str, Any]) -> Any:
+    """The model of a checkpoint, or a pretrained one with a memory that is not trained.
+
+    Raises:
+        ConfigError: If it is said in neither way, or both, or the model would have to be trained.
+    """
+    from memlm.assemble import build_model, own_tokenizer, settled
+    from memlm.checkpoint import load
+
+    chosen = config.get("model") is not None
+    if chosen == (config["checkpoint"] is not None):
+        both = "both are given" if chosen else "neither is given"
+        raise ConfigError(
+            f"checkpoint=RUN says with which model to talk, or model=pretrained model.path=DIR memory=NAME: {both}"
+        )
+    if not chosen:
+        return load(config["checkpoint"], trust=config["trust"])
+    whole = {"memory": {}, "data": {"tokenizer": {"n_vocab": None}}, "seed": 0}
+    whole = settled({**whole, "model": config["model"], "memory": config.get("memory") or {}})
+    tokenizer = own_tokenizer(whole)
+    if tokenizer is None:
+        raise ConfigError("a model that is not pretrained says nothing before it is trained: give checkpoint=RUN")
+    return build_model(whole, tokenizer).eval()
+
+
 @cli("chat")
 def main(config: Mapping[str, Any]) -> None:
     """Answer line after line."""
-    from memlm.checkpoint import load, place
+    from memlm.checkpoint import place
     from memlm.store.conversation import HELP, Conversation
 
-    model: Any = place(load(config["checkpoint"], trust=config["trust"]), config["device"])
+    model: Any = place(_model(config), config["device"])
     conversation = Conversation(model)
     print(HELP)
     try:

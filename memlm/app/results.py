@@ -82,10 +82,10 @@ def _put(path: Path, chosen: argparse.Namespace) -> None:
     runs, _ = find_runs(chosen.runs, chosen.trust)
     new = records.entries(runs, experiment, commit, around["processor"], around["torch"])
     path.parent.mkdir(exist_ok=True)
-    record = records.merged(record, new)
-    _write(path, records.written(record))
+    merged = records.merged(record, new)
+    _write(path, records.written(merged))
     if experiment == memory_table.NAME:
-        for name, figure in memory_table.figures(record).items():
+        for name, figure in memory_table.figures(merged).items():
             figure.savefig(image := io.BytesIO(), format="png", dpi=150)
             _write(FIGURES / f"{name}.png", image.getvalue())
 

@@ -110,7 +110,7 @@ class Tokenizer:
     def special_tokens(self) -> dict[str, str]:
         """Return its tokens for padding and for what it does not know, by the names they have in transformers."""
         found = {"pad_token": self._pad, "unk_token": self._unk}
-        return {name: self._backend.id_to_token(i) for name, i in found.items() if i is not None}
+        return {name: str(self._backend.id_to_token(i)) for name, i in found.items() if i is not None}
 
     def encode(self, text: str) -> list[int]:
         """Return the token ids of a text, with nothing added before or after.

@@ -71,6 +71,6 @@ def push(
     api = huggingface_hub.HfApi(token=token)
     name = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
     done = api.upload_folder(
-        repo_id=name, folder_path=folder, revision=revision, commit_message=commit_message, create_pr=create_pr
+        repo_id=name, folder_path=Path(folder), revision=revision, commit_message=commit_message, create_pr=create_pr
     )
     return str(done)

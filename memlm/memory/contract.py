@@ -358,6 +358,16 @@ class Memory(nn.Module):
         """What reads need of the state, worked out once per segment, differentiable. Default: the state itself."""
         return state
 
+    def prepare_steps(self, state: State, rows: Tensor | None = None, before: Any = None) -> Any:
+        """`prepare`, without gradients, for a segment whose tokens are read one by one. Default: the same.
+
+        Args:
+            state: The state.
+            rows: Rows (N,) that have changed since; None for all.
+            before: What the last call gave, given away; needed with ``rows``.
+        """
+        return self.prepare(state)
+
     def read(self, y: Tensor, prepared: Any) -> Read:
         """The easy case: what is added to the stream behind the mixer.
 

@@ -177,13 +177,21 @@ class KnnMemory(Slots):
         y = mixer.out(self._mixed(found, mixer.attend(heads)), rows)
         return Scanned(y.view_as(x), told, after, trace)
 
-    def places(self, state: KnnState) -> Tensor:
+    def offsets(self, state: KnnState) -> Tensor:
         """Where each slot stands before a segment, counted in slots, (B, n): the newest right before the overlap."""
         n_place = self.n_token // self.chunk
         last, inside = state.n_chunk[:, None] - 1, torch.arange(self.chunk, device=state.full.device)
         number = last - (last - torch.arange(n_place, device=last.device)).remainder(n_place)
         first = (number - last - 1) * self.chunk - self.overlap
         return (first[..., None] + inside).flatten(1)
+
+    def places(self, state: KnnState) -> Tensor | None:
+        """See `Slots.places`; None where tokens are kept in chunks, which may have gaps."""
+        if self.chunk > 1:
+            return None
+        last = state.n_chunk[:, None] - 1
+        place = last - (last - torch.arange(self.n_token, device=last.device)).remainder(self.n_token)
+        return place.masked_fill(~state.full, -1)
 
     def filled(self, state: KnnState) -> Tensor:
         """See `Slots.filled`."""
@@ -211,7 +219,7 @@ class KnnMemory(Slots):
 
     def _context(self, query: Tensor, bank: KnnState) -> Context:
         """The bank as attention sees it: of each head's queries (B, H, Q, E) their best."""
-        place = self.places(bank).clamp(min=-self.reach) if self.reach is not None else None
+        place = self.offsets(bank).clamp(min=-self.reach) if self.reach is not None else None
         if self.top_k >= self.n_token:
             return Context(bank.key, bank.value, bank.full, place=place)
         with torch.no_grad(), torch.autocast(query.device.type, enabled=False):

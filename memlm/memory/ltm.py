@@ -255,6 +255,16 @@ class LongTermMemory(RecordKeeper, SharedBank):
         """The slots that may be read; see `Memory.prepare`."""
         return ltm_read.Prepared(ltm_read.pool(self, state), state.lists)
 
+    def prepare_steps(
+        self, state: LongTermState, rows: Tensor | None = None, before: ltm_read.Prepared | None = None
+    ) -> ltm_read.Prepared:
+        """See `Memory.prepare_steps`. Slots are given in whole numbers too, by which they are found faster."""
+        prepared = self.prepare(state)
+        if prepared.bank is None or self.is_sharded or self.search_index().find(prepared.lists) is not None:
+            return prepared
+        old = None if rows is None or before is None or before.bank is None else before.bank.coarse
+        return prepared._replace(bank=ltm_read.coarsened(self, prepared.bank, rows, old))
+
     def read(self, y: Tensor, prepared: ltm_read.Prepared) -> Read:
         """Top-k attention of one segment's tokens over the bank; see `Memory.read`."""
         return ltm_read.read(self, y, prepared.bank, None, prepared.lists)

@@ -13,7 +13,8 @@ from torch.nn import functional as F
 
 from memlm.memory.contract import Read
 from memlm.memory.ltm_write import USED
-from memlm.retrieval.exact import Pool, attend
+from memlm.retrieval.coarse import Coarse, coarse, pays
+from memlm.retrieval.exact import Pool, attend, hidden_by
 from memlm.retrieval.lists import Lists
 from memlm.retrieval.sharded import attend_sharded
 
@@ -43,7 +44,7 @@ def read(
         return Read(torch.zeros_like(y), none.long() - 1, none, gate[..., 0])
     with torch.autocast(y.device.type, enabled=False):
         query = F.normalize(memory.to_key(memory.norm(y.float())), dim=-1)  # (B, N, d_key)
-        temperature = memory.log_temperature.exp() * memory.temperature_scale
+        temperature = temperature_of(memory)
         null = temperature * memory.null_similarity
         recency = None if memory.log_recency is None else memory.log_recency.exp()
         how = (query, temperature, null, memory.retrieval_threshold, memory.top_k)
@@ -51,14 +52,33 @@ def read(
             assert bank is not None
             read, slots, weights = attend_sharded(*how, bank, recency)
         else:
-            index = memory.search_index()
-            if window is not None and window_list is not None:
-                reach = index.reach(lists, query, window_list)
+            find = None if lists is None else memory.search_index().find(lists)
+            if window is not None and window_list is not None and lists is not None:
+                reach = memory.search_index().reach(lists, query, window_list)
                 if reach is not None:
                     visible = window.visible.repeat_interleave(y.shape[1] // window.visible.shape[1], dim=1)
                     window = window._replace(visible=visible & reach)
-            read, slots, weights = attend(*how, bank, window, recency, index.find(lists))
+            read, slots, weights = attend(*how, bank, window, recency, find)
     return Read(gate * memory.to_output(read.to(y.dtype)), slots, weights, gate[..., 0])
+
+
+def temperature_of(memory: LongTermMemory) -> Tensor:
+    """Inverse temperature of the read."""
+    return memory.log_temperature.exp() * memory.temperature_scale
+
+
+def coarsened(memory: LongTermMemory, bank: Pool, rows: Tensor | None, old: Coarse | None) -> Pool:
+    """A bank with its slots in whole numbers where that pays; of ``old`` ones only ``rows`` (N,) are made anew."""
+    if not pays(bank.key, memory.retrieval_threshold, memory.top_k, bank.key, ready=True):
+        return bank
+    hidden, temperature = hidden_by(bank), temperature_of(memory)
+    if rows is None or old is None or len(bank.key) == 1 or old.key.shape != bank.key.shape:
+        return bank._replace(coarse=coarse(bank.key, hidden, temperature))
+    new = coarse(bank.key[rows], hidden[rows], temperature)
+    if new is None:
+        return bank
+    pairs = zip(old, new, strict=True)
+    return bank._replace(coarse=Coarse(*(mine.index_copy_(0, rows, part) for mine, part in pairs)))
 
 
 def pool(memory: LongTermMemory, state: LongTermState, visible: Tensor | None = None) -> Pool | None:

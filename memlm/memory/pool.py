@@ -60,7 +60,7 @@ class PoolMemory(Slots):
     """
 
     needs = Needs(context=True, output=True)
-    sized = ("n_token", "n_new")
+    sized: tuple[str, ...] = ("n_token", "n_new")
 
     def __init__(self, d_model: int, sizes: Sizes, n_token: int = 512, n_new: int = 16) -> None:
         super().__init__()

@@ -94,9 +94,15 @@ class Decoder:
             self._open = _opened(self.model, state.local)
             self._prepare()
 
-    def _prepare(self) -> None:
+    @torch.no_grad()
+    def _prepare(self, rows: Tensor | None = None) -> None:
+        """What reads need of memories of which ``rows`` have changed; None for all."""
+        before = self._prepared if rows is not None else {}
         self._prepared = {
-            name: [module.prepare(part) for module, part in zip(modules, self._memory[name], strict=True)]
+            name: [
+                module.prepare_steps(part, rows, before[name][i] if name in before else None)
+                for i, (module, part) in enumerate(zip(modules, self._memory[name], strict=True))
+            ]
             for name, modules in self.model.memory.items()
             if self.read
         }
@@ -121,7 +127,7 @@ class Decoder:
             self._memory = self._map_memory(lambda part, _: map_tensors(Tensor.clone, part), self._memory)
             self._own = True
         self._memory = self._map_memory(lambda part, new: map_tensors(put, part, new), state.memory)
-        self._prepare()
+        self._prepare(index.to(self._local.ids.device))
 
     def _map_memory(self, function: Callable[[State, State], State], other: dict[str, tuple[State, ...]]) -> Any:
         """``function`` of each memory's state and that of ``other``; of banks that all rows share, the other."""

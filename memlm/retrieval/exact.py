@@ -22,6 +22,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from memlm.retrieval import coarse
+from memlm.tensors import rows_of
+
 _ON_CPU, _ON_GPU = 2**20, 2**28  # scores that exist at a time, at most, where a segment of a row has fewer
 _MOST = 2**27  # scores that exist at a time, at most, where a token of a row has fewer
 _FEW = 2**15  # scores that are ranked as they are
@@ -39,6 +42,7 @@ class Pool(NamedTuple):
         bias: Added to the score, (B, M) or (1, M).
         visible: Which slots segment s may read, (B, S, M), or (1, S, M).
         time: When each was written, larger is later, (B, M) or (1, M); None if nobody asks.
+        coarse: The same in whole numbers, for a search on a CPU; None if it is still to be made.
     """
 
     key: Tensor
@@ -46,6 +50,7 @@ class Pool(NamedTuple):
     bias: Tensor
     visible: Tensor
     time: Tensor | None = None
+    coarse: coarse.Coarse | None = None
 
 
 Search = Callable[[Tensor, Tensor, float, int, Pool], tuple[Tensor, Tensor]]
@@ -93,6 +98,14 @@ def attend(
     if bank is not None:
         best_of = gather_best if any(part.requires_grad for part in bank[:3]) else search_best
         similarity, index = best_of(find or search, query, temperature, threshold, k, bank)
+        if window is None and recency is None:  # the same for less
+            weight, missing = weigh(similarity, null_score), (0, top_k - k)
+            best = similarity.detach().topk(k, dim=2)
+            slots = index.gather(2, best.indices).masked_fill_(best.values == -torch.inf, -1)
+            shown = weight.gather(2, best.indices)
+            if k < top_k:
+                slots, shown = F.pad(slots, missing, value=-1), F.pad(shown, missing)
+            return weighted_sum(weight, bank.value, index), slots, shown
         scores.append(similarity)
         found.append(index)
     if window is not None:
@@ -172,10 +185,15 @@ def search(query: Tensor, temperature: Tensor, threshold: float, k: int, bank: P
     if has_kernel(query, k):
         return find_and_weigh(query, temperature, temperature, threshold, k, bank.key, bank.bias, bank.visible)[:2]
     n_row = len(query)
-    hidden = torch.where(bank.visible, bank.bias[:, None], -torch.inf)  # (B, S, M)
+    rounded = bank.coarse if coarse.pays(query, threshold, k, bank.key, bank.coarse is not None) else None
+    hidden = hidden_by(bank) if rounded is None else rounded.hidden  # (B, S, M)
+    if rounded is None and coarse.pays(query, threshold, k, bank.key, ready=False):
+        rounded = coarse.coarse(bank.key, hidden, temperature)
     n_segment, n_slot = hidden.shape[1:]
     scaled = (query * temperature).unflatten(1, (n_segment, -1))  # (B, S, T, d_key)
     keys, hidden = bank.key.expand(n_row, -1, -1), hidden.expand(n_row, -1, -1)
+    if rounded is not None:
+        rounded = coarse.Coarse(*(part.expand(n_row, *part.shape[1:]) for part in rounded))
     n_token = scaled.shape[2]
     best = query.new_empty(n_row, n_segment, n_token, k)
     index = torch.empty(best.shape, dtype=torch.long, device=query.device)
@@ -189,6 +207,9 @@ def search(query: Tensor, temperature: Tensor, threshold: float, k: int, bank: P
         here = slice(row, row + by_row), slice(segment, segment + by_segment), slice(token, token + by_token)
         part = scaled[here]  # (by_row, by_segment, by_token, d_key), fewer at the end
         score = buffer[: part.shape[0], : part.shape[1] * part.shape[2]]
+        if rounded is not None:
+            best[here], index[here] = _surely(part, k, keys[here[0]], rounded.of(*here[:2]), score)
+            continue
         if score.shape[1] == 1:  # of a row one token: the same product, with the bank read in the order it lies in
             torch.bmm(keys[here[0]], part.flatten(1, 2).transpose(1, 2), out=score.transpose(1, 2))
         else:
@@ -199,6 +220,24 @@ def search(query: Tensor, temperature: Tensor, threshold: float, k: int, bank: P
         score.add_(hidden[here[:2]][:, :, None])
         best[here], index[here] = top(score, k)
     return best.flatten(1, 2), index.flatten(1, 2)
+
+
+def hidden_by(bank: Pool) -> Tensor:
+    """What is added to scores, (B, S, M): the bias of slots that may be read, -inf for others."""
+    return torch.where(bank.visible, bank.bias[:, None], -torch.inf)
+
+
+def _surely(query: Tensor, k: int, key: Tensor, slots: coarse.Coarse, room: Tensor) -> tuple[Tensor, Tensor]:
+    """Scores and indices of the best slots by `coarse.best`; of queries where it is not sure, by all scores."""
+    best, index, sure = coarse.best(query, k, key, slots, room)
+    if not bool(sure.all()):
+        for row, segment in (~sure).any(dim=2).nonzero().tolist():
+            token = (~sure[row, segment]).nonzero()[:, 0]
+            asked, bias = query[row, segment, token], slots.hidden[row, segment]
+            found = top(torch.addmm(bias, asked, key[row].T), k)[1]
+            exactly = coarse.rescored(asked[None, None], key[row : row + 1], bias[None, None], found[None, None])
+            best[row, segment, token], index[row, segment, token] = exactly[0, 0], found
+    return best, index
 
 
 def has_kernel(query: Tensor, k: int) -> bool:
@@ -257,7 +296,7 @@ class _SearchBest(torch.autograd.Function):
     def forward(
         ctx: Any, find: Search, query: Tensor, temperature: Tensor, threshold: float, k: int, *bank: Tensor
     ) -> tuple[Tensor, Tensor]:
-        score, index = find(query, temperature, threshold, k, Pool(*bank))
+        score, index = find(query, temperature, threshold, k, Pool(bank[0], bank[1], bank[2], bank[3]))
         ctx.save_for_backward(query, temperature, bank[0], index)
         ctx.mark_non_differentiable(index)
         return score, index
@@ -273,6 +312,8 @@ def search_best(
     find: Search, query: Tensor, temperature: Tensor, threshold: float, k: int, bank: Pool
 ) -> tuple[Tensor, Tensor]:
     """Scores (B, N, k), with gradients for query and temperature, and indices of the best slots of a bank."""
+    if not torch.is_grad_enabled():
+        return find(query, temperature, threshold, k, bank)
     return _SearchBest.apply(find, query, temperature, threshold, k, *bank[:4])
 
 
@@ -289,13 +330,11 @@ def gather_best(
 
 
 def _flat(table: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
-    """``table`` (B, M, d) or (1, M, d) as (B * M, d), and ``index`` (B, N, k) into it."""
-    if table.stride(0) == 0:  # one bank for all rows
-        table = table[:1]
-    n_row, n_slot, width = table.shape
-    if n_row > 1:
-        index = index + n_slot * torch.arange(n_row, device=index.device)[:, None, None]
-    return table.reshape(n_row * n_slot, width), index
+    """``table`` (B, M, d) or (1, M, d) as (n, d), and ``index`` (B, N, k) into it."""
+    flat, n_between = rows_of(table)
+    if n_between:
+        index = index + n_between * torch.arange(len(table), device=index.device)[:, None, None]
+    return flat, index
 
 
 def _rows(table: Tensor, index: Tensor) -> Tensor:

@@ -1,6 +1,10 @@
 """A conversation with a model's memory: sentences are told and stored, anything else is asked and continued.
 
-Every answer comes with what was read for it, and with the answer that the model gives when memory is not read.
+A memory that keeps records gets what is told as such. Any other one reads it, in a context of its own that is closed at
+once, and goes along as a state. A model that has learned to chat is asked as in a chat.
+
+Every answer comes with what was read for it, where the memory can tell, and with the answer that the model gives when
+memory is not read.
 """
 
 from __future__ import annotations
@@ -12,11 +16,14 @@ from typing import NamedTuple
 import torch
 
 from memlm.config import ConfigError, did_you_mean
+from memlm.memory.records import RecordKeeper
 from memlm.models.sampling import Sampling
 from memlm.models.segments import SegmentModel
+from memlm.models.state import ModelState
+from memlm.store.kept import at_rest
 from memlm.store.remembered import READ, Remembered
 
-_ANSWER = 24  # most tokens of an answer
+_ANSWER, _ANSWER_IN_CHAT = 24, 64  # most tokens of an answer
 _END = re.compile(r"[.!?](?=\s|$)|(?<=\S)\s*\n")
 _SHORT = 120  # characters of a record that are shown whole
 HELP = """\
@@ -36,7 +43,7 @@ class Answer(NamedTuple):
 
     Attributes:
         text: The answer, up to the end of its sentence.
-        read: The record most read for it; None if memory is empty.
+        read: The record most read for it; None if memory is empty, or keeps no records.
         without: The answer when memory is not read.
     """
 
@@ -49,42 +56,91 @@ class Conversation:
     """Turns of a conversation.
 
     Args:
-        model: A trained model with a memory that keeps records.
+        model: A model with a memory.
 
     Attributes:
         context: Token ids of what was said since the context was cleared. What is told also goes into the memory.
+        said: The same as messages, of a model that has learned to chat.
+        state: What a memory that keeps no records knows; None for nothing.
 
     Raises:
-        ConfigError: If the model has no such memory.
+        ConfigError: If the model has no memory.
     """
 
     def __init__(self, model: SegmentModel) -> None:
-        model.list_memory(0)
-        self.model = model
+        if not model.memory:
+            raise ConfigError("there is nothing to talk with: the model has no memory (memory=none)")
+        self.keeps = any(isinstance(modules[0], RecordKeeper) for modules in model.memory.values())
+        self.model, self.chats = model, model.chat_template is not None
         self.context: list[int] = []
+        self.said: list[dict[str, str]] = []
+        self.state: ModelState | None = None
 
     def tell(self, text: str) -> list[int]:
-        """Store a text; returns the ids of its records."""
-        ids = self.model.store_experience(text)
+        """Store a text; returns the ids of its records, none where the memory keeps none."""
+        told = {"role": "user", "content": text}
+        ids: list[int] = []
+        if self.keeps:
+            ids = self.model.store_experience(text)
+        else:
+            tokens = self._chat([told], False) if self.chats else self._encode(text)
+            with at_rest(self.model):
+                state = self.model.absorb(torch.tensor([tokens], device=self._device), self.state)
+                self.state = self.model.new_context(state)
         self.context += self._encode(text)
+        self.said.append(told)
         return ids
 
     def ask(self, text: str, show: Callable[[str], None] | None = None) -> Answer:
-        """Have a text continued, greedily, to the end of a sentence. Nothing is stored.
+        """Have a text answered, greedily, to the end of a sentence, or of a turn in a chat. Nothing is stored.
 
         Args:
             text: What is asked.
             show: Gets the answer piece by piece, as it comes.
         """
         room = self.model.segment_len - 1  # one segment, so that what is shown as read is what the answer read
-        n_answer = max(min(_ANSWER, room // 2), 1)
-        prompt = (self.context + self._encode(text))[-max(room - n_answer, 1) :]
+        n_answer = max(min(_ANSWER_IN_CHAT if self.chats else _ANSWER, room // 2), 1)
+        prompt = self._prompt(text, max(room - n_answer, 1))
         answer = self._continue(prompt, n_answer, True, show)
         without = self._continue(prompt, n_answer, False)
-        hits = self.model.recalled([*prompt, *answer][:-1], first=len(prompt) - 1)
+        hits = self.model.recalled([*prompt, *answer][:-1], first=len(prompt) - 1) if self.keeps else []
+        said, bare = (self._text(part).strip() for part in (answer, without))
         self.context += self._encode(text) + answer
-        said, bare = (self.model.tokenizer.decode(part).strip() for part in (answer, without))
+        self.said += [{"role": "user", "content": text}, {"role": "assistant", "content": said}]
         return Answer(said, hits[0] if hits else None, bare)
+
+    def clear(self) -> None:
+        """Forget what was said; memory stays."""
+        self.context, self.said = [], []
+
+    def _prompt(self, text: str, room: int) -> list[int]:
+        """What an answer is made from: what was said, as much of its end as there is room for, and the question."""
+        if not self.chats:
+            return (self.context + self._encode(text))[-room:]
+        said = self.said
+        while True:
+            ids = self._chat([*said, {"role": "user", "content": text}], True)
+            if len(ids) <= room or not said:
+                return ids[-room:]
+            said = said[1:]
+
+    def _chat(self, messages: list[dict[str, str]], add_generation_prompt: bool) -> list[int]:
+        """Tokens of a chat that begins with the user; what one says in turn is one message, as templates want it."""
+        turns: list[dict[str, str]] = []
+        for message in messages:
+            if turns and turns[-1]["role"] == message["role"]:
+                turns[-1] = {**message, "content": f"{turns[-1]['content']}\n{message['content']}"}
+            elif turns or message["role"] == "user":
+                turns.append(message)
+        return self.model.tokenizer.encode(self.model.chat(turns, add_generation_prompt))
+
+    def _text(self, ids: list[int]) -> str:
+        """The text of an answer, without what ends it."""
+        return self.model.tokenizer.decode(token for token in ids if token not in self.model.ends)
+
+    @property
+    def _device(self) -> torch.device:
+        return self.model.head_weight.device
 
     def respond(self, line: str, show: Callable[[str], None] | None = None) -> str | None:
         """What to show for a line that was typed; None to end.
@@ -101,9 +157,11 @@ class Conversation:
             if not line:
                 return ""
             if line.endswith((".", "!")):
-                return _stored(self.tell(line))
+                ids = self.tell(line)
+                return _stored(ids) if self.keeps else "[told to memory]"
             answer = self.ask(line, show)
-            return _noted(answer) if show else answer.text + _noted(answer)
+            note = _noted(answer) if self.keeps else _compared(answer)
+            return note if show else answer.text + note
         except (OSError, ValueError) as error:  # such as of paths; ConfigError is one
             return f"error: {error}"
 
@@ -112,11 +170,11 @@ class Conversation:
             if not all(part.isdecimal() for part in rest.split()) or not rest:
                 raise ConfigError("/forget takes ids of records, such as /forget 3; /memory shows them")
             gone = self.model.forget([int(part) for part in rest.split()])
-            self.context = []  # it may have been said there
+            self.clear()  # it may have been said there
             return f"[forgotten: {_numbers(gone)}; the context was cleared]"
 
         def clear() -> str:
-            self.context = []
+            self.clear()
             return "[context cleared]"
 
         def path(function: Callable[[str], None], done: str) -> str:
@@ -127,7 +185,7 @@ class Conversation:
 
         def load() -> str:
             done = path(self.model.load_memory, "memory replaced by that of")
-            self.context = []  # what was said there is of the memory that is gone
+            self.clear()  # what was said there is of the memory that is gone
             return f"{done[:-1]}; the context was cleared]"
 
         commands: dict[str, Callable[[], str | None]] = {
@@ -147,15 +205,17 @@ class Conversation:
         return self.model.encode_text(text)
 
     def _continue(self, prompt: list[int], n: int, read: bool, show: Callable[[str], None] | None = None) -> list[int]:
-        """Tokens of the answer, up to the end of a sentence."""
-        ids = torch.tensor([prompt], device=self.model.head_weight.device)
-        steps = self.model.stream(ids, Sampling(n, do_sample=False), read=read, write=False)
+        """Tokens of the answer, up to the end of a sentence, or to what ends a turn of a chat."""
+        ids = torch.tensor([prompt], device=self._device)
+        how = Sampling(n, do_sample=False, eos_token_id=list(self.model.ends) or None)
+        steps = self.model.stream(ids, how, self.state, read=read, write=False)
         new: list[int] = []
         shown = ""
         for tokens in steps:
             new += tokens.tolist()
-            text = self.model.tokenizer.decode(new)
-            ends = len(new) == n or _END.search(text.lstrip()) is not None
+            text = self._text(new)
+            ends = len(new) == n or new[-1] in self.model.ends
+            ends = ends or (not self.chats and _END.search(text.lstrip()) is not None)
             said = text.strip() if ends else text.strip().rstrip("\ufffd")  # of a character that is not whole
             if show is not None:
                 show(said[len(shown) :])
@@ -189,6 +249,11 @@ def _noted(answer: Answer) -> str:
         same = answer.without == answer.text
         note += "; the answer is the same without memory" if same else f"; without memory: {answer.without!r}"
     return f"\n  [{note}]"
+
+
+def _compared(answer: Answer) -> str:
+    same = answer.without == answer.text
+    return "\n  [the answer is the same without memory]" if same else f"\n  [without memory: {answer.without!r}]"
 
 
 def _listed(records: list[Remembered]) -> str:

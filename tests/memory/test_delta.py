@@ -27,6 +27,7 @@ RULES: list[dict[str, Any]] = [
     for rule, decay, within in itertools.product(("delta", "linear"), ("none", "head", "channel"), (False, True))
 ]
 GDN2 = {"rate": "channel", "decay": "channel"}
+RWKV7 = {"rule": "rwkv7", "rate": "channel", "decay": "channel"}
 # Beside the default, which tests/laws tests: each rule in both forms, with each kind of decay.
 OTHERS: list[dict[str, Any]] = [
     {"decay": "head", "within": True},
@@ -34,6 +35,7 @@ OTHERS: list[dict[str, Any]] = [
     {"rule": "linear", "within": True},
     {"rule": "linear", "decay": "head"},
     GDN2 | {"within": True},
+    RWKV7 | {"within": True},
 ]
 D = 12
 
@@ -53,6 +55,13 @@ def token_loop(
         matrix = matrix + torch.outer(k[t], new)
         found.append(matrix.T @ q[t])
     return torch.stack(found), matrix
+
+
+def rwkv7_step(k: Tensor, v: Tensor, a: Tensor, share: Tensor, decay: Tensor, matrix: Tensor) -> Tensor:
+    """A token of RWKV-7, by its matrix of transition; what it erases fades too."""
+    left = decay.exp() * torch.ones_like(k)
+    transition = torch.diag(left) @ (torch.eye(len(k), dtype=k.dtype) - torch.outer(a * k, k))
+    return transition @ matrix + torch.outer(k * (1 + (a - 1) * share), v)
 
 
 def in_chunk(
@@ -288,16 +297,22 @@ def naive_scan(memory: DeltaMemory, hidden: Tensor, window: Segment, matrix: Ten
                         erase = rate * k
                         if memory.to_write_rate is not None:
                             rate = memory.rate_max * memory.to_write_rate(x).sigmoid().view_as(v)
-                        value = rate * v
+                        value = v if memory.key_share is not None else rate * v
                     if memory.to_step is not None:
                         decay = -memory.log_decay.exp()[:, None] * F.softplus(memory.to_step(x)).view(memory.n_head, -1)
-                    after = [
-                        token_loop(
-                            q[h, None], k[h, None], value[h, None], None if erase is None else erase[h, None],
-                            None if decay is None else decay[h, None], after[h],
-                        )[1]
-                        for h in range(memory.n_head)
-                    ]  # fmt: skip
+                    if memory.key_share is not None:
+                        after = [
+                            rwkv7_step(k[h], v[h], rate[h], memory.key_share[h], decay[h], after[h])
+                            for h in range(memory.n_head)
+                        ]
+                    else:
+                        after = [
+                            token_loop(
+                                q[h, None], k[h, None], value[h, None], None if erase is None else erase[h, None],
+                                None if decay is None else decay[h, None], after[h],
+                            )[1]
+                            for h in range(memory.n_head)
+                        ]  # fmt: skip
                 read = torch.stack([part.T @ q[h] for h, part in enumerate(after if memory.within else begun)])
                 read = memory.found_norm(read).flatten() * F.silu(memory.to_gate(x))
                 found.append(memory.to_output(read))
@@ -327,7 +342,16 @@ def window_of(n_token: int, dtype: torch.dtype) -> tuple[Segment, Tensor, Tensor
 
 @pytest.mark.parametrize(
     "settings",
-    [*RULES, {"rule": "linear", "norm_keys": False}, {"rate_max": 2.0, "within": True}, GDN2, GDN2 | {"within": True}],
+    [
+        *RULES,
+        {"rule": "linear", "norm_keys": False},
+        {"rate_max": 2.0, "within": True},
+        GDN2,
+        GDN2 | {"within": True},
+        RWKV7,
+        RWKV7 | {"within": True},
+        RWKV7 | {"decay": "head", "rate_max": 2.0},
+    ],
 )
 @pytest.mark.parametrize(("n_token", "chunk"), [(9, 64), (9, 4), (8, 4)])
 @pytest.mark.parametrize(
@@ -428,6 +452,9 @@ def test_what_it_costs() -> None:
     linear = DeltaMemory(D, n_head=3, d_key=5, d_value=4, rule="linear", within=True)
     maps = 2 * sum(parameter.numel() for parameter in linear.parameters())
     assert linear.flops_per_token() == maps + 2 * 3 * (2 * 5 * 4 + 32 * (5 + 4))
+    rwkv7 = DeltaMemory(D, n_head=3, d_key=5, d_value=4, **RWKV7)
+    maps = 2 * sum(parameter.numel() for parameter in rwkv7.parameters())
+    assert rwkv7.flops_per_token() == maps + 2 * 3 * 2 * (3 * 5 * 4 + 32 * (5 + 4 + 32 // 3))  # each token is two
 
 
 @torch.no_grad()
@@ -459,10 +486,12 @@ def test_rates_per_channel_can_make_the_matrix_grow() -> None:
         ({"rate": "channel", "rule": "linear"}, "rate must be 'head' with rule 'linear'"),
         ({"rate": "channel"}, "decay must be 'head' or 'channel' with rate 'channel'"),
         ({"decay": True}, "decay must be 'none', 'head' or 'channel', got True"),
-        ({"rule": "hebb"}, "rule must be 'linear' or 'delta', got 'hebb'"),
+        ({"rule": "hebb"}, "rule must be 'linear', 'delta' or 'rwkv7', got 'hebb'"),
         ({"rate_max": 0.0}, r"rate_max must be in \(0, 2\], got 0"),
         ({"rate_max": 2.1}, r"rate_max must be in \(0, 2\], got 2.1"),
         ({"norm_keys": False}, "norm_keys must be true with rule 'delta'"),
+        ({"rule": "rwkv7"}, "rate must be 'channel' with rule 'rwkv7'"),
+        ({"rule": "rwkv7", "rate": "channel"}, "decay must be 'head' or 'channel' with rate 'channel'"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(settings: dict[str, Any], message: str) -> None:

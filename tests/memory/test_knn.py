@@ -259,7 +259,7 @@ def test_without_a_gate_queries_see_their_best(chunk: int) -> None:
 def test_without_a_gate_tokens_keep_their_places() -> None:
     memory = memory_of(n_token=4, top_k=4, norm_keys=False, gate=None, reach=100)
     state = memory.init_state(1)._replace(n_chunk=torch.tensor([6]))  # places of tokens 4, 5, 2, 3; the overlap is 4
-    assert memory.places(state).tolist() == [[-6, -5, -8, -7]]
+    assert memory.offsets(state).tolist() == [[-6, -5, -8, -7]]
 
 
 @torch.no_grad()

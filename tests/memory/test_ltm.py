@@ -14,7 +14,7 @@ from memlm.memory.ltm import LongTermMemory, LongTermState
 from memlm.memory.state import map_tensors, named_tensors, tensors
 from memlm.models.lmcode import LMCode
 from memlm.models.state import ModelState
-from memlm.retrieval import similar
+from memlm.retrieval import coarse, similar
 from tests.retrieval import naive
 
 D, T = 8, 12
@@ -303,6 +303,26 @@ def test_reading_equals_a_softmax_slot_by_slot(
     if threshold == 0.99:
         assert any(not row for row in weights[0]), "the threshold hides nothing"
     assert any(row for row in weights[0])
+
+
+def test_slots_in_whole_numbers_follow_the_rows_that_change(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: True)
+    monkeypatch.setattr(coarse, "_LEAST", 100)
+    memory = LongTermMemory(8, n_slot=120, d_key=8, d_value=8, top_k=5)
+    before, other = random_bank(memory, 120, seed=1, n_row=3), random_bank(memory, 120, seed=2, n_row=3)
+    rows = torch.tensor([2, 0])
+    state = map_tensors(lambda old, new: old.index_copy(0, rows, new[rows]), before, other)
+    with torch.no_grad():
+        steps = memory.prepare_steps(state, rows, memory.prepare_steps(before))
+        assert steps.bank is not None
+        assert steps.bank.coarse is not None
+        for got, expected in zip(steps.bank.coarse, memory.prepare_steps(state).bank.coarse, strict=True):  # type: ignore[union-attr,arg-type]
+            assert torch.equal(got, expected)
+        y = torch.randn(3, 4, 8, generator=torch.Generator().manual_seed(0))
+        one, all_at_once = memory.read(y, steps), memory.read(y, memory.prepare(state))
+    torch.testing.assert_close(one.value, all_at_once.value, rtol=1e-5, atol=1e-6)
+    assert one.slots is not None
+    assert torch.equal(one.slots, all_at_once.slots)
 
 
 @torch.no_grad()

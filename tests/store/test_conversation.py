@@ -187,9 +187,69 @@ def test_a_long_line_is_asked_by_its_end(tokenizer: Any) -> None:
     assert talk.ask("fo " * 500 + "ba ce is").text == "di fo gu."
 
 
-def test_a_model_without_records_is_refused(tokenizer: Any) -> None:
-    with pytest.raises(ConfigError, match="keeps records"):
-        Conversation(build(tokenizer, "stm"))
+def test_a_memory_without_records_is_told_and_compared_but_cannot_be_listed(tokenizer: Any) -> None:
+    model = build(tokenizer, "stm")
+    talk = Conversation(model)
+    assert talk.respond("ba ce is") == talk.respond("ba ce is")
+    assert talk.respond(FACT) == "[told to memory]"
+    talk.respond("/clear")
+    assert talk.context == []
+    state = model.new_context(model.absorb(torch.tensor([model.encode_text(FACT)])))
+    expected = model.memory["stm"][0].filled(state.memory["stm"][0])
+    assert talk.state is not None
+    assert torch.equal(model.memory["stm"][0].filled(talk.state.memory["stm"][0]), expected)
+    assert "without memory" in str(talk.respond("ba ce is"))
+    assert str(talk.respond("/memory")).startswith("error: list_memory: no memory of this model keeps records")
+
+
+def test_a_model_that_has_learned_to_chat_is_asked_as_in_a_chat(tokenizer: Any, monkeypatch: Any) -> None:
+    model, heard = build(tokenizer, "stm"), []
+
+    def chat(messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
+        heard.append([(message["role"], message["content"]) for message in messages] + [add_generation_prompt])
+        return " ".join(message["content"] for message in messages)
+
+    monkeypatch.setattr(model, "chat", chat)
+    model.chat_template, model.ends = "some", [tokenizer.encode(" gu")[0]]
+    talk = Conversation(model)
+    talk.tell("ba ce is.")
+    talk.tell("di fo gu.")
+    answer = talk.ask("Who is bad ?")
+    told = "ba ce is.\ndi fo gu."
+    assert heard == [
+        [("user", "ba ce is."), False],
+        [("user", "di fo gu."), False],
+        [("user", f"{told}\nWho is bad ?"), True],
+    ]
+    assert "gu" not in answer.text.split()
+    talk.ask("ba ?")
+    assert [("user", f"{told}\nWho is bad ?"), ("assistant", answer.text), ("user", "ba ?"), True] in heard
+    talk.respond("/clear")
+    talk.ask("ba ?")
+    assert heard[-1] == [("user", "ba ?"), True]
+
+
+def test_a_model_without_memory_is_refused(tokenizer: Any) -> None:
+    model = build(tokenizer, "stm")
+    model.memory = torch.nn.ModuleDict()
+    with pytest.raises(ConfigError, match="the model has no memory"):
+        Conversation(model)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"checkpoint": None}, "neither is given"),
+        ({"checkpoint": "run", "model": {"_target_": "memlm.models.lmcode.LMCode"}}, "both are given"),
+        (
+            {"checkpoint": None, "model": {"_target_": "memlm.models.lmcode.LMCode"}},
+            "says nothing before it is trained",
+        ),
+    ],
+)
+def test_with_which_model_to_talk_has_to_be_said(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        chat.main({"trust": [], "device": "cpu", **settings})
 
 
 def test_the_script_talks_through_a_pipe(tokenizer: Any, monkeypatch: Any, capsys: Any) -> None:

@@ -1,0 +1,44 @@
+"""Operations on a pretrained model with a memory: as on any other."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.experiments.tiny import MEMORIES
+from tests.models import bases
+
+pytest.importorskip("transformers")
+
+pytestmark = pytest.mark.slow
+
+LTM = {"ltm": MEMORIES["ltm"] | {"n_slot": 200, "write_budget": None, "top_k": 20}}
+TEXT = "a cat sat on a box. it ran home. a dog is red."
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return bases.with_tokenizer(bases.make_base("llama", tmp_path_factory.mktemp("bases")))
+
+
+def test_text_is_stored_asked_edited_saved_and_forgotten(llama: Path, tmp_path: Path) -> None:
+    model, fresh = bases.attached(llama, LTM, segment_len=24), bases.attached(llama, LTM, segment_len=24)
+    ids = model.store_experience(TEXT)
+    told = [record.text for record in reversed(model.list_memory())]
+    assert told == ["a cat sat on a box.", "it ran home.", "a dog is red."]
+    found = model.query_memory("a cat sat on a box.", top_k=1)[0]
+    assert (found.id, found.memory) == (ids[0], "ltm/1")
+    assert found.similarity == pytest.approx(1.0, abs=1e-4)  # the same token after the same ones
+    model.save_memory(tmp_path / "memory")
+    fresh.load_memory(tmp_path / "memory")
+    assert fresh.query_memory("it ran home.", top_k=3) == model.query_memory("it ran home.", top_k=3)
+    assert fresh.merge_memory(tmp_path / "memory") == [3, 4, 5]
+    assert model.edit_memory(ids[1], "it ran off.") == ids[1]
+    assert "it ran off." in [record.text for record in model.list_memory()]
+    assert model.forget(ids) == ids
+    assert model.list_memory() == []
+    never: Any = bases.attached(llama, LTM, segment_len=24)
+    text = model.encode_text(TEXT)[:23]  # one segment, which reads what was stored alone
+    with torch.no_grad():
+        assert torch.equal(model(torch.tensor([text])).logits, never(torch.tensor([text])).logits)
