@@ -27,6 +27,7 @@ from memlm.models.pretrained import Pretrained  # noqa: E402
 pytestmark = pytest.mark.slow
 
 T, OVERLAP = 12, 4
+ONE_SOFTMAX = {"n_token": 30, "norm_keys": False, "gate": None, "reach": 20}  # of knn, which then needs no training
 
 
 @pytest.fixture(scope="session")
@@ -99,10 +100,15 @@ def test_reads_begin_at_zero(name: str, folder: Callable[[str], Path]) -> None:
     assert not torch.allclose(model(ids, state=state).logits, bare(ids, state=start).logits)
 
 
-@pytest.mark.parametrize("name", ["cache", "camelot", "compressive"])
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [("cache", {}), ("compressive", {}), ("camelot", {}), ("camelot", {"reach": 20}), ("knn", ONE_SOFTMAX)],
+)
 @torch.no_grad()
-def test_more_keys_change_nothing_while_there_are_none(name: str, folder: Callable[[str], Path]) -> None:
-    model, ids = make_of(folder("llama"), name)(perturb=False), text(2, 4 * T)
+def test_more_keys_change_nothing_while_there_are_none(
+    name: str, settings: dict[str, Any], folder: Callable[[str], Path]
+) -> None:
+    model, ids = make_of(folder("llama"), name)(settings, perturb=False), text(2, 4 * T)
     bare = Pretrained(40, {}, path=str(folder("llama")), segment_len=T, overlap=OVERLAP).eval()
     torch.testing.assert_close(model(ids[:, :T]).logits, bare(ids[:, :T]).logits, atol=1e-5, rtol=1e-4)
     assert not torch.allclose(model(ids).logits, bare(ids).logits, atol=1e-3)
@@ -126,6 +132,15 @@ def test_laws_hold(law: Callable[[laws.Make], None], name: str, folder: Callable
 @pytest.mark.parametrize("name", [name for name in laws.names() if name not in ("none", *WHOLE)])
 def test_what_other_memories_hold_matters(name: str, folder: Callable[[str], Path]) -> None:
     laws.alive(make_of(folder("llama"), name))
+
+
+@pytest.mark.parametrize(("name", "settings"), [("camelot", {"reach": 20}), ("knn", ONE_SOFTMAX)])
+@pytest.mark.parametrize("law", [*OTHER, laws.isolated, laws.resets])
+def test_laws_hold_for_what_needs_no_training(
+    law: Callable[[laws.Make], None], name: str, settings: dict[str, Any], folder: Callable[[str], Path]
+) -> None:
+    make = make_of(folder("llama"), name)
+    law(lambda memory=None, **model: make(settings | (memory or {}), **model))
 
 
 @pytest.mark.parametrize("law", [law for law in LAWS if law not in (laws.alive, laws.reach, laws.inspectable)])
