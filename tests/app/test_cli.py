@@ -650,8 +650,8 @@ def test_settings_of_experiments_that_are_not_chosen_are_fine_in_a_recipe() -> N
 @pytest.mark.slow
 def test_what_ships_has_the_keys_of_its_schema() -> None:
     """And every key of a schema has a value in what ships."""
-    given = {"generate": ["checkpoint=x"], "evaluate": ["checkpoint=x"], "chat": ["checkpoint=x"]}
-    given["export"] = ["checkpoint=x", "output=y"]
+    given = {"generate": ["checkpoint=x"], "evaluate": ["checkpoint=x"], "export": ["checkpoint=x", "output=y"]}
+    given["chat"] = ["model=pretrained", "model.path=x", "memory=cache"]
     for name, schema in SCHEMAS.items():
         config = to_dict(compose(given.get(name, []), name))
         assert set(schema_hints(schema)) - set(config) <= {"logger"}
