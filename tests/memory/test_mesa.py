@@ -161,7 +161,7 @@ def test_the_covariance_stays_right_over_ten_thousand_tokens() -> None:
     k, v = F.normalize(torch.randn(10_016, 16, generator=draw), dim=1), torch.randn(10_016, V, generator=draw)
     matrix = torch.cat([torch.zeros(16, V), torch.eye(16) / RIDGE], dim=1)
     for keys, values in zip(k.split(32), v.split(32), strict=True):
-        chunk = Kalman(keys, torch.cat([values, torch.zeros_like(keys)], dim=1))
+        chunk = Kalman(keys, torch.cat([values, torch.zeros_like(keys)], dim=1), None)
         matrix = chunk.after(matrix, chunk.written(matrix))
     k, v = k.double(), v.double()
     covariance = torch.linalg.inv(k.T @ k + RIDGE * torch.eye(16))
