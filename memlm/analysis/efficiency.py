@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -88,9 +89,10 @@ def compute_memory_efficiency(model: LanguageModel) -> Efficiency:
     training = model.training
     model.eval()
     # The fused kernels of some devices are not counted; plain matrix products are, and are as many. The counter follows
-    # modules by hooks for gradients, so these have to be on.
-    with torch.enable_grad(), FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        model(ids, read=False, write=False)
+    # modules by hooks for gradients, which fail where a module is called without: so nothing has a gradient.
+    fixed = {name: part.detach() for name, part in (*model.named_parameters(), *model.named_buffers())}
+    with torch.no_grad(), FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        functional_call(model, fixed, (ids,), {"read": False, "write": False})
     model.train(training)
     rest = round(counter.get_total_flops() / model.segment_len)
     whole = Cost(

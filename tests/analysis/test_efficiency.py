@@ -50,3 +50,10 @@ def test_no_memory_costs_nothing_and_the_model_is_left_as_it_was():
     found = compute_memory_efficiency(model)
     assert (found.parameter_share, found.state_share, found.flops_share) == (0, 0, 0)
     assert model.training
+
+
+def test_a_memory_that_looks_at_the_surprise_of_tokens_is_counted():
+    """Surprise is worked out by the head without gradients, in the middle of a pass."""
+    plain, found = (compute_memory_efficiency(tiny(tokenizer(30), "ltm", **more)).model.flops_per_token
+                    for more in ({}, {"importance": "surprise"}))  # fmt: skip
+    assert found - plain >= 2 * 30 * 32  # the head once more

@@ -50,7 +50,7 @@ def test_steps_come_from_the_curriculum(tmp_path: Path) -> None:
     ("setting", "told"),
     {
         "trainer.accelerator=gpu": "asks for CUDA, but torch finds none",
-        "trainer.max_steps=0": "trainer.max_steps must be at least 1",
+        "trainer.max_steps=-2": "trainer.max_steps must be at least",
         "trainer.val_check_interval=0.5": "trainer.val_check_interval must be a whole number of at least 1",
         "checkpoint.every=0": "checkpoint.every must be at least 1",
         "checkpoint.keep=x": "checkpoint.keep must be an int or null, got 'x'",
