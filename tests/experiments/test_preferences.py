@@ -231,6 +231,6 @@ def test_the_settings_are_those_of_the_models_memory() -> None:
 def test_the_learned_controller_beats_writing_everything() -> None:
     memory = to_dict(compose(["recipe=preferences"]))["memory"]["adaptive"]
     own = {key: value for key, value in memory.items() if key != "_target_"}
-    metrics = run(model_of(AdaptiveMemory(16, **own)), None, Preferences(n_user=100)).metrics
+    metrics = run(model_of(AdaptiveMemory(16, **own)), None, Preferences(n_user=40)).metrics
     assert metrics["low_right/on"] > max(metrics[f"high_right/{name}"] for name in ("always", "everything", "swapped"))
     assert metrics["low_precision/on"] > metrics["high_precision/everything"]

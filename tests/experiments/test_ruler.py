@@ -71,6 +71,7 @@ class Solver(Reader):
         return [word for word, _ in words.most_common(4)][1:]
 
 
+@pytest.mark.slow
 def test_references_that_an_answer_contains_count(data):
     result = run(Solver(data.tokenizer), data, SMALL)
     expected = {"niah_single": 1, "niah_multikey": 1, "niah_multivalue": 3 / 4, "niah_multiquery": 3 / 4, "vt": 4 / 5,
@@ -89,6 +90,7 @@ def test_references_that_an_answer_contains_count(data):
     assert set(plot(result)) == set(GENERATORS)
 
 
+@pytest.mark.slow
 def test_result_depends_on_nothing_but_seed_and_settings(data):
     settings = replace(SMALL, tasks=["niah_single", "fwe"])
     result, before = run(Solver(data.tokenizer), data, settings), torch.get_rng_state()
