@@ -90,14 +90,15 @@ def _curve(training: Result | None) -> list[list[float]]:
 
 
 def _command(run: Path) -> str | None:
-    """The command that made a run, if it says so."""
+    """The command that made a run, if it says so; where it was written to is left out."""
     import yaml
 
     try:
         lines = yaml.safe_load((run / ".hydra/overrides.yaml").read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError):
         return None
-    return " ".join(["python train.py", *map(str, lines or [])])
+    kept = [str(line) for line in lines or [] if not str(line).startswith("paths.")]
+    return " ".join(["python train.py", *kept])
 
 
 def merged(record: Sequence[Entry], new: Sequence[Entry]) -> list[Entry]:

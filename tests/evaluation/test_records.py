@@ -130,7 +130,7 @@ def test_rates_by_size_stand_beside_the_share_of_the_published_training(found: l
 
 def test_any_experiment_is_shown_by_its_headline_and_controls(found: list[Any], tmp_path: Path) -> None:
     (tmp_path / "run/.hydra").mkdir(parents=True)
-    (tmp_path / "run/.hydra/overrides.yaml").write_text("- recipe=worth\n- seed=3\n")
+    (tmp_path / "run/.hydra/overrides.yaml").write_text("- recipe=worth\n- paths.root=elsewhere\n- seed=3\n")
     found += [run(tmp_path / "run", "ltm", 3, loss(0.4)), run(tmp_path, "none", 3, loss(0.0), name="none-512")]
     path = page("worth")
     results.main(["worth", "anywhere", "--commit", "abc"])
