@@ -129,6 +129,7 @@ def bytes_of(model: LanguageModel) -> int:
     return sum(n_byte(module.init_state(1)) for modules in model.memory.values() for module in modules)
 
 
+@pytest.mark.slow
 def test_every_memory_names_settings_that_its_size_is_made_of() -> None:
     for name in (path.stem for path in (config_dir() / "memory").glob("*.yaml")):
         for node in to_dict(compose([f"memory={name}"]))["memory"].values():
@@ -158,6 +159,7 @@ def test_memories_of_equal_bytes(tmp_path: Path, memory: str, names: list[str]) 
     assert bytes_of(memlm.build(*small, *larger)) > 40_000  # none is left unused
 
 
+@pytest.mark.slow
 def test_a_size_that_changes_nothing_is_none(tmp_path: Path) -> None:
     small = [*SMALL, f"data.path={write_text(tmp_path)}"]
     for memory, most in (("none", 9), ("infini", 10), ("delta", 32_768)):

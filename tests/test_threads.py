@@ -236,6 +236,7 @@ scripts/search.py training.lr=0.1,0.2
 scripts/survival.py"""
 
 
+@pytest.mark.slow
 def test_every_command_lets_threads_sleep_before_torch_is_imported(tmp_path: Path) -> None:
     environment = {name: value for name, value in os.environ.items() if name not in SETTINGS}
     done = subprocess.run(

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from memlm import threads
 from memlm.app.cli import cli
-from memlm.config import validate
+from memlm.config import ConfigError, validate
 from memlm.printed import printable
 
 if TYPE_CHECKING:
@@ -88,6 +88,11 @@ def _train(config: Mapping[str, Any], answer: Answer) -> float | None:
         check_text(origin, data)
     data.setup()
     model = build_model(config, data.tokenizer)
+    if config["trainer"]["max_steps"] and not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ConfigError(
+            "nothing of this model is trained, as its base is frozen and its memory has no weights: set "
+            "trainer.max_steps=0 to measure it as it is, model.lora={r: 8}, or model.freeze=false"
+        )
     module = LanguageModeling(model, build_training(config), seed=config["seed"], replay=build_replay(config))
 
     with make_trainer(config, run, origin, runner.watch(watched, data)) as (trainer, history):

@@ -277,6 +277,7 @@ def test_cli_checks_before_it_runs(
     assert capsys.readouterr().err == "error: model.n_layer must be an int, got 'x' (a string).\n"
 
 
+@pytest.mark.slow
 def test_cli_sweep_goes_on_after_a_failed_job(
     tree: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

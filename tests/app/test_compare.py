@@ -42,6 +42,7 @@ def test_table_and_files(tmp_path: Path, capsys: pytest.CaptureFixture[str], mon
     assert (tmp_path / "there/compare.csv").read_text() == (place / "compare.csv").read_text()
 
 
+@pytest.mark.slow
 def test_help_needs_nothing_slow_and_mistakes_are_a_sentence(tmp_path: Path) -> None:
     def call(*arguments: str) -> "subprocess.CompletedProcess[str]":
         return subprocess.run(

@@ -32,6 +32,7 @@ def test_it_says_where_the_page_is(tmp_path, capsys, monkeypatch):
         main(["a", "--out", "a"])
 
 
+@pytest.mark.slow
 def test_help_needs_nothing_slow_and_mistakes_are_a_sentence(tmp_path):
     def call(*arguments: str) -> "subprocess.CompletedProcess[str]":
         return subprocess.run(

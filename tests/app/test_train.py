@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-import memlm
+import memlm.assemble
 from memlm import threads
 from memlm.analysis.run_log import read_history
 from memlm.app.command_line import check_command_line
@@ -290,6 +290,14 @@ def test_nothing_that_is_shipped_is_refused_ahead(group: str) -> None:
     for path in sorted((config_dir() / group).glob("*.yaml")):
         if path.stem not in ("babilong", "pretrained", "training_free"):  # which ask for a path
             check(to_dict(compose([f"{group}={path.stem}"])))
+
+
+def test_a_model_without_anything_to_train_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    built = memlm.assemble.build_model
+    monkeypatch.setattr("memlm.assemble.build_model", lambda *parts: built(*parts).requires_grad_(False))
+    with pytest.raises(ConfigError, match=r"nothing of this model is trained.*trainer\.max_steps=0"):
+        main(compose([*lines(tmp_path), f"paths.run_dir={tmp_path / 'run'}"]))
+    assert not (tmp_path / "run/checkpoints").exists()
 
 
 def test_what_a_constructor_refuses_is_told_ahead() -> None:

@@ -226,6 +226,7 @@ def test_figure_that_fails_to_draw_leaves_the_old_files_whole(tmp_path):
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
+@pytest.mark.slow
 def test_emit_logs_table_and_images_to_wandb(tmp_path):
     loggers = pytest.importorskip("lightning.pytorch.loggers")
     wandb = pytest.importorskip("wandb")

@@ -56,6 +56,7 @@ def test_one_run_in_one_page(trained):
     assert not list(trained.glob("*.tmp"))
 
 
+@pytest.mark.slow
 def test_two_runs_say_in_what_they_differ_and_that_a_checkpoint_is_gone(trained):
     text = text_of(page_of(trained, "run", "other")[0])
     assert "What differs" in text

@@ -471,6 +471,7 @@ def test_teacher_forced_answers_equal_greedy_decoding(data, real):
     assert found[1][1] == pytest.approx(float(nll), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_a_real_model_is_left_as_it_was_and_the_run_repeats(data, real):
     real.train()
     real.layers[0].eval()  # as a frozen layer would be

@@ -208,6 +208,7 @@ def test_a_controller_that_is_told_what_to_write_stores_no_noise(result: Result)
     assert result.metrics["half_life/recency"] == 1  # a turn of the last session is gone with the next
 
 
+@pytest.mark.slow
 def test_figures_are_drawn_from_a_stored_result(result: Result) -> None:
     figures = plot(Result.from_dict(result.to_dict()))
     assert set(figures) == {"preferences", "over_time"}

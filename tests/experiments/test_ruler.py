@@ -100,6 +100,7 @@ def test_result_depends_on_nothing_but_seed_and_settings(data):
     check_shares(lambda share: run(Solver(data.tokenizer), data, settings, share=share), result)
 
 
+@pytest.mark.slow
 def test_a_real_model_is_asked_and_left_as_it_was(data):
     model = LMCode(
         data.tokenizer.vocab_size, {"ltm": lambda d: LongTermMemory(d, 50, 8, 8)}, n_layer=2, d_model=16, segment_len=32

@@ -149,6 +149,7 @@ def test_without_memory_there_are_no_slots_and_nothing_is_lost(data):
     assert list(plot(result)) == ["slot_usage"]
 
 
+@pytest.mark.slow
 def test_one_bank_for_all_rows_gives_each_document_its_own_copy(data):
     apart, shared = (run(tiny(data.tokenizer, "ltm", scope=scope), data, SMALL) for scope in ("sequence", "shared"))
     for name, value in apart.metrics.items():

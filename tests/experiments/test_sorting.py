@@ -175,6 +175,7 @@ def test_documents_of_evaluation_are_none_of_training(data):
     assert not trained & evaluated
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("memory", ["none", "stm", "ltm", "shared"])
 def test_a_real_model_is_left_as_it_was_and_answers_as_in_training(data, memory):
     model = real_model(11, memory, SEGMENT_LEN)
