@@ -4,6 +4,8 @@ import ast
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[1]
 
 # From the ground up; a module imports from its own room and from the floors below it. `memlm` itself is the roof of the
@@ -148,6 +150,7 @@ def ways_to_training(start: str, sources: Mapping[str, str], packages: Collectio
     return found
 
 
+@pytest.mark.slow
 def test_a_model_is_loaded_without_what_trains_it() -> None:
     texts = {name: path.read_text() for path, name in sources()}
     packages = {name for path, name in sources() if path.name == "__init__.py"}

@@ -175,7 +175,8 @@ def test_8_round_trip_shared(shareable: laws.Make) -> None:
 HELD = {"n_token": 64, "n_compressed": 64, "n_long": 64, "n_mode": 64}
 
 
-@pytest.mark.parametrize("name", lanes(REMEMBERS))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", REMEMBERS)
 def test_9_useful(name: str) -> None:
     make = laws.builder(laws.nodes_of(name), shrink=False)
     laws.useful(lambda memory=None, **model: make(memory=HELD | (memory or {}), **model))
