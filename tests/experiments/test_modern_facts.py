@@ -29,6 +29,8 @@ from memlm.memory.stm import ShortTermMemory
 from memlm.models.lmcode import LMCode
 from tests.experiments.shares import check_shares
 
+pytestmark = pytest.mark.slow
+
 SEGMENT_LEN = 32
 SMALL = ModernFacts(n_document=3, distance=60, n_row=2)
 

@@ -20,6 +20,8 @@ from memlm.models.lmcode import LMCode
 from tests.experiments.shares import check_shares
 from tests.experiments.test_needle import SEGMENT_LEN, Cheat, Data, Fake
 
+pytestmark = pytest.mark.slow
+
 SMALL = Retention(n_document=3, n_fact=4, n_write=[0, 1, 3, 7, 15], n_row=2)
 
 

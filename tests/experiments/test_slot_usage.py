@@ -21,6 +21,8 @@ from memlm.statistics import effective
 from tests.experiments.test_needle import Data
 from tests.experiments.tiny import T, tiny
 
+pytestmark = pytest.mark.slow
+
 SMALL = SlotUsage(n_document=3, n_fact=4, distance=40, shares=[0.1, 0.5, 1.0])
 
 
