@@ -52,6 +52,20 @@ def check_names(**given: Sequence[Any]) -> None:
             raise ConfigError(f"{key} must name at least one, and each once; got {list(names)}.")
 
 
+def check_device(device: str) -> None:
+    """Check that torch computes on a device.
+
+    Raises:
+        ConfigError: If it does not.
+    """
+    import torch
+
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"device={device} cannot be used here: {str(error).splitlines()[0]}") from error
+
+
 @contextmanager
 def torch_threads(n: int | None) -> Iterator[int]:
     """Torch works with ``n`` threads inside the block (None: as many as before), whose number is handed out."""

@@ -10,9 +10,17 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
-from benchmarks.base import check_least, check_names, conditions, peer_library, quartiles, surroundings, torch_threads
+from benchmarks.base import (
+    check_device,
+    check_least,
+    check_names,
+    conditions,
+    peer_library,
+    quartiles,
+    surroundings,
+    torch_threads,
+)
 from benchmarks.candidates import GPT2, PEERS, Candidate, Setup, size_config
-from memlm.config import ConfigError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -51,14 +59,10 @@ def run(
     config = size_config("default", overrides)
     if "gpt2" in candidates:
         peer_library(GPT2)
-    import torch
 
     from memlm.evaluation.result import Result
 
-    try:
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"device={device} cannot be used here: {str(error).splitlines()[0]}") from error
+    check_device(device)
     context = prompt_len + n_generate  # of GPT-2, which has no segments
     setup = Setup(config, max(batches), 1, device, "fp32", False, seed)
     theirs = setup._replace(config=config | {"model": config["model"] | {"segment_len": context}})

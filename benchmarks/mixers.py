@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from benchmarks.base import (
+    check_device,
     check_least,
     check_names,
     conditions,
@@ -64,14 +65,10 @@ def run(
         check_names(peers=found)
     libraries = {name: peer_library(PEERS[name]) for name in found}
     configs = {name: memory_config(name, n_parameter, overrides) for name in names}
-    import torch
 
     from memlm.evaluation.result import Result
 
-    try:
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"device={device} cannot be used here: {str(error).splitlines()[0]}") from error
+    check_device(device)
     with torch_threads(threads) as n_thread, tempfile.TemporaryDirectory() as folder:
         metadata: dict[str, Any] = {
             "settings": {

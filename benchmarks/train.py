@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from benchmarks.base import (
+    check_device,
     check_least,
     check_names,
     conditions,
@@ -22,7 +23,6 @@ from benchmarks.base import (
     torch_threads,
 )
 from benchmarks.candidates import GPT2, PEERS, Candidate, Setup, size_config
-from memlm.config import ConfigError
 
 if TYPE_CHECKING:
     from memlm.evaluation.result import Result
@@ -61,14 +61,10 @@ def run(
     configs = {size: size_config(size, overrides, memories) for size in sizes}
     if "gpt2" in candidates:
         peer_library(GPT2)
-    import torch
 
     from memlm.evaluation.result import Result
 
-    try:
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"device={device} cannot be used here: {str(error).splitlines()[0]}") from error
+    check_device(device)
     with torch_threads(threads) as n_thread:
         metadata: dict[str, Any] = {
             "settings": {

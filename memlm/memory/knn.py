@@ -179,19 +179,17 @@ class KnnMemory(Slots):
 
     def offsets(self, state: KnnState) -> Tensor:
         """Where each slot stands before a segment, counted in slots, (B, n): the newest right before the overlap."""
-        n_place = self.n_token // self.chunk
-        last, inside = state.n_chunk[:, None] - 1, torch.arange(self.chunk, device=state.full.device)
-        number = last - (last - torch.arange(n_place, device=last.device)).remainder(n_place)
-        first = (number - last - 1) * self.chunk - self.overlap
-        return (first[..., None] + inside).flatten(1)
+        first = (self._number(state) - state.n_chunk[:, None]) * self.chunk - self.overlap
+        return (first[..., None] + torch.arange(self.chunk, device=first.device)).flatten(1)
 
     def places(self, state: KnnState) -> Tensor | None:
         """See `Slots.places`; None where tokens are kept in chunks, which may have gaps."""
-        if self.chunk > 1:
-            return None
-        last = state.n_chunk[:, None] - 1
-        place = last - (last - torch.arange(self.n_token, device=last.device)).remainder(self.n_token)
-        return place.masked_fill(~state.full, -1)
+        return None if self.chunk > 1 else self._number(state).masked_fill(~state.full, -1)
+
+    def _number(self, state: KnnState) -> Tensor:
+        """Which chunk of the text, counted from 0, has each place, (B, n / chunk); below 0 for none."""
+        n_place, last = self.n_token // self.chunk, state.n_chunk[:, None] - 1
+        return last - (last - torch.arange(n_place, device=last.device)).remainder(n_place)
 
     def filled(self, state: KnnState) -> Tensor:
         """See `Slots.filled`."""
