@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from memlm.memory.contract import Context, Heads
 from memlm.models.grid import Grid
-from memlm.models.mixers import SegmentLayer
+from memlm.models.mixers import SegmentLayer, find_in
 from memlm.models.shell import Shell, Told
 
 ATTENTION = "memlm"
@@ -337,26 +337,9 @@ class DecoderLayer(SegmentLayer):
 
     def _softmax(self, parts: Sequence[tuple[Tensor, Context]]) -> Tensor:
         """What queries (R, H, L, E) find in contexts, each asked by queries at places of its kind."""
-        scores = []
         scaling = parts[0][0].shape[-1] ** -0.5 if self.scaling is None else self.scaling
-        for query, context in parts:
-            key = context.key
-            score = query @ key.transpose(2, 3) if key.dim() == 4 else (key @ query[..., None])[..., 0]  # (R, H, L, M)
-            score = score * scaling
-            if self.softcap is not None:
-                score = self.softcap * (score / self.softcap).tanh()
-            if context.bias is not None:
-                score = score + context.bias
-            if context.mask is not None:
-                mask = context.mask[:, None] if context.mask.dim() == 3 else context.mask[:, None, None]
-                score = score.masked_fill(~mask, -torch.inf)
-            scores.append(score)
-        weights = torch.cat(scores, dim=3).float().softmax(dim=3).to(parts[0][0].dtype)
-        found = parts[0][0].new_zeros(())
-        for weight, (_, context) in zip(weights.split([s.shape[3] for s in scores], dim=3), parts, strict=True):
-            value = context.value
-            found = found + (weight @ value if value.dim() == 4 else (weight[..., None, :] @ value)[..., 0, :])
-        return found
+        dtype = parts[0][0].dtype
+        return find_in(parts, scaling, lambda score: score.float().softmax(dim=3).to(dtype), self.softcap)
 
     def _spread(self, part: Tensor) -> Tensor:
         """Keys or values (R, G, L, E) for each head of queries, (R, H, L, E)."""

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from memlm.memory.contract import Context, Heads, Memory
 from memlm.models.grid import Grid
-from memlm.models.mixers import SegmentLayer
+from memlm.models.mixers import SegmentLayer, find_in
 from memlm.models.segments import SegmentModel
 
 
@@ -141,23 +141,16 @@ class Attention(nn.Module):
 
     def attend_to(self, query: Tensor, contexts: Sequence[Context], place: Tensor | None = None) -> Tensor:
         """What queries (R, H, L, E) find in contexts, in one softmax over all of them: (R, H, L, E)."""
-        turned, scores = self._at(query, place), []
-        for context in contexts:
-            q, key = (query, context.key) if context.place is None else (turned, self._at(context.key, context.place))
-            score = q @ key.transpose(2, 3) if key.dim() == 4 else (key @ q[..., None])[..., 0]  # (R, H, L, M)
-            score = score * query.shape[-1] ** -0.5
-            if context.bias is not None:
-                score = score + context.bias
-            if context.mask is not None:
-                mask = context.mask[:, None] if context.mask.dim() == 3 else context.mask[:, None, None]
-                score = score.masked_fill(~mask, -torch.inf)
-            scores.append(score)
-        weights = F.dropout(torch.cat(scores, dim=3).softmax(dim=3), self.dropout, self.training)
-        found = query.new_zeros(())
-        for weight, context in zip(weights.split([s.shape[3] for s in scores], dim=3), contexts, strict=True):
-            value = context.value
-            found = found + (weight @ value if value.dim() == 4 else (weight[..., None, :] @ value)[..., 0, :])
-        return found
+        turned = self._at(query, place)
+        parts = [
+            (query, context)
+            if context.place is None
+            else (turned, context._replace(key=self._at(context.key, context.place)))
+            for context in contexts
+        ]
+        return find_in(
+            parts, query.shape[-1] ** -0.5, lambda score: F.dropout(score.softmax(dim=3), self.dropout, self.training)
+        )
 
     def _at(self, x: Tensor, place: Tensor | None) -> Tensor:
         """Queries or keys (R, H, ..., L, E) at ``place`` (L,), or (R, L), of the segment."""

@@ -17,6 +17,38 @@ from memlm.memory.state import State, where_rows
 from memlm.models.grid import Grid, OpenSegment
 
 
+def find_in(
+    parts: Sequence[tuple[Tensor, Context]], scale: float, weigh: Callable[[Tensor], Tensor], cap: float | None = None
+) -> Tensor:
+    """What queries (R, H, L, E) find in contexts, in one softmax over all of them, (R, H, L, E).
+
+    Args:
+        parts: Contexts, each with the queries that ask it.
+        scale: Factor of the products of queries and keys.
+        weigh: Makes weights of scores, (R, H, L, M).
+        cap: Soft cap of scores; None for none.
+    """
+    scores = []
+    for query, context in parts:
+        key = context.key
+        score = query @ key.transpose(2, 3) if key.dim() == 4 else (key @ query[..., None])[..., 0]  # (R, H, L, M)
+        score = score * scale
+        if cap is not None:
+            score = cap * (score / cap).tanh()
+        if context.bias is not None:
+            score = score + context.bias
+        if context.mask is not None:
+            mask = context.mask[:, None] if context.mask.dim() == 3 else context.mask[:, None, None]
+            score = score.masked_fill(~mask, -torch.inf)
+        scores.append(score)
+    weights = weigh(torch.cat(scores, dim=3))
+    found = parts[0][0].new_zeros(())
+    for weight, (_, context) in zip(weights.split([s.shape[3] for s in scores], dim=3), parts, strict=True):
+        value = context.value
+        found = found + (weight @ value if value.dim() == 4 else (weight[..., None, :] @ value)[..., 0, :])
+    return found
+
+
 class SegmentLayer(nn.Module):
     """A layer of a `SegmentModel`: it mixes the tokens of a segment; memories stand around that; then its feed-forward.
 
