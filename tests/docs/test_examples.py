@@ -51,7 +51,7 @@ def small(folder: Path, memory: str = "ltm") -> list[str]:
 
 
 def test_every_example_is_named_in_the_list() -> None:
-    listed = set(re.findall(r"\]\((.+?)\)", (EXAMPLES / "README.md").read_text()))
+    listed = set(re.findall(r"^\| `(.+?)`", (EXAMPLES / "README.md").read_text(), re.MULTILINE))
     assert listed == {path.relative_to(EXAMPLES).as_posix() for path in EXAMPLES.rglob("*.py")}
 
 
@@ -100,8 +100,7 @@ def test_a_sweep_is_compared_and_not_done_twice(tmp_path: Path) -> None:
 def test_ones_own_memory_keeps_every_law(tmp_path: Path) -> None:
     own = EXAMPLES / "own_memory"
     said = run(tmp_path, "-m", "memlm", "check", f"--config-dir={own}", "memory=running_mean", path=own)
-    assert "fails" not in said
-    assert "causal" in said
+    assert re.search(r"All \d+ hold", said)
 
 
 @pytest.mark.slow
