@@ -260,7 +260,7 @@ def schedules_agree(make: Make) -> None:
             same_memory(fast[1].state, slow[1].state, f"{what}: next state")
             for name, gradient in fast[3].items():
                 scale = slow[3][name].abs().max().item()
-                close(gradient, slow[3][name], f"{what}: gradient of {name}", tolerance=1e-4 * max(scale, 0.1))
+                close(gradient, slow[3][name], f"{what}: gradient of {name}", scale=max(scale, 0.1))
 
 
 def contexts(make: Make) -> None:

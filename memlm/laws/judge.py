@@ -7,7 +7,7 @@ from functools import partial
 from typing import NamedTuple
 
 from memlm.laws import causality, forgetting, learning, state
-from memlm.laws.builders import Make, Nodes, builder, takes
+from memlm.laws.builders import Make, Nodes, builder, rounding, takes
 from memlm.laws.described import described
 from memlm.memory.records import RecordKeeper
 from memlm.memory.slots import Slots
@@ -86,12 +86,14 @@ def judge(nodes: Nodes, model_class: type[SegmentModel] = LMCode, written: Nodes
     make = builder(nodes, model_class=model_class)
     for law, shared in _asked(make):
         if not shared:
-            yield _verdict(law.number, law.title, partial(law.holds, make))
+            yield _verdict(law.number, law.title, partial(law.holds, make), make)
         else:
-            yield _verdict(law.number, f"{law.title}; shared bank", partial(law.holds, make, scope="shared"))
+            holds = partial(law.holds, make, scope="shared")
+            yield _verdict(law.number, f"{law.title}; shared bank", holds, make)
     whole = builder(nodes, shrink=False, model_class=model_class)
-    yield _verdict(9, "useful: beats a wiped and another row's memory", partial(learning.useful, whole))
-    yield _verdict(10, "described: YAML, constructor and documentation agree", partial(described, written or nodes))
+    yield _verdict(9, "useful: beats a wiped and another row's memory", partial(learning.useful, whole), make)
+    title = "described: YAML, constructor and documentation agree"
+    yield _verdict(10, title, partial(described, written or nodes), make)
 
 
 def n_verdict(nodes: Nodes, model_class: type[SegmentModel] = LMCode) -> int:
@@ -107,9 +109,10 @@ def _asked(make: Make) -> list[tuple[Law, bool]]:
     return [(law, shared) for law in laws for shared in ways if law.shared or not shared]
 
 
-def _verdict(number: int, title: str, holds: Callable[[], None]) -> Verdict:
+def _verdict(number: int, title: str, holds: Callable[[], None], make: Make) -> Verdict:
     try:
-        holds()
+        with rounding(make):
+            holds()
     except Exception as error:  # a law of memories calls code of somebody else
         first = str(error).partition("\n")[0]
         return Verdict(
