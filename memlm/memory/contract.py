@@ -42,8 +42,8 @@ class Needs(NamedTuple):
         heads: Whether `Memory.mix` or a write uses queries, keys and values of the layer.
         context: Whether `Memory.mix` gives the mixer a `Context`, or puts cells before a segment.
         output: Whether a write needs what comes out of the layer (or of the stack).
-        each_layer: Whether a memory around the stack stands before each layer too: see `Memory.enter`. A write then
-            gets what comes out of the cells behind the segment from each layer.
+        each_layer: Whether a memory around the stack stands before each layer too: see `Memory.enter` and
+            `Memory.beside`. A write then gets what comes out of the cells behind the segment from each layer.
         nll: Whether a write needs to run the model: see `Segment.nll`. Of memories around the stack.
         signals: Implicit signals of the text that it uses, by name, and how many numbers each has.
     """
@@ -409,7 +409,19 @@ class Memory(nn.Module):
             prepared: Result of `prepare`.
             layer: Number of the layer.
         """
-        raise NotImplementedError
+        return x
+
+    def beside(self, prepared: Any, layer: int, maps: Callable[[Tensor], Heads]) -> Context | None:
+        """What a layer's attention sees beside the segment, of a memory around the stack that ``needs.each_layer``.
+
+        Cells behind the segment see it too. Not called where reads are off.
+
+        Args:
+            prepared: Result of `prepare`.
+            layer: Number of the layer.
+            maps: What makes queries, keys and values of any hidden states (B, L, D), as `Mixer.heads` does.
+        """
+        return None
 
     def tail(self, prepared: Any) -> Tensor:
         """The ``needs.tail`` cells behind a segment, (B, m, D), as they enter the layers.

@@ -73,6 +73,8 @@ class Before(NamedTuple):
         columns: Places of the cells that are computed, (B, S, Q).
         cells: Places of the tokens that are taken in again and of all cells, (B, S, F + T).
         seen: Which of these may be seen, (B, S, Q, F + T).
+        below: What came out of layers that ran before, by depth from what entered them on, (B, S, Q, D).
+        kept: What their `SegmentLayer.next_cache` needs.
     """
 
     entered: Tensor
@@ -81,9 +83,11 @@ class Before(NamedTuple):
     columns: Tensor
     cells: Tensor
     seen: Tensor
+    below: tuple[Tensor, ...] = ()
+    kept: tuple[tuple[Keys, Keys], ...] = ()
 
     def of(self, begin: int, end: int) -> Before:
-        """That of segments ``begin`` to ``end``, the last not included."""
+        """That of segments ``begin`` to ``end``, the last not included, without what ran before."""
         n_row, n_segment = self.columns.shape[:2]
 
         def pick(part: Tensor) -> Tensor:
