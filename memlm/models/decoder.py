@@ -95,6 +95,18 @@ class Before(NamedTuple):
         return Before(self.entered[:, begin:end], told, keys, *cut)
 
 
+class Step(NamedTuple):
+    """What is known of one more token of each row before the layers run.
+
+    Attributes:
+        before: Its grid, of one segment and column: cells up to those that may be seen.
+        cell: Where its keys and values go, among those of `DecoderLayer.init_cache`, (B,).
+    """
+
+    before: Before
+    cell: Tensor
+
+
 class DecoderLayer(SegmentLayer):
     """A decoder layer of transformers, its feed-forward included: memories stand around all of it.
 
@@ -191,6 +203,26 @@ class DecoderLayer(SegmentLayer):
             return self._plainly(module, query, key, value, seen, how)
 
         return self._run(x, told, attend), kept[-1]
+
+    def opened(self, cache: Keys, place: Tensor, continues: Tensor) -> Keys:
+        """See `SegmentLayer.opened`."""
+        return Keys(*(part.clone() for part in cache))
+
+    def closed(self, opened: Keys) -> Keys:
+        """See `SegmentLayer.closed`."""
+        return opened
+
+    def step(self, x: Tensor, opened: Keys, column: Step) -> Tensor:
+        """See `SegmentLayer.step`."""
+        row, n_cell = torch.arange(len(x), device=x.device), column.before.cells.shape[2]
+
+        def attend(module: Any, query: Tensor, key: Tensor, value: Tensor, how: dict[str, Any]) -> Tensor:
+            for buffer, new in zip(opened, (key, value), strict=True):
+                buffer[row, column.cell] = new[:, :, 0]
+            seen = (part[:, :n_cell].transpose(1, 2) for part in opened)
+            return self._plainly(module, query, *seen, self._mask(column.before)[:, None], how)
+
+        return self._run(x[:, None], column.before.told[self.number], attend)[:, 0]
 
     # --- heads, for memories -----------------------------------------------------------------------------------------
 
