@@ -3,7 +3,8 @@
 A token that does not end its segment goes through the layers alone: what they have of the open segment, and what
 memories will be written from, is changed in place, in copies of its own, and memories are asked once in a segment for
 what reads need (`memlm.memory.contract.Memory.prepare`). A token that ends its segment goes the way of all text, with
-the rows that it is in, and so do all tokens of models whose memories stand around the stack or read within a segment.
+the rows that it is in. So do tokens that begin one where earlier ones are taken in again with it, and all tokens of
+models whose memories stand around the stack or read within a segment.
 
 Shapes: B rows, T tokens per segment, C lookback, n layers with memory, D model width.
 """
@@ -49,7 +50,8 @@ class Decoder:
     def step(self, ids: Tensor) -> Tensor:
         """Take one more token of each row, (B,). Returns the model's hidden states, (B, D)."""
         ends = [n + 1 == self.model.segment_len for n in self._n_open]
-        if not self.by_column or all(ends):
+        begins = self.model.n_again > 0 and 0 in self._n_open  # what a segment takes in again is not known yet
+        if not self.by_column or all(ends) or begins:
             self._prepared = {}  # which may share numbers with banks that are now written in place
             out = self.model(
                 ids[:, None], state=self.state(), read=self.read, write=self.write, logits=False, donate=True
@@ -194,8 +196,7 @@ def _step(model: Stack, ids: Tensor, now: Open, prepared: dict[str, list[Any]], 
     """One more token of each row (B,), at a place before ``most``, through all layers and memories."""
     lookback = model.lookback
     now.put(now.ids[:, None], 0, lookback, ids)
-    column = model.layers[0].column(now.place, now.continues, most)
-    x = model.enter(model.embed(ids), now.place)  # (B, D)
+    x, column = model.begin_step(ids, now.place, now.continues, most)  # (B, D)
     for i, (layer, opened) in enumerate(zip(model.layers, now.layers, strict=True)):
         number = model.memory_layers.index(i) if model.memory and i in model.memory_layers else None
         if number is not None and "input" in now.streams:
@@ -210,7 +211,8 @@ def _step(model: Stack, ids: Tensor, now: Open, prepared: dict[str, list[Any]], 
                 modules = model.memory[name]
                 if modules[0].reads_beside:
                     each = number if modules[0].around == "layer" else 0
-                    values.append(modules[each].read(y, parts[each]).value[:, 0].to(x.dtype))
+                    value = model.let_in(name, number, modules[each].read(y, parts[each]).value, y)
+                    values.append(value[:, 0].to(x.dtype))
             x = x + sum(values) if values else x
         x = x + layer.feed_forward(x)
         if number is not None and "output" in now.streams:

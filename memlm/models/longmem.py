@@ -78,6 +78,8 @@ class LongMem(Pretrained):
         ConfigError: If there is no such base, or it cannot be taken.
     """
 
+    by_column = False  # the base below has to see each token too
+
     def __init__(
         self,
         n_vocab: int,
@@ -127,10 +129,10 @@ class LongMem(Pretrained):
     def lay(self, layers: Sequence[nn.Module], *how: Any) -> None:
         """See `Pretrained.lay`. The gates are closed, so that what is checked of the base holds."""
         kept = {id(getattr(self.base.causal, "config", None)): self.base.causal.config}  # not copied with a layer
-        self.below = nn.ModuleList(DecoderLayer(i, layer, *how, 1.0) for i, layer in enumerate(layers))
+        self.below = nn.ModuleList(DecoderLayer(i, layer, *how, scale=1.0) for i, layer in enumerate(layers))
         copied = range(self.every - 1, len(layers), self.every)
         self.layers = nn.ModuleList(
-            SideLayer(i, copy.deepcopy(layers[i], dict(kept)).float(), *how, 1.0) for i in copied
+            SideLayer(i, copy.deepcopy(layers[i], dict(kept)).float(), *how, scale=1.0) for i in copied
         )
         self.side_gates = nn.Parameter(torch.zeros(len(copied)))
 

@@ -105,6 +105,17 @@ class Stack(LanguageModel):
         """What the first layer gets, (B, S, Q, D), of the embeddings of all cells of a grid, (B, S, T, D)."""
         return self.enter(embeddings[:, :, grid.columns], grid.columns)
 
+    def begin_step(self, ids: Tensor, place: Tensor, continues: Tensor, most: int) -> tuple[Tensor, Any]:
+        """What the first layer gets of one more token of each row, (B, D), and what `SegmentLayer.step` is told of it.
+
+        Args:
+            ids: The tokens, (B,).
+            place: Their places in the open segment, (B,).
+            continues: Whether that segment continues its context, (B,).
+            most: A place that is known to be beyond all of ``place``.
+        """
+        return self.enter(self.embed(ids), place), self.layers[0].column(place, continues, most)
+
     def let_in(self, name: str, place: int, value: Tensor, y: Tensor) -> Tensor:
         """What a read adds to the stream.
 

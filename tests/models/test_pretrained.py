@@ -16,6 +16,7 @@ from memlm import laws
 from memlm.config import ConfigError
 from memlm.memory.ltm import LongTermMemory
 from memlm.models import hf_base
+from memlm.models.decoding import Decoder
 from memlm.models.segments import SegmentModel
 from tests.laws import test_laws
 from tests.models import bases
@@ -153,6 +154,23 @@ def test_laws_hold_without_memory(law: Callable[[laws.Make], None], folder: Call
 def test_laws_hold_in_other_families(family: str, name: str, folder: Callable[[str], Path]) -> None:
     for law in OTHER:
         law(make_of(folder(family), name))
+
+
+@pytest.mark.parametrize("begin", [[], [7]])
+@torch.no_grad()
+def test_tokens_that_neither_begin_nor_end_a_segment_go_through_the_layers_alone(
+    begin: list[int], folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hf_base, "begin_of", lambda _: begin)
+    model, ids = make_of(folder("mistral"), "ltm")().eval(), text(2, 2 * T + 9)
+    nonzero_gates(model)
+    expected = model(ids).hidden[:, 3:]
+    decoder = Decoder(model, model(ids[:, :3]).state, True, True)
+    whole, calls = model.forward, []
+    monkeypatch.setattr(model, "forward", lambda *given, **how: calls.append(1) or whole(*given, **how))
+    found = [decoder.step(ids[:, i]) for i in range(3, ids.shape[1])]
+    torch.testing.assert_close(torch.stack(found, dim=1), expected, atol=1e-4, rtol=1e-4)
+    assert len(calls) == 4  # the ends and the beginnings of segments, of which there are two each
 
 
 # --- what is trained, and what is kept -------------------------------------------------------------------------------
