@@ -39,7 +39,7 @@ from memlm.models.decoder import Attend, DecoderLayer, Keys
 from memlm.models.grid import Grid
 from memlm.models.mixers import SegmentLayer
 from memlm.models.pretrained import Pretrained
-from memlm.models.shell import Told
+from memlm.models.shell import Shell, Told
 
 
 class SideLayer(DecoderLayer):
@@ -126,13 +126,13 @@ class LongMem(Pretrained):
             raise ValueError(f"model.every must be at most {n_layer}, the layers of the base, got {self.every}")
         return n_layer // self.every
 
-    def lay(self, layers: Sequence[nn.Module], *how: Any) -> None:
+    def lay(self, layers: Sequence[nn.Module], how: tuple[Shell, str, int, int]) -> None:
         """See `Pretrained.lay`. The gates are closed, so that what is checked of the base holds."""
         kept = {id(getattr(self.base.causal, "config", None)): self.base.causal.config}  # not copied with a layer
-        self.below = nn.ModuleList(DecoderLayer(i, layer, *how, scale=1.0) for i, layer in enumerate(layers))
+        self.below = nn.ModuleList(DecoderLayer(i, layer, *how, 1.0) for i, layer in enumerate(layers))
         copied = range(self.every - 1, len(layers), self.every)
         self.layers = nn.ModuleList(
-            SideLayer(i, copy.deepcopy(layers[i], dict(kept)).float(), *how, scale=1.0) for i in copied
+            SideLayer(i, copy.deepcopy(layers[i], dict(kept)).float(), *how, 1.0) for i in copied
         )
         self.side_gates = nn.Parameter(torch.zeros(len(copied)))
 
