@@ -62,6 +62,7 @@ class Pretrained(SegmentModel):
     """
 
     by_column = False
+    bare_when_empty = True
 
     def __init__(
         self,
