@@ -3,7 +3,7 @@
 A token that does not end its segment goes through the layers alone: what they have of the open segment, and what
 memories will be written from, is changed in place, in copies of its own, and memories are asked once in a segment for
 what reads need (`memlm.memory.contract.Memory.prepare`). A token that ends its segment goes the way of all text, with
-the rows that it is in, and so do all tokens of models whose memories look at more than one token.
+the rows that it is in, and so do all tokens of models whose memories stand around the stack or read within a segment.
 
 Shapes: B rows, T tokens per segment, C lookback, n layers with memory, D model width.
 """
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from memlm.memory.contract import Memory
 from memlm.memory.state import State, map_tensors
+from memlm.models.mixers import ColumnMixer
 from memlm.models.stack import Stack
 from memlm.models.state import LocalState, ModelState
 from memlm.tensors import Host
@@ -170,7 +171,7 @@ class Open(NamedTuple):
 
 def _by_column(module: Memory) -> bool:
     """Whether a memory can do with one token at a time until a segment ends."""
-    return module.around != "stack" and not module.within and module.reads_beside
+    return module.around != "stack" and not module.within
 
 
 def _opened(model: Stack, local: LocalState) -> Open:
@@ -197,18 +198,40 @@ def _step(model: Stack, ids: Tensor, now: Open, prepared: dict[str, list[Any]], 
     x = model.enter(model.embed(ids), now.place)  # (B, D)
     for i, (layer, opened) in enumerate(zip(model.layers, now.layers, strict=True)):
         number = model.memory_layers.index(i) if model.memory and i in model.memory_layers else None
-        x = layer.step(x, opened, column)
+        if number is not None and "input" in now.streams:
+            now.put(now.streams["input"], number, lookback, x)
+        mixer = ColumnMixer(layer, opened, column, x.dtype)
+        x = layer.step(x, opened, column) if number is None else _mixed(model, number, x, mixer, prepared)
         if number is not None:
             if "mixed" in now.streams:
                 now.put(now.streams["mixed"], number, lookback, x)
             y, values = x[:, None].float(), []
             for name, parts in prepared.items():
                 modules = model.memory[name]
-                each = number if modules[0].around == "layer" else 0
-                values.append(modules[each].read(y, parts[each]).value[:, 0].to(x.dtype))
+                if modules[0].reads_beside:
+                    each = number if modules[0].around == "layer" else 0
+                    values.append(modules[each].read(y, parts[each]).value[:, 0].to(x.dtype))
             x = x + sum(values) if values else x
         x = x + layer.feed_forward(x)
         if number is not None and "output" in now.streams:
             now.put(now.streams["output"], number, lookback, x)
     now.place.add_(1)
     return model.norm(x)
+
+
+def _mixed(model: Stack, number: int, x: Tensor, mixer: ColumnMixer, prepared: dict[str, list[Any]]) -> Tensor:
+    """The stream (B, D) behind a layer's mixer and the memory around it, if there is one."""
+    whole = x[:, None].float()
+    for name, modules in model.memory.items():
+        each = number if modules[0].around == "layer" else 0
+        module = modules[each]
+        if module.reads_beside:
+            continue
+        if name not in prepared:
+            y = module.off(whole, mixer)
+        else:
+            y, _ = module.mix(whole, prepared[name][each], mixer)
+            if not mixer.ran and type(module).off is Memory.off:
+                mixer(whole)  # the layer has to know the token, should reads be switched off
+        return y[:, 0].to(x.dtype)
+    return mixer(x[:, None])[:, 0]
