@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from memlm.memory.bank import Bank, Scope
-from memlm.memory.state import State, map_tensors, named_tensors, renewed, where_rows
+from memlm.memory.state import State, map_tensors, named_tensors, renewed, tensors, where_rows
 
 Trace = dict[str, Tensor]
 """Numbers of one step by name, each a scalar or one per row, (B,): for the log, and for the memory's own losses."""
@@ -353,6 +353,12 @@ class Memory(nn.Module):
     def init_state(self, n_row: int) -> State:
         """A fresh state of ``n_row`` rows on the module's device."""
         raise NotImplementedError
+
+    def holds(self, state: State) -> Tensor:
+        """Which rows of a state hold anything, (B,). Default: those that are not as `init_state` makes them."""
+        parts = tensors(state)
+        pairs = zip(parts, tensors(self.init_state(len(parts[0]))), strict=True)
+        return torch.stack([(part != fresh).reshape(len(part), -1).any(dim=1) for part, fresh in pairs]).any(dim=0)
 
     def prepare(self, state: State) -> Any:
         """What reads need of the state, worked out once per segment, differentiable. Default: the state itself."""

@@ -45,6 +45,7 @@ class Decoder:
         self._n_open: list[int]
         self._open: Open
         self._prepared: dict[str, list[Any]]
+        self._empty: dict[str, list[Tensor | None]]  # rows without an entry in a memory that is bare then, (B, 1, 1)
         self._take(state)
 
     def step(self, ids: Tensor) -> Tensor:
@@ -62,7 +63,7 @@ class Decoder:
         after = self._after(ids, torch.tensor(ended, device=ids.device)) if ended else None
         most = self.model.segment_len if self._compiled else max(self._n_open) + 1
         with torch.inference_mode():
-            hidden = self._step(self.model, ids, self._open, self._prepared, most)
+            hidden = self._step(self.model, ids, self._open, self._prepared, self._empty, most)
         self._n_open = [n + 1 for n in self._n_open]
         if after is not None:
             self._put(after, ended)
@@ -108,6 +109,10 @@ class Decoder:
             ]
             for name, modules in self.model.memory.items()
             if self.read
+        }
+        self._empty = {
+            name: [_empty(self.model, module, part) for module, part in zip(modules, self._memory[name], strict=True)]
+            for name, modules in self.model.memory.items()
         }
 
     def _after(self, ids: Tensor, rows: Tensor) -> ModelState:
@@ -192,7 +197,22 @@ def _opened(model: Stack, local: LocalState) -> Open:
     )
 
 
-def _step(model: Stack, ids: Tensor, now: Open, prepared: dict[str, list[Any]], most: int) -> Tensor:
+def _empty(model: Stack, module: Memory, state: State) -> Tensor | None:
+    """Rows (B, 1, 1) that have to be as without the memory; None if there is none."""
+    if not model.bare_when_empty or module.reads_beside:
+        return None
+    empty = ~module.holds(state)[:, None, None]
+    return empty if bool(empty.any()) else None
+
+
+def _step(
+    model: Stack,
+    ids: Tensor,
+    now: Open,
+    prepared: dict[str, list[Any]],
+    empty: dict[str, list[Tensor | None]],
+    most: int,
+) -> Tensor:
     """One more token of each row (B,), at a place before ``most``, through all layers and memories."""
     lookback = model.lookback
     now.put(now.ids[:, None], 0, lookback, ids)
@@ -202,7 +222,7 @@ def _step(model: Stack, ids: Tensor, now: Open, prepared: dict[str, list[Any]], 
         if number is not None and "input" in now.streams:
             now.put(now.streams["input"], number, lookback, x)
         mixer = ColumnMixer(layer, opened, column, x.dtype)
-        x = layer.step(x, opened, column) if number is None else _mixed(model, number, x, mixer, prepared)
+        x = layer.step(x, opened, column) if number is None else _mixed(model, number, x, mixer, prepared, empty)
         if number is not None:
             if "mixed" in now.streams:
                 now.put(now.streams["mixed"], number, lookback, x)
@@ -221,7 +241,14 @@ def _step(model: Stack, ids: Tensor, now: Open, prepared: dict[str, list[Any]], 
     return model.norm(x)
 
 
-def _mixed(model: Stack, number: int, x: Tensor, mixer: ColumnMixer, prepared: dict[str, list[Any]]) -> Tensor:
+def _mixed(
+    model: Stack,
+    number: int,
+    x: Tensor,
+    mixer: ColumnMixer,
+    prepared: dict[str, list[Any]],
+    empty: dict[str, list[Tensor | None]],
+) -> Tensor:
     """The stream (B, D) behind a layer's mixer and the memory around it, if there is one."""
     whole = x[:, None].float()
     for name, modules in model.memory.items():
@@ -235,5 +262,7 @@ def _mixed(model: Stack, number: int, x: Tensor, mixer: ColumnMixer, prepared: d
             y, _ = module.mix(whole, prepared[name][each], mixer)
             if not mixer.ran and type(module).off is Memory.off:
                 mixer(whole)  # the layer has to know the token, should reads be switched off
+            if (rows := empty[name][each]) is not None:
+                y = torch.where(rows, mixer(whole), y)
         return y[:, 0].to(x.dtype)
     return mixer(x[:, None])[:, 0]

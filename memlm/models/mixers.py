@@ -326,6 +326,7 @@ class Cells(NamedTuple):
     front: Tensor | None  # before each segment, (B, m, D)
     tail: Tensor | None  # behind it, (B, n, D)
     tails: tuple[Tensor, ...] = ()  # what came out of those behind it, by layer
+    seen: Tensor | None = None  # rows whose text sees the cells before it, (B, 1); None for all
 
 
 class StackMixer:
@@ -337,6 +338,7 @@ class StackMixer:
         dtype: Type of the stream.
         tail: What enters the cells behind the segment; None if there are none.
         each_layer: Whether what comes out of these cells is wanted of each layer.
+        seen: Rows whose text sees cells before the segment, (B, 1); None for all.
 
     Attributes:
         tail: What came out of the cells behind the segment.
@@ -349,9 +351,10 @@ class StackMixer:
         dtype: torch.dtype,
         tail: Tensor | None,
         each_layer: bool,
+        seen: Tensor | None = None,
     ) -> None:
         self._layers, self._n_column, self._dtype = layers, n_column, dtype
-        self._enters, self._each_layer = tail, each_layer
+        self._enters, self._each_layer, self._seen = tail, each_layer, seen
         self.tail: Tensor | None = None
 
     def __call__(self, x: Tensor, context: Context | None = None) -> Tensor:
@@ -360,7 +363,7 @@ class StackMixer:
             raise ValueError("a memory around the stack puts cells before a segment: a context is of one layer")
         m = x.shape[1] - self._n_column
         own = x.to(self._dtype)
-        stream, cells = self._layers(own[:, None, m:], Cells(own[:, :m] if m else None, self._enters))
+        stream, cells = self._layers(own[:, None, m:], Cells(own[:, :m] if m else None, self._enters, seen=self._seen))
         self.tail, y = cells.tail, stream[:, 0]
         if self._each_layer and cells.tails:
             self.tail = torch.stack(cells.tails, dim=2)

@@ -62,6 +62,8 @@ class Pretrained(SegmentModel):
         ConfigError: If there is no such base, or it cannot be taken.
     """
 
+    bare_when_empty = True
+
     def __init__(
         self,
         n_vocab: int,

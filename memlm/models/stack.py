@@ -26,6 +26,8 @@ class Stack(LanguageModel):
         gradient_checkpointing: Whether activations are worked out again in the backward pass.
         n_together: Segments that layers run over together, at most; None for as many as fit. With 1, a call is run as
             the definition says.
+        bare_when_empty: Whether a memory that holds nothing leaves the model as it is without one, whatever that memory
+            does around a mixer.
         by_column: Whether its layers can take one token at a time: see `SegmentLayer.step`.
         n_again: Tokens before a segment that the model takes in again with it.
         embedding: Token embeddings.
@@ -39,6 +41,7 @@ class Stack(LanguageModel):
     n_layer: int
     gradient_checkpointing: bool = False
     n_together: int | None = None
+    bare_when_empty: bool = False
     by_column: bool = True
     n_again: int = 0
     embedding: nn.Embedding
