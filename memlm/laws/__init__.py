@@ -8,6 +8,7 @@ law 0 proves that memory matters there, so that no other law holds vacuously.
 `memlm check memory=NAME` puts a memory before all of them (`memlm.laws.judge`).
 """
 
+from memlm.laws.bare import bare
 from memlm.laws.builders import (
     MODEL,
     N_VOCAB,
@@ -19,6 +20,7 @@ from memlm.laws.builders import (
     class_of,
     close,
     filled,
+    host_of,
     logits,
     named_tensors,
     names,
@@ -63,6 +65,7 @@ __all__ = [
     "Verdict",
     "admits",
     "alive",
+    "bare",
     "bounded",
     "builder",
     "builder_of",
@@ -80,6 +83,7 @@ __all__ = [
     "generates_as_parallel",
     "given_away",
     "has_slots",
+    "host_of",
     "inspectable",
     "isolated",
     "judge",

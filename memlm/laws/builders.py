@@ -77,6 +77,13 @@ def settings_of(node: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in node.items() if not key.startswith("_")}
 
 
+def host_of(node: Mapping[str, Any]) -> Callable[..., SegmentModel]:
+    """What makes the model that a node names, with those of its settings that laws do not choose; all of it learns."""
+    settings = {key: value for key, value in settings_of(node).items() if key not in MODEL}
+    made: Any = class_of(node)
+    return functools.partial(made, **settings | ({"freeze": False} if "freeze" in settings else {}))
+
+
 def small(cls: type[Memory], settings: Mapping[str, Any]) -> dict[str, Any]:
     """``settings`` with every size made small: by name where known, else counts and widths of at most 16."""
     known = inspect.signature(cls).parameters
@@ -89,7 +96,7 @@ def _at_most(key: str, value: Any) -> Any:
     return min(value, 16) if is_size else value
 
 
-def builder(nodes: Nodes, shrink: bool = True, model_class: type[SegmentModel] = LMCode) -> Make:
+def builder(nodes: Nodes, shrink: bool = True, model_class: Callable[..., SegmentModel] = LMCode) -> Make:
     """``make`` for the memories that ``nodes`` describe."""
     memories = {name: (class_of(node), settings_of(node)) for name, node in nodes.items()}
     return builder_of(memories, shrink, model_class)
@@ -98,7 +105,7 @@ def builder(nodes: Nodes, shrink: bool = True, model_class: type[SegmentModel] =
 def builder_of(
     memories: Mapping[str, tuple[type[Memory], dict[str, Any]]],
     shrink: bool = True,
-    model_class: type[SegmentModel] = LMCode,
+    model_class: Callable[..., SegmentModel] = LMCode,
 ) -> Make:
     """``make`` for memories by name, each a class and its settings."""
     accepted = inspect.signature(model_class).parameters
@@ -115,8 +122,7 @@ def builder_of(
             own = {key: value for of, _, key, value in split if key in known and of in ("", cls.__name__)}
             constructors[name] = functools.partial(cls, **((small(cls, settings) if shrink else settings) | own))
         sizes = {key: value for key, value in (MODEL | model).items() if key in accepted or key not in MODEL}
-        make_model: Any = model_class  # whose constructors differ
-        built = make_model(n_vocab, constructors, **sizes)
+        built = model_class(n_vocab, constructors, **sizes)
         if perturb:
             generator = torch.Generator().manual_seed(1)
             with torch.no_grad():

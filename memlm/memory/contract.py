@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from memlm.memory.bank import Bank, Scope
-from memlm.memory.state import State, map_tensors, named_tensors, renewed, where_rows
+from memlm.memory.state import State, map_tensors, named_tensors, renewed, tensors, where_rows
 
 Trace = dict[str, Tensor]
 """Numbers of one step by name, each a scalar or one per row, (B,): for the log, and for the memory's own losses."""
@@ -42,8 +42,8 @@ class Needs(NamedTuple):
         heads: Whether `Memory.mix` or a write uses queries, keys and values of the layer.
         context: Whether `Memory.mix` gives the mixer a `Context`, or puts cells before a segment.
         output: Whether a write needs what comes out of the layer (or of the stack).
-        each_layer: Whether a memory around the stack stands before each layer too: see `Memory.enter`. A write then
-            gets what comes out of the cells behind the segment from each layer.
+        each_layer: Whether a memory around the stack stands before each layer too: see `Memory.enter` and
+            `Memory.beside`. A write then gets what comes out of the cells behind the segment from each layer.
         nll: Whether a write needs to run the model: see `Segment.nll`. Of memories around the stack.
         signals: Implicit signals of the text that it uses, by name, and how many numbers each has.
     """
@@ -354,6 +354,12 @@ class Memory(nn.Module):
         """A fresh state of ``n_row`` rows on the module's device."""
         raise NotImplementedError
 
+    def holds(self, state: State) -> Tensor:
+        """Which rows of a state hold anything, (B,). Default: those that are not as `init_state` makes them."""
+        parts = tensors(state)
+        pairs = zip(parts, tensors(self.init_state(len(parts[0]))), strict=True)
+        return torch.stack([(part != fresh).reshape(len(part), -1).any(dim=1) for part, fresh in pairs]).any(dim=0)
+
     def prepare(self, state: State) -> Any:
         """What reads need of the state, worked out once per segment, differentiable. Default: the state itself."""
         return state
@@ -409,7 +415,19 @@ class Memory(nn.Module):
             prepared: Result of `prepare`.
             layer: Number of the layer.
         """
-        raise NotImplementedError
+        return x
+
+    def beside(self, prepared: Any, layer: int, maps: Callable[[Tensor], Heads]) -> Context | None:
+        """What a layer's attention sees beside the segment, of a memory around the stack that ``needs.each_layer``.
+
+        Cells behind the segment see it too. Not called where reads are off.
+
+        Args:
+            prepared: Result of `prepare`.
+            layer: Number of the layer.
+            maps: What makes queries, keys and values of any hidden states (B, L, D), as `Mixer.heads` does.
+        """
+        return None
 
     def tail(self, prepared: Any) -> Tensor:
         """The ``needs.tail`` cells behind a segment, (B, m, D), as they enter the layers.
