@@ -95,8 +95,8 @@ class Before(NamedTuple):
 
         keys = None if self.keys is None else [Keys(k[:, begin:end], v[:, begin:end]) for k, v in self.keys]
         told = [part.of(n_row * n_segment, pick) for part in self.told]
-        cut = (part[:, begin:end] for part in (self.columns, self.cells, self.seen))
-        return Before(self.entered[:, begin:end], told, keys, *cut)
+        columns, cells, seen = (part[:, begin:end] for part in (self.columns, self.cells, self.seen))
+        return Before(self.entered[:, begin:end], told, keys, columns, cells, seen)
 
 
 class DecoderLayer(SegmentLayer):

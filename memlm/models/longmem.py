@@ -124,13 +124,13 @@ class LongMem(Pretrained):
             raise ValueError(f"model.every must be at most {n_layer}, the layers of the base, got {self.every}")
         return n_layer // self.every
 
-    def lay(self, layers: Sequence[nn.Module], *how: Any) -> None:
+    def lay(self, layers: Sequence[nn.Module], **how: Any) -> None:
         """See `Pretrained.lay`. The gates are closed, so that what is checked of the base holds."""
-        kept = {id(getattr(self.base.causal, "config", None)): self.base.causal.config}  # not copied with a layer
-        self.below = nn.ModuleList(DecoderLayer(i, layer, *how, 1.0) for i, layer in enumerate(layers))
+        config = self.base.causal.config  # not copied with a layer
+        self.below = nn.ModuleList(DecoderLayer(i, layer, scale=1.0, **how) for i, layer in enumerate(layers))
         copied = range(self.every - 1, len(layers), self.every)
         self.layers = nn.ModuleList(
-            SideLayer(i, copy.deepcopy(layers[i], dict(kept)).float(), *how, 1.0) for i in copied
+            SideLayer(i, copy.deepcopy(layers[i], {id(config): config}).float(), scale=1.0, **how) for i in copied
         )
         self.side_gates = nn.Parameter(torch.zeros(len(copied)))
 

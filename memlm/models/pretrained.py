@@ -123,7 +123,7 @@ class Pretrained(SegmentModel):
             self.base = Shell(causal, len(self.begin))
             rms = float(self.embedding.weight.detach()[:1000].float().square().mean().sqrt()) if known else 1.0
             self.scale = 2.0 ** -round(math.log2(rms)) if rms > 0 else 1.0  # a power of two, which rounds nothing
-            self.lay(layers, self.base, attention, n_again, segment_len)
+            self.lay(layers, shell=self.base, attention=attention, n_again=n_again, segment_len=segment_len)
             if known is not None:
                 self._check(*known)
         except (ValueError, TypeError, KeyError) as error:  # of code that is not ours, on a base it was not made for
@@ -146,15 +146,15 @@ class Pretrained(SegmentModel):
         """How many layers the model has on a base of ``n_layer``."""
         return n_layer
 
-    def lay(self, layers: Sequence[nn.Module], *how: Any) -> None:
+    def lay(self, layers: Sequence[nn.Module], **how: Any) -> None:
         """Make the layers of those of the base.
 
         Args:
             layers: Those of the base.
-            how: What `DecoderLayer` takes between a layer and its scale.
+            how: What `DecoderLayer` takes beside its place, a layer and its scale.
         """
         self.layers = nn.ModuleList(
-            DecoderLayer(i, layer, *how, 1.0 if i else self.scale) for i, layer in enumerate(layers)
+            DecoderLayer(i, layer, scale=1.0 if i else self.scale, **how) for i, layer in enumerate(layers)
         )
 
     def trains(self, name: str) -> bool:
