@@ -28,7 +28,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -39,7 +39,7 @@ from memlm.models.decoder import Attend, DecoderLayer, Keys
 from memlm.models.grid import Grid
 from memlm.models.mixers import SegmentLayer
 from memlm.models.pretrained import Pretrained
-from memlm.models.shell import Told
+from memlm.models.shell import Shell, Told
 
 
 class SideLayer(DecoderLayer):
@@ -77,6 +77,8 @@ class LongMem(Pretrained):
         ValueError: If a setting cannot work; the message names it.
         ConfigError: If there is no such base, or it cannot be taken.
     """
+
+    by_column = False  # the base below has to see each token too
 
     def __init__(
         self,
@@ -124,13 +126,13 @@ class LongMem(Pretrained):
             raise ValueError(f"model.every must be at most {n_layer}, the layers of the base, got {self.every}")
         return n_layer // self.every
 
-    def lay(self, layers: Sequence[nn.Module], **how: Any) -> None:
+    def lay(self, layers: Sequence[nn.Module], how: tuple[Shell, str, int, int]) -> None:
         """See `Pretrained.lay`. The gates are closed, so that what is checked of the base holds."""
-        config = self.base.causal.config  # not copied with a layer
-        self.below = nn.ModuleList(DecoderLayer(i, layer, scale=1.0, **how) for i, layer in enumerate(layers))
+        kept = {id(getattr(self.base.causal, "config", None)): self.base.causal.config}  # not copied with a layer
+        self.below = nn.ModuleList(DecoderLayer(i, layer, *how, 1.0) for i, layer in enumerate(layers))
         copied = range(self.every - 1, len(layers), self.every)
         self.layers = nn.ModuleList(
-            SideLayer(i, copy.deepcopy(layers[i], {id(config): config}).float(), scale=1.0, **how) for i in copied
+            SideLayer(i, copy.deepcopy(layers[i], dict(kept)).float(), *how, 1.0) for i in copied
         )
         self.side_gates = nn.Parameter(torch.zeros(len(copied)))
 

@@ -25,7 +25,7 @@ from memlm.data.tokenizer import Tokenizer
 from memlm.memory.contract import Memory
 from memlm.memory.state import State
 from memlm.models import hf_base
-from memlm.models.decoder import ATTENTION, Before, DecoderLayer, Keys, again_seen, register
+from memlm.models.decoder import ATTENTION, Before, DecoderLayer, Keys, Step, again_seen, register
 from memlm.models.grid import Grid
 from memlm.models.segments import SegmentModel
 from memlm.models.shell import Shell, Told, layers_of
@@ -62,7 +62,7 @@ class Pretrained(SegmentModel):
         ConfigError: If there is no such base, or it cannot be taken.
     """
 
-    by_column = False
+    bare_when_empty = True
 
     def __init__(
         self,
@@ -123,7 +123,7 @@ class Pretrained(SegmentModel):
             self.base = Shell(causal, len(self.begin))
             rms = float(self.embedding.weight.detach()[:1000].float().square().mean().sqrt()) if known else 1.0
             self.scale = 2.0 ** -round(math.log2(rms)) if rms > 0 else 1.0  # a power of two, which rounds nothing
-            self.lay(layers, shell=self.base, attention=attention, n_again=n_again, segment_len=segment_len)
+            self.lay(layers, (self.base, attention, n_again, segment_len))
             if known is not None:
                 self._check(*known)
         except (ValueError, TypeError, KeyError) as error:  # of code that is not ours, on a base it was not made for
@@ -146,15 +146,15 @@ class Pretrained(SegmentModel):
         """How many layers the model has on a base of ``n_layer``."""
         return n_layer
 
-    def lay(self, layers: Sequence[nn.Module], **how: Any) -> None:
+    def lay(self, layers: Sequence[nn.Module], how: tuple[Shell, str, int, int]) -> None:
         """Make the layers of those of the base.
 
         Args:
             layers: Those of the base.
-            how: What `DecoderLayer` takes beside its place, a layer and its scale.
+            how: What `DecoderLayer` takes between a layer and its scale.
         """
         self.layers = nn.ModuleList(
-            DecoderLayer(i, layer, scale=1.0 if i else self.scale, **how) for i, layer in enumerate(layers)
+            DecoderLayer(i, layer, *how, 1.0 if i else self.scale) for i, layer in enumerate(layers)
         )
 
     def trains(self, name: str) -> bool:
@@ -281,6 +281,18 @@ class Pretrained(SegmentModel):
         if n_again and (n_segment > 1 or not all(grid.opened)):
             keys = self._keys_again(ids, before)
         return grid._replace(before=Before(entered.unflatten(0, (n_row, n_segment)), told, keys, columns, cells, seen))
+
+    def begin_step(self, ids: Tensor, place: Tensor, continues: Tensor, most: int) -> tuple[Tensor, Step]:
+        """See `Stack.begin_step`."""
+        n_begin, n_again = len(self.begin), len(self.begin) + self.overlap
+        first = n_begin + self.overlap * continues  # place of the segment's first cell, (B,)
+        columns, cell = (first + place)[:, None], torch.arange(most, device=ids.device)
+        again = torch.arange(n_again, device=ids.device).expand(len(ids), -1)
+        cells = torch.cat([again, first[:, None] + cell], dim=1)
+        seen = torch.cat([again_seen(continues, n_begin, n_again), cell <= place[:, None]], dim=1)
+        entered, told = self.base.tell(self.embedding(ids)[:, None], columns)
+        before = Before(entered[:, None], told, None, columns[:, None], cells[:, None], seen[:, None, None])
+        return entered[:, 0] * self.scale, Step(before, n_again + place)
 
     def entered(self, embeddings: Tensor, grid: Grid) -> Tensor:
         """See `Stack.entered`; in units of the memories."""

@@ -24,7 +24,7 @@ from memlm.models.grid import Grid, OpenSegment, lay_out
 from memlm.models.mixers import Cells, Done, LayerMixer, SegmentLayer, StackMixer, cells_of, heads_of
 from memlm.models.stack import Stack
 from memlm.models.state import LocalState, ModelState
-from memlm.models.views import segment_of, stream_of
+from memlm.models.views import holding, segment_of, stream_of
 from memlm.tensors import Host
 
 WINDOW = 2**12
@@ -173,7 +173,8 @@ class _Pass:
         tail = None
         if module.needs.tail and self.how.write and any(self.grid.n_complete):
             tail = module.tail(module.prepare(self.begun(name, module, 0))).to(x.dtype)
-        mixer = StackMixer(self.layers, self.grid.n_column, self.embeddings.dtype, tail, module.needs.each_layer)
+        held = holding(self.model, module, self.memory[name][0], self.grid, self.how.write)
+        mixer = StackMixer(self.layers, self.grid.n_column, self.embeddings.dtype, tail, module.needs.each_layer, held)
         if self.how.closing and tail is None:
             y = x
         elif self.how.read:
@@ -206,7 +207,8 @@ class _Pass:
             contexts = self.beside(i, layer, x.dtype)
             if cells.front is not None:
                 heads = layer.heads(cells.front)
-                contexts = (*contexts, Context(heads.k, heads.v))
+                seen = None if cells.seen is None else cells.seen.expand(-1, heads.k.shape[2])
+                contexts = (*contexts, Context(heads.k, heads.v, seen))
             mixer = LayerMixer(layer, self.local.cache[i], self.grid, self.checkpointed, x.dtype, contexts)
             attached = bool(model.memory) and i in model.memory_layers and not self.how.closing
             x = self.with_memories(i, mixer, x) if attached else mixer(x)
@@ -242,7 +244,7 @@ class _Pass:
 
     def through(self, layer: SegmentLayer, mixer: LayerMixer, cells: Cells, contexts: tuple[Context, ...]) -> Cells:
         """The cells behind a layer. Those before a segment see each other; those behind it see all."""
-        front, tail, tails = cells
+        front, tail, tails, _ = cells
         if tail is not None:
             place = self.grid.segment_len + torch.arange(tail.shape[1], device=tail.device)
             seen = layer.seen(mixer.kept, self.grid)
@@ -252,7 +254,7 @@ class _Pass:
         if front is not None:
             front = cells_of(layer, front, [])
             front = front + layer.feed_forward(front)
-        return Cells(front, tail, tails)
+        return cells._replace(front=front, tail=tail, tails=tails)
 
     # --- a layer -------------------------------------------------------------------------------------------------
 
@@ -269,11 +271,15 @@ class _Pass:
             self.streams["input"].append(self.fill("input", place, self.model.written("input", i, x, self.grid)))
         if around:
             name, modules = around[0]
+            part = place if modules[0].around == "layer" else 0
+            held = holding(self.model, modules[part], self.memory[name][part], self.grid, self.how.write)
             mixed, _ = self.step(name, modules, i, x.flatten(1, 2).float(), mixer)
             assert mixed is not None
             y = mixed.view_as(x).to(x.dtype)
             if mixer.kept is None and not mixer.parts and type(modules[0]).off is Memory.off:
                 mixer(x)  # the layer has to know the segment, should reads be switched off
+            if held is not None:
+                y = torch.where(held[..., None, None], y, mixer(x))
         else:
             y = mixer(x)
         if "mixed" in self.streams:

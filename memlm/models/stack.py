@@ -26,6 +26,8 @@ class Stack(LanguageModel):
         gradient_checkpointing: Whether activations are worked out again in the backward pass.
         n_together: Segments that layers run over together, at most; None for as many as fit. With 1, a call is run as
             the definition says.
+        bare_when_empty: Whether a memory that holds nothing leaves the model as it is without one, whatever that memory
+            does around a mixer.
         by_column: Whether its layers can take one token at a time: see `SegmentLayer.step`.
         n_again: Tokens before a segment that the model takes in again with it.
         embedding: Token embeddings.
@@ -39,6 +41,7 @@ class Stack(LanguageModel):
     n_layer: int
     gradient_checkpointing: bool = False
     n_together: int | None = None
+    bare_when_empty: bool = False
     by_column: bool = True
     n_again: int = 0
     embedding: nn.Embedding
@@ -104,6 +107,17 @@ class Stack(LanguageModel):
     def entered(self, embeddings: Tensor, grid: Grid) -> Tensor:
         """What the first layer gets, (B, S, Q, D), of the embeddings of all cells of a grid, (B, S, T, D)."""
         return self.enter(embeddings[:, :, grid.columns], grid.columns)
+
+    def begin_step(self, ids: Tensor, place: Tensor, continues: Tensor, most: int) -> tuple[Tensor, Any]:
+        """What the first layer gets of one more token of each row, (B, D), and what `SegmentLayer.step` is told of it.
+
+        Args:
+            ids: The tokens, (B,).
+            place: Their places in the open segment, (B,).
+            continues: Whether that segment continues its context, (B,).
+            most: A place that is known to be beyond all of ``place``.
+        """
+        return self.enter(self.embed(ids), place), self.layers[0].column(place, continues, most)
 
     def let_in(self, name: str, place: int, value: Tensor, y: Tensor) -> Tensor:
         """What a read adds to the stream.

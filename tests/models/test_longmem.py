@@ -146,10 +146,12 @@ def _with_bank(layer: Any, x: Tensor, turn: Any, memory: Any, bank: list[list[tu
     turned, keys = (part[0] for part in apply_rotary_pos_emb(query[None], key[None], *turn))
     mixed = torch.empty_like(query)
     for h in range(len(query)):
-        share = memory.gate[h].sigmoid()
+        share = memory.gate[h].sigmoid() if bank else 0.0  # while it is empty the base is as it was
         for t in range(query.shape[1]):
             local = (keys[h, : t + 1] @ turned[h, t] / query.shape[2] ** 0.5).softmax(0) @ value[h, : t + 1]
-            scores = torch.tensor([query[h, t] @ torch.stack([k[h] for k, _ in chunk]).mean(0) for chunk in bank])
+            scores = torch.tensor(
+                [float(query[h, t] @ torch.stack([k[h] for k, _ in chunk]).mean(0)) for chunk in bank]
+            )
             best = scores.argsort(descending=True)[: memory.top_k // memory.chunk].tolist()
             read = [(k[h], v[h]) for i in best for k, v in bank[i]] + [(memory.null_key[h], memory.null_value[h])]
             weight = torch.stack([query[h, t] @ k / query.shape[2] ** 0.5 for k, _ in read]).softmax(0)
