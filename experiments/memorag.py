@@ -237,7 +237,7 @@ class _Asked:
         """What comes of all conditions."""
         model, wiped = self.model, self.model.wipe(self.state)
         own = self.said(self.state, self.numbers)
-        drafts = {
+        drafts: dict[str, list[Sequence[int]]] = {
             "clues": own,
             "question": [()] * len(own),
             "off": self.said(self.state, self.numbers, read=False),

@@ -248,8 +248,8 @@ class CamelotMemory(Slots):
         square = among.diagonal(dim1=1, dim2=2)  # (B, T)
         limit = square.sqrt() * (self.threshold if self.threshold < 1 else torch.inf)
         # Products of all keys with the sum of each slot, and its length; the slot behind the last takes padding.
-        product = (key @ total.mT).masked_fill(~self.filled(state)[:, None], -torch.inf)
-        product = F.pad(product, (0, 1), value=-torch.inf)  # (B, T, n + 1)
+        empty = ~F.pad(self.filled(state), (0, 1))[:, None]
+        product = F.pad(key @ total.mT, (0, 1)).masked_fill_(empty, -torch.inf)  # (B, T, n + 1)
         length = F.pad(total.square().sum(dim=2).clamp(min=1e-24).sqrt(), (0, 1), value=1.0)
         last = F.pad(state.last, (0, 1), value=2**62)
         oldest = self._oldest(state.last, n_token)  # (B, m): no other slot is the oldest before the segment ends

@@ -109,8 +109,9 @@ def placed(state: AdaptiveState, settled: Settled, rows: Tensor, given: bool = F
         given: Whether nobody else needs ``state``. Without gradients it is then changed in place.
     """
     n, source = state.strength.shape[1], settled.source
-    item = settled.item.gather(1, source.clamp(min=0))
-    changed = ((source != torch.arange(n, device=source.device)) | (item >= 0)) & rows[:, None]
+    item = settled.item.gather(1, source.clamp(min=0)).masked_fill(source < 0, -1)
+    moves = (source != torch.arange(n, device=source.device)) & ((source >= 0) | (state.strength > 0))
+    changed = (moves | (item >= 0)) & rows[:, None]  # of a slot that was empty and stays so nothing
     row, slot = changed.nonzero(as_tuple=True)
     entry, item = source[row, slot], item[row, slot, None]
 
