@@ -39,7 +39,19 @@ FAISS = Peer("faiss", "faiss needs the library faiss-cpu", "faiss out with candi
 
 
 def run(
-    candidates: list[Literal["exact", "inverted", "inverted grown", "torch", "faiss flat", "faiss ivf", "faiss hnsw"]],
+    candidates: list[
+        Literal[
+            "exact",
+            "inverted",
+            "inverted grown",
+            "exact bf16",
+            "inverted bf16",
+            "torch",
+            "faiss flat",
+            "faiss ivf",
+            "faiss hnsw",
+        ]
+    ],
     keys: list[Literal["trained", "clustered", "random"]],
     checkpoint: str | None,
     trust: list[str],
@@ -202,8 +214,9 @@ class Searcher:
     """A candidate over one set of keys.
 
     Args:
-        name: ``exact``, ``inverted``, ``inverted grown`` (the lists that writes leave), ``torch``, ``faiss flat``,
-            ``faiss ivf`` or ``faiss hnsw``.
+        name: ``exact``, ``inverted``, ``inverted grown`` (the lists that writes leave), one of the first two with
+            `` bf16`` behind it (keys and values are held in 16 bits), ``torch``, ``faiss flat``, ``faiss ivf`` or
+            ``faiss hnsw``.
         keys: What is searched.
         top_k: Slots that a query finds.
         n_list: Lists; None for the default of ``memory=ltm``.
@@ -219,8 +232,9 @@ class Searcher:
         self.name, self.keys, self.top_k = name, keys, top_k
         self.temperature = torch.tensor(keys.temperature)
         visible = torch.ones(1, 1, len(keys.key), dtype=torch.bool)
-        self.pool = Pool(keys.key[None], keys.key[None], keys.bias[None], visible)
-        file = InvertedFile(len(keys.key), keys.key.shape[1], n_list, n_probe)
+        held = keys.key.to(torch.bfloat16 if name.endswith("bf16") else torch.float32)
+        self.pool = Pool(held[None], held[None], keys.bias[None], visible)
+        file = InvertedFile(len(keys.key), keys.key.shape[1], n_list, n_probe, held.dtype)
         self._find: Any = None
         if name.startswith("inverted"):
             empty = file.empty(1, keys.key.device)

@@ -23,6 +23,7 @@ WAYS = ("given", "kept")
 
 
 def run(
+    memory_name: str,
     whats: list[Literal["absorb", "store"]],
     indices: list[Literal["exact", "inverted"]],
     sizes: list[int],
@@ -44,11 +45,20 @@ def run(
     """
     check_least({"n_token": n_token, "rounds": rounds, "threads": threads})
     check_names(whats=whats, indices=indices, sizes=sizes)
+    if memory_name != "ltm" and (whats != ["absorb"] or indices != ["exact"]):
+        raise ConfigError(
+            f"memory_name={memory_name} has no index and stores no texts: add whats=[absorb] indices=[exact]."
+        )
     from memlm.evaluation.result import Result
 
     with torch_threads(threads) as n_thread:
         before = surroundings("cpu")
-        writers = [_Writer(index, size, overrides, n_token, seed) for index in indices for size in sizes]
+        if memory_name == "ltm":
+            writers: list[_Writer] = [
+                _Stored(index, size, overrides, n_token, seed) for index in indices for size in sizes
+            ]
+        else:
+            writers = [_Held(memory_name, size, overrides, n_token, seed) for size in sizes]
         rows = []
         for i in range(warmup + rounds):
             for what in whats:
@@ -57,32 +67,23 @@ def run(
                         row = writer.timed(what, way, i)
                         rows += [row] if i >= warmup else []
     settings = {
-        "whats": whats, "indices": indices, "sizes": sizes, "overrides": overrides, "n_token": n_token,
-        "warmup": warmup, "rounds": rounds, "seed": seed,
+        "memory_name": memory_name, "whats": whats, "indices": indices, "sizes": sizes, "overrides": overrides,
+        "n_token": n_token, "warmup": warmup, "rounds": rounds, "seed": seed,
     }  # fmt: skip
     metadata = {"settings": settings, "threads": n_thread, **before}
     return Result("benchmark_write", _measures(rows, sizes), tuple(rows), metadata)
 
 
 class _Writer:
-    """A model whose persistent memory is full."""
+    """A model with a memory of so many slots."""
 
-    def __init__(self, index: str, size: int, overrides: list[str], n_token: int, seed: int) -> None:
-        import torch
-
-        settings = [f"memory.ltm.n_slot={size}", f"memory.ltm.index={index}"]
-        setup = Setup(size_config("default", [*overrides, *settings]), 1, 1, "cpu", "fp32", False, seed)
+    def __init__(self, memory: str, index: str, size: int, setup: Setup, n_token: int) -> None:
         self.index, self.size, self.n_token, self.n_vocab = index, size, n_token, setup.n_vocab
-        model: Any = ours("ltm", setup)
+        model: Any = ours(memory, setup)
         self.model: Any = model.eval()
         if n_token < 2 * self.model.segment_len:
             raise ConfigError(f"n_token must be at least two segments ({2 * self.model.segment_len}), got {n_token}.")
-        self.modules = list(self.model.memory["ltm"])
-        with torch.no_grad():
-            for module, part in zip(self.modules, fill(self.model, setup).memory["ltm"], strict=True):
-                every = module.filled(part)
-                lists = module.search_index().assign(part.lists, part.key, every, torch.ones(1, dtype=torch.bool))
-                module.bank.commit(part._replace(lists=lists))
+        self.modules: list[Any] = list(self.model.memory[memory])
 
     def timed(self, what: str, way: str, number: int) -> dict[str, Any]:
         """Write once more; what it took.
@@ -105,6 +106,26 @@ class _Writer:
             "what": what, "index": self.index, "slots": self.size, "way": way, "round": number,
             "ms": 1000 * cpu, "wall_ms": 1000 * seconds, "slots_written": n_new,
         }  # fmt: skip
+
+    def _places(self) -> list[int]:
+        """Where what is large is."""
+        raise NotImplementedError
+
+
+class _Stored(_Writer):
+    """A model whose persistent memory is full."""
+
+    def __init__(self, index: str, size: int, overrides: list[str], n_token: int, seed: int) -> None:
+        import torch
+
+        settings = [f"memory.ltm.n_slot={size}", f"memory.ltm.index={index}"]
+        setup = Setup(size_config("default", [*overrides, *settings]), 1, 1, "cpu", "fp32", False, seed)
+        super().__init__("ltm", index, size, setup, n_token)
+        with torch.no_grad():
+            for module, part in zip(self.modules, fill(self.model, setup).memory["ltm"], strict=True):
+                every = module.filled(part)
+                lists = module.search_index().assign(part.lists, part.key, every, torch.ones(1, dtype=torch.bool))
+                module.bank.commit(part._replace(lists=lists))
 
     def _absorb(self, ids: Any, given: bool) -> tuple[float, float, int]:
         first = self._n_record()
@@ -135,8 +156,45 @@ class _Writer:
         return max(int(module.bank.state().n_record) for module in self.modules)
 
     def _places(self) -> list[int]:
-        """Where the keys are."""
         return [module.bank.key.data_ptr() for module in self.modules]
+
+
+class _Held(_Writer):
+    """A model with another memory, and a state of it that is handed on."""
+
+    def __init__(self, memory: str, size: int, overrides: list[str], n_token: int, seed: int) -> None:
+        import torch
+
+        from memlm.memory.state import map_tensors
+
+        setup = Setup(size_config("default", overrides, [memory]), 1, 1, "cpu", "fp32", False, seed)
+        if len(names := ours(memory, setup).memory[memory][0].sized) == 0:  # type: ignore[index, union-attr]
+            raise ConfigError(f"memory_name={memory} has no setting that says how many slots it has.")
+        node = setup.config["memory"][memory] | {names[0]: size}
+        setup = setup._replace(config=setup.config | {"memory": {memory: node}})
+        super().__init__(memory, "exact", size, setup, n_token)
+        self.memory = memory
+        # Zeros that were never touched take no memory.
+        self.state = map_tensors(torch.clone, self.model.init_state(1))
+
+    def _absorb(self, ids: Any, given: bool) -> tuple[float, float, int]:
+        before = [part.clone() for part in self._large()]
+        wall, cpu = time.perf_counter(), time.process_time()
+        after = self.model.absorb(ids, self.state, donate=given)
+        cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
+        self.state, kept = after, self.state
+        n_new = sum(int((a != b).flatten(2).any(dim=2).sum()) for a, b in zip(before, self._large(), strict=True))
+        self.state = after if given else kept
+        return wall, cpu, n_new
+
+    def _large(self) -> list[Any]:
+        """The largest part of each state, (1, n, ...)."""
+        from memlm.memory.state import tensors
+
+        return [max(tensors(part), key=lambda tensor: tensor.numel()) for part in self.state.memory[self.memory]]
+
+    def _places(self) -> list[int]:
+        return [part.data_ptr() for part in self._large()]
 
 
 def _measures(rows: list[dict[str, Any]], sizes: list[int]) -> dict[str, float]:
@@ -187,7 +245,8 @@ def report(result: Result) -> str:
         for key, value in metrics.items()
         if key.endswith("/exponent")
     )
-    title = f"a write of {settings['n_token']:,} tokens into full banks"
+    into = "full banks" if settings["memory_name"] == "ltm" else settings["memory_name"]
+    title = f"a write of {settings['n_token']:,} tokens into {into}"
     notes = [f"time grows with slots to the power of: {growth}"] if growth else []
     notes.append(f"Median and quartiles of {settings['rounds']} rounds, candidates in turn; ratios are per round.")
     return "\n\n".join([table(columns, lines, title), "\n".join([*notes, *conditions(result.metadata)])])

@@ -1,4 +1,4 @@
-"""Two pages of the site are files of the repository's root, where a visitor of the repository looks for them."""
+"""Some pages of the site are files of the repository, where a visitor of the repository looks for them."""
 
 from __future__ import annotations
 
@@ -12,8 +12,13 @@ if TYPE_CHECKING:
     from mkdocs.structure.files import Files
     from mkdocs.structure.pages import Page
 
-ROOT_PAGES = {"README.md": "index.md", "CONTRIBUTING.md": "contributing.md"}
-"""Page of the site by file of the root."""
+ROOT_PAGES = {
+    "README.md": "index.md",
+    "CONTRIBUTING.md": "contributing.md",
+    "CHANGELOG.md": "changelog.md",
+    "examples/README.md": "examples.md",
+}
+"""Page of the site by file of the repository."""
 
 _LINK = re.compile(r"(\]\()([^)#\s]+)")
 

@@ -5,8 +5,9 @@ read in a fresh context, nothing is written, and turns are ranked by the weight 
 made of them, over all layers with memory. Recall at k is the share of a question's evidence that is among the first k,
 so no answer has to be judged.
 
-Beside it stand BM25 over the same turns, the ranks of another question of the same conversation (a memory that reads
-the same turns whatever is asked is no better than that), and chance, k out of all turns.
+Beside it stand BM25 over the same turns, static embeddings if they are asked for, the ranks of another question of the
+same conversation (a memory that reads the same turns whatever is asked is no better than that), and chance, k out of
+all turns.
 
 Source: Maharana et al., "Evaluating Very Long-Term Conversational Memory of LLM Agents", 2024. Its file is not shipped
 (CC BY-NC 4.0): https://github.com/snap-research/LoCoMo, data/locomo10.json.
@@ -18,7 +19,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from matplotlib.figure import Figure
@@ -37,7 +38,13 @@ from memlm.statistics import mean_interval
 if TYPE_CHECKING:
     from memlm.data.datamodule import TextData
 
-RANKERS = {"memory": "memory's reads", "bm25": "BM25", "other": "another question's reads", "chance": "chance"}
+RANKERS = {
+    "memory": "memory's reads",
+    "bm25": "BM25",
+    "static": "static embeddings",
+    "other": "another question's reads",
+    "chance": "chance",
+}
 """What ranks turns, and how it is called."""
 
 CATEGORIES = {1: "several turns", 2: "time", 3: "common knowledge", 4: "one turn", 5: "not answered"}
@@ -58,6 +65,7 @@ class Locomo:
         path: The file, ``locomo10.json``.
         n_conversation: Conversations that are told, the first ones; None for all.
         n_question: Questions of each that are asked, spread evenly over the file; None for all.
+        embeddings: The package whose static embeddings rank turns too; None for none.
 
     Raises:
         ConfigError: If a setting cannot work.
@@ -66,9 +74,12 @@ class Locomo:
     path: str | None = None
     n_conversation: int | None = None
     n_question: int | None = None
+    embeddings: Literal["wordllama"] | None = None
 
     def __post_init__(self) -> None:
         check_settings(self, {"n_conversation": 1, "n_question": 2})
+        if self.embeddings not in (None, "wordllama"):
+            raise ConfigError(f"locomo.embeddings must be wordllama, or null for none, got {self.embeddings!r}")
 
 
 class Question(NamedTuple):
@@ -168,9 +179,11 @@ def run(
         ``recall@1``, ``recall@5``, ``recall@10``. For metrics see `summarise`.
 
     Raises:
-        ConfigError: If there is no such file, or no memory of the model tells what its slots are made of.
+        ConfigError: If there is no such file, no memory of the model tells what its slots are made of, or the package
+            of the embeddings is missing.
     """
     conversations = read_conversations(cfg.path)[: cfg.n_conversation]
+    embed = None if cfg.embeddings is None else _static()
     modules: list[Any] = [one.module for one in placed(model) if isinstance(one.module, Slots)]
     if not any(module.places(module.init_state(1)) is not None for module in modules):
         has = ", ".join(model.memory) or "none"
@@ -182,7 +195,7 @@ def run(
     with evaluating(model):
         for numbers in share.groups(len(conversations), 1):
             for i in numbers:
-                rows += _measure(model, i, conversations[i], cfg.n_question)
+                rows += _measure(model, i, conversations[i], cfg.n_question, embed)
                 if progress is not None:
                     progress((i + 1) / len(conversations))
     rows = share.join(rows)
@@ -196,17 +209,42 @@ def run(
         "segment_len": model.segment_len,
         "memories": list(model.memory.keys()),
         "headline": [
-            {"label": f"evidence among the first {k}, {label}", "metric": f"recall@{k}/{name}", "n": "n"}
-            | {"low": f"low@{k}/{name}", "high": f"high@{k}/{name}"}
+            {"label": f"evidence among the first {k}{of}, {label}", "metric": f"recall@{k}/{name}{suffix}"}
+            | {"low": f"low@{k}/{name}{suffix}", "high": f"high@{k}/{name}{suffix}", "n": f"n{suffix}"}
             | {"percent": True, "better": "higher", "control": name != "memory"}
-            for k in KS
+            | {"cell": [label, f"among {k}{of}"]}
+            for suffix, of, ks in _parts(metrics)
+            for k in ks
             for name, label in RANKERS.items()
+            if f"recall@{k}/{name}{suffix}" in metrics
         ],
     }
     return Result("locomo", metrics, tuple(rows), metadata)
 
 
-def _measure(model: LanguageModel, number: int, told: Conversation, n_question: int | None) -> list[Row]:
+def _parts(metrics: Mapping[str, float]) -> list[tuple[str, str, tuple[int, ...]]]:
+    """Questions that are told of: end of the names of metrics, in words, and up to which ranks."""
+    found = [(f"_{c}", f", {label}", KS[-1:]) for c, label in CATEGORIES.items() if f"n_{c}" in metrics]
+    return [("", "", KS), *found]
+
+
+def _static() -> Callable[[Sequence[str]], Tensor]:
+    """Unit vectors (N, E) of texts, by static embeddings that come with a package."""
+    try:
+        from wordllama import WordLlama
+    except ImportError as error:
+        raise ConfigError(f"locomo.embeddings=wordllama needs that package: pip install wordllama ({error})") from error
+    embeddings = WordLlama.load(disable_download=True)
+    return lambda texts: torch.from_numpy(embeddings.embed(list(texts), norm=True))
+
+
+def _measure(
+    model: LanguageModel,
+    number: int,
+    told: Conversation,
+    n_question: int | None,
+    embed: Callable[[Sequence[str]], Tensor] | None,
+) -> list[Row]:
     """Rows of a conversation."""
     state, begins = _tell(model, told.turns)
     n = len(told.questions)
@@ -214,6 +252,7 @@ def _measure(model: LanguageModel, number: int, told: Conversation, n_question: 
     asked = [told.questions[int(i * step)] for i in range(n if n_question is None else min(n_question, n))]
     reads = [_read(model, state, question.text, begins) for question in asked]
     search = Bm25(told.turns)
+    near = None if embed is None else embed([one.text for one in asked]) @ embed(told.turns).T  # (questions, turns)
     rows = []
     for i, question in enumerate(asked):
         scores = {
@@ -221,6 +260,8 @@ def _measure(model: LanguageModel, number: int, told: Conversation, n_question: 
             "bm25": torch.tensor(search.scores(question.text)),
             "other": reads[(i + len(asked) // 2) % len(asked)],
         }
+        if near is not None:
+            scores["static"] = near[i] + 1  # a cosine, so that none is below 0
         found = {name: _recall(score, question.evidence) for name, score in scores.items()}
         found["chance"] = [min(k / len(told.turns), 1.0) for k in KS]
         about = {"conversation": number, "question": i, "category": question.category}
@@ -294,13 +335,16 @@ def summarise(rows: Sequence[Row]) -> dict[str, float]:
 def plot(result: Result) -> dict[str, Figure]:
     """Recall at 10 by category, of memory and of what it is compared with."""
     groups = [("", "all")] + [(f"_{c}", label) for c, label in CATEGORIES.items() if f"n_{c}" in result.metrics]
-    colors = dict(zip(RANKERS, (PALETTE[name] for name in ("blue", "orange", "purple", "black")), strict=True))
+    there = [name for name in RANKERS if f"recall@{KS[-1]}/{name}" in result.metrics]
+    colors = dict(zip(RANKERS, (PALETTE[name] for name in ("blue", "orange", "green", "purple", "black")), strict=True))
     with style():
         figure = Figure(figsize=(8.5, 3.4))
         axes = figure.subplots()
-        for i, (name, label) in enumerate(RANKERS.items()):
+        width = 0.8 / len(there)
+        for i, name in enumerate(there):
             found = [result.metrics.get(f"recall@{KS[-1]}/{name}{suffix}", float("nan")) for suffix, _ in groups]
-            axes.bar([x + 0.2 * (i - 1.5) for x in range(len(groups))], found, 0.2, label=label, color=colors[name])
+            left = [x + width * (i - (len(there) - 1) / 2) for x in range(len(groups))]
+            axes.bar(left, found, width, label=RANKERS[name], color=colors[name])
         axes.set_xticks(range(len(groups)), [label for _, label in groups])
         axes.set(ylim=(0, 1), ylabel=f"evidence among the first {KS[-1]} turns", title="LoCoMo, by evidence")
         axes.legend()

@@ -107,6 +107,19 @@ def rows_of(table: Tensor) -> tuple[Tensor, int]:
     return table.reshape(n_row * n_slot, width), n_slot
 
 
+def widened(table: Tensor, index: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+    """A ``table`` (n, d) in the type of ``like``, and an ``index`` into the table, of any shape, into what is given.
+
+    Of a table of another type only the rows that are asked for are copied, or all if these are fewer.
+    """
+    if table.dtype == like.dtype:
+        return table, index
+    if index.numel() >= len(table):
+        return table.to(like.dtype), index
+    rows = table.index_select(0, index.flatten()).to(like.dtype)
+    return rows, torch.arange(len(rows), device=index.device).view(index.shape)
+
+
 def attend(
     query: Tensor, key: Tensor, value: Tensor, n_head: int = 1, mask: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:

@@ -269,7 +269,7 @@ def look(model: LanguageModel, state: Any, facts: Sequence[Fact]) -> list[tuple[
 
     Returns:
         For each fact the largest read weight and the sum of the read weights, at the end of its cue; means over
-        memories and layers.
+        memories and layers. Empty if no memory tells its weights, as those that are read in attention's softmax.
     """
     longest, device = max(len(fact.cue) for fact in facts), device_of(model)
     ids = torch.tensor([fact.cue + (0,) * (longest - len(fact.cue)) for fact in facts], device=device)  # (B, L)
@@ -277,6 +277,8 @@ def look(model: LanguageModel, state: Any, facts: Sequence[Fact]) -> list[tuple[
     reads = model(ids, state=state, write=False, logits=False).reads.values()
     rows = torch.arange(len(facts), device=device)
     weights = [read.weights[rows, last].float() for read in reads if read.weights is not None]  # (B, k) each
+    if not weights:
+        return []
     top = torch.stack([weight.amax(dim=1) for weight in weights]).mean(dim=0)
     mass = torch.stack([weight.sum(dim=1) for weight in weights]).mean(dim=0)
     return list(zip(top.tolist(), mass.tolist(), strict=True))

@@ -25,15 +25,17 @@ def main(config: Mapping[str, Any]) -> None:
     from rich.progress import Progress
 
     from memlm.evaluation.table import table
-    from memlm.laws.builders import builder, class_of
+    from memlm.laws.builders import builder, host_of
     from memlm.laws.judge import judge, n_verdict
 
     if not config["memory"]:
         raise ConfigError("memory=none has nothing to judge: give the name of a memory, as memory=ltm.")
     validate(config["memory"], key="memory")
-    model_class: Any = class_of(config["model"])
+    model_class = host_of(config["model"])
     try:
         builder(config["memory"], shrink=False, model_class=model_class)()
+    except ConfigError:
+        raise
     except ValueError as error:
         raise ConfigError(f"memory: {error}") from error
     sources = HydraConfig.get().runtime.config_sources

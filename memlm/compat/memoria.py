@@ -39,15 +39,20 @@ class SourceGraph(EngramGraph):
         self.version = version
 
     @torch.no_grad()
-    def remind(self, engrams: memoria.Engrams, noise: Tensor | None = None) -> tuple[memoria.Engrams, Tensor]:
+    def remind(
+        self, engrams: memoria.Engrams, noise: Tensor | None = None, *, rows: Tensor | None = None, given: bool = False
+    ) -> tuple[memoria.Engrams, Tensor]:
         """See `EngramGraph.remind`.
 
         Args:
             engrams: Engrams, working ones just added.
             noise: Numbers in [0, 1) that break ties between long-term engrams that a short-term one fired with equally
                 often, (B, S, C): the source's own, aligned at their ends. None makes them of births.
+            rows: See `EngramGraph.remind`.
+            given: See `EngramGraph.remind`.
         """
-        return self.fire(engrams, self._found(engrams, self.nearness(engrams), noise))
+        reminded = self._found(engrams, self.nearness(engrams), noise)
+        return self.fire(engrams, reminded, rows, given), reminded
 
     def adjust(self, engrams: memoria.Engrams, reminded: Tensor, gain: Tensor) -> memoria.Engrams:
         """See `EngramGraph.adjust`. An empty slot that was reminded by mistake now lives, as the oldest of all."""

@@ -61,6 +61,11 @@ class Haystack:
         """Places below ``n_token`` where a passage begins, ascending."""
         n, found = len(self.text), []
         for turn in range(-(-n_token // n)):
+            if turn == 0 and self._starts is not None:  # a few of many: by search
+                wrapped = self._starts[: np.searchsorted(self._starts, min(self.begin + n_token - n, self.begin))]
+                first, last = np.searchsorted(self._starts, [self.begin, self.begin + n_token])
+                found += [self._starts[first:last] - self.begin, wrapped + n - self.begin]
+                continue
             _, ends = self._passages(turn)
             found.append(turn * n + np.append(0, ends[:-1]))
         places = np.concatenate([np.empty(0, dtype=np.int64), *found])

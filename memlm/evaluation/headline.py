@@ -6,6 +6,7 @@ An experiment names them in ``Result.metadata["headline"]``, a list with one ent
      "percent": True, "better": "higher", "control": False}
 
 ``metric``, ``low``, ``high`` and ``n`` are names of metrics; the last three are None where there is nothing to name.
+An entry may say beside in which ``cell`` of a table of records it stands: the name of a line, and of a column.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ class Number:
         percent: Whether it is a rate in [0, 1], to be shown in percent.
         better: ``higher`` or ``lower``; None if neither is.
         control: Whether it is a control or a baseline.
+        cell: Line and column in a table of records, where a run has several lines; None for one line.
     """
 
     label: str
@@ -47,6 +49,7 @@ class Number:
     percent: bool
     better: str | None
     control: bool
+    cell: tuple[str, str] | None = None
 
 
 def headline(result: Result) -> list[Number]:
@@ -123,11 +126,15 @@ def in_percent(rate: float) -> float:
 
 
 def _number(result: Result, entry: Any) -> Number:
-    if not isinstance(entry, Mapping) or set(entry) != set(_KEYS):
+    if not isinstance(entry, Mapping) or set(entry) - {"cell"} != set(_KEYS):
         raise ValueError(f"the headline of {result.name!r} has the entry {entry!r}; expected keys {', '.join(_KEYS)}")
+    cell = entry.get("cell")
+    if cell is not None and not (isinstance(cell, list | tuple) and len(cell) == 2):
+        raise ValueError(f"the headline of {result.name!r} has the cell {cell!r}; expected a line and a column")
     texts = [
         entry["label"],
         entry["metric"],
+        *(cell or ()),
         *("" if entry[key] is None else entry[key] for key in ("low", "high", "n")),
     ]
     flags = entry["percent"], entry["control"]
@@ -151,4 +158,5 @@ def _number(result: Result, entry: Any) -> Number:
         percent=entry["percent"],
         better=entry["better"],
         control=entry["control"],
+        cell=None if cell is None else (one_line(cell[0]), one_line(cell[1])),
     )

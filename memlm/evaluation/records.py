@@ -184,6 +184,8 @@ def _headlines(record: Sequence[Entry]) -> list[list[str]]:
                                   | {"metadata": {"headline": e["headline"]}}))
         for e in record
     ]  # fmt: skip
+    if any(number.cell for numbers in parts for number in numbers):
+        return _cells(record, parts)
     labels = list(dict.fromkeys(number.label for numbers in parts for number in numbers))
     lines = [["run", "seed", *labels, "state of a row, bytes", "CPU seconds", *_COSTS]]
     lines.append(["---"] * len(lines[0]))
@@ -197,6 +199,21 @@ def _headlines(record: Sequence[Entry]) -> list[list[str]]:
                 *(f"{entry['state_bytes']:,}", "-" if cpu is None else f"{cpu:,.0f}", *_costs(entry)),
             ]
         )
+    return lines
+
+
+def _cells(record: Sequence[Entry], parts: Sequence[Sequence[Number]]) -> list[list[str]]:
+    """The same of headlines that say where in a table they stand: several lines for each entry."""
+    cells = [{number.cell: number for number in numbers if number.cell} for numbers in parts]
+    columns = list(dict.fromkeys(cell[1] for found in cells for cell in found))
+    lines = [["run", "seed", "", *columns, "n", "commit"]]
+    lines.append(["---"] * len(lines[0]))
+    for entry, found in zip(record, cells, strict=True):
+        for line in dict.fromkeys(cell[0] for cell in found):
+            here = [found.get((line, column)) for column in columns]
+            most = max((number.n or 0 for number in here if number), default=0)
+            texts = ["-" if number is None else _cell(number) for number in here]
+            lines.append([f"`{entry['name']}`", str(entry["seed"]), line, *texts, str(most), entry["commit"]])
     return lines
 
 

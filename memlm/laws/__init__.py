@@ -8,6 +8,7 @@ law 0 proves that memory matters there, so that no other law holds vacuously.
 `memlm check memory=NAME` puts a memory before all of them (`memlm.laws.judge`).
 """
 
+from memlm.laws.bare import bare
 from memlm.laws.builders import (
     MODEL,
     N_VOCAB,
@@ -19,10 +20,12 @@ from memlm.laws.builders import (
     class_of,
     close,
     filled,
+    host_of,
     logits,
     named_tensors,
     names,
     nodes_of,
+    rounding,
     same_memory,
     settings_of,
     slow_scan,
@@ -62,6 +65,7 @@ __all__ = [
     "Verdict",
     "admits",
     "alive",
+    "bare",
     "bounded",
     "builder",
     "builder_of",
@@ -79,6 +83,7 @@ __all__ = [
     "generates_as_parallel",
     "given_away",
     "has_slots",
+    "host_of",
     "inspectable",
     "isolated",
     "judge",
@@ -94,6 +99,7 @@ __all__ = [
     "recall_scores",
     "resets",
     "round_trip",
+    "rounding",
     "same_memory",
     "schedules_agree",
     "settings_of",

@@ -8,6 +8,7 @@ import inspect
 import types
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -48,6 +49,10 @@ SMALL: dict[str, Any] = {
 }  # fmt: skip
 
 
+_TOLERANCE, _TOLERANCE_OF_16 = 1e-4, 5e-3
+_tolerance: ContextVar[float] = ContextVar("tolerance", default=_TOLERANCE)
+
+
 def names() -> list[str]:
     """Every memory there is."""
     return sorted(path.stem for path in (config_dir() / "memory").glob("*.yaml"))
@@ -72,6 +77,13 @@ def settings_of(node: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in node.items() if not key.startswith("_")}
 
 
+def host_of(node: Mapping[str, Any]) -> Callable[..., SegmentModel]:
+    """What makes the model that a node names, with those of its settings that laws do not choose; all of it learns."""
+    settings = {key: value for key, value in settings_of(node).items() if key not in MODEL}
+    made: Any = class_of(node)
+    return functools.partial(made, **settings | ({"freeze": False} if "freeze" in settings else {}))
+
+
 def small(cls: type[Memory], settings: Mapping[str, Any]) -> dict[str, Any]:
     """``settings`` with every size made small: by name where known, else counts and widths of at most 16."""
     known = inspect.signature(cls).parameters
@@ -84,7 +96,7 @@ def _at_most(key: str, value: Any) -> Any:
     return min(value, 16) if is_size else value
 
 
-def builder(nodes: Nodes, shrink: bool = True, model_class: type[SegmentModel] = LMCode) -> Make:
+def builder(nodes: Nodes, shrink: bool = True, model_class: Callable[..., SegmentModel] = LMCode) -> Make:
     """``make`` for the memories that ``nodes`` describe."""
     memories = {name: (class_of(node), settings_of(node)) for name, node in nodes.items()}
     return builder_of(memories, shrink, model_class)
@@ -93,7 +105,7 @@ def builder(nodes: Nodes, shrink: bool = True, model_class: type[SegmentModel] =
 def builder_of(
     memories: Mapping[str, tuple[type[Memory], dict[str, Any]]],
     shrink: bool = True,
-    model_class: type[SegmentModel] = LMCode,
+    model_class: Callable[..., SegmentModel] = LMCode,
 ) -> Make:
     """``make`` for memories by name, each a class and its settings."""
     accepted = inspect.signature(model_class).parameters
@@ -110,8 +122,7 @@ def builder_of(
             own = {key: value for of, _, key, value in split if key in known and of in ("", cls.__name__)}
             constructors[name] = functools.partial(cls, **((small(cls, settings) if shrink else settings) | own))
         sizes = {key: value for key, value in (MODEL | model).items() if key in accepted or key not in MODEL}
-        make_model: Any = model_class  # whose constructors differ
-        built = make_model(n_vocab, constructors, **sizes)
+        built = model_class(n_vocab, constructors, **sizes)
         if perturb:
             generator = torch.Generator().manual_seed(1)
             with torch.no_grad():
@@ -146,12 +157,26 @@ def logits(model: SegmentModel, ids: Tensor, state: ModelState | None, **options
     return model(ids, state=state, **options).logits
 
 
-def close(a: Tensor, b: Tensor, what: str, tolerance: float = 1e-4) -> None:
-    """Equal up to fp32 rounding."""
+@contextmanager
+def rounding(make: Make) -> Iterator[None]:
+    """Judge by what rounding does to memories of these models: of a slot that is held in 16 bits it changes more."""
+    types = {part.dtype for _, part in named_tensors(make().init_state(1).memory) if part.is_floating_point()}
+    before = _tolerance.set(_TOLERANCE if types <= {torch.float32} else _TOLERANCE_OF_16)
+    try:
+        yield
+    finally:
+        _tolerance.reset(before)
+
+
+def close(a: Tensor, b: Tensor, what: str, scale: float = 1.0) -> None:
+    """Equal up to rounding, of fp32 if they do not say otherwise; see `rounding`. ``scale`` is that of the numbers."""
     assert a.shape == b.shape, f"{what}: shapes {tuple(a.shape)} and {tuple(b.shape)}"
     if not a.numel():
         return
     error = (a - b).abs().max().item()
+    tolerance = _tolerance.get() * scale
+    if a.dtype == torch.bfloat16:  # that of the numbers themselves
+        tolerance = max(tolerance, 2 * torch.finfo(a.dtype).eps * b.abs().max().item())
     assert error <= tolerance, f"{what}: differ by {error:.3g}"  # false for NaN as well
 
 

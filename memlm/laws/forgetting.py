@@ -128,7 +128,7 @@ def _never_told(model: SegmentModel, naive: SegmentModel, traces: list[Tensor], 
     checkpoint = io.BytesIO()
     torch.save(model.state_dict(), checkpoint)
     for where, content in {"the memory file": file, "the checkpoint": checkpoint.getvalue()}.items():
-        left = sum(row.contiguous().numpy().tobytes() in content for row in traces)
+        left = sum(row.contiguous().view(torch.uint8).numpy().tobytes() in content for row in traces)
         assert not left, f"{what}: {left} vectors of what was forgotten are left in {where}"
     for name, buffer in model.named_buffers():
         left = len(traces) - len(_only_in(traces, list(buffer.flatten(0, -2)) if buffer.dim() > 1 else []))

@@ -7,7 +7,8 @@ from functools import partial
 from typing import NamedTuple
 
 from memlm.laws import causality, forgetting, learning, state
-from memlm.laws.builders import Make, Nodes, builder, takes
+from memlm.laws.bare import bare
+from memlm.laws.builders import Make, Nodes, builder, rounding, takes
 from memlm.laws.described import described
 from memlm.memory.records import RecordKeeper
 from memlm.memory.slots import Slots
@@ -24,6 +25,7 @@ class Law(NamedTuple):
         holds: Raises AssertionError where it does not; called with a builder.
         shared: Whether it holds for banks that all rows share, too.
         of: What a memory has that the law speaks of; None for any memory.
+        on_base: Whether it speaks of models that stand on a pretrained one alone.
     """
 
     number: int
@@ -31,10 +33,12 @@ class Law(NamedTuple):
     holds: Callable[..., None]
     shared: bool = False
     of: type | None = None
+    on_base: bool = False
 
 
 LAWS = (
     Law(0, "alive: early tokens, and reads, change later outputs", causality.alive),
+    Law(0, "bare: an empty or untrained memory leaves the pretrained base as it is", bare, on_base=True),
     Law(1, "causal: a token changes nothing before it", causality.causal, shared=True),
     Law(2, "isolated: rows do not see each other", causality.isolated),
     Law(3, "chunk-invariant: any split into calls gives one result", causality.chunk_invariant, shared=True),
@@ -72,12 +76,14 @@ class Verdict(NamedTuple):
     why: str | None
 
 
-def judge(nodes: Nodes, model_class: type[SegmentModel] = LMCode, written: Nodes | None = None) -> Iterator[Verdict]:
+def judge(
+    nodes: Nodes, model_class: Callable[..., SegmentModel] = LMCode, written: Nodes | None = None
+) -> Iterator[Verdict]:
     """Put memories before every law, one after the other.
 
     Args:
         nodes: Settings of each memory by name, with ``_target_``, as in ``configs/memory/*.yaml``.
-        model_class: The model around them.
+        model_class: The model around them: see `memlm.laws.builders.host_of`.
         written: Settings as the YAML has them, for law 10; by default ``nodes``.
 
     Yields:
@@ -86,30 +92,35 @@ def judge(nodes: Nodes, model_class: type[SegmentModel] = LMCode, written: Nodes
     make = builder(nodes, model_class=model_class)
     for law, shared in _asked(make):
         if not shared:
-            yield _verdict(law.number, law.title, partial(law.holds, make))
+            yield _verdict(law.number, law.title, partial(law.holds, make), make)
         else:
-            yield _verdict(law.number, f"{law.title}; shared bank", partial(law.holds, make, scope="shared"))
+            holds = partial(law.holds, make, scope="shared")
+            yield _verdict(law.number, f"{law.title}; shared bank", holds, make)
     whole = builder(nodes, shrink=False, model_class=model_class)
-    yield _verdict(9, "useful: beats a wiped and another row's memory", partial(learning.useful, whole))
-    yield _verdict(10, "described: YAML, constructor and documentation agree", partial(described, written or nodes))
+    yield _verdict(9, "useful: beats a wiped and another row's memory", partial(learning.useful, whole), make)
+    title = "described: YAML, constructor and documentation agree"
+    yield _verdict(10, title, partial(described, written or nodes), make)
 
 
-def n_verdict(nodes: Nodes, model_class: type[SegmentModel] = LMCode) -> int:
+def n_verdict(nodes: Nodes, model_class: Callable[..., SegmentModel] = LMCode) -> int:
     """How many verdicts `judge` gives."""
     return len(_asked(builder(nodes, model_class=model_class))) + 2
 
 
 def _asked(make: Make) -> list[tuple[Law, bool]]:
     """The laws that speak of what the memories are, each with whether of a shared bank."""
-    modules = [modules[0] for modules in make().memory.values()]
+    model = make()
+    modules = [modules[0] for modules in model.memory.values()]
     ways = (False, True) if takes(make, "scope") else (False,)
     laws = [law for law in LAWS if law.of is None or all(isinstance(module, law.of) for module in modules)]
+    laws = [law for law in laws if model.base_folder is not None or not law.on_base]
     return [(law, shared) for law in laws for shared in ways if law.shared or not shared]
 
 
-def _verdict(number: int, title: str, holds: Callable[[], None]) -> Verdict:
+def _verdict(number: int, title: str, holds: Callable[[], None], make: Make) -> Verdict:
     try:
-        holds()
+        with rounding(make):
+            holds()
     except Exception as error:  # a law of memories calls code of somebody else
         first = str(error).partition("\n")[0]
         return Verdict(

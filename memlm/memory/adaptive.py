@@ -24,8 +24,7 @@ from torch.nn import functional as F
 from memlm.memory import strengths
 from memlm.memory.contract import Needs, Read, Segment, Trace
 from memlm.memory.slots import Slots
-from memlm.memory.state import where_rows
-from memlm.memory.strengths import AdaptiveState, like
+from memlm.memory.strengths import AdaptiveState, Settled, like
 
 _WRITTEN = 0.5  # importance above which an item is written, when nothing is left to chance
 
@@ -189,7 +188,7 @@ class AdaptiveMemory(Slots):
             items: What the segment offers: K items, of strength 0 where not written.
             rows: Rows whose segment is complete, (B,); others keep their state.
         """
-        return where_rows(rows, strengths.placed(self, *strengths.settle(self, state, items)), state)
+        return strengths.placed(state, strengths.settle(self, state, items), rows)
 
     def retrieve(self, x: Tensor, state: AdaptiveState) -> tuple[Tensor, Tensor]:
         """Scores of all slots for queries.
@@ -321,14 +320,15 @@ class AdaptiveMemory(Slots):
             written = segment.complete[:, 0] & segment.valid[:, segment.lookback :].any(
                 dim=1
             )  # an empty segment is none
-            everything, source = strengths.settle(self, state, self.items(key, value, decision, position))
-            new = where_rows(written, strengths.placed(self, everything, source), state)
+            settled = strengths.settle(self, state, self.items(key, value, decision, position))
+            moved = self._moved(state, settled, written)
+            new = strengths.placed(state, settled, written, segment.owned)
             n_valid = valid.sum(dim=1).clamp(min=1)  # (B,)
             trace: Trace = {
                 "write_gate": (decision.importance * valid).sum() / n_valid.sum(),
                 "written": decision.chosen.sum() / n_valid.sum(),
                 "long_term": self.filled(new)[:, self.n_short :].sum(dim=1).float().mean(),
-            } | self._moved(state, everything, source, written)
+            } | moved
             if self.to_baseline is not None:
                 pooled = (self.cue_norm(cue).detach() * valid[..., None]).sum(dim=1) / n_valid[:, None]
                 trace["log_prob"] = decision.log_prob.sum(dim=1) / n_valid
@@ -337,17 +337,15 @@ class AdaptiveMemory(Slots):
         return new, trace
 
     @torch.no_grad()
-    def _moved(
-        self, state: AdaptiveState, everything: AdaptiveState, source: Tensor, written: Tensor
-    ) -> dict[str, Tensor]:
+    def _moved(self, state: AdaptiveState, settled: Settled, written: Tensor) -> dict[str, Tensor]:
         """Items of a row that moved from short-term to long-term memory, faded, or went, mean over rows."""
         n = state.strength.shape[1]
-        long = source[:, self.n_short :]
+        long = settled.source[:, self.n_short :]
         readable = state.strength >= self.retrieval_threshold
         found = {
             "promoted": ((long >= 0) & (long < self.n_short)).sum(dim=1),
-            "decayed": (readable & (everything.strength[:, :n] < self.retrieval_threshold)).sum(dim=1),
-            "evicted": (everything.strength > 0).sum(dim=1) - (source >= 0).sum(dim=1),
+            "decayed": (readable & (settled.strength[:, :n] < self.retrieval_threshold)).sum(dim=1),
+            "evicted": (settled.strength > 0).sum(dim=1) - (settled.source >= 0).sum(dim=1),
         }
         return {name: (count * written).float().mean() for name, count in found.items()}
 

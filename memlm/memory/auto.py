@@ -18,6 +18,8 @@ from torch.nn import functional as F
 
 from memlm.memory.contract import Read, Segment, Trace
 from memlm.memory.slots import Slots
+from memlm.memory.state import where_rows
+from memlm.tensors import take
 
 
 class AutoState(NamedTuple):
@@ -139,17 +141,15 @@ class AutoMemory(Slots):
         ids, position = torch.cat([state.ids, ids], dim=1), torch.cat([state.position, place], dim=1)
         chosen = self._choose(score.detach(), ids, torch.cat([filled, valid], dim=1))  # (B, M), K where none
 
-        def pick(part: Tensor, empty: float) -> Tensor:
-            part = torch.cat([part, torch.full_like(part[:, :1], empty)], dim=1)
-            index = chosen.view(*chosen.shape, *[1] * (part.dim() - 2))
-            return part.gather(1, index.expand(-1, -1, *part.shape[2:]))
+        there = chosen < ids.shape[1]
+        index = chosen.where(there, 0)
 
-        picked = AutoState(pick(hidden, 0.0), pick(score, 0.0), pick(ids, -1), pick(position, -1))
-        new = AutoState(
-            *(
-                torch.where(wrote.view(-1, *[1] * (part.dim() - 1)), part, old)
-                for part, old in zip(picked, state, strict=True)
-            )
+        def pick(part: Tensor, empty: float) -> Tensor:
+            shape = (*there.shape, *[1] * (part.dim() - 2))
+            return take(part, index).masked_fill(~there.view(shape), empty)
+
+        new = where_rows(
+            wrote, AutoState(pick(hidden, 0.0), pick(score, 0.0), pick(ids, -1), pick(position, -1)), state
         )
         weight = (valid & wrote[:, None]).float()
         mine = score[:, self.n_slot :]
@@ -171,12 +171,13 @@ class AutoMemory(Slots):
             there: Candidates that hold a token, (B, K); they stand in the order of the text.
         """
         n_candidate = score.shape[1]
-        place = torch.arange(n_candidate, device=score.device)
         worth = score.masked_fill(~(there & (score >= self.threshold)), -1.0)
-        newer = place > place[:, None]  # (K, K): whether the column is newer than the row
-        better = (worth[:, None] > worth[..., None]) | ((worth[:, None] == worth[..., None]) & newer)
-        double = (better & (ids[:, None] == ids[..., None])).any(dim=2)
-        worth = worth.masked_fill(double, -1.0)
+        # By id, of equal ids by worth, of equal ones by place: all but the last of an id are doubles.
+        order = worth.argsort(dim=1, stable=True)
+        order = order.gather(1, ids.gather(1, order).argsort(dim=1, stable=True))
+        ordered = ids.gather(1, order)
+        double = F.pad(ordered[:, :-1] == ordered[:, 1:], (0, 1))
+        worth = worth.masked_fill(torch.zeros_like(double).scatter(1, order, double), -1.0)
         # Newest first, so that a stable order prefers the newer of equal ones.
         best = worth.flip(1).sort(dim=1, descending=True, stable=True)
         chosen = n_candidate - 1 - best.indices[:, : self.n_slot]

@@ -31,8 +31,7 @@ from torch.nn import functional as F
 
 from memlm.memory.contract import Context, Mixer, Needs, Read, Scanned, Segment, Sizes, Trace, mean_trace
 from memlm.memory.slots import Slots
-from memlm.memory.state import where_rows
-from memlm.tensors import take
+from memlm.tensors import owned, take
 
 
 class CamelotState(NamedTuple):
@@ -121,7 +120,7 @@ class CamelotMemory(Slots):
         """Empty slots."""
         key = self.get_buffer("empty").new_zeros(n_row, self.n_mode, *self.get_buffer("empty").shape)
         count = torch.zeros(n_row, self.n_mode, dtype=torch.long, device=key.device)
-        return CamelotState(key, key, count, count - 1, count[:, 0])
+        return CamelotState(key, key.clone(), count, count - 1, count[:, 0])
 
     def filled(self, state: CamelotState) -> Tensor:
         """Which slots hold something, (B, n)."""
@@ -146,11 +145,12 @@ class CamelotMemory(Slots):
         traces: list[Trace] = []
         for s in range(window.n_segment):
             segment = window.at(s)
-            state = self.start_documents(segment.reset, state)
+            state = self.start_documents(segment.reset, state, segment.owned)
             if read:
                 found.append(self.find(segment, state))
             if write:
                 state, trace = self.write(segment, state)
+                window = window._replace(owned=not torch.is_grad_enabled())
                 traces.append(trace)
         if not read:
             return Scanned(self.off(x, mixer), None, state, mean_trace(traces))
@@ -192,21 +192,45 @@ class CamelotMemory(Slots):
         valid = segment.valid
         with torch.autocast(new[0].device.type, enabled=False):
             places = self.places_of(new[0].flatten(2), valid, state)
-            cell = torch.arange(valid.shape[1], device=valid.device)
-            part_of = places.slot[:, None] == torch.arange(self.n_mode, device=valid.device)[:, None]  # (B, n, T)
-            part_of = part_of & (cell >= places.begun[..., None])
-            kept = state.n_part.where(places.begun < 0, 0)
-            count = kept + part_of.sum(dim=2)
-            each = count.clamp(min=1)[..., None, None]
+            after = self._put(state, places, new, valid, segment)
+        return after, {"joined": places.joins.sum() / valid.sum().clamp(min=1)}
 
-            def mean(old: Tensor, part: Tensor) -> Tensor:
-                total = (part_of.to(part.dtype) @ part.flatten(2)).view_as(old)
-                return old * (kept[..., None, None] / each) + total / each
+    def _put(
+        self, state: CamelotState, places: Places, new: list[Tensor], valid: Tensor, segment: Segment
+    ) -> CamelotState:
+        """The slots with keys and values ``new`` (B, T, H, E) where they go; only slots that tokens go to are written.
 
-            n_token = state.n_token + valid.sum(dim=1)
-            after = CamelotState(mean(state.key, new[0]), mean(state.value, new[1]), count, places.last, n_token)
-        trace = {"joined": places.joins.sum() / valid.sum().clamp(min=1)}
-        return where_rows(segment.complete[:, 0], after, state), trace
+        In rows whose segment is not complete nothing goes anywhere. Without gradients a state that is given away is
+        changed in place.
+        """
+        rows = segment.complete[:, 0]
+        here = valid & rows[:, None]
+        cell = torch.arange(valid.shape[1], device=valid.device)
+        slot = places.slot.clamp(max=self.n_mode - 1)  # of padding any
+        begun = places.begun.gather(1, slot)  # (B, T)
+        # Tokens that a slot holds in the end, told where its last token is.
+        parts = (slot[..., None] == slot[:, None]) & (cell >= begun[..., None]) & valid[:, None]  # (B, T, T)
+        ends = here & (places.last.gather(1, slot) == state.n_token[:, None] + cell)
+        row, token = ends.nonzero(as_tuple=True)
+        slot = slot[row, token]
+        kept = state.n_part[row, slot].where(begun[row, token] < 0, 0)  # (n,)
+        count = kept + parts[row, token].sum(dim=1)
+
+        def mean(old: Tensor, part: Tensor) -> Tensor:
+            total = (parts.to(part.dtype) @ part.flatten(2)).view_as(part)[row, token]
+            each = count[:, None, None]
+            told = old[row, slot] * (kept[:, None, None] / each) + total / each
+            if torch.is_grad_enabled():
+                return old.index_put((row, slot), told)
+            return owned(old, segment.owned).index_put_((row, slot), told)
+
+        return CamelotState(
+            key=mean(state.key, new[0]),
+            value=mean(state.value, new[1]),
+            n_part=state.n_part.index_put((row, slot), count),
+            last=torch.where(rows[:, None], places.last, state.last),
+            n_token=state.n_token + (valid.sum(dim=1) * rows),
+        )
 
     @torch.no_grad()
     def places_of(self, key: Tensor, valid: Tensor, state: CamelotState) -> Places:
@@ -223,20 +247,22 @@ class CamelotMemory(Slots):
         among = key @ key.mT  # (B, T, T)
         square = among.diagonal(dim1=1, dim2=2)  # (B, T)
         limit = square.sqrt() * (self.threshold if self.threshold < 1 else torch.inf)
-        # Products of the sum of each slot with all keys, and its length; the slot behind the last takes padding.
-        product = (total @ key.mT).masked_fill(~self.filled(state)[..., None], -torch.inf)
-        product = F.pad(product, (0, 0, 0, 1), value=-torch.inf)  # (B, n + 1, T)
+        # Products of all keys with the sum of each slot, and its length; the slot behind the last takes padding.
+        empty = ~F.pad(self.filled(state), (0, 1))[:, None]
+        product = F.pad(key @ total.mT, (0, 1)).masked_fill_(empty, -torch.inf)  # (B, T, n + 1)
         length = F.pad(total.square().sum(dim=2).clamp(min=1e-24).sqrt(), (0, 1), value=1.0)
         last = F.pad(state.last, (0, 1), value=2**62)
+        oldest = self._oldest(state.last, n_token)  # (B, m): no other slot is the oldest before the segment ends
         begun = torch.full_like(last, -1)
         slots, joined = [], []
         for t in range(n_token):
-            best, nearest = (product[..., t] / length).max(dim=1)
+            best, nearest = (product[:, t] / length).max(dim=1)
             joins = best > limit[:, t]
-            slot = torch.where(joins, nearest, last.argmin(dim=1)).where(valid[:, t], n_slot)
-            held = product[row, slot].where(joins[:, None], 0.0)  # (B, T)
+            free = oldest.gather(1, last.gather(1, oldest).argmin(dim=1, keepdim=True))[:, 0]
+            slot = torch.where(joins, nearest, free).where(valid[:, t], n_slot)
+            held = product[row, :, slot].where(joins[:, None], 0.0)  # (B, T)
             grown = (length[row, slot].square() + 2 * held[:, t]).where(joins, 0.0) + square[:, t]
-            product[row, slot] = held + among[:, t]
+            product[row, :, slot] = held + among[:, t]
             length[row, slot] = grown.clamp(min=1e-24).sqrt()
             begun[row, slot] = begun[row, slot].where(joins, t)
             last[row, slot] = state.n_token + t
@@ -244,6 +270,11 @@ class CamelotMemory(Slots):
             joined.append(joins)
         joins = torch.stack(joined, dim=1) & valid
         return Places(torch.stack(slots, dim=1), joins, begun[:, :n_slot], last[:, :n_slot])
+
+    def _oldest(self, last: Tensor, n: int) -> Tensor:
+        """The ``n`` slots, or all, that were joined longest ago by ``last`` (B, n_mode), in order."""
+        place = torch.arange(self.n_mode, device=last.device)
+        return (last * self.n_mode + place).topk(min(n, self.n_mode), dim=1, largest=False).indices
 
     def flops_per_token(self) -> int:
         """Keys and values once more, the search of read and write, attention to what is found, and the means."""

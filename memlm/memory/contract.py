@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from memlm.memory.bank import Bank, Scope
-from memlm.memory.state import State, map_tensors, named_tensors, where_rows
+from memlm.memory.state import State, map_tensors, named_tensors, renewed, tensors, where_rows
 
 Trace = dict[str, Tensor]
 """Numbers of one step by name, each a scalar or one per row, (B,): for the log, and for the memory's own losses."""
@@ -42,8 +42,8 @@ class Needs(NamedTuple):
         heads: Whether `Memory.mix` or a write uses queries, keys and values of the layer.
         context: Whether `Memory.mix` gives the mixer a `Context`, or puts cells before a segment.
         output: Whether a write needs what comes out of the layer (or of the stack).
-        each_layer: Whether a memory around the stack stands before each layer too: see `Memory.enter`. A write then
-            gets what comes out of the cells behind the segment from each layer.
+        each_layer: Whether a memory around the stack stands before each layer too: see `Memory.enter` and
+            `Memory.beside`. A write then gets what comes out of the cells behind the segment from each layer.
         nll: Whether a write needs to run the model: see `Segment.nll`. Of memories around the stack.
         signals: Implicit signals of the text that it uses, by name, and how many numbers each has.
     """
@@ -354,6 +354,12 @@ class Memory(nn.Module):
         """A fresh state of ``n_row`` rows on the module's device."""
         raise NotImplementedError
 
+    def holds(self, state: State) -> Tensor:
+        """Which rows of a state hold anything, (B,). Default: those that are not as `init_state` makes them."""
+        parts = tensors(state)
+        pairs = zip(parts, tensors(self.init_state(len(parts[0]))), strict=True)
+        return torch.stack([(part != fresh).reshape(len(part), -1).any(dim=1) for part, fresh in pairs]).any(dim=0)
+
     def prepare(self, state: State) -> Any:
         """What reads need of the state, worked out once per segment, differentiable. Default: the state itself."""
         return state
@@ -409,7 +415,19 @@ class Memory(nn.Module):
             prepared: Result of `prepare`.
             layer: Number of the layer.
         """
-        raise NotImplementedError
+        return x
+
+    def beside(self, prepared: Any, layer: int, maps: Callable[[Tensor], Heads]) -> Context | None:
+        """What a layer's attention sees beside the segment, of a memory around the stack that ``needs.each_layer``.
+
+        Cells behind the segment see it too. Not called where reads are off.
+
+        Args:
+            prepared: Result of `prepare`.
+            layer: Number of the layer.
+            maps: What makes queries, keys and values of any hidden states (B, L, D), as `Mixer.heads` does.
+        """
+        return None
 
     def tail(self, prepared: Any) -> Tensor:
         """The ``needs.tail`` cells behind a segment, (B, m, D), as they enter the layers.
@@ -488,12 +506,13 @@ class Memory(nn.Module):
 
         Args:
             reset: Segments that begin a document; None if none does.
-            state: The state; not changed in place unless it is ``owned``.
+            state: The state; not changed in place unless it is ``owned``, and then only rows that begin a document.
             owned: As `Segment.owned`.
         """
         if reset is None or self.scope == "shared":
             return state
-        return where_rows(reset.any(dim=1), self.bank.first(reset.shape[0]), state)
+        rows, fresh = reset.any(dim=1), self.bank.first(reset.shape[0])
+        return renewed(state, fresh, rows) if owned else where_rows(rows, fresh, state)
 
     def restored(self, state: State, missing: set[str]) -> State:
         """A state of the bank with what it lacked, as fields of the state depend on settings that have changed since.
@@ -565,11 +584,14 @@ def at_once(
         return Memory.scan(memory, x, window, state, mixer, read, write, keep_state)
     before, traces = [], []
     for s in range(window.n_segment):
-        segment = window.at(s)._replace(owned=False)  # all states are read
-        state = memory.start_documents(segment.reset, state)
-        before.append(state)
+        segment = window.at(s)
+        if read:  # all states are
+            segment = segment._replace(owned=False)
+        state = memory.start_documents(segment.reset, state, segment.owned)
+        before += [state] if read else []
         if write:
             state, trace = memory.write(segment, state)
+            window = window._replace(owned=not torch.is_grad_enabled())
             traces.append(trace)
     rows = x.reshape(len(x) * window.n_segment, -1, x.shape[2])  # (R, Q, D)
     y: Tensor | None = None

@@ -2,13 +2,14 @@
 
 Sources: linear attention (Katharopoulos et al., 2006.16236); the delta rule and its form in chunks (DeltaNet,
 2406.06484); with a decay per head (Gated DeltaNet, 2412.06464), per channel (KDA of Kimi Linear, 2510.26692), and with
-rates per channel too, apart for what is erased and what is written (GDN-2, 2605.22791). What differs: nothing is
-convolved before queries, keys and values are made, as what stands before the memory (attention, an LSTM, the
-convolution of ``model=mixer``) mixes neighbours; values pass no SiLU; linear attention has no denominator, the norm of
-the output takes its place; all decays begin at a rate of 1, and their steps are spread evenly over the heads and their
-channels, so that some keep what is 1,000 tokens old; decays per channel come from one map, where KDA has two of low
-rank. Of GDN-2 the update was known to us, not its maps: both rates are sigmoids of a linear map here. Of RWKV-7
-(2503.14456) there is the update of the state, in which what is erased fades as all else does, and no more.
+rates per channel too, apart for what is erased and what is written (GDN-2, 2605.22791). What differs: keys and values
+are convolved with the tokens before (``conv``), queries are not, as a read sees one token alone, and what stands before
+the memory (attention, an LSTM, the convolution of ``model=mixer``) mixes neighbours; values pass no SiLU; linear
+attention has no denominator, the norm of the output takes its place; all decays begin at a rate of 1, and their steps
+are spread evenly over the heads and their channels, so that some keep what is 1,000 tokens old; decays per channel come
+from one map, where KDA has two of low rank. Of GDN-2 the update was known to us, not its maps: both rates are sigmoids
+of a linear map here. Of RWKV-7 (2503.14456) there is the update of the state, in which what is erased fades as all else
+does, and no more.
 
 Shapes: see `memlm.memory.matrix`.
 """
@@ -86,6 +87,7 @@ class DeltaMemory(MatrixMemory):
         decay: What fades apart, as tokens and learned rates say: each ``head``, each ``channel`` of a key, or nothing.
         within: Whether a token reads what tokens up to itself wrote, or what earlier segments did.
         norm_keys: Whether keys and queries have the length 1, which the delta rule needs.
+        conv: Tokens, itself and those before it, of which a token's key and value are made; 1 for itself alone.
 
     Raises:
         ValueError: If a setting cannot work; the message names it.
@@ -103,6 +105,7 @@ class DeltaMemory(MatrixMemory):
         decay: Decay = "none",
         within: bool = False,
         norm_keys: bool = True,
+        conv: int = 4,
     ) -> None:
         if rule not in ("linear", "delta", "rwkv7"):
             raise ValueError(f"rule must be 'linear', 'delta' or 'rwkv7', got {rule!r}")
@@ -125,7 +128,7 @@ class DeltaMemory(MatrixMemory):
             raise ValueError(
                 f"norm_keys must be true with rule {rule!r}, which grows without bound on long keys, got false"
             )
-        super().__init__(d_model, n_head, d_key, d_value, decay, within, norm_keys)
+        super().__init__(d_model, n_head, d_key, d_value, decay, within, norm_keys, conv)
         self.rate_max = rate_max
         by_channel = rate == "channel"
         self.to_rate = nn.Linear(d_model, n_head * (d_key if by_channel else 1)) if rule != "linear" else None

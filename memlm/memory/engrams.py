@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from memlm.tensors import take
+from memlm.tensors import owned, take
 
 EMPTY, WORKING, SHORT_TERM, LONG_TERM = range(4)
 
@@ -102,8 +102,13 @@ class EngramGraph:
         )
 
     @torch.no_grad()
-    def remind(self, engrams: Engrams) -> tuple[Engrams, Tensor]:
+    def remind(self, engrams: Engrams, *, rows: Tensor | None = None, given: bool = False) -> tuple[Engrams, Tensor]:
         """What working memory, just added, brings to mind, and the engrams after all of these fired together.
+
+        Args:
+            engrams: Engrams after `add`.
+            rows: Rows in which they fire, (B,); None for all.
+            given: Whether nobody else needs ``cofire``, so that it may be changed in place.
 
         Returns:
             The engrams, and the slots that were reminded, (B, R), -1 where none.
@@ -112,7 +117,8 @@ class EngramGraph:
         near = score[:, :-1].masked_fill(engrams.kind != SHORT_TERM, -torch.inf)
         short = best_of(near, self.n_reminded_stm)
         found = score[:, :-1].masked_fill(~self._search(engrams, short), -torch.inf)
-        return self.fire(engrams, torch.cat([short, best_of(found, self.n_reminded_ltm)], dim=1))
+        reminded = torch.cat([short, best_of(found, self.n_reminded_ltm)], dim=1)
+        return self.fire(engrams, reminded, rows, given), reminded
 
     def adjust(self, engrams: Engrams, reminded: Tensor, gain: Tensor) -> Engrams:
         """A segment has passed: lives are extended and run down, memory moves on, what has no life left is gone.
@@ -151,18 +157,22 @@ class EngramGraph:
         newest = birth.topk(self.n_working, dim=1)
         return newest.indices.masked_fill(newest.values == NEVER, -1)
 
-    def fire(self, engrams: Engrams, reminded: Tensor) -> tuple[Engrams, Tensor]:
-        """The engrams after working memory, for the first time, and ``reminded`` (B, R) fired together; and these."""
-        n_slot, working, cofire = self.n_slot, self.working(engrams), engrams.cofire
-        old = (~mask_of(working, n_slot)).to(cofire.dtype)
-        cofire = (cofire * old[:, :, None]).mul_(old[:, None])  # a product is several times faster than `masked_fill`
+    def fire(self, engrams: Engrams, reminded: Tensor, rows: Tensor | None = None, given: bool = False) -> Engrams:
+        """The engrams after working memory, for the first time, and ``reminded`` (B, R) fired; see `remind`."""
+        n_slot, working, cofire = self.n_slot, self.working(engrams), owned(engrams.cofire, given)
+        if rows is not None:
+            working, reminded = working.where(rows[:, None], -1), reminded.where(rows[:, None], -1)
+        row, place = (working >= 0).nonzero(as_tuple=True)
+        new = working[row, place]  # slots that others were in
+        cofire[row, new] = 0
+        cofire[row, :, new] = 0
         fired = torch.cat([working, reminded], dim=1)  # (B, A)
         both = ((fired[:, :, None] >= 0) & (fired[:, None] >= 0)).flatten(1)
         fired = fired.clamp(min=0)
         pair = (fired[:, :, None] * n_slot + fired[:, None]).flatten(1)  # (B, A * A)
         flat = cofire.view(len(cofire), -1)
         flat.scatter_add_(1, pair, (both & (flat.gather(1, pair) < _MOST)).to(flat.dtype))
-        return engrams._replace(cofire=cofire), reminded
+        return engrams._replace(cofire=cofire)
 
     def nearness(self, engrams: Engrams) -> Tensor:
         """Nearness of every engram to working memory, and of a zero vector, (B, C + 1). Only the order matters."""

@@ -14,7 +14,7 @@ and values of the layer's own heads, before positions are encoded; no gradient r
 
 ``chunk`` is the retrieval of LongMem (W. Wang et al., "Augmenting language models with long-term memory", NeurIPS 2023,
 2306.07174): chunks of tokens are scored by the means of their keys, and all tokens of the best are read. Chunks lie on
-the grid of segments here, so that they do not depend on calls. Its frozen backbone and its side network are not here.
+the grid of segments here, so that they do not depend on calls. Its side network is `memlm.models.longmem`.
 
 Shapes: B rows, S segments, T tokens per segment, N = S * Q queries, D model width, H heads, E width of a head, n tokens
 of the bank, c tokens of a chunk, L cells that a window may read, k tokens read.

@@ -29,12 +29,13 @@ from memlm.memory.contract import Mixer, Needs, Read, Scanned, Segment, Trace
 from memlm.memory.ltm_write import EMPTY, ORIGINS, USED
 from memlm.memory.records import RecordKeeper, Records
 from memlm.memory.sharding import SharedBank
-from memlm.memory.state import map_tensors
+from memlm.memory.state import renewed
 from memlm.retrieval import similar
 from memlm.retrieval.index import Index, make_index
 from memlm.retrieval.lists import Lists
 from memlm.tensors import Host, take
 
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _MOST = 2.0**15  # values and priorities of what is read from a file; what a model writes is far below
 
 
@@ -42,8 +43,8 @@ class LongTermState(NamedTuple):
     """Bank of one layer: ``B`` rows (1 if shared) of ``M`` slots.
 
     Attributes:
-        key: Unit keys, (B, M, d_key).
-        value: Values, (B, M, d_value).
+        key: Unit keys, (B, M, d_key), in the type that ``bank_dtype`` names.
+        value: Values, (B, M, d_value), likewise.
         log_gate: Best mean log-gate of a span that covers the token, a bias of the read, (B, M).
         priority: What a slot is worth when one must go, (B, M); below -2**22 for an empty slot.
         record: Id of the record (the span of one segment) a slot belongs to, (B, M); -1 if empty.
@@ -98,6 +99,8 @@ class LongTermMemory(RecordKeeper, SharedBank):
             query, see `memlm.retrieval.inverted`), for banks of many slots.
         n_list: Lists of a full bank; None for four times the square root of ``n_slot``.
         n_probe: Lists that a token searches; None for 48.
+        bank_dtype: Type of the keys and values that are held: ``float32``, or ``bfloat16``, which takes half the room.
+            All that is worked out of them has 32 bits.
 
     Attributes:
         distractors: While training, a row also reads what the other rows' segments of the window write: slots that can
@@ -131,6 +134,7 @@ class LongTermMemory(RecordKeeper, SharedBank):
         index: Literal["exact", "inverted"] = "exact",
         n_list: int | None = None,
         n_probe: int | None = None,
+        bank_dtype: Literal["float32", "bfloat16"] = "float32",
     ) -> None:
         super().__init__()
         for name, number in {
@@ -160,6 +164,7 @@ class LongTermMemory(RecordKeeper, SharedBank):
             ("importance", importance, ("span", "token", "fifo", "surprise", "random")),
             ("scope", scope, ("sequence", "shared")),
             ("index", index, ("exact", "inverted")),
+            ("bank_dtype", bank_dtype, tuple(_DTYPES)),
         ):
             if choice not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, got {choice!r}")
@@ -173,7 +178,7 @@ class LongTermMemory(RecordKeeper, SharedBank):
             raise ValueError(
                 f"the lists of an index cannot be sharded over processes: shard needs index=exact, got {index!r}"
             )
-        self.index, self.n_list, self.n_probe = index, n_list, n_probe
+        self.index, self.n_list, self.n_probe, self.bank_dtype = index, n_list, n_probe, bank_dtype
         self.search_index()  # refuses what cannot work
 
         self.norm = nn.RMSNorm(d_model)
@@ -194,9 +199,14 @@ class LongTermMemory(RecordKeeper, SharedBank):
         """Surprise only where it decides what is kept: ``importance`` may be changed at any time."""
         return Needs(lookback=2 * self.span, surprise=self.importance == "surprise")
 
+    @property
+    def bank_type(self) -> torch.dtype:
+        """Type of the keys and values that are held."""
+        return _DTYPES[self.bank_dtype]
+
     def search_index(self) -> Index:
         """The index of the settings as they are now: an evaluation may change them."""
-        return make_index(self.index, self.n_slot, self.d_key, self.n_list, self.n_probe)
+        return make_index(self.index, self.n_slot, self.d_key, self.n_list, self.n_probe, self.bank_type)
 
     def init_state(self, n_row: int) -> LongTermState:
         """An empty bank for ``n_row`` rows of text."""
@@ -211,8 +221,8 @@ class LongTermMemory(RecordKeeper, SharedBank):
             return torch.full((), value, dtype=dtype, device=weight.device).expand(shape)
 
         return LongTermState(
-            key=full(n_bank, n_slot, self.d_key),
-            value=full(n_bank, n_slot, self.d_value),
+            key=full(n_bank, n_slot, self.d_key, dtype=self.bank_type),
+            value=full(n_bank, n_slot, self.d_value, dtype=self.bank_type),
             log_gate=full(n_bank, n_slot),
             priority=(EMPTY + number).expand(n_bank, -1).clone(),
             record=full(n_bank, n_slot, value=-1, dtype=torch.long),
@@ -231,7 +241,7 @@ class LongTermMemory(RecordKeeper, SharedBank):
         return state._replace(lists=self.search_index().assign(state.lists, state.key, self.filled(state), rows))
 
     def start_documents(self, reset: Tensor | None, state: LongTermState, owned: bool = False) -> LongTermState:
-        """See `Memory.start_documents`. Of a state that is owned only rows that begin a document are written."""
+        """See `Memory.start_documents`."""
         if reset is None or self.scope == "shared" or not owned:
             return super().start_documents(reset, state, owned)
         rows = reset.any(dim=1)
@@ -239,15 +249,7 @@ class LongTermMemory(RecordKeeper, SharedBank):
             return state
         fresh: LongTermState = self.bank.first(len(rows))
         lists = self.search_index().start(state.lists, fresh.lists, rows)
-        index, host = rows.nonzero()[:, 0], rows.cpu()
-
-        def renew(old: Tensor, new: Tensor) -> Tensor:
-            if old.device != index.device:
-                return torch.where(host, new, old)
-            return old.index_copy_(0, index, new[index])
-
-        state = ltm_write.own(self, state, given=True)
-        return map_tensors(renew, state._replace(lists=None), fresh._replace(lists=None))._replace(lists=lists)
+        return renewed(state._replace(lists=None), fresh._replace(lists=None), rows)._replace(lists=lists)
 
     # --- reading -------------------------------------------------------------------------------------------------
 
@@ -307,7 +309,8 @@ class LongTermMemory(RecordKeeper, SharedBank):
     def contents(self, state: LongTermState) -> Tensor:
         """What each slot adds to the residual stream if it alone is read through an open gate, (B, M, D)."""
         n_used = ltm_read.n_used(self, state)
-        return F.pad(self.to_output(state.value[:, :n_used]), (0, 0, 0, state.value.shape[1] - n_used))
+        value = state.value[:, :n_used].to(self.to_output.weight.dtype)
+        return F.pad(self.to_output(value), (0, 0, 0, state.value.shape[1] - n_used))
 
     def forget(self, state: LongTermState, slots: Tensor, owned: bool = False) -> LongTermState:
         """See `RecordKeeper.forget`. What is left is assigned to lists anew, as their centres come from all keys."""
@@ -327,7 +330,7 @@ class LongTermMemory(RecordKeeper, SharedBank):
         """Cosine of queries and keys; see `RecordKeeper.similarity`."""
         query = F.normalize(self.to_key(self.norm(x.float())), dim=-1)  # (B, N, d_key)
         key = take(state.key, slots.flatten(1)).unflatten(1, slots.shape[1:])  # (B, N, k, d_key)
-        return (key @ query[..., None])[..., 0]
+        return (key.to(query.dtype) @ query[..., None])[..., 0]
 
     def consolidate(
         self, state: LongTermState, threshold: float = 0.1, *, turn: int = 0, owned: bool = False
@@ -355,7 +358,7 @@ class LongTermMemory(RecordKeeper, SharedBank):
         n_used = state.n_used.tensor
         least = (filled * number).amax(dim=1).to(n_used.device)
         wrong = {
-            "a key is longer than 1": state.key.norm(dim=2) > 1.01,
+            "a key is longer than 1": state.key.norm(dim=2, dtype=torch.float32) > 1.01,
             f"a value is beyond {_MOST:.0f}": state.value.abs().amax(dim=2) > _MOST,
             f"the priority of a slot is above {most:.0f}, the most under importance={self.importance}": filled
             & (state.priority > most),

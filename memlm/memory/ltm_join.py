@@ -91,7 +91,7 @@ def join(state: LongTermState, bank: Tensor, joined: Tensor, survivor: Tensor, i
         new = owned(part, True) if in_place else part.clone(memory_format=torch.contiguous_format)
         flat = new.view(-1, *part.shape[2:])
         if merged is not None:
-            flat[group] = merged
+            flat[group] = merged.to(flat.dtype)
         flat[gone] = empty
         return new
 

@@ -70,7 +70,7 @@ def temperature_of(memory: LongTermMemory) -> Tensor:
 
 def coarsened(memory: LongTermMemory, bank: Pool, rows: Tensor | None, old: Coarse | None) -> Pool:
     """A bank with its slots in whole numbers where that pays; of ``old`` ones only ``rows`` (N,) are made anew."""
-    if not pays(bank.key, memory.retrieval_threshold, memory.top_k, bank.key, ready=True):
+    if not pays(None, memory.retrieval_threshold, memory.top_k, bank.key, ready=True):
         return bank
     hidden, temperature = hidden_by(bank), temperature_of(memory)
     if rows is None or old is None or len(bank.key) == 1 or old.key.shape != bank.key.shape:

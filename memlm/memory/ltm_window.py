@@ -121,7 +121,7 @@ def _settled(
     attached = stays | (~stays.any(dim=1, keepdim=True) & (number == 0))
 
     def settle(old: Tensor, new: Tensor) -> Tensor:
-        shape = (*slot.shape, *[1] * (old.dim() - 2))
+        shape, new = (*slot.shape, *[1] * (old.dim() - 2)), new.to(old.dtype)
         value = torch.where((owner >= 0).view(shape), take(new, owner.clamp(min=0)), take(old, slot))
         value = torch.where(attached.view(shape), value, value.detach())
         index = slot.view(shape).expand_as(value)

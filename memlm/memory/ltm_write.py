@@ -119,8 +119,8 @@ def candidates(memory: LongTermMemory, segment: Segment) -> tuple[Candidates, Tr
         return take(part, cell.flatten(1)).unflatten(1, cell.shape[1:])
 
     with torch.autocast(hidden.device.type, enabled=False):  # of the chosen tokens alone
-        key = F.normalize(memory.to_key(pick(normed)), dim=-1)
-        value = memory.to_value(pick(embedding, shift=1))
+        key = rounded(F.normalize(memory.to_key(pick(normed)), dim=-1), memory.bank_type)
+        value = rounded(memory.to_value(pick(embedding, shift=1)), memory.bank_type)
 
     snippet = F.pad(ids, (span - 1, 1), value=-1).unfold(2, span + 1, 1)  # (B, S, C + T, span + 1)
     found = Candidates(
@@ -138,6 +138,17 @@ def candidates(memory: LongTermMemory, segment: Segment) -> tuple[Candidates, Tr
     gate = windows(log_gate).exp() * weight
     mean_gate = (gate.sum(dim=(0, 2)) / weight.sum(dim=(0, 2)).clamp(min=1)).mean()  # over segments
     return found, {"write_gate": mean_gate}
+
+
+def rounded(part: Tensor, dtype: torch.dtype) -> Tensor:
+    """``part`` as numbers that ``dtype`` can tell, its type and gradients as they are.
+
+    What is read of a slot so does not depend on whether it was stored before.
+    """
+    if part.dtype == dtype:
+        return part
+    exact = part.detach()
+    return part + (exact.to(dtype).to(part.dtype) - exact)
 
 
 def gate_logit(memory: LongTermMemory, normed: Tensor, embedding: Tensor) -> Tensor:

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from memlm.memory.contract import Memory, Mixer, Read, Scanned, Segment, Trace
+from memlm.memory.contract import Memory, Mixer, Needs, Read, Scanned, Segment, Trace
+from memlm.memory.convolution import ShortConvolution
 from memlm.memory.state import where_rows
 
 CHUNK = 32
@@ -94,6 +95,7 @@ class MatrixMemory(Memory):
         decay: What fades apart, as tokens and learned rates say: each ``head``, each ``channel`` of a key, or nothing.
         within: Whether a token reads what tokens up to itself wrote, or what earlier segments did.
         norm_keys: Whether keys and queries have the length 1.
+        conv: Tokens, itself and those before it, of which a token's key and value are made.
 
     Raises:
         ValueError: If a setting cannot work; the message names it.
@@ -102,10 +104,18 @@ class MatrixMemory(Memory):
     sized = ("d_key", "d_value")
 
     def __init__(
-        self, d_model: int, n_head: int, d_key: int, d_value: int, decay: Decay, within: bool, norm_keys: bool = True
+        self,
+        d_model: int,
+        n_head: int,
+        d_key: int,
+        d_value: int,
+        decay: Decay,
+        within: bool,
+        norm_keys: bool = True,
+        conv: int = 1,
     ) -> None:
         super().__init__()
-        for name, size in {"n_head": n_head, "d_key": d_key, "d_value": d_value}.items():
+        for name, size in {"n_head": n_head, "d_key": d_key, "d_value": d_value, "conv": conv}.items():
             if size < 1:
                 raise ValueError(f"{name} must be at least 1, got {size}")
         self.n_head, self.d_key, self.d_value = n_head, d_key, d_value
@@ -114,6 +124,9 @@ class MatrixMemory(Memory):
         self.to_query = nn.Linear(d_model, n_head * d_key, bias=False)
         self.to_key = nn.Linear(d_model, n_head * d_key, bias=False)
         self.to_value = nn.Linear(d_model, n_head * d_value, bias=False)
+        self.needs = Needs(lookback=conv - 1)
+        self.key_conv = ShortConvolution(conv, n_head * d_key) if conv > 1 else None
+        self.value_conv = ShortConvolution(conv, n_head * d_value) if conv > 1 else None
         n_pace = {"none": 0, "head": n_head, "channel": n_head * d_key}[decay]
         self.to_step = nn.Linear(d_model, n_pace) if n_pace else None
         self.log_decay = nn.Parameter(torch.zeros(n_head)) if n_pace else None
@@ -203,9 +216,12 @@ class MatrixMemory(Memory):
 
     def _rule(self, window: Segment, within: bool) -> tuple[Rule, Trace]:
         """What tokens of a window do, and find ``within`` it, numbers about it, and the mean share that they leave."""
-        x = self.norm(window.hidden[:, window.lookback :])
-        valid = window.valid[:, window.lookback :, None, None]
-        k, v = self._keys(self.to_key, x) * valid, self._heads(self.to_value, x)
+        whole = self.norm(window.hidden)
+        x, valid = whole[:, window.lookback :], window.valid[:, window.lookback :, None, None]
+        k, v = self.to_key(whole), self.to_value(whole)
+        if self.key_conv is not None and self.value_conv is not None:
+            k, v = self.key_conv(k, window), self.value_conv(v, window)
+        k, v = self._as_keys(self._by_head(k)) * valid, self._by_head(v)
         decay = None
         if self.to_step is not None and self.log_decay is not None:
             decay = -self.log_decay.exp()[:, None] * F.softplus(self._heads(self.to_step, x)) * valid
@@ -226,11 +242,19 @@ class MatrixMemory(Memory):
 
     def _heads(self, linear: nn.Linear, x: Tensor) -> Tensor:
         """(B, L, D) -> (B, L, H, d), in the precision of the state."""
-        return linear(x).unflatten(-1, (self.n_head, -1)).to(linear.weight)
+        return self._by_head(linear(x))
+
+    def _by_head(self, part: Tensor) -> Tensor:
+        """(B, L, H * d) -> (B, L, H, d), in the precision of the state."""
+        return part.unflatten(-1, (self.n_head, -1)).to(self.to_key.weight)
 
     def _keys(self, linear: nn.Linear, x: Tensor) -> Tensor:
         """Keys or queries, (B, L, D) -> (B, L, H, K)."""
-        keys = F.silu(self._heads(linear, x))
+        return self._as_keys(self._heads(linear, x))
+
+    def _as_keys(self, part: Tensor) -> Tensor:
+        """What maps give, (B, L, H, K), as keys or queries."""
+        keys = F.silu(part)
         return F.normalize(keys, dim=-1) if self.norm_keys else keys
 
     def _read(self, found: Tensor, x: Tensor) -> Read:

@@ -12,7 +12,7 @@ A = W + R engrams read, L attached layers, H heads.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -140,14 +140,20 @@ class MemoriaMemory(Slots):
         gain = self._gain(segment, state)[:, graph.n_working :]
         engrams = graph.adjust(state.engrams, reminded, gain)
         engrams = graph.add(engrams, self._abstract(segment.hidden[:, :, -1], segment.valid | ~written[:, None]))
-        engrams, reminded = graph.remind(engrams)
-        new = MemoriaState(engrams, torch.cat([graph.working(engrams), reminded], dim=1))
+        given = segment.owned and not torch.is_grad_enabled()
+        engrams, reminded = graph.remind(engrams, rows=written, given=given)
+        active = torch.cat([graph.working(engrams), reminded], dim=1)
         trace = {
             "engrams": (engrams.kind != EMPTY).sum(dim=1).float().mean(),
             "long_term": (engrams.kind == LONG_TERM).sum(dim=1).float().mean(),
             "reminded": (reminded >= 0).sum(dim=1).float().mean(),
         } | moved(state.engrams, engrams, written)
-        return where_rows(written, new, state), trace
+        kept: Any = {
+            name: where_rows(written, part, getattr(state.engrams, name))
+            for name, part in engrams._asdict().items()
+            if name != "cofire"  # by far the largest, and written in these rows alone
+        }
+        return MemoriaState(engrams._replace(**kept), where_rows(written, active, state.active)), trace
 
     def filled(self, state: MemoriaState) -> Tensor:
         """Which slots hold an engram, (B, C)."""

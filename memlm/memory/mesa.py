@@ -9,7 +9,7 @@ H = sum of k k^T over all tokens, weighted by rates and decays, a query q finds 
 - ``form: kalman`` keeps the solution itself, and the covariance (H + ridge I)^-1, which each write makes anew
   (recursive least squares). It gives what the other form gives without decay; no read has anything left to solve.
 
-What differs: as in `memlm.memory.delta` nothing is convolved before and values pass no SiLU. MesaNet learns a ridge for
+What differs: as in `memlm.memory.delta` queries are not convolved and values pass no SiLU. MesaNet learns a ridge for
 each channel, here it is a setting; its iteration starts from q over the diagonal of H + ridge, here from 0. Gradients
 are those of the exact solution, solved for in the same way. Larimar's keys are addresses in a memory that is
 learned, here they are keys of the token; its prior mean is learned, here it is 0; and nothing is sampled.
@@ -149,6 +149,7 @@ class MesaMemory(MatrixMemory):
         ridge: How much the fit is drawn to zero, above 0; below 0.1 the sums of a long text are hard to solve with.
         n_step: Steps of conjugate gradients, of ``form: mesa`` where tokens read ``within`` their segment.
         within: Whether a token reads what tokens up to itself wrote, or what earlier segments did.
+        conv: Tokens, itself and those before it, of which a token's key and value are made; 1 for itself alone.
 
     Raises:
         ValueError: If a setting cannot work; the message names it.
@@ -166,6 +167,7 @@ class MesaMemory(MatrixMemory):
         ridge: float = 1.0,
         n_step: int = 30,
         within: bool = False,
+        conv: int = 4,
     ) -> None:
         if form not in ("mesa", "kalman"):
             raise ValueError(f"form must be 'mesa' or 'kalman', got {form!r}")
@@ -177,7 +179,7 @@ class MesaMemory(MatrixMemory):
             raise ValueError(f"ridge must be above 0, got {ridge}")
         if n_step < 1:
             raise ValueError(f"n_step must be at least 1, got {n_step}")
-        super().__init__(d_model, n_head, d_key, d_value, decay, within)
+        super().__init__(d_model, n_head, d_key, d_value, decay, within, conv=conv)
         self.form, self.ridge, self.n_step, self.segment_len = form, ridge, n_step, sizes.segment_len
         self.to_rate = nn.Linear(d_model, n_head)
         self.init_maps()

@@ -19,6 +19,10 @@ class Slots(Memory):
         """Which slots hold something, (B, n)."""
         raise NotImplementedError
 
+    def holds(self, state: State) -> Tensor:
+        """See `Memory.holds`."""
+        return self.filled(state).any(dim=1)
+
     def places(self, state: State) -> Tensor | None:
         """Place in its document of the token that each slot was made from, (B, n), -1 for empty slots.
 

@@ -91,6 +91,20 @@ def where_rows(mask: Tensor, chosen: State, other: State) -> State:
     return map_tensors(pick, chosen, other)
 
 
+def renewed(state: State, fresh: State, rows: Tensor) -> State:
+    """``state``, which is given away, with ``rows`` (B,) of ``fresh`` written in place; itself if there are none."""
+    if not bool(rows.any()):
+        return state
+    index, host = rows.nonzero()[:, 0], rows.cpu()
+
+    def renew(old: Tensor, new: Tensor) -> Tensor:
+        if old.device != index.device:  # a `Host`
+            return torch.where(host, new, old)
+        return owned(old, given=True).index_copy_(0, index, new[index])
+
+    return map_tensors(renew, state, fresh)
+
+
 def select_rows(state: State, index: Tensor) -> State:
     """Rows ``index`` (N,) of ``state``: permutes, repeats or drops rows."""
     return map_tensors(lambda tensor: tensor.index_select(0, index.to(tensor.device)), state)

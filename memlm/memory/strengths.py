@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from memlm.tensors import owned, take
+
 
 class AdaptiveState(NamedTuple):
     """Slots of one layer, short-term ones first.
@@ -39,52 +41,102 @@ class Rules(Protocol):
     match_threshold: float
     promote_at: float
 
-    def init_state(self, n_row: int) -> AdaptiveState:
-        """A fresh state."""
+
+class Settled(NamedTuple):
+    """What becomes of slots and of the items behind them, M + K entries of a row.
+
+    Attributes:
+        strength: Of each entry, (B, M + K).
+        position: When each was last met, (B, M + K).
+        key: What stands where each item goes, with all items that go there, (B, K, d_key).
+        value: As ``key``, (B, K, d_value).
+        item: The item by which an entry is another now, (B, M + K); -1 for slots that no item joins.
+        source: The entry that each slot is to hold, (B, M); -1 for none.
+    """
+
+    strength: Tensor
+    position: Tensor
+    key: Tensor
+    value: Tensor
+    item: Tensor
+    source: Tensor
 
 
-def settle(memory: Rules, state: AdaptiveState, items: AdaptiveState) -> tuple[AdaptiveState, Tensor]:
-    """Slots and items (B, M + K) after decay and reinforcement, and which of them each slot is to hold, (B, M)."""
+def settle(memory: Rules, state: AdaptiveState, items: AdaptiveState) -> Settled:
+    """What decay, reinforcement and promotion make of slots and items."""
     n, n_item = state.strength.shape[1], items.strength.shape[1]
+    number = torch.arange(n_item, device=items.strength.device)
     strength = state.strength * memory.decay  # (B, M)
     chosen = items.strength > 0  # (B, K)
-    joins = joins_of(memory, state._replace(strength=strength), items) * chosen[..., None]  # (B, K, M + K)
-    touched = joins.any(dim=1)[..., None]
-    gained = torch.einsum("bk,bkn->bn", torch.log1p(-items.strength.clamp(max=1 - 1e-6)), joins)
+    target = joins_of(memory, state._replace(strength=strength), items).where(chosen, n + number)  # (B, K)
+    together = (target[..., None] == target[:, None]) & chosen[:, None]  # (B, K, K)
+    first = ~(together & (number < number[:, None])).any(dim=2)  # it stands for all that go where it goes
+    place = target.where(first, n + number)  # (B, K), all different: where no item goes stays nothing
     held = F.pad(strength, (0, n_item))  # (B, M + K)
-    weight = (joins * items.strength[..., None]).transpose(1, 2)  # (B, M + K, K)
-    total = held[..., None] + weight.sum(dim=2, keepdim=True)
-    old_key, old_value = (F.pad(part, (0, 0, 0, n_item)) for part in (state.key, state.value))
-    key = F.normalize(held[..., None] * old_key + weight @ items.key, dim=-1)
-    value = (held[..., None] * old_value + weight @ items.value) / total.clamp(min=1e-9)
-    met = torch.where(joins > 0, items.position[..., None], -1).amax(dim=1)
-    everything = AdaptiveState(
-        key=torch.where(touched, key, old_key),
-        value=torch.where(touched, value, old_value),
-        strength=1 - (1 - held) * gained.exp(),
-        position=torch.maximum(F.pad(state.position, (0, n_item), value=-1), met),
-    )
-    alive = everything.strength > 0
+    before = held.gather(1, target)
+    weight = together * items.strength[:, None]  # (B, K, K)
+    total = before[..., None] + weight.sum(dim=2, keepdim=True)
+    old_key, old_value = (take(part, target.clamp(max=n - 1)) for part in (state.key, state.value))
+    gained = (together * torch.log1p(-items.strength.clamp(max=1 - 1e-6))[:, None]).sum(dim=2)
+    weak = torch.where(first, (1 - before) * gained.exp(), 1.0)
+    position = F.pad(state.position, (0, n_item), value=-1)
+    met = torch.where(together, items.position[:, None], -1).amax(dim=2)
+    met = torch.maximum(position.gather(1, target), met).where(first, -1)
+    strength, position = 1 - (1 - held).scatter(1, place, weak), position.scatter(1, place, met)
+    alive = strength > 0
     is_long = (torch.arange(n + n_item, device=strength.device) >= memory.n_short).expand_as(alive).clone()
     is_long[:, n:] = False
-    is_long = is_long | (everything.strength >= memory.promote_at)
-    short = _keep((everything.position + 1) * (alive & ~is_long), 0, memory.n_short)
-    long = _keep(everything.strength.detach() * (alive & is_long), memory.n_short, memory.n_slot)
-    return everything, torch.cat([short, long], dim=1)
+    is_long = is_long | (strength >= memory.promote_at)
+    short = _keep((position + 1) * (alive & ~is_long), 0, memory.n_short)
+    long = _keep(strength.detach() * (alive & is_long), memory.n_short, memory.n_slot)
+    return Settled(
+        strength=strength,
+        position=position,
+        key=F.normalize(before[..., None] * old_key + weight @ items.key, dim=-1),
+        value=(before[..., None] * old_value + weight @ items.value) / total.clamp(min=1e-9),
+        item=torch.full_like(position, -1).scatter(1, place, number.expand_as(place)),
+        source=torch.cat([short, long], dim=1),
+    )
 
 
-def placed(memory: Rules, everything: AdaptiveState, source: Tensor) -> AdaptiveState:
-    """What `settle` found, put into slots."""
-    new = [
-        torch.where(like(source >= 0, part), part.gather(1, like(source.clamp(min=0), part)), empty)
-        for part, empty in zip(everything, memory.init_state(len(source)), strict=True)
-    ]
-    return AdaptiveState(*new)
+def placed(state: AdaptiveState, settled: Settled, rows: Tensor, given: bool = False) -> AdaptiveState:
+    """What `settle` found, put into the slots of ``rows`` (B,); of keys and values only those that change are written.
+
+    Args:
+        state: The state before.
+        settled: What became of it.
+        rows: Which rows; others keep their state.
+        given: Whether nobody else needs ``state``. Without gradients it is then changed in place.
+    """
+    n, source = state.strength.shape[1], settled.source
+    item = settled.item.gather(1, source.clamp(min=0)).masked_fill(source < 0, -1)
+    moves = (source != torch.arange(n, device=source.device)) & ((source >= 0) | (state.strength > 0))
+    changed = (moves | (item >= 0)) & rows[:, None]  # of a slot that was empty and stays so nothing
+    row, slot = changed.nonzero(as_tuple=True)
+    entry, item = source[row, slot], item[row, slot, None]
+
+    def put(old: Tensor, joined: Tensor) -> Tensor:
+        new = torch.where(item >= 0, joined[row, item[:, 0].clamp(min=0)], old[row, entry.clamp(0, n - 1)])
+        new = new.masked_fill((entry < 0)[:, None], 0)
+        if torch.is_grad_enabled():
+            return old.index_put((row, slot), new)
+        return owned(old, given).index_put_((row, slot), new)
+
+    def moved(part: Tensor, empty: float, old: Tensor) -> Tensor:
+        new = part.gather(1, source.clamp(min=0)).masked_fill(source < 0, empty)
+        return torch.where(rows[:, None], new, old)
+
+    return AdaptiveState(
+        key=put(state.key, settled.key),
+        value=put(state.value, settled.value),
+        strength=moved(settled.strength, 0, state.strength),
+        position=moved(settled.position, -1, state.position),
+    )
 
 
 @torch.no_grad()
 def joins_of(memory: Rules, state: AdaptiveState, items: AdaptiveState) -> Tensor:
-    """Where each item goes, one-hot over the slots and the items themselves, (B, K, M + K)."""
+    """Where each item goes, numbered through the slots and then the items themselves, (B, K)."""
     n, n_item = state.strength.shape[1], items.strength.shape[1]
     number = torch.arange(n_item, device=state.strength.device)
     chosen = items.strength > 0
@@ -97,7 +149,7 @@ def joins_of(memory: Rules, state: AdaptiveState, items: AdaptiveState) -> Tenso
     for _ in range(n_item.bit_length()):  # each round doubles how far a chain of repeats is followed
         followed = target.gather(1, (target - n).clamp(min=0))
         target = torch.where(target >= n, followed, target)
-    return F.one_hot(target, n + n_item).to(items.strength.dtype)
+    return target
 
 
 def _similarity(a: AdaptiveState, b: AdaptiveState) -> Tensor:

@@ -10,9 +10,9 @@ al., 2407.04620) and, with a window and Muon, the rule of ATLAS (A. Behrouz et a
 - Weights are those that are learned plus a change, and forgetting takes the change back. In the papers it takes weights
   to zero, where a network of two or more matrices has no gradient and never learns again.
 - One step is made per chunk. Its momentum and decay are of the chunk, and a step per token is ``chunk_len: 1``.
-- Steps are bounded (``step_max``). Queries and keys pass a SiLU and have the length 1, nothing is convolved before, and
-  what heads find is normalised and gated: as in `memlm.memory.delta`. No biases, no persistent cells, no features of
-  higher degree.
+- Steps are bounded (``step_max``). Queries and keys pass a SiLU and have the length 1, and what heads find is
+  normalised and gated: as in `memlm.memory.delta`. Keys and values are convolved, queries are not, as a read sees one
+  token alone. No biases, no persistent cells, no features of higher degree.
 
 Shapes: B rows, T tokens per segment, C tokens of lookback, Q tokens that are read for, D model width, H heads, E width
 of a head, L tokens that a step looks at, P weights of a head's network.
@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from memlm.memory.contract import Context, Memory, Mixer, Needs, Read, Segment, Sizes, Trace, at_once
+from memlm.memory.convolution import ShortConvolution
 from memlm.memory.matrix import exact
 from memlm.memory.state import where_rows
 
@@ -169,6 +170,7 @@ class TitansMemory(Memory):
         step: ``gradient``, or ``muon``, a step whose matrices are made orthogonal.
         rate_max: Greatest rate of a token.
         step_max: Bound of the length of a gradient step; None for none.
+        conv: Tokens, itself and those before it, of which a token's key and value are made; 1 for itself alone.
 
     Raises:
         ValueError: If a setting cannot work; the message names it.
@@ -194,9 +196,11 @@ class TitansMemory(Memory):
         step: Literal["gradient", "muon"] = "gradient",
         rate_max: float = 0.1,
         step_max: float | None = 10.0,
+        conv: int = 4,
     ) -> None:
         super().__init__()
-        for name, size in {"n_head": n_head, "d_head": d_head, "depth": depth, "d_hidden": d_hidden}.items():
+        sizes_of = {"n_head": n_head, "d_head": d_head, "depth": depth, "d_hidden": d_hidden, "conv": conv}
+        for name, size in sizes_of.items():
             if size < 1:
                 raise ValueError(f"{name} must be at least 1, got {size}")
         if variant not in ("add", "mac", "mag", "mal"):
@@ -205,8 +209,9 @@ class TitansMemory(Memory):
             raise ValueError(f"step must be gradient or muon, got {step!r}")
         if chunk_len is not None and chunk_len < 1:
             raise ValueError(f"chunk_len must be at least 1, or null for a segment, got {chunk_len}")
-        if not 0 <= window_len <= sizes.segment_len:
-            raise ValueError(f"window_len must be in 0..segment_len ({sizes.segment_len}), got {window_len}")
+        most_len = sizes.segment_len + 1 - conv
+        if not 0 <= window_len <= most_len:
+            raise ValueError(f"window_len must be in 0..segment_len + 1 - conv ({most_len}), got {window_len}")
         for name, most in {"rate_max": rate_max, "step_max": step_max}.items():
             if most is not None and not 0 < most < math.inf:
                 raise ValueError(f"{name} must be above 0, got {most}")
@@ -214,8 +219,10 @@ class TitansMemory(Memory):
         self.chunk_len, self.window_len = min(chunk_len or sizes.segment_len, sizes.segment_len), window_len
         self.rate_max, self.step_max = rate_max, step_max
         self.widths = [d_head, *[d_hidden] * (depth - 1), d_head]
-        self.needs = Needs(lookback=window_len, context=variant == "mac")
+        self.needs = Needs(lookback=window_len + conv - 1, context=variant == "mac")
         width = n_head * d_head
+        self.key_conv = ShortConvolution(conv, width) if conv > 1 else None
+        self.value_conv = ShortConvolution(conv, width) if conv > 1 else None
         self.norm = nn.RMSNorm(d_model)
         self.to_query = nn.Linear(d_model, width, bias=False)
         self.to_key = nn.Linear(d_model, width, bias=False)
@@ -280,9 +287,14 @@ class TitansMemory(Memory):
 
     def write(self, segment: Segment, state: TitansState) -> tuple[TitansState, Trace]:
         """One step per chunk; see `Memory.write`."""
-        x, valid = self.norm(segment.hidden), segment.valid[:, None]
-        k, v = self._keys(self.to_key, x), self._heads(self.to_value, x)  # (B, H, C + T, E)
-        rate = self._gate(self.to_rate, x) * self.rate_max * valid  # (B, H, C + T)
+        x = self.norm(segment.hidden)
+        k, v = self.to_key(x), self.to_value(x)
+        if self.key_conv is not None and self.value_conv is not None:
+            k, v = self.key_conv(k, segment), self.value_conv(v, segment)
+        seen_from = segment.lookback - self.window_len  # what is before is convolved alone
+        x, valid = x[:, seen_from:], segment.valid[:, None, seen_from:]
+        k, v = self._as_keys(self._by_head(k)), self._by_head(v)  # (B, H, window_len + T, E)
+        rate = self._gate(self.to_rate, x) * self.rate_max * valid  # (B, H, window_len + T)
         n_valid = valid[..., self.window_len :].sum().clamp(min=1) * self.n_head
         trace = {"rate": rate[..., self.window_len :].sum() / n_valid, "error": rate.new_zeros(())}
         with exact(x):
@@ -339,11 +351,19 @@ class TitansMemory(Memory):
 
     def _heads(self, linear: nn.Linear, x: Tensor) -> Tensor:
         """(B, L, D) -> (B, H, L, E), in the precision of the state."""
-        return linear(x).unflatten(-1, (self.n_head, -1)).transpose(1, 2).to(linear.weight)
+        return self._by_head(linear(x))
+
+    def _by_head(self, part: Tensor) -> Tensor:
+        """(B, L, H * E) -> (B, H, L, E), in the precision of the state."""
+        return part.unflatten(-1, (self.n_head, -1)).transpose(1, 2).to(self.to_key.weight)
 
     def _keys(self, linear: nn.Linear, x: Tensor) -> Tensor:
         """Keys or queries, (B, L, D) -> (B, H, L, E)."""
-        return F.normalize(F.silu(self._heads(linear, x)), dim=-1)
+        return self._as_keys(self._heads(linear, x))
+
+    def _as_keys(self, part: Tensor) -> Tensor:
+        """What maps give, as keys or queries."""
+        return F.normalize(F.silu(part), dim=-1)
 
     def _gate(self, linear: nn.Linear, x: Tensor) -> Tensor:
         """A share for each head, (B, L, D) -> (B, H, L)."""

@@ -73,6 +73,8 @@ class Before(NamedTuple):
         columns: Places of the cells that are computed, (B, S, Q).
         cells: Places of the tokens that are taken in again and of all cells, (B, S, F + T).
         seen: Which of these may be seen, (B, S, Q, F + T).
+        below: What came out of layers that ran before, by depth from what entered them on, (B, S, Q, D).
+        kept: What their `SegmentLayer.next_cache` needs.
     """
 
     entered: Tensor
@@ -81,9 +83,11 @@ class Before(NamedTuple):
     columns: Tensor
     cells: Tensor
     seen: Tensor
+    below: tuple[Tensor, ...] = ()
+    kept: tuple[tuple[Keys, Keys], ...] = ()
 
     def of(self, begin: int, end: int) -> Before:
-        """That of segments ``begin`` to ``end``, the last not included."""
+        """That of segments ``begin`` to ``end``, the last not included, without what ran before."""
         n_row, n_segment = self.columns.shape[:2]
 
         def pick(part: Tensor) -> Tensor:
@@ -91,8 +95,22 @@ class Before(NamedTuple):
 
         keys = None if self.keys is None else [Keys(k[:, begin:end], v[:, begin:end]) for k, v in self.keys]
         told = [part.of(n_row * n_segment, pick) for part in self.told]
-        cut = (part[:, begin:end] for part in (self.columns, self.cells, self.seen))
-        return Before(self.entered[:, begin:end], told, keys, *cut)
+        columns, cells, seen = (part[:, begin:end] for part in (self.columns, self.cells, self.seen))
+        return Before(self.entered[:, begin:end], told, keys, columns, cells, seen)
+
+
+class Step(NamedTuple):
+    """What is known of one more token of each row before the layers run.
+
+    Attributes:
+        before: Its grid, of one segment and column: cells up to those that may be seen.
+        cell: Where its keys and values go, among those of `DecoderLayer.init_cache`, (B,).
+        whole: Whether all these cells are seen, so that no mask is needed.
+    """
+
+    before: Before
+    cell: Tensor
+    whole: bool
 
 
 class DecoderLayer(SegmentLayer):
@@ -156,7 +174,7 @@ class DecoderLayer(SegmentLayer):
             own = (part.transpose(1, 2).unflatten(0, grid.new.shape[:2]) for part in (key, value))
             kept.append(self._cells(Keys(*own), cache, grid))
             if contexts:
-                return self._found(query, kept[-1], grid, contexts)
+                return self._found(query, self._seen(kept[-1]), grid.before, contexts)
             if not self.n_again and grid.fresh and grid.n_column == grid.segment_len:
                 return self._plainly(module, query, key, value, None, how)
             key, value = self._seen(kept[-1])
@@ -192,6 +210,34 @@ class DecoderLayer(SegmentLayer):
 
         return self._run(x, told, attend), kept[-1]
 
+    def opened(self, cache: Keys, place: Tensor, continues: Tensor) -> Keys:
+        """See `SegmentLayer.opened`."""
+        return Keys(*(part.clone() for part in cache))
+
+    def closed(self, opened: Keys) -> Keys:
+        """See `SegmentLayer.closed`."""
+        return opened
+
+    def step(self, x: Tensor, opened: Keys, column: Step, contexts: Sequence[Context] = ()) -> Tensor:
+        """See `SegmentLayer.step`."""
+        near = self.window is not None and self.window < column.before.cells.shape[2]
+        mask = None
+        if near or not column.whole or self.attention == "eager":
+            mask = self._mask(column.before)[:, None]
+
+        def attend(module: Any, query: Tensor, key: Tensor, value: Tensor, how: dict[str, Any]) -> Tensor:
+            seen = _put(opened, column, key, value)
+            if contexts:
+                return self._found(query, seen, column.before, contexts)
+            return self._plainly(module, query, *seen, mask, how)
+
+        return self._run(x[:, None], column.before.told[self.number], attend)[:, 0]
+
+    def attend_step(self, heads: Heads, opened: Keys, column: Step, contexts: Sequence[Context] = ()) -> Tensor:
+        """See `SegmentLayer.attend_step`."""
+        query, key, value = self._own(heads, column.before)
+        return self._found(query, _put(opened, column, key, value), column.before, contexts)
+
     # --- heads, for memories -----------------------------------------------------------------------------------------
 
     def heads(self, x: Tensor) -> Heads:
@@ -203,12 +249,10 @@ class DecoderLayer(SegmentLayer):
         self, heads: Heads, cache: Keys, grid: Grid, contexts: Sequence[Context] = ()
     ) -> tuple[Tensor, tuple[Keys, Keys]]:
         """See `SegmentLayer.attend`."""
-        each = self.n_head // self.n_key
-        places = grid.before.columns.flatten(0, 1)
-        query, key = self._turn(heads.q, places), self._turn(heads.k[:, ::each], places)
-        own = (part.transpose(1, 2).unflatten(0, grid.new.shape[:2]) for part in (key, heads.v[:, ::each]))
+        query, key, value = self._own(heads, grid.before)
+        own = (part.transpose(1, 2).unflatten(0, grid.new.shape[:2]) for part in (key, value))
         kept = self._cells(Keys(*own), cache, grid)
-        return self._found(query, kept, grid, contexts), kept
+        return self._found(query, self._seen(kept), grid.before, contexts), kept
 
     def attend_to(self, query: Tensor, contexts: Sequence[Context], place: Tensor | None = None) -> Tensor:
         """See `SegmentLayer.attend_to`."""
@@ -276,14 +320,14 @@ class DecoderLayer(SegmentLayer):
         eager: Any = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
         function: Any = ALL_ATTENTION_FUNCTIONS.get_interface(self.attention, eager)
         n_query, n_key = query.shape[2], key.shape[2]
+        assert n_query in (1, n_key) or mask is not None
         near = n_key if self.window is None else min(n_key, self.window)
-        if mask is None and (self.attention == "eager" or near < n_key):
+        if mask is None and n_query > 1 and (self.attention == "eager" or near < n_key):
             place = torch.arange(n_key, device=query.device)
             apart = place[:, None] - place
             mask = ((apart >= 0) & (apart < near))[None, None]
         if mask is not None and self.attention == "eager":
             mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, torch.finfo(query.dtype).min)
-        assert n_query == n_key or mask is not None
         return function(module, query, key, value, mask, **how)[0].transpose(1, 2)
 
     def _cells(self, own: Keys | None, cache: Keys, grid: Grid) -> tuple[Keys, Keys]:
@@ -319,10 +363,14 @@ class DecoderLayer(SegmentLayer):
             key, value = (torch.cat(pair, dim=2).flatten(0, 1).transpose(1, 2) for pair in pairs)
         return key, value
 
-    def _found(self, query: Tensor, kept: tuple[Keys, Keys], grid: Grid, contexts: Sequence[Context]) -> Tensor:
-        """What queries (R, H, Q, E) at their places find in the segment and in contexts, in one softmax."""
-        before = grid.before
-        key, value = (self._spread(part) for part in self._seen(kept))
+    def _own(self, heads: Heads, before: Before) -> Heads:
+        """Heads of the tokens that are computed, at their places, and as many of keys and values as the base has."""
+        each, places = self.n_head // self.n_key, before.columns.flatten(0, 1)
+        return Heads(self._turn(heads.q, places), self._turn(heads.k[:, ::each], places), heads.v[:, ::each])
+
+    def _found(self, query: Tensor, seen: tuple[Tensor, Tensor], before: Before, contexts: Sequence[Context]) -> Tensor:
+        """What queries (R, H, Q, E) at their places find in keys and values (R, G, L, E) and contexts: one softmax."""
+        key, value = (self._spread(part) for part in seen)
         parts = [(query, Context(key, value, self._mask(before)))]
         plain: Tensor | None = None
         begin = (before.cells[..., self.n_again]).flatten()[:, None]  # of the first cell of each segment, (R, 1)
@@ -363,6 +411,16 @@ class DecoderLayer(SegmentLayer):
         else:
             half = torch.stack([-a[..., 1::2], a[..., ::2]], dim=-1).flatten(-2)
         return torch.cat([a * cos + half * sin, rest], dim=-1)
+
+
+def _put(opened: Keys, column: Step, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values (B, G, L, E) of the open segment, with those (B, G, 1, E) of the next token of each row."""
+    row = torch.arange(len(key), device=key.device)
+    for buffer, new in zip(opened, (key, value), strict=True):
+        buffer[row, column.cell] = new[:, :, 0]
+    n_cell = column.before.cells.shape[2]
+    all_keys, all_values = (part[:, :n_cell].transpose(1, 2) for part in opened)
+    return all_keys, all_values
 
 
 class _Nothing(nn.Module):

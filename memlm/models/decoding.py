@@ -3,7 +3,8 @@
 A token that does not end its segment goes through the layers alone: what they have of the open segment, and what
 memories will be written from, is changed in place, in copies of its own, and memories are asked once in a segment for
 what reads need (`memlm.memory.contract.Memory.prepare`). A token that ends its segment goes the way of all text, with
-the rows that it is in, and so do all tokens of models whose memories look at more than one token.
+the rows that it is in. So do tokens that begin one where earlier ones are taken in again with it, and all tokens of
+models whose memories stand around the stack or read within a segment.
 
 Shapes: B rows, T tokens per segment, C lookback, n layers with memory, D model width.
 """
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from memlm.memory.contract import Memory
 from memlm.memory.state import State, map_tensors
+from memlm.models.mixers import ColumnMixer
 from memlm.models.stack import Stack
 from memlm.models.state import LocalState, ModelState
 from memlm.tensors import Host
@@ -43,12 +45,14 @@ class Decoder:
         self._n_open: list[int]
         self._open: Open
         self._prepared: dict[str, list[Any]]
+        self._empty: dict[str, list[Tensor | None]]  # rows without an entry in a memory that is bare then, (B, 1, 1)
         self._take(state)
 
     def step(self, ids: Tensor) -> Tensor:
         """Take one more token of each row, (B,). Returns the model's hidden states, (B, D)."""
         ends = [n + 1 == self.model.segment_len for n in self._n_open]
-        if not self.by_column or all(ends):
+        begins = self.model.n_again > 0 and 0 in self._n_open  # what a segment takes in again is not known yet
+        if not self.by_column or all(ends) or begins:
             self._prepared = {}  # which may share numbers with banks that are now written in place
             out = self.model(
                 ids[:, None], state=self.state(), read=self.read, write=self.write, logits=False, donate=True
@@ -59,7 +63,7 @@ class Decoder:
         after = self._after(ids, torch.tensor(ended, device=ids.device)) if ended else None
         most = self.model.segment_len if self._compiled else max(self._n_open) + 1
         with torch.inference_mode():
-            hidden = self._step(self.model, ids, self._open, self._prepared, most)
+            hidden = self._step(self.model, ids, self._open, self._prepared, self._empty, most)
         self._n_open = [n + 1 for n in self._n_open]
         if after is not None:
             self._put(after, ended)
@@ -105,6 +109,10 @@ class Decoder:
             ]
             for name, modules in self.model.memory.items()
             if self.read
+        }
+        self._empty = {
+            name: [_empty(self.model, module, part) for module, part in zip(modules, self._memory[name], strict=True)]
+            for name, modules in self.model.memory.items()
         }
 
     def _after(self, ids: Tensor, rows: Tensor) -> ModelState:
@@ -170,7 +178,7 @@ class Open(NamedTuple):
 
 def _by_column(module: Memory) -> bool:
     """Whether a memory can do with one token at a time until a segment ends."""
-    return module.around != "stack" and not module.within and module.reads_beside
+    return module.around != "stack" and not module.within
 
 
 def _opened(model: Stack, local: LocalState) -> Open:
@@ -189,26 +197,72 @@ def _opened(model: Stack, local: LocalState) -> Open:
     )
 
 
-def _step(model: Stack, ids: Tensor, now: Open, prepared: dict[str, list[Any]], most: int) -> Tensor:
+def _empty(model: Stack, module: Memory, state: State) -> Tensor | None:
+    """Rows (B, 1, 1) that have to be as without the memory; None if there is none."""
+    if not model.bare_when_empty or module.reads_beside:
+        return None
+    empty = ~module.holds(state)[:, None, None]
+    return empty if bool(empty.any()) else None
+
+
+def _step(
+    model: Stack,
+    ids: Tensor,
+    now: Open,
+    prepared: dict[str, list[Any]],
+    empty: dict[str, list[Tensor | None]],
+    most: int,
+) -> Tensor:
     """One more token of each row (B,), at a place before ``most``, through all layers and memories."""
     lookback = model.lookback
     now.put(now.ids[:, None], 0, lookback, ids)
-    column = model.layers[0].column(now.place, now.continues, most)
-    x = model.enter(model.embed(ids), now.place)  # (B, D)
+    x, column = model.begin_step(ids, now.place, now.continues, most)  # (B, D)
     for i, (layer, opened) in enumerate(zip(model.layers, now.layers, strict=True)):
         number = model.memory_layers.index(i) if model.memory and i in model.memory_layers else None
-        x = layer.step(x, opened, column)
+        if number is not None and "input" in now.streams:
+            now.put(now.streams["input"], number, lookback, x)
+        mixer = ColumnMixer(layer, opened, column, x.dtype)
+        x = layer.step(x, opened, column) if number is None else _mixed(model, number, x, mixer, prepared, empty)
         if number is not None:
             if "mixed" in now.streams:
                 now.put(now.streams["mixed"], number, lookback, x)
             y, values = x[:, None].float(), []
             for name, parts in prepared.items():
                 modules = model.memory[name]
-                each = number if modules[0].around == "layer" else 0
-                values.append(modules[each].read(y, parts[each]).value[:, 0].to(x.dtype))
+                if modules[0].reads_beside:
+                    each = number if modules[0].around == "layer" else 0
+                    value = model.let_in(name, number, modules[each].read(y, parts[each]).value, y)
+                    values.append(value[:, 0].to(x.dtype))
             x = x + sum(values) if values else x
         x = x + layer.feed_forward(x)
         if number is not None and "output" in now.streams:
             now.put(now.streams["output"], number, lookback, x)
     now.place.add_(1)
     return model.norm(x)
+
+
+def _mixed(
+    model: Stack,
+    number: int,
+    x: Tensor,
+    mixer: ColumnMixer,
+    prepared: dict[str, list[Any]],
+    empty: dict[str, list[Tensor | None]],
+) -> Tensor:
+    """The stream (B, D) behind a layer's mixer and the memory around it, if there is one."""
+    whole = x[:, None].float()
+    for name, modules in model.memory.items():
+        each = number if modules[0].around == "layer" else 0
+        module = modules[each]
+        if module.reads_beside:
+            continue
+        if name not in prepared:
+            y = module.off(whole, mixer)
+        else:
+            y, _ = module.mix(whole, prepared[name][each], mixer)
+            if not mixer.ran and type(module).off is Memory.off:
+                mixer(whole)  # the layer has to know the token, should reads be switched off
+            if (rows := empty[name][each]) is not None:
+                y = torch.where(rows, mixer(whole), y)
+        return y[:, 0].to(x.dtype)
+    return mixer(x[:, None])[:, 0]

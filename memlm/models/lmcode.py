@@ -127,9 +127,9 @@ class Attention(nn.Module):
             turn = torch.stack([torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)])
         return Column(cell + n_cell * torch.arange(len(cell), device=cell.device), mask[:, None, None], turn)
 
-    def step(self, qkv: Tensor, opened: Opened, column: Column) -> Tensor:
-        """Attend from one more token of each row, of its queries, keys and values (B, 3, H, E): (B, H * E)."""
-        qk = qkv[:, :2]
+    def step(self, qkv: Tensor, opened: Opened, column: Column, contexts: Sequence[Context] = ()) -> Tensor:
+        """Attend from one more token of each row, of its queries, keys and values (B, 3, H, E): (B, H, 1, E)."""
+        qk, plain = qkv[:, :2], qkv[:, 0, :, None]
         if column.turn is not None:
             cos, sin = column.turn.to(qk.dtype)
             qk = qk * cos + qk.roll(qk.shape[-1] // 2, dims=-1) * sin
@@ -137,20 +137,29 @@ class Attention(nn.Module):
             buffer.flatten(0, 1).index_copy_(0, column.cell, new.to(buffer.dtype))
         n = column.mask.shape[-1]
         key, value = opened.key[:, :n].transpose(1, 2), opened.cache[:, :n, 1].transpose(1, 2)
-        return F.scaled_dot_product_attention(qk[:, 0, :, None], key, value, column.mask.to(qk.dtype)).flatten(1)
+        query, mask = qk[:, 0, :, None], column.mask.to(qk.dtype)
+        if not contexts:
+            return F.scaled_dot_product_attention(query, key, value, mask)
+        own = (query, Context(key, value, bias=mask))
+        return self._find([own, *self._turned(plain, query, contexts)])
 
     def attend_to(self, query: Tensor, contexts: Sequence[Context], place: Tensor | None = None) -> Tensor:
         """What queries (R, H, L, E) find in contexts, in one softmax over all of them: (R, H, L, E)."""
-        turned = self._at(query, place)
-        parts = [
+        return self._find(self._turned(query, self._at(query, place), contexts))
+
+    def _turned(self, query: Tensor, turned: Tensor, contexts: Sequence[Context]) -> list[tuple[Tensor, Context]]:
+        """Contexts, keys that have a place at it, each with the queries that ask it: without or at their place."""
+        return [
             (query, context)
             if context.place is None
             else (turned, context._replace(key=self._at(context.key, context.place)))
             for context in contexts
         ]
-        return find_in(
-            parts, query.shape[-1] ** -0.5, lambda score: F.dropout(score.softmax(dim=3), self.dropout, self.training)
-        )
+
+    def _find(self, parts: Sequence[tuple[Tensor, Context]]) -> Tensor:
+        """What queries find in the contexts that they ask, in one softmax over all, (R, H, L, E)."""
+        scale = parts[0][0].shape[-1] ** -0.5
+        return find_in(parts, scale, lambda score: F.dropout(score.softmax(dim=3), self.dropout, self.training))
 
     def _at(self, x: Tensor, place: Tensor | None) -> Tensor:
         """Queries or keys (R, H, ..., L, E) at ``place`` (L,), or (R, L), of the segment."""
@@ -224,10 +233,15 @@ class Layer(SegmentLayer):
         rotation, key = self.attention.rotation, cache[:, :, 0]
         return Opened(cache.clone(), key.clone() if rotation is None else _rotate(key, rotation))
 
-    def step(self, x: Tensor, opened: Opened, column: Column) -> Tensor:
+    def step(self, x: Tensor, opened: Opened, column: Column, contexts: Sequence[Context] = ()) -> Tensor:
         """See `SegmentLayer.step`."""
         attention = self.attention
-        return x + attention.to_output(attention.step(attention.project(self.attention_norm(x)), opened, column))
+        found = attention.step(attention.project(self.attention_norm(x)), opened, column, contexts)
+        return x + attention.to_output(found.flatten(1))
+
+    def attend_step(self, heads: Heads, opened: Opened, column: Column, contexts: Sequence[Context] = ()) -> Tensor:
+        """See `SegmentLayer.attend_step`."""
+        return self.attention.step(torch.cat(heads, dim=2).transpose(1, 2), opened, column, contexts)
 
     def closed(self, opened: Opened) -> Tensor:
         """See `SegmentLayer.closed`."""

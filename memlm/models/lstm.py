@@ -107,7 +107,7 @@ class Layer(SegmentLayer):
         anew = (place == 0) & ~continues
         return LSTMCache(cache.inputs.clone(), torch.where(anew[:, None, None], 0.0, cache.recurrent))
 
-    def step(self, x: Tensor, opened: LSTMCache, column: Tensor) -> Tensor:
+    def step(self, x: Tensor, opened: LSTMCache, column: Tensor, contexts: Sequence[Context] = ()) -> Tensor:
         """See `SegmentLayer.step`."""
         normed = self.norm(x)
         opened.inputs.flatten(0, 1).index_copy_(0, column, normed.to(opened.inputs.dtype))

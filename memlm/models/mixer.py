@@ -93,7 +93,7 @@ class Layer(SegmentLayer):
         before, own = cache.split([self.overlap, self.segment_len], dim=1)
         return torch.cat([before * continues[:, None, None], own], dim=1)
 
-    def step(self, x: Tensor, opened: Tensor, column: Column) -> Tensor:
+    def step(self, x: Tensor, opened: Tensor, column: Column, contexts: Sequence[Context] = ()) -> Tensor:
         """See `SegmentLayer.step`."""
         normed, cells = self.norm(x), opened.flatten(0, 1)
         cells.index_copy_(0, column.cell, normed.to(cells.dtype))

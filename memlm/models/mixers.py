@@ -52,7 +52,8 @@ def find_in(
 class SegmentLayer(nn.Module):
     """A layer of a `SegmentModel`: it mixes the tokens of a segment; memories stand around that; then its feed-forward.
 
-    A layer with attention (``n_head`` is not 0) defines `heads`, `attend`, `attend_to`, `out` and `seen` too.
+    A layer with attention (``n_head`` is not 0) defines `heads`, `attend`, `attend_to`, `out` and `seen` too, and
+    `attend_step` if it has a `step`.
 
     Attributes:
         feed_forward: What is added to the stream after the memories.
@@ -106,8 +107,12 @@ class SegmentLayer(nn.Module):
         """A copy of ``cache`` that `step` changes in place; ``place`` and ``continues`` are those of `column`."""
         raise NotImplementedError
 
-    def step(self, x: Tensor, opened: Any, column: Any) -> Tensor:
+    def step(self, x: Tensor, opened: Any, column: Any, contexts: Sequence[Context] = ()) -> Tensor:
         """`mix` for one more token of each row, (B, D)."""
+        raise NotImplementedError
+
+    def attend_step(self, heads: Heads, opened: Any, column: Any, contexts: Sequence[Context] = ()) -> Tensor:
+        """`attend` for one more token of each row: heads (B, H, 1, E)."""
         raise NotImplementedError
 
     def closed(self, opened: Any) -> State:
@@ -182,6 +187,13 @@ class LayerMixer:
         """See `Mixer`."""
         return self.layer.out(mixed.to(self.dtype), x.to(self.dtype)).to(x.dtype)
 
+    def instead(self, held: Tensor, y: Tensor, x: Tensor) -> Tensor:
+        """What a memory made of ``x`` (B, S, Q, D): ``y`` where ``held`` (B, S), else what the mixer makes of it."""
+        n = int((~held).any(dim=0).nonzero().max()) + 1  # segments behind these all hold something
+        alone = LayerMixer(self.layer, self.cache, self.grid.of(0, n), self.call, self.dtype, self.contexts)
+        first = torch.where(held[:, :n, None, None], y[:, :n], alone(x[:, :n]))
+        return torch.cat([first, y[:, n:]], dim=1)
+
     def at(self, s: int) -> LayerMixer:
         """See `Mixer`."""
         if self.grid.n_segment == 1:
@@ -208,17 +220,51 @@ class LayerMixer:
         return where_rows(~active & ~window.flags.continues[:, s], fresh, after)
 
     def _all(self, context: Context | None) -> tuple[Context, ...]:
-        if context is None:
-            return self.contexts
-        if not self.layer.n_head:
-            raise ValueError("a context needs attention, which this model does not have: choose model=lmcode")
         n_row = self.grid.new.shape[0] * self.grid.n_segment
-        if len(context.key) != n_row:
-            raise ValueError(
-                f"a context has a row for each segment of each row, {n_row} here, got {len(context.key)}: see `at_once`"
-            )
-        key, value = context.key.to(self.dtype), context.value.to(self.dtype)
-        return (*self.contexts, context._replace(key=key, value=value))
+        return (*self.contexts, *seen_beside(self.layer, context, n_row, self.dtype))
+
+
+class ColumnMixer:
+    """What a layer does with one more token of each row: see `memlm.models.decoding`.
+
+    Args:
+        layer: The layer.
+        opened: What it has of the open segment: see `SegmentLayer.opened`.
+        column: Where the token stands: see `SegmentLayer.column`.
+        dtype: Type of the layer's numbers; those of memories have 32 bits.
+
+    Attributes:
+        ran: Whether the layer knows the token now.
+    """
+
+    def __init__(self, layer: SegmentLayer, opened: Any, column: Any, dtype: torch.dtype) -> None:
+        self.layer, self.opened, self.column, self.dtype = layer, opened, column, dtype
+        self.ran = False
+
+    def __call__(self, x: Tensor, context: Context | None = None) -> Tensor:
+        """See `Mixer`."""
+        self.ran = True
+        contexts = seen_beside(self.layer, context, len(x), self.dtype)
+        return self.layer.step(x[:, 0].to(self.dtype), self.opened, self.column, contexts)[:, None].to(x.dtype)
+
+    def heads(self, x: Tensor) -> Heads:
+        """See `Mixer`."""
+        return heads_of(self.layer, x, self.dtype)
+
+    def attend(self, heads: Heads, context: Context | None = None) -> Tensor:
+        """See `Mixer`."""
+        self.ran = True
+        own = Heads(*(part.to(self.dtype) for part in heads))
+        contexts = seen_beside(self.layer, context, len(own.q), self.dtype)
+        return self.layer.attend_step(own, self.opened, self.column, contexts).to(heads.q.dtype)
+
+    def out(self, mixed: Tensor, x: Tensor) -> Tensor:
+        """See `Mixer`."""
+        return self.layer.out(mixed.to(self.dtype), x.to(self.dtype)).to(x.dtype)
+
+    def at(self, s: int) -> ColumnMixer:
+        """Itself."""
+        return self
 
 
 class Done:
@@ -243,6 +289,23 @@ class Done:
     def out(self, mixed: Tensor, x: Tensor) -> Tensor:
         """Not to be had any more."""
         raise ValueError("a memory that only reads behind the mixer cannot use heads: define mix")
+
+
+def seen_beside(layer: SegmentLayer, context: Context | None, n_row: int, dtype: torch.dtype) -> tuple[Context, ...]:
+    """What the attention of a layer is to see beside, for ``n_row`` rows, in the layer's type of numbers.
+
+    Raises:
+        ValueError: If the layer has no attention, or the context is not of so many rows.
+    """
+    if context is None:
+        return ()
+    if not layer.n_head:
+        raise ValueError("a context needs attention, which this model does not have: choose model=lmcode")
+    if len(context.key) != n_row:
+        raise ValueError(
+            f"a context has a row for each segment of each row, {n_row} here, got {len(context.key)}: see `at_once`"
+        )
+    return (context._replace(key=context.key.to(dtype), value=context.value.to(dtype)),)
 
 
 def heads_of(layer: SegmentLayer, x: Tensor, dtype: torch.dtype) -> Heads:
@@ -270,6 +333,7 @@ class Cells(NamedTuple):
     front: Tensor | None  # before each segment, (B, m, D)
     tail: Tensor | None  # behind it, (B, n, D)
     tails: tuple[Tensor, ...] = ()  # what came out of those behind it, by layer
+    seen: Tensor | None = None  # rows whose text sees the cells before it, (B, 1); None for all
 
 
 class StackMixer:
@@ -281,6 +345,7 @@ class StackMixer:
         dtype: Type of the stream.
         tail: What enters the cells behind the segment; None if there are none.
         each_layer: Whether what comes out of these cells is wanted of each layer.
+        seen: Rows whose text sees cells before the segment, (B, 1); None for all.
 
     Attributes:
         tail: What came out of the cells behind the segment.
@@ -293,9 +358,10 @@ class StackMixer:
         dtype: torch.dtype,
         tail: Tensor | None,
         each_layer: bool,
+        seen: Tensor | None = None,
     ) -> None:
         self._layers, self._n_column, self._dtype = layers, n_column, dtype
-        self._enters, self._each_layer = tail, each_layer
+        self._enters, self._each_layer, self._seen = tail, each_layer, seen
         self.tail: Tensor | None = None
 
     def __call__(self, x: Tensor, context: Context | None = None) -> Tensor:
@@ -304,7 +370,7 @@ class StackMixer:
             raise ValueError("a memory around the stack puts cells before a segment: a context is of one layer")
         m = x.shape[1] - self._n_column
         own = x.to(self._dtype)
-        stream, cells = self._layers(own[:, None, m:], Cells(own[:, :m] if m else None, self._enters))
+        stream, cells = self._layers(own[:, None, m:], Cells(own[:, :m] if m else None, self._enters, seen=self._seen))
         self.tail, y = cells.tail, stream[:, 0]
         if self._each_layer and cells.tails:
             self.tail = torch.stack(cells.tails, dim=2)

@@ -23,11 +23,12 @@ from torch import Tensor, nn
 from memlm.config import ConfigError
 from memlm.data.tokenizer import Tokenizer
 from memlm.memory.contract import Memory
+from memlm.memory.state import State
 from memlm.models import hf_base
-from memlm.models.decoder import ATTENTION, Before, DecoderLayer, Keys, again_seen, register
+from memlm.models.decoder import ATTENTION, Before, DecoderLayer, Keys, Step, again_seen, register
 from memlm.models.grid import Grid
 from memlm.models.segments import SegmentModel
-from memlm.models.shell import Shell, layers_of
+from memlm.models.shell import Shell, Told, layers_of
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -61,7 +62,7 @@ class Pretrained(SegmentModel):
         ConfigError: If there is no such base, or it cannot be taken.
     """
 
-    by_column = False
+    bare_when_empty = True
 
     def __init__(
         self,
@@ -88,7 +89,7 @@ class Pretrained(SegmentModel):
         config = causal.config
         super().__init__(
             config.vocab_size,
-            config.num_hidden_layers,
+            self.stacked(config.num_hidden_layers),
             config.hidden_size,
             segment_len,
             overlap,
@@ -122,10 +123,7 @@ class Pretrained(SegmentModel):
             self.base = Shell(causal, len(self.begin))
             rms = float(self.embedding.weight.detach()[:1000].float().square().mean().sqrt()) if known else 1.0
             self.scale = 2.0 ** -round(math.log2(rms)) if rms > 0 else 1.0  # a power of two, which rounds nothing
-            self.layers = nn.ModuleList(
-                DecoderLayer(i, layer, self.base, attention, n_again, segment_len, 1.0 if i else self.scale)
-                for i, layer in enumerate(layers)
-            )
+            self.lay(layers, (self.base, attention, n_again, segment_len))
             if known is not None:
                 self._check(*known)
         except (ValueError, TypeError, KeyError) as error:  # of code that is not ours, on a base it was not made for
@@ -134,13 +132,48 @@ class Pretrained(SegmentModel):
             ) from error
         self.train()
         for name, parameter in self.named_parameters():
-            parameter.requires_grad_(not freeze or "lora_" in name)
+            parameter.requires_grad_(self.trains(name))
         self.attach(memories)
         places = {name: len(self.memory_layers) for name, parts in self.memory.items() if parts[0].reads_beside}
         self.gates = nn.ParameterDict({name: nn.Parameter(torch.zeros(n)) for name, n in places.items()})
         self._check_widths()
         self.register_state_dict_post_hook(_without_base)
         self.register_load_state_dict_pre_hook(_with_base)
+
+    # --- what another model of a base does otherwise -----------------------------------------------------------------
+
+    def stacked(self, n_layer: int) -> int:
+        """How many layers the model has on a base of ``n_layer``."""
+        return n_layer
+
+    def lay(self, layers: Sequence[nn.Module], how: tuple[Shell, str, int, int]) -> None:
+        """Make the layers of those of the base.
+
+        Args:
+            layers: Those of the base.
+            how: What `DecoderLayer` takes between a layer and its scale.
+        """
+        self.layers = nn.ModuleList(
+            DecoderLayer(i, layer, *how, 1.0 if i else self.scale) for i, layer in enumerate(layers)
+        )
+
+    def trains(self, name: str) -> bool:
+        """Whether a parameter is trained that is no part of a memory."""
+        return not self.freeze or "lora_" in name
+
+    def through(self, x: Tensor, told: Sequence[Told], mask: Tensor | None) -> tuple[Tensor, list[Keys]]:
+        """All layers without memory: the stream (R, L, D) behind them, and their keys and values (R, L, G, E).
+
+        Args:
+            x: What enters them.
+            told: What each layer of the base is told.
+            mask: What each token sees, (R, 1, L, L); None for all before it.
+        """
+        keys = []
+        for layer, one in zip(self.layers, told, strict=True):
+            x, kept = layer.again(x * layer.scale, one, mask)
+            keys.append(kept)
+        return x, keys
 
     # --- the base ----------------------------------------------------------------------------------------------------
 
@@ -187,8 +220,10 @@ class Pretrained(SegmentModel):
         """Weights of the base that are not trained, by name: they are no part of a checkpoint."""
         if not self.freeze:
             return {}
+        trained = {name for name, parameter in self.named_parameters() if self.trains(name)}
         parts = self.base.state_dict(prefix="base.") | self.layers.state_dict(prefix="layers.")
-        return {name: part for name, part in parts.items() if "lora_" not in name}
+        parts |= self.below.state_dict(prefix="below.")
+        return {name: part for name, part in parts.items() if name not in trained}
 
     def _check(self, ids: Tensor, expected: Tensor) -> None:
         """Refuse a base whose logits come out otherwise when its layers are called one by one."""
@@ -219,7 +254,7 @@ class Pretrained(SegmentModel):
         """Token embeddings of about unit variance, (..., D)."""
         return self.embedding(ids) * self.scale
 
-    def ready(self, grid: Grid, ids: Tensor) -> Grid:
+    def ready(self, grid: Grid, ids: Tensor, below: Sequence[State]) -> Grid:
         """See `Stack.ready`: places, what layers are told, and keys of what each segment takes in again."""
         continues, device = grid.flags.continues, ids.device
         n_begin, n_row, n_segment = len(self.begin), *grid.new.shape[:2]
@@ -246,6 +281,18 @@ class Pretrained(SegmentModel):
         if n_again and (n_segment > 1 or not all(grid.opened)):
             keys = self._keys_again(ids, before)
         return grid._replace(before=Before(entered.unflatten(0, (n_row, n_segment)), told, keys, columns, cells, seen))
+
+    def begin_step(self, ids: Tensor, place: Tensor, continues: Tensor, most: int) -> tuple[Tensor, Step]:
+        """See `Stack.begin_step`."""
+        n_begin, n_again = len(self.begin), len(self.begin) + self.overlap
+        first = n_begin + self.overlap * continues  # place of the segment's first cell, (B,)
+        columns, cell = (first + place)[:, None], torch.arange(most, device=ids.device)
+        again = torch.arange(n_again, device=ids.device).expand(len(ids), -1)
+        cells = torch.cat([again, first[:, None] + cell], dim=1)
+        seen = torch.cat([again_seen(continues, n_begin, n_again), cell <= place[:, None]], dim=1)
+        entered, told = self.base.tell(self.embedding(ids)[:, None], columns)
+        before = Before(entered[:, None], told, None, columns[:, None], cells[:, None], seen[:, None, None])
+        return entered[:, 0] * self.scale, Step(before, n_again + place, bool(seen.all()))
 
     def entered(self, embeddings: Tensor, grid: Grid) -> Tensor:
         """See `Stack.entered`; in units of the memories."""
@@ -280,11 +327,7 @@ class Pretrained(SegmentModel):
         if not bool(seen.all()):
             mask = (causal & (seen[:, None] | torch.eye(len(place), dtype=torch.bool, device=ids.device)))[:, None]
         x, told = self.base.tell(self.embedding(ids), place.expand(len(ids), -1))
-        keys = []
-        for layer, one in zip(self.layers, told, strict=True):
-            x, kept = layer.again(x * layer.scale, one, mask)
-            keys.append(kept)
-        return x, keys
+        return self.through(x, told, mask)
 
 
 def _known(causal: Any) -> tuple[Tensor, Tensor] | None:

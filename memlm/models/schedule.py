@@ -10,6 +10,7 @@ width, m cells of a memory before a segment, n behind it.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -20,10 +21,10 @@ from torch.utils.checkpoint import checkpoint
 from memlm.memory.contract import Context, Memory, Mixer, Read, Segment, Trace, join_reads, joined, mean_trace
 from memlm.memory.state import where_rows
 from memlm.models.grid import Grid, OpenSegment, lay_out
-from memlm.models.mixers import Cells, Done, LayerMixer, SegmentLayer, StackMixer, cells_of
+from memlm.models.mixers import Cells, Done, LayerMixer, SegmentLayer, StackMixer, cells_of, heads_of
 from memlm.models.stack import Stack
 from memlm.models.state import LocalState, ModelState
-from memlm.models.views import segment_of, stream_of
+from memlm.models.views import holding, segment_of, stream_of
 from memlm.tensors import Host
 
 WINDOW = 2**12
@@ -126,7 +127,7 @@ class _Pass:
         self.model, self.local, self.how = model, state.local, how
         self.lookback = model.lookback
         ids = torch.cat([self.local.ids[:, : self.lookback], grid.ids], dim=1)  # (B, C + N)
-        self.grid = model.ready(grid, ids)
+        self.grid = model.ready(grid, ids, self.local.cache[len(model.layers) :])
         self.ids, self.embeddings = ids, model.embed(ids)
         self.before = state.memory
         self.memory = {name: list(parts) for name, parts in state.memory.items()}
@@ -172,7 +173,8 @@ class _Pass:
         tail = None
         if module.needs.tail and self.how.write and any(self.grid.n_complete):
             tail = module.tail(module.prepare(self.begun(name, module, 0))).to(x.dtype)
-        mixer = StackMixer(self.layers, self.grid.n_column, self.embeddings.dtype, tail, module.needs.each_layer)
+        held = holding(self.model, module, self.memory[name][0], self.grid, self.how.write)
+        mixer = StackMixer(self.layers, self.grid.n_column, self.embeddings.dtype, tail, module.needs.each_layer, held)
         if self.how.closing and tail is None:
             y = x
         elif self.how.read:
@@ -201,10 +203,12 @@ class _Pass:
             if self.how.storing and i > last:
                 break
             x, cells = self.entering(i, x, cells)
-            contexts: tuple[Context, ...] = ()
+            entered = x
+            contexts = self.beside(i, layer, x.dtype)
             if cells.front is not None:
                 heads = layer.heads(cells.front)
-                contexts = (Context(heads.k, heads.v),)
+                seen = None if cells.seen is None else cells.seen.expand(-1, heads.k.shape[2])
+                contexts = (*contexts, Context(heads.k, heads.v, seen))
             mixer = LayerMixer(layer, self.local.cache[i], self.grid, self.checkpointed, x.dtype, contexts)
             attached = bool(model.memory) and i in model.memory_layers and not self.how.closing
             x = self.with_memories(i, mixer, x) if attached else mixer(x)
@@ -213,7 +217,7 @@ class _Pass:
                 cells = self.through(layer, mixer, cells, contexts)
             if self.how.storing and i == last:
                 break
-            x = x + self.checkpointed(layer.feed_forward, x)
+            x = model.left(i, entered, x + self.checkpointed(layer.feed_forward, x), self.grid)
             if attached and "output" in self.streams:
                 self.keep_output(i, x)
         return x, cells
@@ -230,9 +234,17 @@ class _Pass:
 
         return enter(x[:, 0])[:, None], cells._replace(front=enter(cells.front), tail=enter(cells.tail))
 
+    def beside(self, i: int, layer: SegmentLayer, dtype: torch.dtype) -> tuple[Context, ...]:
+        """What a memory around the stack gives layer ``i`` to see beside the segment: see `Memory.beside`."""
+        for name, (module, *_) in self.memory_of("stack"):
+            if module.needs.each_layer and self.how.read:
+                found = module.beside(self.prepared[f"{name}/0"], i, partial(heads_of, layer, dtype=dtype))
+                return () if found is None else (found._replace(key=found.key.to(dtype), value=found.value.to(dtype)),)
+        return ()
+
     def through(self, layer: SegmentLayer, mixer: LayerMixer, cells: Cells, contexts: tuple[Context, ...]) -> Cells:
         """The cells behind a layer. Those before a segment see each other; those behind it see all."""
-        front, tail, tails = cells
+        front, tail, tails, _ = cells
         if tail is not None:
             place = self.grid.segment_len + torch.arange(tail.shape[1], device=tail.device)
             seen = layer.seen(mixer.kept, self.grid)
@@ -242,7 +254,7 @@ class _Pass:
         if front is not None:
             front = cells_of(layer, front, [])
             front = front + layer.feed_forward(front)
-        return Cells(front, tail, tails)
+        return cells._replace(front=front, tail=tail, tails=tails)
 
     # --- a layer -------------------------------------------------------------------------------------------------
 
@@ -256,18 +268,22 @@ class _Pass:
         beside = [(name, modules) for name, modules in attached if modules[0].reads_beside]
         around = [(name, modules) for name, modules in attached if not modules[0].reads_beside]
         if "input" in self.streams:
-            self.streams["input"].append(self.fill("input", place, x))
+            self.streams["input"].append(self.fill("input", place, self.model.written("input", i, x, self.grid)))
         if around:
             name, modules = around[0]
+            part = place if modules[0].around == "layer" else 0
+            held = holding(self.model, modules[part], self.memory[name][part], self.grid, self.how.write)
             mixed, _ = self.step(name, modules, i, x.flatten(1, 2).float(), mixer)
             assert mixed is not None
             y = mixed.view_as(x).to(x.dtype)
             if mixer.kept is None and not mixer.parts and type(modules[0]).off is Memory.off:
                 mixer(x)  # the layer has to know the segment, should reads be switched off
+            if held is not None:
+                y = mixer.instead(held, y, x)
         else:
             y = mixer(x)
         if "mixed" in self.streams:
-            self.streams["mixed"].append(self.fill("mixed", place, y))
+            self.streams["mixed"].append(self.fill("mixed", place, self.model.written("mixed", i, y, self.grid)))
         flat = y.flatten(1, 2).float()  # (B, S * Q, D)
         values: list[Any] = []
         for name, modules in beside:
@@ -285,7 +301,7 @@ class _Pass:
         y: Tensor | None = None
         found: Read | None = None
         if writes_within(module):
-            window = self.segment(module, self.streams[stream_of(module)][place], layer=self.model.layers[i])
+            window = self.segment(module, self.streams[stream_of(module)][place], layer=self.model.writer(i))
             scanned = module.scan(x, window, self.memory[name][place], mixer, read, self.how.write, self.how.keep_state)
             y, found, self.memory[name][place] = scanned.output, scanned.read, scanned.state
             self.traces[name].append(scanned.trace)
@@ -301,12 +317,12 @@ class _Pass:
     def keep_output(self, i: int, x: Tensor) -> None:
         """Keep what came out of a layer, and write it where that is what a write needs."""
         place = self.model.memory_layers.index(i)
-        self.streams["output"].append(self.fill("output", place, x))
+        self.streams["output"].append(self.fill("output", place, self.model.written("output", i, x, self.grid)))
         for name, modules in self.memory_of("layer"):
             module = modules[place]
             if module.needs.output:
                 hidden = self.streams[stream_of(module)][place]
-                self.write(name, module, place, hidden, self.streams["output"][place], layer=self.model.layers[i])
+                self.write(name, module, place, hidden, self.streams["output"][place], layer=self.model.writer(i))
 
     def keep(self, key: str, found: Read | None) -> None:
         """Keep what was read, to be looked at."""
@@ -363,6 +379,7 @@ class _Pass:
         """The local state after the grid."""
         grid, flags, local, open_segment = self.grid, self.grid.flags, self.local, OpenSegment(self.grid)
         cache = [mixer.next_cache() for mixer in self.caches]
+        left_out = [None] * (len(self.model.layers) - len(cache))
         streams = {
             name: torch.stack([open_segment.cells(part) for part in parts], dim=1) if parts else local.streams[name]
             for name, parts in self.streams.items()
@@ -370,7 +387,7 @@ class _Pass:
         open_len = torch.tensor(grid.open_len)
         position = open_segment.of(flags.position, flags.position[:, -1] + grid.segment_len)
         return LocalState(
-            cache=(*cache, *[None] * (len(local.cache) - len(cache))),
+            cache=(*cache, *left_out, *self.model.below_after(grid, open_segment.of)),
             streams=streams,
             ids=open_segment.cells(self.ids),
             continues=open_segment.of(flags.continues, torch.ones_like(flags.continues[:, 0])),

@@ -76,6 +76,7 @@ class SegmentModel(Stack):
         self.segment_len, self.overlap = segment_len, overlap
         self.gradient_checkpointing = gradient_checkpointing
         self.memory_layers = arguments.memory_layers(memory_layers, n_layer)
+        self.below = nn.ModuleList()
 
     def attach(self, memories: Mapping[str, Callable[..., Memory]]) -> None:
         """Make the modules of each memory.
@@ -119,7 +120,7 @@ class SegmentModel(Stack):
         weight = self.embedding.weight
         n_cell = self.lookback + self.segment_len
         return LocalState(
-            cache=tuple(layer.init_cache(n_row) for layer in self.layers),
+            cache=tuple(layer.init_cache(n_row) for layer in [*self.layers, *self.below]),
             streams={
                 name: weight.new_zeros(n_row, n, n_cell, self.d_model) for name, n in _n_stream(self).items() if n
             },
@@ -202,7 +203,7 @@ class SegmentModel(Stack):
             return (module.write(segment._replace(owned=owned), state.memory[name][0])[0],)
         closed = []
         for place, (module, part) in enumerate(zip(modules, state.memory[name], strict=True)):
-            streams, layer = (hidden[:, place], output[:, place]), self.layers[self.memory_layers[place]]
+            streams, layer = (hidden[:, place], output[:, place]), self.writer(self.memory_layers[place])
             segment = views.segment_of(self, module, local, grid, *cells, *streams, layer)
             closed.append(module.write(segment._replace(owned=owned), part)[0])
         return tuple(closed)

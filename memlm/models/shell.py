@@ -21,15 +21,19 @@ class Told(NamedTuple):
 
     def of(self, n_row: int, pick: Callable[[Tensor], Tensor]) -> Told:
         """The same for some rows: ``pick`` is applied to all tensors of ``n_row`` rows."""
+        return self.map(lambda value: pick(value) if value.dim() and len(value) == n_row else value)
 
-        def picked(value: Any) -> Any:
+    def map(self, function: Callable[[Tensor], Tensor]) -> Told:
+        """The same with ``function(tensor)`` in place of every tensor."""
+
+        def mapped(value: Any) -> Any:
             if isinstance(value, Tensor):
-                return pick(value) if value.dim() and len(value) == n_row else value
+                return function(value)
             if isinstance(value, tuple | list):
-                return type(value)(picked(part) for part in value)
+                return type(value)(mapped(part) for part in value)
             return value
 
-        return Told(picked(self.args), {name: picked(value) for name, value in self.kwargs.items()})
+        return Told(mapped(self.args), {name: mapped(value) for name, value in self.kwargs.items()})
 
 
 class _Note(nn.Module):

@@ -20,7 +20,7 @@ class LocalState(NamedTuple):
 
     Attributes:
         cache: By layer, what it has to know of the segment before and of the open one: see `SegmentLayer`. None for
-            layers that `SegmentModel.absorb` left out.
+            layers that `SegmentModel.absorb` left out. Those of `Stack.below` come last.
         streams: The stream in the open segment and in the tokens before it that writes need, (B, n, C + T, D), at each
             place that some memory writes from: ``input`` before the mixers of the n layers with memory, ``mixed``
             behind them, ``output`` behind these layers, ``top`` behind the whole stack (n is 1).

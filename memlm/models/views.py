@@ -1,6 +1,6 @@
 """What a memory sees of a grid.
 
-Shapes: B rows, C lookback, L cells of a stream, D model width.
+Shapes: B rows, S segments, C lookback, L cells of a stream, D model width.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from memlm.memory.contract import Memory, Segment
+from memlm.memory.state import State
 from memlm.models.grid import Grid
 from memlm.models.mixers import SegmentLayer, heads_of
 from memlm.models.stack import Stack
@@ -20,6 +21,32 @@ from memlm.models.state import LocalState
 def stream_of(module: Memory) -> str:
     """Which stream is `Segment.hidden` of a memory in a layer."""
     return "mixed" if module.reads_beside else "input"
+
+
+def holding(model: Stack, module: Memory, state: State, grid: Grid, write: bool) -> Tensor | None:
+    """Which segments of a grid find a memory that holds anything, (B, S); None if all do, or it is all the same.
+
+    Args:
+        model: The model, which says whether it matters: see `Stack.bare_when_empty`.
+        module: The memory.
+        state: Its state before the grid.
+        grid: The grid.
+        write: Whether its segments are written.
+    """
+    if not model.bare_when_empty or module.within:
+        return None
+    flags, resets = grid.flags, None if module.scope == "shared" else grid.flags.reset
+    n_row, n_segment = flags.complete.shape
+    now = module.holds(state).expand(n_row)
+    first = now if resets is None else module.holds(module.bank.first(n_row))
+    written = flags.complete & grid.valid.any(dim=2) & write
+    found = []
+    for s in range(n_segment):
+        now = now if resets is None else torch.where(resets[:, s], first, now)
+        found.append(now)
+        now = now | written[:, s]
+    held = torch.stack(found, dim=1)
+    return None if bool(held.all()) else held
 
 
 def segment_of(

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.linalg import vector_norm
 
-from memlm.tensors import rows_of
+from memlm.tensors import rows_of, widened
 
 _LEAST, _FEW = 4096, 64  # slots, and queries of a row, from which it is worth it; a bank that is ready serves fewer
 _MORE = 3  # candidates for each slot that is asked for
@@ -57,18 +57,21 @@ class Coarse(NamedTuple):
         return Coarse(*(part[rows] for part in self[:5]), *(part[rows, segments] for part in self[5:]))
 
 
-def pays(query: Tensor, threshold: float, k: int, key: Tensor, ready: bool) -> bool:
+def pays(query: Tensor | None, threshold: float, k: int, key: Tensor, ready: bool) -> bool:
     """Whether to search so: queries (B, N, d) for ``k`` slots with ``key`` (B, M, d); ``ready`` if there is a `Coarse`.
+
+    Without queries, whether that may pay once there are some.
 
     Only processors that multiply whole numbers of 8 bits as they are gain by it.
     """
     return (
         key.is_cpu
         and key.shape[1] >= max(_LEAST, _MORE * k)
-        and (ready or query.shape[1] >= _FEW)
+        and (query is None or ready or query.shape[1] >= _FEW)
         and threshold <= -1
         and _MORE * k < _WIDE // _SIZE
-        and query.dtype == key.dtype == torch.float32
+        and (query is None or query.dtype == torch.float32)
+        and key.dtype in (torch.float32, torch.bfloat16)
         and torch.cpu._is_vnni_supported()
         and not torch.compiler.is_compiling()
     )
@@ -85,10 +88,11 @@ def coarse(key: Tensor, hidden: Tensor, temperature: Tensor) -> Coarse | None:
     """
     if key.stride(0) == 0:
         key = key[:1]
-    step, longest = key.new_empty(2, len(key))
+    step, longest = torch.empty(2, len(key))
     rounded = torch.empty(key.shape, dtype=torch.int8)
-    buffer = torch.empty_like(key[0], memory_format=torch.contiguous_format)
+    buffer = torch.empty(key.shape[1:])
     for row, part in enumerate(key):  # one at a time, so that it stays in a cache
+        part = part if part.dtype == buffer.dtype else buffer.copy_(part)
         least, most = part.aminmax()
         step[row] = torch.maximum(-least, most).clamp(min=1e-6) / 127
         longest[row] = part.norm(dim=1).max()
@@ -209,7 +213,7 @@ def _in_order(n_query: int, n_each: int) -> tuple[Tensor, Tensor]:
 def _products(query: Tensor, table: Tensor, row: Tensor, asked: Tensor, start: Tensor) -> Tensor:
     """Products (P,) of rows of a ``table`` (n, d) and the queries (Q, d) that ``asked``.
 
-    Without a copy of the rows: so are gradients of a sum of rows by their weights made.
+    Without a copy of the rows, unless the table is of 16 bits: so are gradients of a sum of rows by their weights made.
 
     Args:
         query: Queries.
@@ -218,5 +222,6 @@ def _products(query: Tensor, table: Tensor, row: Tensor, asked: Tensor, start: T
         asked: The query of each, (P,).
         start: Where the rows of each query begin, (Q,).
     """
+    table, row = widened(table, row, query)
     products: Any = torch.ops.aten._embedding_bag_per_sample_weights_backward
     return products(query, table, row, start, asked, 0)

@@ -4,7 +4,8 @@ Slots come from two pools: a bank that was there before the window, in which eac
 written inside the window, which are few and searched densely so that gradients reach their keys and values cheaply.
 The scores of a bank exist for a few segments of a few rows at a time: on a CPU one, so that they stay in its cache, on
 a GPU as many as keep it busy; of a very large bank for a few tokens. A bank that needs no gradient (what earlier
-windows wrote) is read without a copy of what was found. On a GPU with Triton a kernel searches without writing scores
+windows wrote) is read without a copy of what was found. Keys and values may be of 16 bits; they are made 32 bits wide a
+part at a time, and all sums are of 32. On a GPU with Triton a kernel searches without writing scores
 (`memlm.retrieval.slot_kernel`); `search` is its reference.
 
 Shapes: B rows, S segments, N = S * T queries, M slots of a bank, P slots of a window, k slots read.
@@ -23,11 +24,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from memlm.retrieval import coarse
-from memlm.tensors import rows_of
+from memlm.tensors import rows_of, widened
 
 _ON_CPU, _ON_GPU = 2**20, 2**28  # scores that exist at a time, at most, where a segment of a row has fewer
 _MOST = 2**27  # scores that exist at a time, at most, where a token of a row has fewer
 _FEW = 2**15  # scores that are ranked as they are
+_WIDE, _WIDE_ON_GPU = 2**13, 2**18  # keys of 16 bits that are made wider at a time
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 _KERNEL_SLOTS, _KERNEL_WIDTH = 64, 256  # slots that a query reads and width of its key, at most: both lie in registers
 _GROUP, _GROUP_ON_GPU = 4, 32  # scores whose maximum is ranked before they are; a GPU wants few, large steps
@@ -37,8 +39,8 @@ class Pool(NamedTuple):
     """Slots that can be read.
 
     Attributes:
-        key: Unit keys, (B, M, d_key), or (1, M, d_key) for all rows.
-        value: Values, (B, M, d_value) or (1, M, d_value).
+        key: Unit keys, (B, M, d_key), or (1, M, d_key) for all rows; of 32 bits, or of 16.
+        value: Values, (B, M, d_value) or (1, M, d_value), likewise.
         bias: Added to the score, (B, M) or (1, M).
         visible: Which slots segment s may read, (B, S, M), or (1, S, M).
         time: When each was written, larger is later, (B, M) or (1, M); None if nobody asks.
@@ -221,16 +223,26 @@ def search(query: Tensor, temperature: Tensor, threshold: float, k: int, bank: P
         if rounded is not None:
             best[here], index[here] = _surely(part, k, keys[here[0]], rounded.of(*here[:2]), score)
             continue
-        if score.shape[1] == 1:  # of a row one token: the same product, with the bank read in the order it lies in
-            torch.bmm(keys[here[0]], part.flatten(1, 2).transpose(1, 2), out=score.transpose(1, 2))
-        else:
-            torch.bmm(part.flatten(1, 2), keys[here[0]].transpose(1, 2), out=score)
+        _products(part.flatten(1, 2), keys[here[0]], score)
         score = score.unflatten(1, (-1, part.shape[2]))
         if threshold > -1:
             score.masked_fill_(score < threshold * temperature, -torch.inf)
         score.add_(hidden[here[:2]][:, :, None])
         best[here], index[here] = top(score, k)
     return best.flatten(1, 2), index.flatten(1, 2)
+
+
+def _products(query: Tensor, key: Tensor, out: Tensor) -> None:
+    """Products of queries (b, q, d) and keys (b, M, d), put into ``out`` (b, q, M)."""
+    if key.dtype != query.dtype:
+        n_key = max(1, (_WIDE_ON_GPU if key.is_cuda else _WIDE) // len(key))
+        for keys, part in zip(key.split(n_key, dim=1), out.split(n_key, dim=2), strict=True):
+            wide = keys[:1].to(query.dtype).expand_as(keys) if keys.stride(0) == 0 else keys.to(query.dtype)
+            part.copy_(query @ wide.mT)
+    elif query.shape[1] == 1:  # of a row one token: the same product, with the bank read in the order it lies in
+        torch.bmm(key, query.transpose(1, 2), out=out.transpose(1, 2))
+    else:
+        torch.bmm(query, key.transpose(1, 2), out=out)
 
 
 def hidden_by(bank: Pool) -> Tensor:
@@ -245,7 +257,13 @@ def _surely(query: Tensor, k: int, key: Tensor, slots: coarse.Coarse, room: Tens
         for row, segment in (~sure).any(dim=2).nonzero().tolist():
             token = (~sure[row, segment]).nonzero()[:, 0]
             asked, bias = query[row, segment, token], slots.hidden[row, segment]
-            found = top(torch.addmm(bias, asked, key[row].T), k)[1]
+            if key.dtype == asked.dtype:
+                score = torch.addmm(bias, asked, key[row].T)
+            else:
+                score = asked.new_empty(1, len(asked), len(bias))
+                _products(asked[None], key[row : row + 1], score)
+                score = score[0] + bias
+            found = top(score, k)[1]
             exactly = coarse.rescored(asked[None, None], key[row : row + 1], bias[None, None], found[None, None])
             best[row, segment, token], index[row, segment, token] = exactly[0, 0], found
     return best, index
@@ -352,16 +370,16 @@ def _flat(table: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
 def _rows(table: Tensor, index: Tensor) -> Tensor:
     """``table`` (B, M, d) or (1, M, d) at ``index`` (B, N, k): (B, N, k, d).
 
-    An embedding look-up: its backward pass is deterministic, unlike that of indexing.
+    An embedding look-up: its backward pass is deterministic, unlike that of indexing. In 32 bits, gradients too.
     """
     flat, index = _flat(table, index)
-    return F.embedding(index, flat)
+    return F.embedding(index, flat.to(torch.promote_types(flat.dtype, torch.float32)))
 
 
 def weighted_sum(weight: Tensor, table: Tensor, index: Tensor) -> Tensor:
     """Sum of the rows ``index`` (B, N, k) of ``table`` (B, M, d), or (1, M, d), by ``weight`` (B, N, k): (B, N, d)."""
     if table.requires_grad:
         return (weight[..., None, :] @ _rows(table, index))[..., 0, :]
-    flat, index = _flat(table, index)
+    flat, index = widened(*_flat(table, index), weight)
     bags = F.embedding_bag(index.flatten(0, 1), flat, mode="sum", per_sample_weights=weight.flatten(0, 1))
     return bags.unflatten(0, index.shape[:2])

@@ -151,8 +151,8 @@ class _ListFollower(Follower):
 class InvertedIndex(Index):
     """Slots in the lists near a query are scored. Arguments are those of `memlm.retrieval.inverted.InvertedFile`."""
 
-    def __init__(self, n_slot: int, d_key: int, n_list: int | None, n_probe: int | None) -> None:
-        self.file = InvertedFile(n_slot, d_key, n_list, n_probe)
+    def __init__(self, n_slot: int, d_key: int, n_list: int | None, n_probe: int | None, dtype: torch.dtype) -> None:
+        self.file = InvertedFile(n_slot, d_key, n_list, n_probe, dtype)
         super().__init__(self.file.n_scored)
 
     def empty(self, n_row: int, device: torch.device) -> Lists | None:
@@ -250,11 +250,13 @@ class InvertedIndex(Index):
         return None if lists is None or not assigned(lists) else self.file.reach(lists, query, list_of)
 
 
-def make_index(kind: Kind, n_slot: int, d_key: int, n_list: int | None, n_probe: int | None) -> Index:
-    """The index of a bank of ``n_slot`` slots.
+def make_index(
+    kind: Kind, n_slot: int, d_key: int, n_list: int | None, n_probe: int | None, dtype: torch.dtype = torch.float32
+) -> Index:
+    """The index of a bank of ``n_slot`` slots whose keys are of type ``dtype``.
 
     Raises:
         ValueError: If lists of such numbers cannot be; the message names the setting.
     """
-    inverted = InvertedIndex(n_slot, d_key, n_list, n_probe)
+    inverted = InvertedIndex(n_slot, d_key, n_list, n_probe, dtype)
     return inverted if kind == "inverted" else Index(n_slot)

@@ -48,6 +48,7 @@ class InvertedFile:
         d_key: Width of keys.
         n_list: Lists of a full row; None for four times the square root of ``n_slot``. Fewer slots have fewer.
         n_probe: Lists that a query searches; None for 48.
+        dtype: Type of keys. Centroids have 32 bits.
 
     Attributes:
         n_cell: Room of a list.
@@ -58,13 +59,20 @@ class InvertedFile:
         ValueError: If a setting cannot work; the message names it.
     """
 
-    def __init__(self, n_slot: int, d_key: int, n_list: int | None = None, n_probe: int | None = None) -> None:
+    def __init__(
+        self,
+        n_slot: int,
+        d_key: int,
+        n_list: int | None = None,
+        n_probe: int | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
         for name, number in {"n_list": n_list, "n_probe": n_probe}.items():
             if number is not None and number < 1:
                 raise ValueError(f"{name} must be at least 1, or null for a number that fits n_slot, got {number}")
         if n_list is not None and n_list > n_slot:
             raise ValueError(f"n_list must be at most n_slot ({n_slot}), got {n_list}")
-        self.n_slot, self.d_key = n_slot, d_key
+        self.n_slot, self.d_key, self.dtype = n_slot, d_key, dtype
         self.n_list = math.ceil(4 * math.sqrt(n_slot)) if n_list is None else n_list
         self.n_list = min(self.n_list, n_slot)
         self.n_cell = GROUP * math.ceil(_ROOM * n_slot / self.n_list / GROUP)
@@ -83,7 +91,7 @@ class InvertedFile:
         return Lists(
             centroid=full(self.n_list, self.d_key, dtype=torch.float32),
             slot=full(n_cell, value=-1, dtype=torch.int32),
-            key=full(n_cell, self.d_key, dtype=torch.float32),
+            key=full(n_cell, self.d_key, dtype=self.dtype),
             place=full(self.n_slot, value=-1, dtype=torch.int32),
             n_held=full(self.n_list),
             extent=full(self.n_list),
@@ -140,6 +148,7 @@ class InvertedFile:
         if cells is not None:
             slot = lists.slot.gather(1, cells)
             mine = take(key.detach(), slot.clamp(min=0).long()) * (slot >= 0)[..., None]
+            mine = mine.to(lists.key.dtype)
             cell = cells + lists.slot.shape[1] * torch.arange(len(cells), device=cells.device)[:, None]
             lists.key.view(-1, self.d_key).index_copy_(0, cell.flatten(), mine.flatten(0, 1))
 
@@ -182,7 +191,8 @@ class InvertedFile:
         room = torch.where(number < lists.n_list[:, None], self.n_cell - lists.n_held[:, :n_list], 0)  # (B, l)
         if into is None:
             full = torch.where(room > 0, 0.0, -torch.inf)[:, None]
-            into = torch.baddbmm(full, key, lists.centroid[:, :n_list].transpose(1, 2)).argmax(dim=2)  # (B, K)
+            centroid = lists.centroid[:, :n_list]
+            into = torch.baddbmm(full, key.to(centroid.dtype), centroid.transpose(1, 2)).argmax(dim=2)  # (B, K)
         rank = _rank(torch.where(chosen, into, n_list))
         placed = chosen & (rank < room.gather(1, into))
         if anywhere:
@@ -259,7 +269,7 @@ class InvertedFile:
         lists.centroid.zero_()
         if n_used:
             sample = key[slot[:: max(1, n_used // (_SAMPLE * n_list))]]
-            lists.centroid[0, :n_list] = centroids(sample, n_list)
+            lists.centroid[0, :n_list] = centroids(sample.to(lists.centroid.dtype), n_list)
         n_cell = self.n_cell * max(n_list, int(lists.known_n_list.tensor))  # all others are empty
         for part, value in (
             (lists.slot[:, :n_cell], -1),
@@ -298,11 +308,12 @@ class InvertedFile:
         keys = lists.key[0, :-1].view(self.n_list, self.n_cell, self.d_key)
         emptied = torch.cat([parted, spare])
         before, centroid = lists.centroid[0, emptied], lists.centroid[0, : n_list + n_new]
-        centre = torch.cat([halves(keys[some], cells[some] >= 0) for some in parted.split(_AT_ONCE)])
+        wide = centroid.dtype
+        centre = torch.cat([halves(keys[some].to(wide), cells[some] >= 0) for some in parted.split(_AT_ONCE)])
         centroid[parted], centroid[number] = centre.unbind(dim=1)
         near = (before @ centroid.T).topk(min(_NEAR, len(centroid)), dim=1).indices  # (l, n)
         best = [
-            (keys[some] @ centroid[mine].mT).argmax(dim=2)  # (l, C)
+            (keys[some].to(wide) @ centroid[mine].mT).argmax(dim=2)  # (l, C)
             for some, mine in zip(emptied.split(_AT_ONCE), near.split(_AT_ONCE), strict=True)
         ]
         slot, into = cells[emptied].flatten(), near.gather(1, torch.cat(best)).flatten()

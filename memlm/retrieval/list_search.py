@@ -108,7 +108,7 @@ def _by_list(
     scaled, least = query * temperature, threshold * temperature
     flat = near.flatten()
     if query.is_cuda:
-        score = (keys[searched[near]] @ scaled[:, None, :, None])[..., 0].flatten(0, 1)
+        score = (keys[searched[near]].to(scaled.dtype) @ scaled[:, None, :, None])[..., 0].flatten(0, 1)
         if threshold > -1:
             score.masked_fill_(score < least, -torch.inf)
         return score.add_(bias[flat]), torch.arange(len(flat), device=flat.device).view_as(near)
@@ -120,7 +120,7 @@ def _by_list(
     for row, (number, size, end) in enumerate(zip(searched.tolist(), sizes.tolist(), extent.tolist(), strict=True)):
         if size and end:
             part = score[start : start + size, :end]
-            torch.mm(scaled[start : start + size], keys[number, :end].T, out=part)
+            torch.mm(scaled[start : start + size], keys[number, :end].to(scaled.dtype).T, out=part)
             if threshold > -1:
                 part.masked_fill_(part < least, -torch.inf)
             part.add_(bias[row, :end])

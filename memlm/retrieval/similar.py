@@ -48,7 +48,10 @@ def joins(
     index = cuts.part()  # (B, P)
     priority, used = priority.gather(1, index), used.gather(1, index)
     rank = priority.argsort(dim=1, descending=True, stable=True).argsort(dim=1)  # 0 is the most important
-    key, value = take(key, index), F.normalize(take(value, index), dim=-1)
+    wide = cuts.projection.dtype
+    rounded = key.dtype != wide  # a unit key whose numbers were rounded is none
+    key, value = (take(part, index).to(wide) for part in (key, value))
+    key, value = F.normalize(key, dim=-1) if rounded else key, F.normalize(value, dim=-1)
     itself = torch.arange(index.shape[1], device=index.device).expand_as(index)
     best = rank.masked_fill(~used, 0)  # rank of the slot that each would join: its own for none
     for places in cuts.blocks(index):  # (B, n_block, size)
@@ -86,8 +89,11 @@ class _Cuts:
         self.n_level = 0 if n <= _EXACT else int(math.log2(n_part / _BLOCK))
         generator = torch.Generator().manual_seed(self.round)  # on the CPU: the same directions on every device
         n_direction = self.n_halving + _TREES * self.n_level
-        direction = torch.randn(key.shape[2], n_direction, generator=generator).to(key)
-        self.projection = (key @ direction).movedim(2, 0)  # (n_direction, B, n)
+        wide = torch.promote_types(key.dtype, torch.float32)
+        direction = torch.randn(key.shape[2], n_direction, generator=generator).to(key.device, wide)
+        parts = [key] if key.dtype == wide else key.split(_PART, dim=1)
+        projected = torch.cat([part.to(wide) @ direction for part in parts], dim=1)
+        self.projection = projected.movedim(2, 0)  # (n_direction, B, n)
 
     def part(self) -> Tensor:
         """Slots that this turn looks at, in order, (B, P)."""

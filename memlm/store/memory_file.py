@@ -31,7 +31,10 @@ log = logging.getLogger(__name__)
 FORMAT = "memlm.memory.2"
 """Changes when old files can no longer be read."""
 
-_TYPES = {torch.float32: "F32", torch.int64: "I64", torch.int32: "I32", torch.bool: "BOOL", torch.uint8: "U8"}
+_TYPES = {
+    torch.float32: "F32", torch.bfloat16: "BF16", torch.int64: "I64", torch.int32: "I32", torch.bool: "BOOL",
+    torch.uint8: "U8",
+}  # fmt: skip
 
 
 class MemoryFile(NamedTuple):

@@ -42,6 +42,10 @@ def test_searches_are_measured_side_by_side() -> None:
                     assert result.metrics[f"{here}/recall"] == 1
     assert "no checkpoint was given" in text
     assert result.metrics["random/200/exact/vs_faiss_flat"] > 0
+    quoted = '"exact","exact bf16","inverted bf16"'
+    rounded = benchmark.run(config(f"candidates=[{quoted}]", "n_probe=8", "top_k=16", "d_key=32"))[0].metrics
+    for name in ("exact bf16", "inverted bf16"):  # rounded keys part few of the best from the rest
+        assert 0.8 < rounded[f"random/400/{name}/recall"] < 1
     few = benchmark.run(config("n_probe=1", "keys=[random]"))[0].metrics
     assert few["random/400/inverted/recall"] < 0.9
 

@@ -35,6 +35,18 @@ def test_writes_are_measured_in_turn_and_what_they_wrote_is_counted() -> None:
         benchmark.run(to_dict(compose([*SETTINGS, "n_token=16"], "benchmark")))
 
 
+def test_another_memory_is_measured_by_what_changes_in_it() -> None:
+    settings = ["memory_name=camelot", "whats=[absorb]", "indices=[exact]"]
+    result, text = benchmark.run(to_dict(compose([*SETTINGS, *settings], "benchmark")))
+    assert len(result.rows) == 2 * 2 * 2  # sizes, ways, rounds
+    assert all(0 < row["slots_written"] <= row["slots"] for row in result.rows)
+    assert "into camelot" in text
+    with pytest.raises(RuntimeError, match="absorb copied 64 slots that were given away"):
+        benchmark.run(to_dict(compose([*SETTINGS, "memory_name=imm", *settings[1:]], "benchmark")))
+    with pytest.raises(ConfigError, match="stores no texts"):
+        benchmark.run(to_dict(compose([*SETTINGS, "memory_name=camelot"], "benchmark")))
+
+
 def test_a_copy_of_what_is_given_away_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     def copying(memory: Any, state: Any, given: bool, own: Any = ltm_write.own) -> Any:
         return own(memory, state, False)

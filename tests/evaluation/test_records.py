@@ -144,6 +144,19 @@ def test_any_experiment_is_shown_by_its_headline_and_controls(found: list[Any], 
     assert second.startswith("| `none-512` | 3 | 0.0 %")
 
 
+def test_a_headline_that_says_where_it_stands_has_several_lines(found: list[Any], tmp_path: Path) -> None:
+    told = loss(0.4)
+    for number, cell in zip(told.metadata["headline"], (["memory", "at 1"], ["another's", "at 5"]), strict=True):
+        number["cell"] = cell
+    found.append(run(tmp_path, "ltm", 3, told))
+    path = page("worth")
+    results.main(["worth", "anywhere", "--commit", "abc"])
+    head, _, *lines = rows(path)
+    assert head == "| run | seed |  | at 1 | at 5 | n | commit |"
+    assert lines[0] == "| `ltm` | 3 | memory | 40.0 % (30.0 to inf) | - | 12 | abc |"
+    assert lines[1] == "| `ltm` | 3 | another's | - | 1.0 % | 12 | abc |"
+
+
 def test_a_page_that_differs_is_told_and_not_written(found: list[Any], tmp_path: Path) -> None:
     found.append(run(tmp_path, "ltm", 0, loss(0.4)))
     path = page("worth")

@@ -210,6 +210,7 @@ def test_every_experiment_has_its_headline_in_the_summary():
         ([entry("found", "hitt"), entry("off", "hit", control=True)], "names the metric 'hitt', which it lacks"),
         ([entry("found", "hit", low="bottom")], "names the metric 'bottom', which it lacks"),
         ([entry("found", "hit", better="more")], "calls 'more' better"),
+        ([entry("found", "hit") | {"cell": "at 10"}], "has the cell 'at 10'; expected a line and a column"),
         ([{"label": "found", "metric": "hit"}], "expected keys label, metric"),
     ],
 )

@@ -1,9 +1,12 @@
 """LoCoMo by evidence, on a made-up file and a model that reads, by hand, the tokens that a question repeats."""
 
 import json
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -11,6 +14,7 @@ from experiments import locomo
 from experiments.locomo import Locomo, read_conversations
 from memlm.config import ConfigError
 from memlm.data.tokenizer import train_tokenizer
+from memlm.evaluation.headline import headline
 from memlm.memory.contract import Sizes
 from memlm.memory.knn import KnnMemory
 from tests.store.test_conversation import reader
@@ -72,6 +76,29 @@ def test_turns_are_ranked_by_what_is_read_of_them(model: Any, tmp_path: Path) ->
     assert all(torch.equal(part, before[name]) for name, part in model.state_dict().items())
 
 
+def test_static_embeddings_rank_turns_beside(model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cfg = Locomo(str(made_up(tmp_path / "made-up.json")), embeddings="wordllama")
+    monkeypatch.setitem(sys.modules, "wordllama", None)
+    with pytest.raises(ConfigError, match=r"locomo\.embeddings=wordllama needs that package: pip install wordllama"):
+        locomo.run(model, None, cfg)  # type: ignore[arg-type]
+
+    def embed(texts: list[str], norm: bool) -> Any:
+        """Which of some letters are in a text."""
+        there = np.array([[letter in text for letter in "cefgy"] for text in texts], dtype=np.float32)
+        return there / np.maximum(np.linalg.norm(there, axis=1, keepdims=True), 1)
+
+    package = SimpleNamespace(WordLlama=SimpleNamespace(load=lambda disable_download: SimpleNamespace(embed=embed)))
+    monkeypatch.setitem(sys.modules, "wordllama", package)
+    result = locomo.run(model, None, cfg)  # type: ignore[arg-type]
+    rows = {row["question"]: row for row in result.rows if row["condition"] == "static"}
+    assert rows[0]["recall@1"] == 1  # "ce di" and "ba ce di fo."
+    assert rows[1]["recall@1"] == 0.5  # "byte mo lo" and "bad byte mo."
+    assert result.metrics["recall@1/static"] == pytest.approx((1 + 0.5 + rows[2]["recall@1"]) / 3)
+    shown = [(number.cell, number.control) for number in headline(result)]
+    assert (("static embeddings", "among 10, one turn"), True) in shown
+    assert set(locomo.plot(result)) == {"locomo"}
+
+
 def test_what_was_stored_before_plays_no_part(model: Any, tmp_path: Path) -> None:
     cfg = Locomo(str(made_up(tmp_path / "made-up.json")))
     expected = locomo.run(model, None, cfg)  # type: ignore[arg-type]
@@ -104,3 +131,5 @@ def test_bad_input_is_refused(model: Any, tmp_path: Path) -> None:
         locomo.run(plain, None, Locomo(str(made_up(tmp_path / "made-up.json"))))  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match=r"locomo\.n_question must be at least 2"):
         Locomo(n_question=1)
+    with pytest.raises(ConfigError, match="embeddings must be wordllama"):
+        Locomo(embeddings="bert")  # type: ignore[arg-type]

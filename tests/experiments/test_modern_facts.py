@@ -23,6 +23,7 @@ from memlm.data.tokens import TokenizedCorpus
 from memlm.evaluation.result import Result
 from memlm.evaluation.share import ALONE, Share
 from memlm.memory.delta import DeltaMemory
+from memlm.memory.knn import KnnMemory
 from memlm.memory.ltm import LongTermMemory
 from memlm.memory.slots import Slots
 from memlm.memory.stm import ShortTermMemory
@@ -352,7 +353,7 @@ def test_rates_by_hand():
 # --- real models ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("memory", ["none", "ltm", "stm", "apart", "delta"])
+@pytest.mark.parametrize("memory", ["none", "ltm", "stm", "apart", "delta", "knn"])
 def test_any_memory_runs_and_the_model_is_left_as_it_was(data, memory, monkeypatch):
     class Apart(ShortTermMemory):
         """One state for all layers."""
@@ -368,6 +369,8 @@ def test_any_memory_runs_and_the_model_is_left_as_it_was(data, memory, monkeypat
         "stm": {"stm": lambda d: ShortTermMemory(d, n_slot=4, n_head=2)},
         "apart": {"apart": lambda d: Apart(d, n_slot=4, n_head=2)},
         "delta": {"delta": lambda d: DeltaMemory(d, d_key=4, d_value=4)},
+        # in the softmax of attention, so that it does not tell what it reads
+        "knn": {"knn": lambda d, sizes: KnnMemory(d, sizes, n_token=32, top_k=4, norm_keys=False, gate=None)},
     }[memory]  # fmt: skip
     rows = file_rows()[:8]
     for module in (modern_facts.facts, experiment):
@@ -401,7 +404,7 @@ def test_any_memory_runs_and_the_model_is_left_as_it_was(data, memory, monkeypat
         assert states[:2] == after[:2]
     else:
         assert rates(result)["on"] == rates(result)["off"]
-    slots = memory not in ("none", "delta")
+    slots = memory not in ("none", "delta", "knn")  # and tells what is read of them
     assert {point["model"] for point in result.metadata["similarity"]} == ({"trained", "untrained"} if slots else set())
     figures = plot(result)
     assert set(figures) == ({"recall", "similarity"} if slots else {"recall"})

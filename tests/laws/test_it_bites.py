@@ -641,13 +641,13 @@ def test_a_memory_that_forgets_by_halves_is_caught(
 def duplicates(memory: AdaptiveMemory, state: AdaptiveState, items: AdaptiveState) -> Tensor:
     """What repeats is stored again, where it should be reinforced."""
     n, n_item = state.strength.shape[1], items.strength.shape[1]
-    return torch.eye(n + n_item)[n:].expand(len(items.strength), -1, -1)
+    return (n + torch.arange(n_item)).expand(len(items.strength), -1)
 
 
 SETTLE = strengths.settle
 
 
-def never_fades(memory: AdaptiveMemory, state: AdaptiveState, items: AdaptiveState) -> tuple[AdaptiveState, Tensor]:
+def never_fades(memory: AdaptiveMemory, state: AdaptiveState, items: AdaptiveState) -> strengths.Settled:
     """Long-term slots do not decay."""
     long = torch.arange(state.strength.shape[1]) >= memory.n_short
     return SETTLE(memory, state._replace(strength=state.strength / torch.where(long, memory.decay, 1.0)), items)

@@ -262,3 +262,33 @@ def test_laws_hold_for_every_kind_of_implicit_memory(law: Callable[[laws.Make], 
 def test_laws_hold_where_the_gradient_of_reads_teaches_the_controller(law: Callable[[laws.Make], None]) -> None:
     make = make_of("adaptive")
     law(lambda memory=None, **settings: make(memory={"controller": "straight_through"} | (memory or {}), **settings))
+
+
+# Half as large, and each law as before, up to what rounding does.
+ROUNDED = {"bank_dtype": "bfloat16"}
+
+
+@pytest.mark.parametrize(
+    ("law", "scope"),
+    [
+        *(pytest.param(law, "sequence", marks=pytest.mark.slow) for law in LAWS),
+        *(pytest.param(law, "shared", marks=pytest.mark.slow) for law in (laws.causal, laws.pure, laws.inspectable)),
+        (laws.chunk_invariant, "shared"), (laws.round_trip, "shared"), (laws.given_away, "sequence"),
+        (laws.given_away, "shared"), (laws.bounded, "sequence"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("index", [{}, INVERTED], ids=["exact", "inverted"])
+def test_laws_hold_where_a_bank_is_of_16_bits(law: Callable[..., None], scope: str, index: dict[str, Any]) -> None:
+    made = make_of("ltm")
+
+    def make(memory: Any = None, **settings: Any) -> Any:
+        return made(memory=ROUNDED | index | (memory or {}), **settings)
+
+    with laws.rounding(make):
+        law(make, **({} if scope == "sequence" else {"scope": scope}))
+
+
+@pytest.mark.parametrize("index", [{}, {"index": "inverted", "n_slot": 24, "n_list": 12, "n_probe": 12}])
+def test_12_forgets_in_a_bank_of_16_bits(index: dict[str, Any]) -> None:
+    with laws.rounding(lambda: make_of("ltm")(memory=ROUNDED)):
+        laws.forgets(make_of("ltm"), ROUNDED | index)

@@ -85,8 +85,8 @@ def test_what_moved_is_counted() -> None:
     for s in range(25):
         offered = torch.randint(14, (1, 4), generator=draw).tolist()
         items = offer(offered, torch.rand(1, 4, generator=draw).clamp(min=0.1).tolist(), first=4 * s, noise=0.02)
-        everything, source = strengths.settle(memory, state, items)
-        counts = memory._moved(state, everything, source, rows)
+        settled = strengths.settle(memory, state, items)
+        counts = memory._moved(state, settled, rows)
         old, new = kinds(state), kinds(memory.store(state, items, rows))
         expected = {
             "promoted": sum(not old[kind][1] and new[kind][1] for kind in old.keys() & new.keys()),
@@ -97,7 +97,7 @@ def test_what_moved_is_counted() -> None:
         state = memory.store(state, items, rows)
         total = {name: total[name] + count for name, count in expected.items()}
     assert min(total.values()) > 3, total
-    nothing = memory._moved(state, everything, source, ~rows)
+    nothing = memory._moved(state, settled, ~rows)
     assert not any(float(count) for count in nothing.values())
 
 

@@ -266,7 +266,7 @@ def test_a_chunk_is_the_loop_of_flash_linear_attention(
 
 def memory_of(dtype: torch.dtype = torch.float32, **settings: Any) -> DeltaMemory:
     torch.manual_seed(0)
-    memory = DeltaMemory(D, **({"n_head": 3, "d_key": 5, "d_value": 4} | settings))
+    memory = DeltaMemory(D, **({"n_head": 3, "d_key": 5, "d_value": 4, "conv": 1} | settings))
     with torch.no_grad():
         for parameter in memory.parameters():
             parameter.add_(0.1 * torch.randn(parameter.shape))
@@ -444,15 +444,15 @@ def test_the_matrix_is_worked_out_in_full_precision_under_autocast() -> None:
 
 
 def test_what_it_costs() -> None:
-    memory = DeltaMemory(D, n_head=3, d_key=5, d_value=4)
+    memory = DeltaMemory(D, n_head=3, d_key=5, d_value=4, conv=1)
     assert n_byte(memory.init_state(2)) == 2 * 3 * 5 * 4 * 4
     maps = 2 * sum(parameter.numel() for parameter in memory.parameters())
     # per head: read, read under the key and write of the matrix; keys with keys, an inverse, and its use
     assert memory.flops_per_token() == maps + 2 * 3 * (3 * 5 * 4 + 32 * (5 + 4 + 32 // 3))
-    linear = DeltaMemory(D, n_head=3, d_key=5, d_value=4, rule="linear", within=True)
+    linear = DeltaMemory(D, n_head=3, d_key=5, d_value=4, conv=1, rule="linear", within=True)
     maps = 2 * sum(parameter.numel() for parameter in linear.parameters())
     assert linear.flops_per_token() == maps + 2 * 3 * (2 * 5 * 4 + 32 * (5 + 4))
-    rwkv7 = DeltaMemory(D, n_head=3, d_key=5, d_value=4, **RWKV7)
+    rwkv7 = DeltaMemory(D, n_head=3, d_key=5, d_value=4, conv=1, **RWKV7)
     maps = 2 * sum(parameter.numel() for parameter in rwkv7.parameters())
     assert rwkv7.flops_per_token() == maps + 2 * 3 * 2 * (3 * 5 * 4 + 32 * (5 + 4 + 32 // 3))  # each token is two
 

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from memlm.memory import ltm_write
 from memlm.memory.contract import Flags, Segment
 from memlm.memory.ltm import LongTermMemory, LongTermState
-from memlm.memory.state import map_tensors, named_tensors, tensors
+from memlm.memory.state import map_tensors, n_byte, named_tensors, tensors
 from memlm.models.lmcode import LMCode
 from memlm.models.state import ModelState
 from memlm.retrieval import coarse, similar
@@ -751,6 +751,51 @@ def test_a_shared_bank_outlives_documents() -> None:
     assert first <= set(state.memory["ltm"][0].position[0].tolist())
 
 
+# --- a bank of 16 bits -----------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("index", ["exact", "inverted"])
+def test_a_bank_of_16_bits_holds_the_same_slots_rounded_in_half_the_bytes(index: str) -> None:
+    ids = torch.randint(500, (2, 9 * T), generator=torch.Generator().manual_seed(4))
+    small, wide = (
+        model_of(bank_dtype=dtype, index=index).absorb(ids, read=False).memory["ltm"][0]
+        for dtype in ("bfloat16", "float32")
+    )
+    numbers = (name for name, part in named_tensors(small).items() if part.dtype == torch.bfloat16)
+    assert set(numbers) == {"key", "value"} | ({"lists_key"} if index == "inverted" else set())
+    for name in ("key", "value"):
+        assert torch.equal(getattr(small, name), getattr(wide, name).bfloat16())
+        assert getattr(wide, name).any()
+    held = [small.key, small.value] + ([small.lists.key] if index == "inverted" else [])
+    assert n_byte(wide) - n_byte(small) == sum(2 * part.numel() for part in held)
+
+
+def test_gradients_of_what_a_window_writes_pass_as_if_nothing_was_rounded() -> None:
+    """Of a linear function of what is rounded they are the same; and no number is off by more than half a step."""
+    part = torch.randn(1000, requires_grad=True)
+    found = ltm_write.rounded(part, torch.bfloat16)
+    assert torch.equal(found, part.detach().bfloat16().float())
+    assert torch.equal(torch.autograd.grad((3 * found).sum(), part)[0], torch.full((1000,), 3.0))
+    assert ltm_write.rounded(part, torch.float32) is part
+
+
+@torch.no_grad()
+def test_reads_of_a_bank_of_16_bits_are_those_of_its_numbers() -> None:
+    """Of two banks of the same numbers, whatever finds the slots: all at once, a token at a time, or lists."""
+    ids = torch.randint(500, (2, 9 * T), generator=torch.Generator().manual_seed(4))
+    for settings in ({}, {"index": "inverted", "n_list": 4, "n_probe": 2}):
+        small, wide = (model_of(bank_dtype=dtype, **settings) for dtype in ("bfloat16", "float32"))
+        state = small.new_context(small.absorb(ids))
+        same = state._replace(
+            memory={"ltm": tuple(map_tensors(lambda part: part.float() if part.is_floating_point() else part, bank)
+                                 for bank in state.memory["ltm"])}
+        )  # fmt: skip
+        torch.testing.assert_close(small(ids, state=state).logits[:, :T], wide(ids, state=same).logits[:, :T])
+        told = small.generate(ids[:, :3], max_new_tokens=8, temperature=0, state=state)
+        assert torch.equal(told, wide.generate(ids[:, :3], max_new_tokens=8, temperature=0, state=same))
+
+
 # --- settings --------------------------------------------------------------------------------------------------------
 
 
@@ -769,6 +814,7 @@ def test_a_shared_bank_outlives_documents() -> None:
         ({"temperature": math.inf}, "temperature"),
         ({"gate_penalty": math.nan}, "gate_penalty"),
         ({"recency": math.inf}, "recency"),
+        ({"bank_dtype": "float16"}, "bank_dtype must be one of float32, bfloat16, got 'float16'"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(settings: dict[str, Any], message: str) -> None:

@@ -213,7 +213,7 @@ def test_gradients_are_those_of_the_solution_where_steps_are_few() -> None:
 
 def memory_of(dtype: torch.dtype = torch.float32, **settings: Any) -> MesaMemory:
     torch.manual_seed(0)
-    memory = MesaMemory(D, SIZES, **({"n_head": 3, "d_key": K, "d_value": V, "ridge": RIDGE} | settings))
+    memory = MesaMemory(D, SIZES, **({"n_head": 3, "d_key": K, "d_value": V, "ridge": RIDGE, "conv": 1} | settings))
     with torch.no_grad():
         for parameter in memory.parameters():
             parameter.add_(0.1 * torch.randn(parameter.shape))
@@ -360,15 +360,15 @@ def test_the_matrix_is_worked_out_in_full_precision_under_autocast(settings: dic
 
 
 def test_what_it_costs() -> None:
-    memory = MesaMemory(D, SIZES, n_head=3, d_key=5, d_value=4)
+    memory = MesaMemory(D, SIZES, n_head=3, d_key=5, d_value=4, conv=1)
     assert n_byte(memory.init_state(2)) == 2 * 3 * 5 * (4 + 5) * 4
     maps = 2 * sum(parameter.numel() for parameter in memory.parameters())
     # per head: both sums written; a factor and 4 solutions for 8 tokens; one read
     assert memory.flops_per_token() == maps + 2 * 3 * (5 * 9 + (5**3 // 6 + 5 * 5 * 4) // 8 + 5 * 4)
-    within = MesaMemory(D, SIZES, n_head=3, d_key=5, d_value=4, within=True)
+    within = MesaMemory(D, SIZES, n_head=3, d_key=5, d_value=4, conv=1, within=True)
     # 30 products with one of them and with keys of the chunk, there and back; one read of the chunk too
     assert within.flops_per_token() == maps + 2 * 3 * (5 * 9 + 30 * (25 + 2 * 32 * 5) + 5 * 4 + 32 * 9)
-    kalman = MesaMemory(D, SIZES, n_head=3, d_key=5, d_value=4, form="kalman", decay="none")
+    kalman = MesaMemory(D, SIZES, n_head=3, d_key=5, d_value=4, conv=1, form="kalman", decay="none")
     maps = 2 * sum(parameter.numel() for parameter in kalman.parameters())
     # what is known, products of keys, a factor, half a triangle, what is written; one read
     assert kalman.flops_per_token() == maps + 2 * 3 * (2 * 5 * 9 + 32 * (5 + 9 // 2 + 32 // 6) + 5 * 4)

@@ -81,6 +81,7 @@ def two_windows(model: LMCode, rows: slice, n_rank: int = 1) -> dict[str, Any]:
     [
         pytest.param(2, {"n_slot": 40, "importance": "token"}, marks=pytest.mark.slow),
         (2, {"n_slot": 41, "importance": "token", "recency": 3.0}),
+        (2, {"n_slot": 41, "importance": "token", "bank_dtype": "bfloat16"}),
         pytest.param(4, {"n_slot": 30, "importance": "surprise"}, marks=pytest.mark.slow),
         pytest.param(4, {"n_slot": 5, "top_k": 8}, marks=pytest.mark.slow),
     ],

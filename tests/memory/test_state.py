@@ -1,11 +1,14 @@
 import io
+from operator import attrgetter
 from typing import NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
 
+from memlm import laws
 from memlm.memory import state as states
+from memlm.models.state import ModelState
 from memlm.tensors import Host
 
 
@@ -149,3 +152,45 @@ def test_from_dict_refuses_another_memory(plain: object, message: str) -> None:
 def test_from_dict_refuses_another_number_of_parts() -> None:
     with pytest.raises(ValueError, match="expected 2 parts, got 1"):
         states.from_dict([torch.zeros(1)], like=(torch.zeros(1), torch.zeros(1)))
+
+
+def test_renewed_rows_are_written_in_place() -> None:
+    state, fresh = tree(), tree(start=50.0)
+    before, places = states.map_tensors(torch.clone, state), [part.data_ptr() for part in states.tensors(state)]
+    assert states.renewed(state, fresh, torch.tensor([False] * 3)) is state
+    expected = states.where_rows(torch.tensor([True, False, True]), fresh, before)
+    view = state.leaves["a"][1].value[:]  # somebody else's
+    new = states.renewed(state, fresh, torch.tensor([True, False, True]))
+    assert equal(new, expected)
+    same = [part.data_ptr() == place for part, place in zip(states.tensors(new), places, strict=True)]
+    assert same == [True, True, False, True, True]  # but for what others have a view of
+    assert torch.equal(view, before.leaves["a"][1].value)
+
+
+# Memories whose writes change little of what they hold, and the part that is written in place.
+IN_PLACE = {
+    "ltm": ("key", "value"), "knn": ("key", "value"), "adaptive": ("key", "value"), "camelot": ("key", "value"),
+    "memoria": ("engrams.cofire",),
+}  # fmt: skip
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", IN_PLACE)
+def test_what_is_large_stays_where_it_is_if_the_state_is_given_away(name: str) -> None:
+    make, ids = laws.builder(laws.nodes_of(name)), laws.text(2, 8 * laws.T)
+    model = make(memory_layers="all")
+    state = model(ids[:, : 4 * laws.T]).state
+    large = attrgetter(*IN_PLACE[name], "__class__")
+
+    def places(state: ModelState) -> list[int]:
+        return [part.data_ptr() for held in state.memory[name] for part in large(held)[:-1]]
+
+    begins = torch.tensor([[False, True, False, False], [False] * 4])
+    before, first = places(state), states.map_tensors(torch.clone, state)
+    kept = model(ids[:, 4 * laws.T :], state=state, reset=begins).state
+    assert not set(places(kept)) & set(before)
+    assert all(torch.equal(*pair) for pair in zip(states.tensors(state), states.tensors(first), strict=True))
+    given = model(ids[:, 4 * laws.T :], state=state, reset=begins, donate=True).state
+    assert places(given) == before
+    for one, other in zip(states.tensors(kept.memory), states.tensors(given.memory), strict=True):
+        assert torch.equal(one, other)

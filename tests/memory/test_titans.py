@@ -33,7 +33,7 @@ MAKE = laws.builder(laws.nodes_of("titans"))
 
 def memory_of(dtype: torch.dtype = torch.float64, **settings: Any) -> TitansMemory:
     torch.manual_seed(0)
-    memory = TitansMemory(D, SIZES, **({"n_head": H, "d_head": E, "d_hidden": 6} | settings))
+    memory = TitansMemory(D, SIZES, **({"n_head": H, "d_head": E, "d_hidden": 6, "conv": 1} | settings))
     with torch.no_grad():
         for parameter in memory.parameters():
             parameter.add_(0.3 * torch.randn(parameter.shape))
@@ -368,7 +368,9 @@ def naive_model(model: SegmentModel, ids: Tensor, read: bool = True) -> Tensor:
 
 @pytest.mark.parametrize("variant", ["mac", "mag", "mal"])
 def test_variants_equal_the_naive_model(variant: str) -> None:
-    model = MAKE(memory={"variant": variant, "n_head": 2, "d_head": E, "d_hidden": 6, "rate_max": 1.0}, overlap=0)
+    model = MAKE(
+        memory={"variant": variant, "n_head": 2, "d_head": E, "d_hidden": 6, "rate_max": 1.0, "conv": 1}, overlap=0
+    )
     with torch.no_grad():
         for layer in model.layers:
             layer.feed_forward[3].weight.zero_()
@@ -429,7 +431,7 @@ def test_what_it_costs() -> None:
         ({"variant": "lmm"}, "variant must be add, mac, mag or mal, got 'lmm'"),
         ({"step": "adam"}, "step must be gradient or muon, got 'adam'"),
         ({"chunk_len": 0}, "chunk_len must be at least 1, or null for a segment, got 0"),
-        ({"window_len": T + 1}, rf"window_len must be in 0..segment_len \({T}\), got {T + 1}"),
+        ({"window_len": T + 1}, rf"window_len must be in 0..segment_len \+ 1 - conv \({T - 3}\), got {T + 1}"),
         ({"window_len": -1}, "window_len must be in"),
         ({"rate_max": 0.0}, "rate_max must be above 0, got 0"),
         ({"step_max": float("nan")}, "step_max must be above 0, got nan"),

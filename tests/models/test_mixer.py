@@ -19,7 +19,7 @@ pytestmark = pytest.mark.slow
 
 V, T = 30, 6
 MODEL: dict[str, Any] = {"n_layer": 2, "d_model": 16, "d_conv": 3, "segment_len": T}
-DELTA = {"delta": partial(DeltaMemory, n_head=2, d_key=6, d_value=5, within=True)}
+DELTA = {"delta": partial(DeltaMemory, conv=1, n_head=2, d_key=6, d_value=5, within=True)}
 
 
 def model_of(memories: dict[str, Any] | None = None, **settings: Any) -> MixerModel:

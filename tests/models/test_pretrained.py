@@ -16,8 +16,8 @@ from memlm import laws
 from memlm.config import ConfigError
 from memlm.memory.ltm import LongTermMemory
 from memlm.models import hf_base
+from memlm.models.decoding import Decoder
 from memlm.models.segments import SegmentModel
-from tests.laws import test_laws
 from tests.models import bases
 
 transformers = pytest.importorskip("transformers")
@@ -28,12 +28,6 @@ pytestmark = pytest.mark.slow
 
 T, OVERLAP = 12, 4
 ONE_SOFTMAX = {"n_token": 30, "norm_keys": False, "gate": None, "reach": 20}  # of knn, which then needs no training
-
-
-@pytest.fixture(scope="session")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Where a tiny base of a family is."""
-    return functools.cache(lambda family: bases.make_base(family, tmp_path_factory.mktemp("bases")))
 
 
 def make_of(path: Path, name: str, **settings: Any) -> laws.Make:
@@ -114,45 +108,24 @@ def test_more_keys_change_nothing_while_there_are_none(
     assert not torch.allclose(model(ids).logits, bare(ids).logits, atol=1e-3)
 
 
-# --- the laws --------------------------------------------------------------------------------------------------------
-
-LAWS = [*test_laws.LAWS, laws.closed_once]
-WHOLE = ("ltm", "stm", "cache", "delta")
-OTHER = [laws.alive, laws.causal, laws.chunk_invariant, laws.generates_as_parallel]
+# --- token by token ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", WHOLE)
-@pytest.mark.parametrize("law", LAWS)
-def test_laws_hold(law: Callable[[laws.Make], None], name: str, folder: Callable[[str], Path]) -> None:
-    make = make_of(folder("llama"), name)
-    if law is not laws.inspectable or laws.has_slots(name):
-        law(make)
-
-
-@pytest.mark.parametrize("name", [name for name in laws.names() if name not in ("none", *WHOLE)])
-def test_what_other_memories_hold_matters(name: str, folder: Callable[[str], Path]) -> None:
-    laws.alive(make_of(folder("llama"), name))
-
-
-@pytest.mark.parametrize(("name", "settings"), [("camelot", {"reach": 20}), ("knn", ONE_SOFTMAX)])
-@pytest.mark.parametrize("law", [*OTHER, laws.isolated, laws.resets])
-def test_laws_hold_for_what_needs_no_training(
-    law: Callable[[laws.Make], None], name: str, settings: dict[str, Any], folder: Callable[[str], Path]
+@pytest.mark.parametrize("begin", [[], [7]])
+@torch.no_grad()
+def test_tokens_that_neither_begin_nor_end_a_segment_go_through_the_layers_alone(
+    begin: list[int], folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    make = make_of(folder("llama"), name)
-    law(lambda memory=None, **model: make(settings | (memory or {}), **model))
-
-
-@pytest.mark.parametrize("law", [law for law in LAWS if law not in (laws.alive, laws.reach, laws.inspectable)])
-def test_laws_hold_without_memory(law: Callable[[laws.Make], None], folder: Callable[[str], Path]) -> None:
-    law(make_of(folder("llama"), "none"))
-
-
-@pytest.mark.parametrize("name", ["ltm", "cache", "rmt", "knn"])
-@pytest.mark.parametrize("family", [family for family in bases.FAMILIES if family != "llama"])
-def test_laws_hold_in_other_families(family: str, name: str, folder: Callable[[str], Path]) -> None:
-    for law in OTHER:
-        law(make_of(folder(family), name))
+    monkeypatch.setattr(hf_base, "begin_of", lambda _: begin)
+    model, ids = make_of(folder("mistral"), "ltm")().eval(), text(2, 2 * T + 9)
+    nonzero_gates(model)
+    expected = model(ids).hidden[:, 3:]
+    decoder = Decoder(model, model(ids[:, :3]).state, True, True)
+    whole, calls = model.forward, []
+    monkeypatch.setattr(model, "forward", lambda *given, **how: calls.append(1) or whole(*given, **how))
+    found = [decoder.step(ids[:, i]) for i in range(3, ids.shape[1])]
+    torch.testing.assert_close(torch.stack(found, dim=1), expected, atol=1e-4, rtol=1e-4)
+    assert len(calls) == 4  # the ends and the beginnings of segments, of which there are two each
 
 
 # --- what is trained, and what is kept -------------------------------------------------------------------------------

@@ -154,3 +154,13 @@ def test_numbers_that_are_none_stop_nothing(where):
     assert index.min() >= 0
     assert index.max() < 701
     assert bool(score.isnan().any()) or where != "query"
+
+
+@pytest.mark.parametrize("kind", ["random", "clustered", "closer than a step", "equal"])
+def test_finds_the_best_of_keys_of_16_bits(kind, monkeypatch, sure):
+    query, pool = banks(kind)
+    pool = pool._replace(key=pool.key.bfloat16(), value=pool.value.bfloat16())
+    is_right(query, pool)
+    assert sum(sure.values()) > 0 or kind in ("random", "clustered")
+    monkeypatch.setattr(coarse, "_ALSO", 0)  # by all scores
+    is_right(query, pool)

@@ -135,3 +135,44 @@ def test_nothing_visible_reads_nothing():
     read, _, weights = attend(torch.randn(2, 3, 4), torch.tensor(3.0), torch.tensor(0.0), -1.0, 4, bank, None)
     assert read.abs().sum() == 0
     assert weights.sum() == 0
+
+
+@pytest.mark.parametrize("learned", [False, True], ids=["bank without gradient", "bank with gradient"])
+@pytest.mark.parametrize(("n_token", "shared"), [(1, False), (1, True), (5, False), (5, True)])
+@pytest.mark.parametrize(("threshold", "recency"), [(-1.0, None), (0.2, None), (-1.0, 6.0)])
+def test_a_bank_of_16_bits_is_read_as_the_same_numbers_in_32(n_token, shared, threshold, recency, learned, monkeypatch):
+    monkeypatch.setattr(exact, "_WIDE", 4)  # keys are made wider in parts, the last of which is smaller
+    query = F.normalize(torch.randn(2, 2 * n_token, 4, generator=torch.Generator().manual_seed(3)), dim=-1)
+    bank, window = pool(1 if shared else 2, 9, 2, seed=1), pool(2, 5, 2, seed=2)
+    small = bank._replace(key=bank.key.bfloat16(), value=bank.value.bfloat16())
+    wide = small._replace(key=small.key.float(), value=small.value.float())
+    found = []
+    for each in (small, wide):
+        parts = [query.clone().requires_grad_(), torch.tensor(3.0, requires_grad=True)]
+        parts += [part.clone().requires_grad_(learned) for part in each[:3]]
+        own = each._replace(key=parts[2], value=parts[3], bias=parts[4])
+        for other in (None, window):
+            read, slots, weights = attend(
+                *parts[:2], torch.tensor(0.5), threshold, 4, own, other, None if recency is None else torch.tensor(6.0)
+            )
+            gradients = torch.autograd.grad(read.square().sum(), parts if learned else parts[:2])
+            assert read.dtype == torch.float32
+            by_slot = torch.zeros(2, 2 * n_token, 15).scatter(2, slots.remainder(15), weights)
+            found.append([read, by_slot, *gradients])
+            with torch.no_grad():
+                torch.testing.assert_close(
+                    attend(
+                        *parts[:2],
+                        torch.tensor(0.5),
+                        threshold,
+                        4,
+                        own,
+                        other,
+                        None if recency is None else torch.tensor(6.0),
+                    )[0],
+                    read,
+                )
+    for one, other in zip(found[:2], found[2:], strict=True):
+        for mine, theirs in zip(one, other, strict=True):  # a gradient has the type of what it is of
+            rough = mine.dtype == torch.bfloat16
+            torch.testing.assert_close(mine.float(), theirs, rtol=1e-2 if rough else 1e-5, atol=1e-2 if rough else 1e-6)

@@ -44,6 +44,34 @@ def pool(n_row: int, n_slot: int, n_segment: int, d_key: int = 8) -> Pool:
     )
 
 
+@torch.no_grad()
+def test_lists_of_keys_of_16_bits_are_those_of_the_same_numbers_in_32() -> None:
+    """From the first slot to a full bank whose slots are replaced: made, mended, searched and checked."""
+    key = unit(1, 60, 8).bfloat16()
+    files = [InvertedFile(40, 8, n_list=6, n_probe=3, dtype=dtype) for dtype in (torch.bfloat16, torch.float32)]
+    lists = [file.own(file.empty(1, key.device)) for file in files]
+    assert [each.key.dtype for each in lists] == [torch.bfloat16, torch.float32]
+    held = [torch.zeros(1, 40, 8, dtype=dtype) for dtype in (torch.bfloat16, torch.float32)]
+    used = torch.zeros(1, 40, dtype=torch.bool)
+    for slot in torch.arange(120).view(-1, 6) % 40:
+        used[0, slot] = True
+        found = []
+        for i, file in enumerate(files):
+            held[i][0, slot] = key[0, (7 * slot) % 60].to(held[i].dtype)
+            new = held[i][:, slot].float()  # as a write has them
+            mine = file.own(lists[i], given=True)
+            file.fill(mine, file.replace(mine, slot[None], new, torch.ones(1, 6, dtype=torch.bool)), held[i])
+            lists[i] = file.settle(mine, 6, held[i], lambda: used)
+            file.check(lists[i], held[i], used)
+            bank = Pool(held[i], held[i], torch.zeros(1, 40), used[:, None])
+            found.append(file.search(lists[i], unit(1, 12, 8, seed=2), torch.tensor(5.0), -1.0, 4, bank))
+        for name, one, other in zip(Lists._fields, *lists, strict=True):
+            one, other = (part.tensor if isinstance(part, Host) else part for part in (one, other))
+            assert torch.equal(one.to(other.dtype), other), name
+        torch.testing.assert_close(found[0][0].sort().values, found[1][0].sort().values)
+    assert lists[0].n_list.item() > 1
+
+
 @pytest.mark.parametrize("learned", [False, True], ids=["bank without gradient", "bank with gradient"])
 @pytest.mark.parametrize("recency", [None, 4.0])
 @pytest.mark.parametrize("threshold", [-1.0, 0.2])

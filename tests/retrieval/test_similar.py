@@ -29,6 +29,17 @@ def groups(found: tuple[Tensor, Tensor, Tensor], row: int) -> dict[int, list[int
     return joined
 
 
+def test_slots_of_16_bits_join_as_the_same_numbers_in_32(monkeypatch: pytest.MonkeyPatch) -> None:
+    key, value, priority, used = slots(2, 999, seed=0)
+    small = key.bfloat16(), value.bfloat16()
+    for name, number in {"_EXACT": 100, "_PART": 400, "_BLOCK": 16}.items():
+        found = similar.joins(*small, priority, used, 0.1, turn=1)
+        wide = similar.joins(*(F.normalize(part.float(), dim=-1) for part in small), priority, used, 0.1, turn=1)
+        assert all(torch.equal(one, other) for one, other in zip(found, wide, strict=True))
+        assert len(found[0]) > 10
+        monkeypatch.setattr(similar, name, number)
+
+
 @pytest.mark.parametrize("cells", [2**22, 400])  # at a time: all similarities, or those of some slots
 @pytest.mark.parametrize("threshold", [0.0, 0.15, 0.3, 2.0])
 def test_few_slots_join_by_the_rule(threshold: float, cells: int, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -104,3 +104,14 @@ def test_it_is_used_on_a_gpu_alone(monkeypatch):
     if CUDA:
         assert exact.has_kernel(torch.zeros(1, 1, 8, device="cuda"), 4)
         assert not exact.has_kernel(torch.zeros(1, 1, 8, device="cuda"), 1000)
+
+
+def test_keys_of_16_bits_are_the_same_numbers_in_32():
+    query, key, bias, visible = inputs(2, 1, 3, 130, 16)
+    key, temperature = key.bfloat16(), torch.tensor(9.0, device=DEVICE)
+    found = [
+        slot_kernel.find_and_weigh(query, temperature, temperature, -1.0, 5, part, bias, visible)
+        for part in (key, key.float())
+    ]
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)

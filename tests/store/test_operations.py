@@ -558,9 +558,10 @@ def test_what_replaces_a_merged_slot_was_merged_with_nothing(tokenizer: Tokenize
 # --- files -----------------------------------------------------------------------------------------------------------
 
 
-def test_a_memory_moves_between_models(tokenizer: Tokenizer, tmp_path: Path) -> None:
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_memory_moves_between_models(tokenizer: Tokenizer, tmp_path: Path, dtype: str) -> None:
     path = tmp_path / "folder" / "memory"
-    model, other = build(tokenizer), build(tokenizer)
+    model, other = build(tokenizer, bank_dtype=dtype), build(tokenizer, bank_dtype=dtype)
     for text in (A, B):
         model.store_experience(text)
     model.query_memory(A)
@@ -572,6 +573,13 @@ def test_a_memory_moves_between_models(tokenizer: Tokenizer, tmp_path: Path) -> 
     assert other.query_memory(B) == model.query_memory(B)
     prompt = torch.tensor([tokenizer.encode(" The")])
     assert torch.equal(other(prompt).logits, model(prompt).logits)
+    tensors = load_file(path)
+    assert {str(tensors[f"ltm/1/{name}"].dtype) for name in ("key", "value")} == {f"torch.{dtype}"}
+    with safe_open(path, "pt") as opened:  # as the library has it too
+        assert torch.equal(opened.get_tensor("ltm/1/key"), bank(model).key)
+    first = len(model.list_memory())
+    assert len(other.merge_memory(path)) == first == 2
+    assert contents(other) == sorted(2 * contents(model))
 
 
 def test_a_memory_of_another_model_is_refused(tokenizer: Tokenizer, tmp_path: Path, caplog: Any) -> None:
@@ -581,6 +589,7 @@ def test_a_memory_of_another_model_is_refused(tokenizer: Tokenizer, tmp_path: Pa
     words = train_tokenizer("word", [A, B], 50)
     for other, message in (
         (build(tokenizer, d_key=4), r"ltm/1/key is float32 \(1, 200, 8\) there and float32 \(1, 200, 4\) here"),
+        (build(tokenizer, bank_dtype="bfloat16"), r"ltm/1/key is float32 .* there and bfloat16 .* here"),
         (build(tokenizer, layers="all"), "ltm/0/.* is absent there"),
         (build(words), "the tokenizer is"),
     ):
@@ -1012,16 +1021,19 @@ def test_ids_of_32_bits_are_as_good(tokenizer: Tokenizer) -> None:
 
 
 @pytest.mark.parametrize(
-    ("n_slot", "index"),
-    [pytest.param(4000, "exact", marks=pytest.mark.slow), pytest.param(4000, "inverted", marks=pytest.mark.slow),
-     (150, "exact"), (150, "inverted")],
+    ("n_slot", "index", "dtype"),
+    [pytest.param(4000, "exact", "float32", marks=pytest.mark.slow),
+     pytest.param(4000, "inverted", "float32", marks=pytest.mark.slow),
+     pytest.param(4000, "inverted", "bfloat16", marks=pytest.mark.slow),
+     (150, "exact", "float32"), (150, "inverted", "float32"),
+     pytest.param(150, "exact", "bfloat16", marks=pytest.mark.slow), (150, "inverted", "bfloat16")],
 )  # fmt: skip
 @pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_any_order_of_operations_is_that_of_a_list(
-    tokenizer: Tokenizer, tmp_path: Path, n_slot: int, index: Any, seed: int
+    tokenizer: Tokenizer, tmp_path: Path, n_slot: int, index: Any, dtype: str, seed: int
 ) -> None:
     """The oracle is a dict of texts by id; where slots are too few for all, what is held is a part of it."""
-    model = build(tokenizer, n_slot=n_slot, index=index, n_probe=1000, temperature=30.0)
+    model = build(tokenizer, n_slot=n_slot, index=index, n_probe=1000, temperature=30.0, bank_dtype=dtype)
     draw, path, told, document = random.Random(seed), tmp_path / "memory", {}, {}
     n_record, saved = 0, None
 

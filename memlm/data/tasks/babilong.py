@@ -16,7 +16,8 @@ Shapes: N tokens of a document, T tokens per segment.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
@@ -126,6 +127,28 @@ def load(path: str | Path, task: int, split: str) -> list[Sample]:
     )
 
 
+def told_by_one(samples: Sequence[Sample]) -> dict[str, dict[str, str]]:
+    """What single facts tell: by fact, answers by question, as learned from the facts that answers follow from.
+
+    A question that some sample answers otherwise than the latest fact about it is left out.
+    """
+    found: dict[str, dict[str, str]] = {}
+    for sample in samples:
+        if len(sample.support) == 1:
+            found.setdefault(sample.facts[sample.support[0]], {})[sample.question] = sample.answer
+    wrong = {
+        sample.question
+        for sample in samples
+        if latest(found, sample.facts).get(sample.question, sample.answer) != sample.answer
+    }
+    return {fact: {q: answer for q, answer in told.items() if q not in wrong} for fact, told in found.items()}
+
+
+def latest(told: Mapping[str, Mapping[str, str]], facts: Iterable[str]) -> dict[str, str]:
+    """Answers by question after ``facts``, each of which tells what ``told`` says."""
+    return {question: answer for fact in facts for question, answer in told.get(fact, {}).items()}
+
+
 class Words(NamedTuple):
     """A sample in tokens.
 
@@ -180,7 +203,7 @@ class BabiLong:
         self.task, self._path, self._test = task, path, test
         self._tokenizer = tokenizer
         self._known: dict[str, np.ndarray] = {}
-        samples = load(path, task, split)
+        self._samples = samples = load(path, task, split)
         self.labels = sorted({sample.answer.lower() for sample in samples})
         words = [self.words(sample) for sample in samples]
         order = np.argsort([part.n_fact for part in words], kind="stable")
@@ -194,22 +217,43 @@ class BabiLong:
 
     def words(self, sample: Sample) -> Words:
         """A sample in tokens."""
-        question, answer = self._encode(f" {sample.question}"), self._encode(f" {sample.answer}.")
         facts = [self._encode(f" {fact}") for fact in sample.facts]
-        return Words(sample, facts, tuple(question.tolist()), tuple(answer.tolist()))
+        return Words(sample, facts, *self._asked(sample.question, sample.answer))
+
+    @cached_property
+    def _told_by_one(self) -> dict[str, dict[str, str]]:
+        return told_by_one(self._samples)
+
+    def _asked(self, question: str, answer: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """A question and its answer in tokens."""
+        cue, said = self._encode(f" {question}"), self._encode(f" {answer}.")
+        return tuple(cue.tolist()), tuple(said.tolist())
 
     def _encode(self, text: str) -> np.ndarray:
         if text not in self._known:  # there are few different ones
             self._known[text] = np.array(self._tokenizer.encode(text), dtype=np.int64)
         return self._known[text]
 
-    def document(self, rng: np.random.Generator, passage: np.ndarray, segment_len: int) -> Planted:
-        """A training document: one story, and in the last segment its question, its answer, and more of the book.
+    def document(
+        self,
+        rng: np.random.Generator,
+        passage: np.ndarray,
+        segment_len: int,
+        every: bool = False,
+        text: bool = True,
+    ) -> Planted:
+        """A training document: one story, and in the last segment questions, answers, and more of the book.
 
         Args:
             rng: Source of randomness.
             passage: Only its length counts, (N + 1,).
             segment_len: Tokens per segment.
+            every: Whether to ask, in any order and as far as the segment goes, all whose answer is known: the question
+                of the sample and what single facts of the story tell; or the question of the sample alone.
+            text: Whether all tokens are learned; or answers alone.
+
+        Raises:
+            ConfigError: If no story or no question fits.
         """
         n_token = len(passage) - 1
         begin = n_token - segment_len
@@ -222,17 +266,35 @@ class BabiLong:
             )
         words = self._train[int(rng.integers(n_fit))]
         haystack = Haystack(self._text, [int(rng.integers(2**31))], self._starts)
-        n_asked = len(words.cue) + len(words.answer)
-        if n_asked > segment_len:
-            raise ConfigError(
-                f"a question and its answer have {n_asked} tokens: raise model.segment_len ({segment_len})"
-            )
-        asked = Told(begin, begin - words.n_fact, np.array(words.cue + words.answer))
-        tokens = weave(haystack, [*spread(rng, words.facts, haystack, begin), asked], 0, n_token + 1)
+        told = spread(rng, words.facts, haystack, begin)
+        tokens, is_answer = self._questions(rng, words, segment_len, every)
+        told.append(Told(begin, begin - words.n_fact, np.array(tokens)))
         answer = np.zeros(n_token + 1, dtype=bool)
-        answer[begin + len(words.cue) : begin + n_asked] = True
+        answer[begin : begin + len(tokens)] = is_answer
         breaks = np.arange(n_token // segment_len) == n_token // segment_len - 1
-        return Planted(tokens, answer[1:], breaks)
+        weight = None if text else answer[1:].astype(np.float32)
+        return Planted(weave(haystack, told, 0, n_token + 1), answer[1:], breaks, weight)
+
+    def _questions(
+        self, rng: np.random.Generator, words: Words, n_most: int, every: bool
+    ) -> tuple[list[int], list[bool]]:
+        """Tokens of questions about a story with their answers, ``n_most`` at most, and which are of answers."""
+        asked = {words.sample.question: words.sample.answer}
+        if every:
+            asked |= latest(self._told_by_one, words.sample.facts)
+        questions = sorted(asked)
+        tokens: list[int] = []
+        is_answer: list[bool] = []
+        n_asked = 0
+        for i in rng.permutation(len(questions)).tolist() if every else [0]:
+            cue, answer = self._asked(questions[i], asked[questions[i]])
+            n_asked = len(cue) + len(answer)
+            if len(tokens) + n_asked <= n_most:
+                tokens += cue + answer
+                is_answer += [False] * len(cue) + [True] * len(answer)
+        if not tokens:
+            raise ConfigError(f"a question and its answer have {n_asked} tokens: raise model.segment_len ({n_most})")
+        return tokens, is_answer
 
 
 def spread(rng: np.random.Generator, facts: Sequence[np.ndarray], haystack: Haystack, n_token: int) -> list[Told]:

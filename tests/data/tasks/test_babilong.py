@@ -9,7 +9,7 @@ import pytest
 
 from memlm.config import ConfigError
 from memlm.data.haystack import Haystack, sentences
-from memlm.data.tasks.babilong import BabiLong, Sample, is_right, load, parse, spread
+from memlm.data.tasks.babilong import BabiLong, Sample, is_right, latest, load, parse, spread, told_by_one
 from memlm.data.tokenizer import Tokenizer, train_tokenizer
 from memlm.data.tokens import TokenizedCorpus
 
@@ -148,6 +148,81 @@ def test_a_training_document_is_a_story_and_its_question_in_a_fresh_context(text
         task.document(np.random.default_rng(0), np.zeros(SEGMENT_LEN + 1), SEGMENT_LEN)
     with pytest.raises(ConfigError, match=r"raise model\.segment_len"):
         task.document(np.random.default_rng(0), np.zeros(8 * 5 + 1), 5)
+
+
+MOVES = (("Mary", "kitchen"), ("John", "office"), ("Mary", "garden"))
+STORY = "".join(
+    f"{3 * i + 1} {who} moved to the {where}.\n{3 * i + 2} Where is {who}? \t{where}\t{3 * i + 1}\n"
+    for i, (who, where) in enumerate(MOVES)
+)
+
+
+def test_all_that_single_facts_tell_may_be_asked(text: Text, tmp_path: Path) -> None:
+    path = write_table(tmp_path)
+    path.write_text(path.read_text() + "\n" + json.dumps({"task": 1, "split": "all", "text": STORY}))
+    task = BabiLong(text.tokenizer, text.train, str(path), split="all")
+    seen = set()
+    for seed in range(60):
+        made = task.document(np.random.default_rng(seed), np.zeros(8 * SEGMENT_LEN + 1), SEGMENT_LEN, every=True)
+        words = text.tokenizer.decode(made.tokens[: 7 * SEGMENT_LEN])
+        now = dict(re.findall(r"(\w+) moved to the (\w+)\.", words))  # the last of each person
+        asked = text.tokenizer.decode(made.tokens[7 * SEGMENT_LEN : -1])
+        found = re.findall(r"Where is (\w+)\? (\w+)\.", asked)
+        assert dict(found) == now
+        assert len(found) == len(now)  # each once
+        assert asked.startswith(" Where")
+        expected = "".join(f" {where}." for _, where in found)
+        assert text.tokenizer.decode(made.tokens[1:][made.answer]) == expected
+        seen.add((len(re.findall("moved", words)), *found))
+    assert {n for n, *_ in seen} == {1, 2, 3}
+    assert {who for n, (who, _), *_ in seen if n == 3} == {"Mary", "John"}  # in any order
+
+
+def test_questions_that_do_not_fit_are_left_out(text: Text, tmp_path: Path) -> None:
+    path = write_table(tmp_path)
+    path.write_text(json.dumps({"task": 1, "split": "all", "text": STORY}))
+    task = BabiLong(text.tokenizer, text.train, str(path), split="all")
+    made = [task.document(np.random.default_rng(i), np.zeros(8 * 8 + 1), 8, every=True) for i in range(20)]
+    assert {int(document.answer.sum()) for document in made} == {2}  # one answer and its full stop
+
+
+def test_answers_may_be_all_that_is_learned(text: Text, tmp_path: Path) -> None:
+    task = BabiLong(text.tokenizer, text.train, str(write_table(tmp_path)))
+    made = [
+        task.document(np.random.default_rng(3), np.zeros(8 * SEGMENT_LEN + 1), SEGMENT_LEN, text=text_too)
+        for text_too in (True, False)
+    ]
+    assert made[0].weight is None
+    assert made[1].weight is not None
+    assert np.array_equal(made[1].weight > 0, made[0].answer)
+    assert np.array_equal(made[0].tokens, made[1].tokens)
+
+
+def test_what_facts_tell_is_learned_from_the_facts_that_answers_follow_from() -> None:
+    told = told_by_one(parse(STORY, ""))
+    assert told == {f"{who} moved to the {where}.": {f"Where is {who}?": where} for who, where in MOVES}
+    facts = [f"{who} moved to the {where}." for who, where in MOVES]
+    assert latest(told, facts) == {"Where is Mary?": "garden", "Where is John?": "office"}
+    assert latest(told, facts[:2]) == {"Where is Mary?": "kitchen", "Where is John?": "office"}
+    # A question whose answer is not always what the latest fact says, as a third sentence may change it.
+    other = "1 Mary moved to the kitchen.\n2 All left.\n3 Where is Mary? \tnowhere\t1 2\n"
+    other += "4 Where is John? \tnowhere\t2\n"
+    assert told_by_one(parse(STORY + other, "")) == {
+        "Mary moved to the kitchen.": {},
+        "John moved to the office.": {"Where is John?": "office"},
+        "Mary moved to the garden.": {},
+        "All left.": {"Where is John?": "nowhere"},
+    }
+
+
+def test_where_answers_follow_from_several_facts_the_question_of_the_sample_is_all(text: Text, tmp_path: Path) -> None:
+    path = tmp_path / "two.jsonl"
+    two = STORY.replace("\t1\n", "\t1 4\n").replace("\t4\n", "\t1 4\n").replace("\t7\n", "\t1 7\n")
+    path.write_text(json.dumps({"task": 1, "split": "train-10k", "text": two}))
+    task = BabiLong(text.tokenizer, text.train, str(path))
+    for seed in range(20):
+        made = task.document(np.random.default_rng(seed), np.zeros(8 * SEGMENT_LEN + 1), SEGMENT_LEN, every=True)
+        assert text.tokenizer.decode(made.tokens).count("Where") == 1
 
 
 @pytest.mark.parametrize(
