@@ -231,10 +231,11 @@ def _parts(metrics: Mapping[str, float]) -> list[tuple[str, str, tuple[int, ...]
 def _static() -> Callable[[Sequence[str]], Tensor]:
     """Unit vectors (N, E) of texts, by static embeddings that come with a package."""
     try:
-        from wordllama import WordLlama
+        import wordllama
     except ImportError as error:
         raise ConfigError(f"locomo.embeddings=wordllama needs that package: pip install wordllama ({error})") from error
-    embeddings = WordLlama.load(disable_download=True)
+    shipped = Path(wordllama.__file__).parent  # its tokenizer is found there only as if it was in the cache
+    embeddings = wordllama.WordLlama.load(cache_dir=shipped, disable_download=True)
     return lambda texts: torch.from_numpy(embeddings.embed(list(texts), norm=True))
 
 

@@ -87,7 +87,8 @@ def test_static_embeddings_rank_turns_beside(model: Any, tmp_path: Path, monkeyp
         there = np.array([[letter in text for letter in "cefgy"] for text in texts], dtype=np.float32)
         return there / np.maximum(np.linalg.norm(there, axis=1, keepdims=True), 1)
 
-    package = SimpleNamespace(WordLlama=SimpleNamespace(load=lambda disable_download: SimpleNamespace(embed=embed)))
+    loader = SimpleNamespace(load=lambda cache_dir, disable_download: SimpleNamespace(embed=embed))
+    package = SimpleNamespace(WordLlama=loader, __file__=str(tmp_path / "__init__.py"))
     monkeypatch.setitem(sys.modules, "wordllama", package)
     result = locomo.run(model, None, cfg)  # type: ignore[arg-type]
     rows = {row["question"]: row for row in result.rows if row["condition"] == "static"}
