@@ -73,7 +73,7 @@ class Memorag(Telling):
 
     n_question: int = 8
     distance: int = 4096
-    passage_len: int = 64
+    passage_len: int = 96
     k: int = 4
 
     def __post_init__(self) -> None:

@@ -171,6 +171,20 @@ def own_tokenizer(config: Mapping[str, Any]) -> Tokenizer | None:
     return None if kind is None else kind.own_tokenizer(config["model"])
 
 
+def check_tokenizer(config: Mapping[str, Any], tokenizer: Tokenizer) -> None:
+    """Refuse a base whose tokenizer is not, or no more, the one that a saved model was trained with.
+
+    Raises:
+        ConfigError: If they differ, or the base has none.
+    """
+    own = own_tokenizer(config)
+    if own is not None and own.fingerprint() != tokenizer.fingerprint():
+        raise ConfigError(
+            f"model.path: the tokenizer in {config['model']['path']} is another one than this model was trained with: "
+            "give the base as it was then"
+        )
+
+
 def build_data(
     config: Mapping[str, Any], tokenizer: Tokenizer, corpus: Corpus | None = None, trained_on: str | None = None
 ) -> TextData:

@@ -344,7 +344,7 @@ def blank(path: Path, content: Mapping[str, Any], trust: Trust = None, *, data: 
 
 def _restore(path: Path, content: Mapping[str, Any], trust: Trust, data: bool = False) -> LanguageModel:
     """The model of a checkpoint; with ``data``, what its data is built of is checked too."""
-    from memlm.assemble import build_model
+    from memlm.assemble import build_model, check_tokenizer
 
     sizes = blank(path, content, trust, data=data)
     with _told(path, content["memlm"]["version"]):
@@ -352,6 +352,7 @@ def _restore(path: Path, content: Mapping[str, Any], trust: Trust, data: bool = 
         wanted += sum(states.n_byte(module.init_state(1)) for modules in sizes.memory.values() for module in modules)
         if wanted > (free := _free_memory()):
             raise ConfigError(f"the model wants {wanted / 2**30:,.1f} GiB of memory, and {free / 2**30:,.1f} are free")
+        check_tokenizer(sizes.config, sizes.tokenizer)
         model = build_model(sizes.config, sizes.tokenizer)
         try:
             model.load_state_dict(_weights(content))

@@ -43,7 +43,8 @@ def read(
         none = torch.zeros(*y.shape[:2], memory.top_k, device=y.device)
         return Read(torch.zeros_like(y), none.long() - 1, none, gate[..., 0])
     with torch.autocast(y.device.type, enabled=False):
-        query = F.normalize(memory.to_key(memory.norm(y.float())), dim=-1)  # (B, N, d_key)
+        # As in a write, `memory.norm` of it: of that only the weights are left in a unit query.
+        query = F.normalize(memory.to_key(y.float() * memory.norm.weight), dim=-1)  # (B, N, d_key)
         temperature = temperature_of(memory)
         null = temperature * memory.null_similarity
         recency = None if memory.log_recency is None else memory.log_recency.exp()

@@ -105,10 +105,12 @@ class Step(NamedTuple):
     Attributes:
         before: Its grid, of one segment and column: cells up to those that may be seen.
         cell: Where its keys and values go, among those of `DecoderLayer.init_cache`, (B,).
+        whole: Whether all these cells are seen, so that no mask is needed.
     """
 
     before: Before
     cell: Tensor
+    whole: bool
 
 
 class DecoderLayer(SegmentLayer):
@@ -218,12 +220,16 @@ class DecoderLayer(SegmentLayer):
 
     def step(self, x: Tensor, opened: Keys, column: Step, contexts: Sequence[Context] = ()) -> Tensor:
         """See `SegmentLayer.step`."""
+        near = self.window is not None and self.window < column.before.cells.shape[2]
+        mask = None
+        if near or not column.whole or self.attention == "eager":
+            mask = self._mask(column.before)[:, None]
 
         def attend(module: Any, query: Tensor, key: Tensor, value: Tensor, how: dict[str, Any]) -> Tensor:
             seen = _put(opened, column, key, value)
             if contexts:
                 return self._found(query, seen, column.before, contexts)
-            return self._plainly(module, query, *seen, self._mask(column.before)[:, None], how)
+            return self._plainly(module, query, *seen, mask, how)
 
         return self._run(x[:, None], column.before.told[self.number], attend)[:, 0]
 
@@ -314,14 +320,14 @@ class DecoderLayer(SegmentLayer):
         eager: Any = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
         function: Any = ALL_ATTENTION_FUNCTIONS.get_interface(self.attention, eager)
         n_query, n_key = query.shape[2], key.shape[2]
+        assert n_query in (1, n_key) or mask is not None
         near = n_key if self.window is None else min(n_key, self.window)
-        if mask is None and (self.attention == "eager" or near < n_key):
+        if mask is None and n_query > 1 and (self.attention == "eager" or near < n_key):
             place = torch.arange(n_key, device=query.device)
             apart = place[:, None] - place
             mask = ((apart >= 0) & (apart < near))[None, None]
         if mask is not None and self.attention == "eager":
             mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, torch.finfo(query.dtype).min)
-        assert n_query == n_key or mask is not None
         return function(module, query, key, value, mask, **how)[0].transpose(1, 2)
 
     def _cells(self, own: Keys | None, cache: Keys, grid: Grid) -> tuple[Keys, Keys]:

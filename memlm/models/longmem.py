@@ -16,7 +16,8 @@ there:
   source's step is d_(l+1) = d_l + (f_l(x_l) - x_l); here it is d_l + g_l (f_l(x_l) - x_l). With ``gate=1`` it begins as
   in the source; with 0, the default, it begins as the base, exactly, and whatever memory holds.
 - Any memory around a layer can stand in the side network, in as many of its layers as wanted.
-- Rows do not share a bank, and what is written does not depend on how text is cut into calls; see `memlm.memory.knn`.
+- Rows do not share a bank, what is written does not depend on how text is cut into calls (see `memlm.memory.knn`), and
+  an empty bank leaves a side layer as it is without one.
 
 Attention of both sees a segment and what it takes in again, as in `memlm.models.pretrained`.
 

@@ -187,6 +187,13 @@ class LayerMixer:
         """See `Mixer`."""
         return self.layer.out(mixed.to(self.dtype), x.to(self.dtype)).to(x.dtype)
 
+    def instead(self, held: Tensor, y: Tensor, x: Tensor) -> Tensor:
+        """What a memory made of ``x`` (B, S, Q, D): ``y`` where ``held`` (B, S), else what the mixer makes of it."""
+        n = int((~held).any(dim=0).nonzero().max()) + 1  # segments behind these all hold something
+        alone = LayerMixer(self.layer, self.cache, self.grid.of(0, n), self.call, self.dtype, self.contexts)
+        first = torch.where(held[:, :n, None, None], y[:, :n], alone(x[:, :n]))
+        return torch.cat([first, y[:, n:]], dim=1)
+
     def at(self, s: int) -> LayerMixer:
         """See `Mixer`."""
         if self.grid.n_segment == 1:

@@ -292,7 +292,7 @@ class Pretrained(SegmentModel):
         seen = torch.cat([again_seen(continues, n_begin, n_again), cell <= place[:, None]], dim=1)
         entered, told = self.base.tell(self.embedding(ids)[:, None], columns)
         before = Before(entered[:, None], told, None, columns[:, None], cells[:, None], seen[:, None, None])
-        return entered[:, 0] * self.scale, Step(before, n_again + place)
+        return entered[:, 0] * self.scale, Step(before, n_again + place, bool(seen.all()))
 
     def entered(self, embeddings: Tensor, grid: Grid) -> Tensor:
         """See `Stack.entered`; in units of the memories."""

@@ -279,7 +279,7 @@ class _Pass:
             if mixer.kept is None and not mixer.parts and type(modules[0]).off is Memory.off:
                 mixer(x)  # the layer has to know the segment, should reads be switched off
             if held is not None:
-                y = torch.where(held[..., None, None], y, mixer(x))
+                y = mixer.instead(held, y, x)
         else:
             y = mixer(x)
         if "mixed" in self.streams:

@@ -11,6 +11,7 @@ for, c candidates.
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,7 +25,7 @@ _LEAST, _FEW = 4096, 64  # slots, and queries of a row, from which it is worth i
 _MORE = 3  # candidates for each slot that is asked for
 _WIDE, _PLACES = 2**9, 9  # numbers that are ranked at once, and the bits that their places take
 _ALONE = 2**16  # numbers that are ranked as they are: fewer steps
-_SIZE = 4  # of groups whose maximum is ranked before they are
+_SIZE = 4  # of groups whose maximum is ranked before they are, at least
 _ALSO = 1024  # slots that are scored for a query at most, on the average, where the candidates do not suffice
 _MOST = 2**20  # of a product or a bias, in steps
 _HIDDEN = -3 * _MOST  # bias of a slot that may not be read: under all others, and the sum has 23 bits
@@ -34,25 +35,26 @@ class Coarse(NamedTuple):
     """The slots of a bank in whole numbers.
 
     Attributes:
-        key: Multiples of ``step``, 8 bits, (B, M, d) or (1, M, d) for all rows. Each is off by half a step at most.
-        step: What one is worth, (B,) or (1,).
-        asks: What one is worth in a query, (B,) or (1,).
-        off: By how much a score may be off for each of two norms of a query: the sum of its absolute numbers, and the
-            length of what rounding takes from it, (B, 2) or (1, 2).
-        bias: What is added to products of keys and queries in such steps, (B, S, M) or (1, S, M).
+        key: Multiples of a step, 8 bits, (B, M, d) or (1, M, d) for all rows. Each is off by half a step at most.
+        asks: What one is worth in a query, (B, 1, 1, 1) or (1, 1, 1, 1).
+        unit: What one is worth in a product of keys and queries, (B, 1, 1) or (1, 1, 1).
+        by_sum: By how much a score may be off for the sum of a query's absolute numbers, of the same shape.
+        by_lost: By how much it may be off for the length of what rounding takes from a query, of the same shape.
+        bias: What is added to products in units, (B, S, M) or (1, S, M).
         hidden: What is added to scores, of the same shape; -inf for slots that may not be read.
     """
 
     key: Tensor
-    step: Tensor
     asks: Tensor
-    off: Tensor
+    unit: Tensor
+    by_sum: Tensor
+    by_lost: Tensor
     bias: Tensor
     hidden: Tensor
 
     def of(self, rows: slice, segments: slice) -> Coarse:
         """Those of some rows, for some segments."""
-        return Coarse(*(part[rows] for part in self[:4]), *(part[rows, segments] for part in self[4:]))
+        return Coarse(*(part[rows] for part in self[:5]), *(part[rows, segments] for part in self[5:]))
 
 
 def pays(query: Tensor | None, threshold: float, k: int, key: Tensor, ready: bool) -> bool:
@@ -102,9 +104,11 @@ def coarse(key: Tensor, hidden: Tensor, temperature: Tensor) -> Coarse | None:
         return None
     invisible = added == -torch.inf
     bias = added.clamp_(min=1 - _MOST).round_().to(torch.int32).masked_fill_(invisible, _HIDDEN)
+    each, asks = step[:, None, None], temperature * step  # one map makes keys and queries
+    long = longest[:, None, None]
     # Each number of a key is off by half a step at most, and by the rounding of floats.
-    off = torch.stack([0.5005 * step + 1e-5 * longest, 1.001 * (longest + 0.5 * wide * step)], dim=1)
-    return Coarse(rounded, step, temperature * step, off, bias, hidden)  # one map makes keys and queries
+    by_sum, by_lost = 0.5005 * each + 1e-5 * long, 1.001 * (long + 0.5 * wide * each)
+    return Coarse(rounded, asks[:, None, None, None], asks[:, None, None] * each, by_sum, by_lost, bias, hidden)
 
 
 def best(query: Tensor, k: int, key: Tensor, slots: Coarse, room: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -118,21 +122,21 @@ def best(query: Tensor, k: int, key: Tensor, slots: Coarse, room: Tensor) -> tup
         room: Room for scores of 32 bits, (B, S * T, M).
 
     Returns:
-        Scores and indices of ``k`` slots, (B, S, T, k), in no order; whether these are known to be the best, (B, S, T).
+        Scores and indices of ``k`` slots, (B, S, T, k), the best first; whether these are known to be the best,
+        (B, S, T).
     """
-    rounded = (query / slots.asks[:, None, None, None]).round_().clamp_(-127, 127)
+    rounded = (query / slots.asks).round_().clamp_(-127, 127)
     score = room.view(torch.int32)
-    for row, part in enumerate(rounded.to(torch.int8).flatten(1, 2)):
-        torch._int_mm(part, slots.key[row].T, out=score[row])
+    for part, slot, out in zip(rounded.to(torch.int8).flatten(1, 2), slots.key, score, strict=True):
+        torch._int_mm(part, slot.T, out=out)
     score = score.unflatten(1, query.shape[1:3]).add_(slots.bias[:, :, None])
     index, floor = candidates(score, _MORE * k)
-    top = rescored(query, key, slots.hidden, index).topk(k, dim=3, sorted=False)
+    top = rescored(query, key, slots.hidden, index).topk(k, dim=3)
     index = index.gather(3, top.indices)
-    lost = torch.addcmul(query, rounded, slots.asks[:, None, None, None], value=-1)
-    off = vector_norm(query, 1, dim=3) * slots.off[:, 0, None, None]
-    off.addcmul_(vector_norm(lost, dim=3), slots.off[:, 1, None, None])
+    lost = torch.addcmul(query, rounded, slots.asks, value=-1)
+    off = (vector_norm(query, 1, dim=3) * slots.by_sum).addcmul_(vector_norm(lost, dim=3), slots.by_lost)
     # Whole numbers of slots that may be as good as the worst of these; a bias is off by half a one.
-    least = (top.values.amin(dim=3) - off) / (slots.asks * slots.step)[:, None, None] - 1
+    least = (top.values[..., -1] - off) / slots.unit - 1
     sure = (floor <= least) | (floor < -2 * _MOST)  # or all that may be read are candidates
     if not bool(sure.all()):
         _look_again(query, key, slots.hidden, score, least, sure, top.values, index)
@@ -157,7 +161,7 @@ def _look_again(
     values[asked, place] = each
     slots = torch.zeros_like(values, dtype=torch.long)
     slots[asked, place] = slot
-    top = values.topk(best.shape[3], dim=1, sorted=False)
+    top = values.topk(best.shape[3], dim=1)
     best[row, segment, token], index[row, segment, token] = top.values, slots.gather(1, top.indices)
     sure[row, segment, token] = True
 
@@ -176,12 +180,13 @@ def candidates(score: Tensor, n: int) -> tuple[Tensor, Tensor]:
         # That of numpy takes a fraction of the time of topk.
         best_placed = torch.from_numpy(np.partition(placed.numpy(), n_score - n, axis=-1)[..., n_score - n :])
         return (best_placed & (_WIDE - 1)).long(), best_placed[..., 0] >> _PLACES
-    n_group = n_score // _SIZE
-    groups = score[..., : n_group * _SIZE].unflatten(-1, (_SIZE, n_group))  # members side by side: a fast maximum
+    size = (_WIDE + 1) // (n + 1)  # what is left is ranked at once: each level of groups takes time
+    n_group = n_score // size
+    groups = score[..., : n_group * size].unflatten(-1, (size, n_group))  # members side by side: a fast maximum
     chosen, _ = candidates(groups.amax(dim=-2), n)
-    index = (chosen[..., None] + n_group * torch.arange(_SIZE)).flatten(-2)  # (..., n * size)
-    if n_group * _SIZE < n_score:
-        rest = torch.arange(n_group * _SIZE, n_score)
+    index = (chosen[..., None] + n_group * torch.arange(size)).flatten(-2)  # (..., n * size)
+    if n_group * size < n_score:
+        rest = torch.arange(n_group * size, n_score)
         index = torch.cat([index, rest.expand(*score.shape[:-1], -1)], dim=-1)
     within, floor = candidates(score.gather(-1, index), n)
     return index.gather(-1, within), floor
@@ -193,12 +198,16 @@ def rescored(query: Tensor, key: Tensor, hidden: Tensor, index: Tensor) -> Tenso
     The rounding of one score does not depend on which others are worked out with it.
     """
     table, n_between = rows_of(key)
-    row = n_between * torch.arange(len(index))[:, None, None, None]
-    flat = (index + row if n_between else index).flatten(0, 2)  # (Q, c)
-    start = torch.arange(0, flat.numel(), flat.shape[1])
-    asked = torch.arange(len(flat)).repeat_interleave(flat.shape[1])
-    each = _products(query.flatten(0, 2), table, flat.flatten(), asked, start)
+    flat = index if not n_between else index + n_between * torch.arange(len(index))[:, None, None, None]
+    n_query, n_each = index.shape[:3].numel(), index.shape[3]
+    each = _products(query.flatten(0, 2), table, flat.flatten(), *_in_order(n_query, n_each))
     return each.view(index.shape) + hidden.gather(2, index.flatten(2)).view(index.shape)
+
+
+@functools.lru_cache(maxsize=16)
+def _in_order(n_query: int, n_each: int) -> tuple[Tensor, Tensor]:
+    """Of so many for each query, those of one after those of the query before: which asks for each; their starts."""
+    return torch.arange(n_query).repeat_interleave(n_each), torch.arange(n_query) * n_each
 
 
 def _products(query: Tensor, table: Tensor, row: Tensor, asked: Tensor, start: Tensor) -> Tensor:

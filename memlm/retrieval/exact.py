@@ -56,7 +56,7 @@ class Pool(NamedTuple):
 
 
 Search = Callable[[Tensor, Tensor, float, int, Pool], tuple[Tensor, Tensor]]
-"""Finds the best slots of a bank; see `search`."""
+"""Finds the best slots of a bank, in any order; see `search`."""
 
 
 def attend(
@@ -90,7 +90,7 @@ def attend(
         What was read (B, N, d_value); the slots read, numbered through the bank and then the window, (B, N, k); their
         weights (B, N, k), 0 for slots that may not be read.
     """
-    scores, found = [], []
+    scores = []
     k = min(top_k, bank.key.shape[1]) if bank is not None else 0
     alone = window is None and recency is None and find is None
     if bank is not None and alone and has_kernel(query, k):
@@ -101,37 +101,36 @@ def attend(
         best_of = gather_best if any(part.requires_grad for part in bank[:3]) else search_best
         similarity, index = best_of(find or search, query, temperature, threshold, k, bank)
         if window is None and recency is None:  # the same for less
-            weight, missing = weigh(similarity, null_score), (0, top_k - k)
-            best = similarity.detach().topk(k, dim=2)
-            slots = index.gather(2, best.indices).masked_fill_(best.values == -torch.inf, -1)
-            shown = weight.gather(2, best.indices)
+            weight, score = weigh(similarity, null_score), similarity.detach()
+            slots, shown = index, weight
+            if find is not None:  # in no order
+                best = score.topk(k, dim=2)
+                score, slots, shown = best.values, index.gather(2, best.indices), weight.gather(2, best.indices)
+            slots, missing = slots.masked_fill(score == -torch.inf, -1), (0, top_k - k)
             if k < top_k:
                 slots, shown = F.pad(slots, missing, value=-1), F.pad(shown, missing)
             return weighted_sum(weight, bank.value, index), slots, shown
         scores.append(similarity)
-        found.append(index)
     if window is not None:
-        cosine = query @ window.key.transpose(1, 2)  # (B, N, P)
-        dense = temperature * cosine + window.bias[:, None]
-        dense = dense.masked_fill(~_readable(cosine.detach(), window.visible, threshold), -torch.inf)
-        scores.append(dense)
-        offset = bank.key.shape[1] if bank is not None else 0
-        found.append(torch.arange(offset, offset + dense.shape[2], device=query.device).expand_as(dense))
-    score = torch.cat(scores, dim=2)
-    best = score.detach().topk(min(top_k, score.shape[2]), dim=2)
-    score = score.masked_fill(score < best.values[..., -1:], -torch.inf)
-    slots = torch.cat(found, dim=2).gather(2, best.indices)
+        scores.append(_all_scores(query, temperature, threshold, window))
+    score = torch.cat([null_score.to(query.dtype).expand(*query.shape[:2], 1), *scores], dim=2)
+    best = score.detach()[..., 1:].topk(min(top_k, score.shape[2] - 1), dim=2)
+    slots = best.indices
+    if bank is not None:
+        slots = torch.where(slots < k, index.gather(2, slots.clamp(max=k - 1)), slots - k + bank.key.shape[1])
+    left_out = score.detach() < best.values[..., -1:]
+    left_out[..., 0] = False
+    score.detach().masked_fill_(left_out, -torch.inf)  # in place: no gradient goes through a weight of 0
     if recency is not None:
         times = [pool.time.expand(len(query), -1) for pool in (bank, window) if pool is not None]  # type: ignore[union-attr]
         time = torch.cat(times, dim=1).gather(1, slots.flatten(1)).view_as(slots)
-        score = discount(score, best.indices, time, temperature, recency)
-    weight = weigh(score, null_score)
-    n_bank = scores[0].shape[2] if bank is not None else 0
+        score = discount(score, best.indices + 1, time, temperature, recency)
+    weight = score.softmax(dim=2)[..., 1:]
     read = query.new_zeros(())
     if bank is not None:
-        read = read + weighted_sum(weight[..., :n_bank], bank.value, found[0])
+        read = weighted_sum(weight[..., :k], bank.value, index)
     if window is not None:
-        read = read + weight[..., n_bank:] @ window.value
+        read = read + weight[..., k:] @ window.value
     slots = slots.masked_fill(best.values == -torch.inf, -1)
     missing = (0, top_k - slots.shape[2])  # so that reads of few slots and of many can be joined
     return read, F.pad(slots, missing, value=-1), F.pad(weight.gather(2, best.indices), missing)
@@ -171,21 +170,26 @@ def discount(score: Tensor, best: Tensor, time: Tensor, temperature: Tensor, rec
     return score.scatter_add(2, best, -recency * shadow)
 
 
-def _readable(cosine: Tensor, visible: Tensor, threshold: float) -> Tensor:
-    """Mask (B, N, M) of the slots that may be read."""
-    _n_row, n_query, n_slot = cosine.shape
-    n_segment = visible.shape[1]
-    mask = visible[:, :, None].expand(-1, -1, n_query // n_segment, -1).reshape(-1, n_query, n_slot)
-    return mask & (cosine >= threshold) if threshold > -1 else mask
+def _all_scores(query: Tensor, temperature: Tensor, threshold: float, pool: Pool) -> Tensor:
+    """Scores (B, N, M) of all slots of a pool; -inf for those that may not be read."""
+    hidden = hidden_by(pool)  # (B, S, M)
+    score = (query * temperature) @ pool.key.transpose(1, 2)
+    if threshold > -1:
+        score = score.masked_fill(score.detach() < threshold * temperature, -torch.inf)
+    return (score.unflatten(1, (hidden.shape[1], -1)) + hidden[:, :, None]).flatten(1, 2)
 
 
 def search(query: Tensor, temperature: Tensor, threshold: float, k: int, bank: Pool) -> tuple[Tensor, Tensor]:
-    """Scores (B, N, k), without gradients, and indices of the best slots of a bank, in no order.
+    """Scores (B, N, k), without gradients, and indices of the best slots of a bank, the best first.
 
     A score of -inf says that there is no further slot that may be read.
     """
     if has_kernel(query, k):
-        return find_and_weigh(query, temperature, temperature, threshold, k, bank.key, bank.bias, bank.visible)[:2]
+        score, index, _ = find_and_weigh(
+            query, temperature, temperature, threshold, k, bank.key, bank.bias, bank.visible
+        )
+        best = score.topk(k, dim=2)
+        return best.values, index.gather(2, best.indices)
     n_row = len(query)
     rounded = bank.coarse if coarse.pays(query, threshold, k, bank.key, bank.coarse is not None) else None
     hidden = hidden_by(bank) if rounded is None else rounded.hidden  # (B, S, M)
@@ -193,10 +197,17 @@ def search(query: Tensor, temperature: Tensor, threshold: float, k: int, bank: P
         rounded = coarse.coarse(bank.key, hidden, temperature)
     n_segment, n_slot = hidden.shape[1:]
     scaled = (query * temperature).unflatten(1, (n_segment, -1))  # (B, S, T, d_key)
-    keys, hidden = bank.key.expand(n_row, -1, -1), hidden.expand(n_row, -1, -1)
-    if rounded is not None:
-        rounded = coarse.Coarse(*(part.expand(n_row, *part.shape[1:]) for part in rounded))
     n_token = scaled.shape[2]
+
+    def of_each(part: Tensor) -> Tensor:
+        return part if len(part) == n_row else part.expand(n_row, *part.shape[1:])
+
+    keys, hidden = of_each(bank.key), of_each(hidden)
+    rounded = rounded and coarse.Coarse(*map(of_each, rounded))
+    if rounded is not None and n_row * n_segment * n_token * n_slot <= _ON_CPU:
+        room = query.new_empty(n_row, n_segment * n_token, n_slot)
+        score, index = _surely(scaled, k, keys, rounded, room)
+        return score.flatten(1, 2), index.flatten(1, 2)
     best = query.new_empty(n_row, n_segment, n_token, k)
     index = torch.empty(best.shape, dtype=torch.long, device=query.device)
     limit = _ON_GPU if query.is_cuda else _ON_CPU
@@ -288,7 +299,7 @@ def _(
 
 
 def top(score: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The ``k`` best of scores (..., M) and their indices, (..., k), in no order.
+    """The ``k`` best of scores (..., M) and their indices, (..., k), the best first.
 
     The best ``k`` lie in the ``k`` groups with the best maxima, which are found in the same way: what is dropped is
     never ranked.
@@ -296,14 +307,15 @@ def top(score: Tensor, k: int) -> tuple[Tensor, Tensor]:
     size = _GROUP_ON_GPU if score.is_cuda else _GROUP
     n_group = score.shape[-1] // size
     if n_group < 4 * k or score.numel() < _FEW:  # not worth it
-        return score.topk(k, dim=-1, sorted=False)
+        found = score.topk(k, dim=-1)
+        return found.values, found.indices
     groups = score[..., : n_group * size].unflatten(-1, (size, n_group))  # members side by side: a fast maximum
     chosen = top(groups.amax(dim=-2), k)[1]
     index = (chosen[..., None] + n_group * torch.arange(size, device=score.device)).flatten(-2)  # (..., k * size)
     if n_group * size < score.shape[-1]:
         rest = torch.arange(n_group * size, score.shape[-1], device=score.device)
         index = torch.cat([index, rest.expand(*score.shape[:-1], -1)], dim=-1)
-    best = score.gather(-1, index).topk(k, dim=-1, sorted=False)
+    best = score.gather(-1, index).topk(k, dim=-1)
     return best.values, index.gather(-1, best.indices)
 
 

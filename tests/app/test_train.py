@@ -26,7 +26,8 @@ from memlm.evaluation import runner
 from memlm.training.logged import history_files
 from memlm.training.replay import Replay, build_replay
 from memlm.training.settings import Training, build_training, plan_steps
-from tests.training.small import curve, fit, overrides
+from tests.models import bases
+from tests.training.small import curve, fit, overrides, write_text
 from tests.training.test_fit import records
 
 pytestmark = pytest.mark.slow
@@ -291,6 +292,26 @@ def test_nothing_that_is_shipped_is_refused_ahead(group: str) -> None:
         # but those that ask for a path
         if path.stem not in ("babilong", "longmem", "memorag", "pretrained", "stories", "training_free"):
             check(to_dict(compose([f"{group}={path.stem}"])))
+
+
+def test_the_recipe_of_stories_trains_a_memory_beside_a_frozen_base(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    base = bases.with_tokenizer(bases.make_base("llama", tmp_path, max_position_embeddings=96))
+    told = write_text(tmp_path, n_word=2000).read_text().splitlines()
+    stories = tmp_path / "stories.jsonl"
+    stories.write_text("".join(json.dumps({"text": line}) + "\n" for line in told))
+    given = [f"model.path={base}", f"data.path={stories}", "model.segment_len=64", "model.overlap=4"]
+    few = ["n_token=1", "needle.n_document=2", "needle.n_fact=2", "needle.distance=64", "worth.limit=500"]
+    run = tmp_path / "run"
+    main(compose(["recipe=stories", *given, *few, "trainer=cpu", "logger=csv", f"paths.run_dir={run}"]))
+    settings = plan_steps(to_dict(compose(["recipe=stories", *given, "n_token=1"])))
+    assert settings["trainer"]["max_steps"] == len(settings["curriculum"]["phases"])  # a step of each
+    assert {path.parent.name for path in run.glob("*/result.json")} == {"needle", "worth", "training"}
+    weights = read(checkpoints(run)[-1])["state_dict"]
+    assert all(name.startswith(("model.memory.", "model.gates.")) for name in weights)  # of the base nothing is kept
+    assert bool(weights["model.gates.ltm"].any())  # which begin at zero
+    model: Any = memlm.load(run)
+    assert torch.equal(model.embedding.weight, bases.loaded(base).get_input_embeddings().weight)
 
 
 def test_a_model_without_anything_to_train_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -86,7 +86,7 @@ def test_by_all_scores_where_too_many_may_be_the_best(monkeypatch, sure):
 def test_without_the_bound_wrong_slots_would_be_found(monkeypatch):
     query, pool = banks("closer than a step")
     made = coarse.coarse
-    monkeypatch.setattr(coarse, "coarse", lambda *given: made(*given)._replace(off=torch.zeros(2, 2) - 1e3))
+    monkeypatch.setattr(coarse, "coarse", lambda *given: made(*given)._replace(by_sum=torch.full((2, 1, 1), -1e3)))
     with pytest.raises(AssertionError):
         is_right(query, pool)
 

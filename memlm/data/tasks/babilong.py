@@ -248,12 +248,12 @@ class BabiLong:
             rng: Source of randomness.
             passage: Only its length counts, (N + 1,).
             segment_len: Tokens per segment.
-            every: Whether all is asked that single facts of the story tell, in any order, as far as the segment goes;
-                or the question of the sample alone.
+            every: Whether to ask, in any order and as far as the segment goes, all whose answer is known: the question
+                of the sample and what single facts of the story tell; or the question of the sample alone.
             text: Whether all tokens are learned; or answers alone.
 
         Raises:
-            ConfigError: If no story or no question fits, or no single fact of the task tells anything.
+            ConfigError: If no story or no question fits.
         """
         n_token = len(passage) - 1
         begin = n_token - segment_len
@@ -281,10 +281,6 @@ class BabiLong:
         """Tokens of questions about a story with their answers, ``n_most`` at most, and which are of answers."""
         asked = {words.sample.question: words.sample.answer}
         if every:
-            if not any(self._told_by_one.values()):
-                raise ConfigError(
-                    f"no single fact of bAbI task {self.task} tells an answer: set task.every=false in the phases"
-                )
             asked |= latest(self._told_by_one, words.sample.facts)
         questions = sorted(asked)
         tokens: list[int] = []
