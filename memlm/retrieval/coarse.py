@@ -199,8 +199,8 @@ def rescored(query: Tensor, key: Tensor, hidden: Tensor, index: Tensor) -> Tenso
     """
     table, n_between = rows_of(key)
     flat = index if not n_between else index + n_between * torch.arange(len(index))[:, None, None, None]
-    n_query, n_each = index.shape[:3].numel(), index.shape[3]
-    each = _products(query.flatten(0, 2), table, flat.flatten(), *_in_order(n_query, n_each))
+    n_each = index.shape[3]
+    each = _products(query.flatten(0, 2), table, flat.flatten(), *_in_order(index.numel() // n_each, n_each))
     return each.view(index.shape) + hidden.gather(2, index.flatten(2)).view(index.shape)
 
 
