@@ -116,8 +116,10 @@ def test_watched_settings_are_checked_by_their_full_name() -> None:
 
 @pytest.mark.parametrize("recipe", sorted(path.stem for path in (config_dir() / "recipe").glob("*.yaml")))
 def test_what_recipes_measure_exists(recipe: str) -> None:
-    paths = ["data.path=books", "data.babi=babi"] if recipe == "babilong" else []
-    config = to_dict(compose([f"recipe={recipe}", *paths]))
+    paths = {"babilong": ["data.path=books", "data.babi=babi"]} | {
+        key: ["data.path=text"] for key in ("longmem", "memorag", "stories")
+    }
+    config = to_dict(compose([f"recipe={recipe}", *paths.get(recipe, [])]))
     assert runner.chosen(config)
     runner.watched(config["watch"])
 

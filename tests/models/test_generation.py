@@ -237,4 +237,4 @@ def test_all_memories_in_a_layer_go_by_the_column() -> None:
     others = {
         name for name in laws.names() if not Decoder(model := model_of(name), model.init_state(1), True, True).by_column
     }
-    assert others == {"armt", "camelot", "gradmem", "hmt", "rmt"}
+    assert others == {"armt", "beacon", "camelot", "gradmem", "hmt", "rmt"}
