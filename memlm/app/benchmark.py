@@ -1,6 +1,6 @@
 """Measure speed: `python scripts/benchmark.py train [key=value ...]`, or another name of `configs/benchmark/`.
 
-Each benchmark is a module of `benchmarks/`. What is measured and why is told in `docs/benchmarks.md`.
+Each benchmark is a module of `benchmarks/`. What is measured and why is told in `docs/benchmarks/index.md`.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from memlm.app.cli import cli
@@ -74,8 +75,11 @@ def main(config: Mapping[str, Any]) -> None:
     result, text = run(config)
     print(text)
     from memlm.evaluation.emit import emit
+    from memlm.evaluation.timings import REPORT
 
     written = emit(result, {}, config["out"])
+    written.append(Path(config["out"]) / REPORT)
+    written[-1].write_text(text + "\n", encoding="utf-8")
     print("\nWritten:", *(f"  {path}" for path in written), sep="\n")
 
 

@@ -38,7 +38,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--experiment", metavar="NAME", help="whose results are kept; by default that of the record, or NAME"
     )
-    parser.add_argument("--commit", help="what the runs were made with; by default the commit of this checkout")
+    parser.add_argument(
+        "--commit",
+        help="what the runs were made with; by default the commit of this checkout (benchmarks tell it themselves)",
+    )
     parser.add_argument("--check", action="store_true", help="write nothing; fail where a page and its record differ")
     parser.add_argument("--trust", metavar="PACKAGE", action="append", help=TRUST)
     chosen = parser.parse_args(arguments)
@@ -72,10 +75,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _put(path: Path, chosen: argparse.Namespace) -> None:
     """Put runs into a record."""
-    from memlm.evaluation import memory_table, records
+    from memlm.evaluation import memory_table, records, timings
     from memlm.evaluation.runs import find_runs
 
     record = records.read_record(path) if path.exists() else []
+    of_benchmarks = [timings.is_benchmark(Path(run)) for run in chosen.runs]
+    if any(of_benchmarks):
+        given = [timings.entry(Path(run)) for run in chosen.runs] if all(of_benchmarks) else []
+        if not given or {part["experiment"] for part in [*record, *given]} != {path.stem}:
+            raise ConfigError(
+                f"a record is of one benchmark, and {path.stem!r} is not its name: give it as {timings.PREFIX}NAME"
+            )
+        _write(path, records.written(timings.merged(record, given)))
+        return
     experiment = chosen.experiment or (record[0]["experiment"] if record else path.stem)
     around = import_module("benchmarks.base").surroundings("cpu")
     commit = chosen.commit or str(around["commit"])[:7]

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from memlm.config import ConfigError
-from memlm.evaluation import memory_table
+from memlm.evaluation import memory_table, timings
 from memlm.evaluation.compare.groups import n_token
 from memlm.evaluation.headline import Number, headline, in_percent, shown
 from memlm.evaluation.result import Result
@@ -127,7 +127,9 @@ def read_record(path: Path) -> list[dict[str, Any]]:
     if not isinstance(found, list):
         raise ConfigError(f"{path} is no record: it has no list of entries")
     for i, entry in enumerate(found):
-        missing = [key for key in _NEEDED if not isinstance(entry, dict) or key not in entry]
+        of_benchmark = isinstance(entry, dict) and str(entry.get("experiment")).startswith(timings.PREFIX)
+        needed = timings.NEEDED if of_benchmark else _NEEDED
+        missing = [key for key in needed if not isinstance(entry, dict) or key not in entry]
         if missing:
             raise ConfigError(f"{path} is no record: entry {i} lacks {', '.join(missing)}")
     return found
@@ -156,7 +158,9 @@ def filled_in(page: str, folder: Path) -> str:
 
 
 def table(record: Sequence[Entry]) -> str:
-    """A record as a table of Markdown: of all memories, of the rates by size, or of the experiment's headline."""
+    """A record as a page has it: a table of all memories, of rates by size or of headlines; or a benchmark's report."""
+    if record and str(record[0]["experiment"]).startswith(timings.PREFIX):
+        return timings.text(record)
     lines, below = [["nothing was measured yet"], ["---"]], ""
     if record and record[0]["experiment"] == memory_table.NAME:
         lines = memory_table.table(record)

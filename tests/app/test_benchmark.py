@@ -28,7 +28,9 @@ def test_command_line_writes_the_result(command: None, tmp_path: Path, capsys: p
     stored = json.loads((tmp_path / "result.json").read_text())
     assert stored["metrics"]["default/ltm/vs_none"] > 0
     assert stored["metadata"]["settings"]["rounds"] == 1
-    assert str(tmp_path / "result.json") in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert str(tmp_path / "result.json") in said
+    assert said.startswith((tmp_path / "report.txt").read_text().strip())
 
 
 def test_what_a_benchmark_refuses_to_report_is_told(

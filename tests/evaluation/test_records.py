@@ -171,6 +171,43 @@ def test_a_page_that_differs_is_told_and_not_written(found: list[Any], tmp_path:
     assert path.read_text() == whole
 
 
+def timing(folder: Path, report: str, *settings: str, changed: bool = False, name: str = "benchmark_write") -> str:
+    """A folder as a benchmark writes it."""
+    (folder / ".hydra").mkdir(parents=True, exist_ok=True)
+    metadata = {"commit": "0123456789", "uncommitted_changes": changed}
+    stored = {"name": name, "metrics": {}, "rows": [], "metadata": metadata}
+    (folder / "result.json").write_text(json.dumps(stored))
+    (folder / "report.txt").write_text(report + "\n")
+    (folder / ".hydra/overrides.yaml").write_text(json.dumps(["benchmark=write", *settings]))
+    return str(folder)
+
+
+def test_a_benchmark_is_shown_as_it_was_printed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    page = tmp_path / "README.md"
+    page.write_text(BEGIN.format("benchmark_write") + END)
+    path = "/somewhere/else/run"
+    first = timing(tmp_path / "a", f"old: 3 ms of {path}", "rounds=2", f"checkpoint='{path}'")
+    other = timing(tmp_path / "b", "5 ms", "rounds=9")
+    results.main(["benchmark_write", first, other])
+    results.main(["benchmark_write", timing(tmp_path / "c", f"4 ms of {path}", "rounds=2", f"checkpoint='{path}'")])
+    assert page.read_text().split("\n\n") == [
+        "<!-- results/benchmark_write.json -->",
+        "    python scripts/benchmark.py write rounds=2 checkpoint=CHECKPOINT",
+        "```text\n4 ms of CHECKPOINT\n```",
+        "    python scripts/benchmark.py write rounds=9",
+        "```text\n5 ms\n```",
+        END,
+    ]
+    with pytest.raises(ConfigError, match="in no commit"):
+        results.main(["benchmark_write", timing(tmp_path / "d", "1 ms", changed=True)])
+    with pytest.raises(ConfigError, match="a record is of one benchmark"):
+        results.main(["benchmark_write", timing(tmp_path / "e", "1 ms", name="benchmark_query")])
+    (tmp_path / "b/report.txt").unlink()
+    with pytest.raises(ConfigError, match="does not tell its command and report"):
+        results.main(["benchmark_write", other])
+
+
 def test_mistakes_are_told(found: list[Any], tmp_path: Path) -> None:
     found.append(run(tmp_path, "ltm", 0, loss(0.4)))
     for arguments, told in (
