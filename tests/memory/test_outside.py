@@ -61,7 +61,7 @@ class Mine(Memory):
         key, value = prepared.kv.unbind(1)
         score = heads.q @ key.mT / key.shape[-1] ** 0.5  # (B, H, T, n)
         score = score.masked_fill(~prepared.full[:, None, None], -1e9)
-        best = score >= score.topk(self.k, dim=3).values[..., -1:]
+        best = torch.zeros_like(score, dtype=torch.bool).scatter(3, score.topk(self.k, dim=3).indices, True)
         weight = score.masked_fill(~best, -torch.inf).softmax(dim=3)
         gate = self.gate.sigmoid() * prepared.full.any(dim=1)[:, None, None, None]
         return mixer.out(gate * (weight @ value) + (1 - gate) * mixer.attend(heads), x), None
