@@ -19,6 +19,7 @@ from benchmarks.base import (
     peak_rss,
     peer_library,
     quartiles,
+    spread,
     surroundings,
     torch_threads,
 )
@@ -332,17 +333,11 @@ def report(result: Result) -> str:
     metadata, metrics = result.metadata, result.metrics
     settings, base = metadata["settings"], metadata["base"]
 
-    def spread(key: str) -> str | None:
-        if key not in metrics:
-            return None
-        low, middle, high = (metrics[f"{key}{end}"] for end in ("_low", "", "_high"))
-        return f"{middle:.2f} ({low:.2f}-{high:.2f})"
-
     lines = []
     for name in [BARE, *settings["candidates"]]:
         line: list[Any] = [name]
         for work in WORK:
-            line += [round(metrics[f"{name}/{work}/tokens_per_s"], 1), spread(f"{name}/{work}/vs_{BARE}")]
+            line += [round(metrics[f"{name}/{work}/tokens_per_s"], 1), spread(metrics, f"{name}/{work}/vs_{BARE}")]
         memory = [metrics.get(f"{name}/{key}", float("nan")) for key in ("peak_mib", "beyond_mib")]
         state = metrics[f"{name}/state_bytes"] / 2**20
         lines.append([*line, *(None if number != number else round(number) for number in memory), round(state, 1)])

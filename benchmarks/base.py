@@ -204,6 +204,14 @@ def _version(library: str) -> str | None:
         return None
 
 
+def spread(metrics: Mapping[str, float], key: str, digits: int = 2) -> str | None:
+    """A median and its quartiles, as a table shows them; None if it was not measured."""
+    if key not in metrics:
+        return None
+    low, middle, high = (metrics[f"{key}{end}"] for end in ("_low", "", "_high"))
+    return f"{middle:,.{digits}f} ({low:,.{digits}f}-{high:,.{digits}f})"
+
+
 def conditions(metadata: Mapping[str, Any]) -> list[str]:
     """Lines on where, with what and when something was measured."""
     state = {True: " with uncommitted changes", False: "", None: ""}[metadata["uncommitted_changes"]]

@@ -17,6 +17,7 @@ from benchmarks.base import (
     conditions,
     peer_library,
     quartiles,
+    spread,
     surroundings,
     torch_threads,
 )
@@ -204,20 +205,14 @@ def report(result: Result) -> str:
     metadata, metrics = result.metadata, result.metrics
     settings, shape = metadata["settings"], metadata["shape"]
 
-    def spread(key: str) -> str | None:
-        if key not in metrics:
-            return None
-        low, middle, high = (metrics[f"{key}{end}"] for end in ("_low", "", "_high"))
-        return f"{middle:.2f} ({low:.2f}-{high:.2f})"
-
     lines = []
     for n_row in settings["batches"]:
         for kind in settings["lengths"]:
             for name in settings["candidates"]:
                 key = f"{name}/{n_row}/{kind}"
                 speed = round(1000 * n_row / metrics[f"{key}/ms_per_step"])
-                ratios = [spread(f"{key}/vs_{peer}") for peer in ("gpt2", "none")]
-                lines.append([n_row, kind, name, spread(f"{key}/ms_per_step"), speed, *ratios])
+                ratios = [spread(metrics, f"{key}/vs_{peer}") for peer in ("gpt2", "none")]
+                lines.append([n_row, kind, name, spread(metrics, f"{key}/ms_per_step"), speed, *ratios])
     title = (
         f"{shape['n_layer']} layers, {shape['n_head']} heads, width {shape['d_model']}, vocabulary "
         f"{shape['n_vocab']:,}; prompts of {settings['prompt_len']} tokens, {settings['n_generate']} more of each row; "

@@ -18,6 +18,7 @@ from benchmarks.base import (
     conditions,
     peer_library,
     quartiles,
+    spread,
     surroundings,
     torch_threads,
 )
@@ -262,20 +263,14 @@ def report(result: Result) -> str:
     metadata, metrics = result.metadata, result.metrics
     settings, shape = metadata["settings"], metadata["shape"]
 
-    def spread(name: str, key: str, digits: int) -> str | None:
-        if f"{name}/{key}" not in metrics:
-            return None
-        low, middle, high = (metrics[f"{name}/{key}{end}"] for end in ("_low", "", "_high"))
-        return f"{middle:,.{digits}f} ({low:,.{digits}f}-{high:,.{digits}f})"
-
     lines = []
     for name in [*settings["memories"], *settings["peers"]]:
         n_byte = metrics[f"{name}/state_bytes"]
         lines.append(
             [
                 name, int(metrics[f"{name}/parameters"]), None if n_byte != n_byte else int(n_byte),
-                spread(name, "tokens_per_s", 0), spread(name, "vs_none", 2),
-                spread(name, "ms_per_token", 2), spread(name, "generate_vs_none", 2),
+                spread(metrics, f"{name}/tokens_per_s", 0), spread(metrics, f"{name}/vs_none"),
+                spread(metrics, f"{name}/ms_per_token"), spread(metrics, f"{name}/generate_vs_none"),
             ]
         )  # fmt: skip
     columns = ["memory", "parameters", "state bytes", "training tokens/s", "vs none", "ms per token", "speed vs none"]

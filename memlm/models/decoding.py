@@ -221,9 +221,10 @@ def _step(
         number = model.memory_layers.index(i) if model.memory and i in model.memory_layers else None
         if number is not None and "input" in now.streams:
             now.put(now.streams["input"], number, lookback, x)
-        mixer = ColumnMixer(layer, opened, column, x.dtype)
-        x = layer.step(x, opened, column) if number is None else _mixed(model, number, x, mixer, prepared, empty)
-        if number is not None:
+        if number is None:
+            x = layer.step(x, opened, column)
+        else:
+            x = _mixed(model, number, x, ColumnMixer(layer, opened, column, x.dtype), prepared, empty)
             if "mixed" in now.streams:
                 now.put(now.streams["mixed"], number, lookback, x)
             y, values = x[:, None].float(), []
