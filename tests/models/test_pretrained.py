@@ -128,6 +128,19 @@ def test_tokens_that_neither_begin_nor_end_a_segment_go_through_the_layers_alone
     assert len(calls) == 4  # the ends and the beginnings of segments, of which there are two each
 
 
+@pytest.mark.parametrize("name", ["knn", "infini"])
+@torch.no_grad()
+def test_token_by_token_the_base_is_as_it_was_while_memory_is_empty(name: str, folder: Callable[[str], Path]) -> None:
+    model, ids = make_of(folder("llama"), name)().eval(), text(2, 2 * T + 3, seed=5)
+    full = model.new_context(model(text(2, 3 * T, seed=6)).state)
+    state = model.with_memory(full, model.init_state(2))
+    one = laws.builders.logits(model, ids, state)
+    assert not torch.allclose(one, laws.builders.logits(model, ids, full), atol=1e-3), "what it holds matters"
+    decoder = Decoder(model, state, True, True)
+    found = torch.stack([model.head(decoder.step(ids[:, i])) for i in range(ids.shape[1])], dim=1)
+    torch.testing.assert_close(found, one, atol=1e-4, rtol=1e-4)
+
+
 # --- what is trained, and what is kept -------------------------------------------------------------------------------
 
 MEMORY = {"ltm": functools.partial(LongTermMemory, n_slot=20, d_key=8)}
