@@ -27,7 +27,7 @@ FILES: dict[str, Theme] = {f"{NAME}-{theme}.svg": theme for theme in SURFACES}
 
 Entry = Mapping[str, Any]
 
-_TEXTS = {"code": "Python's own source", "books": "novels"}
+_TEXTS = {"code": "Python's source", "books": "novels"}
 _CONTROLS = {"off": "reads off", "wiped": "memory wiped", "swapped": "another document's memory"}
 _LABELS = {
     "none": "no memory, equal steps",

@@ -59,9 +59,9 @@ def test_a_memory_stands_beside_its_best_control_and_the_best_model_without(proj
     keep(ONE)
     results.main([])
     assert lines() == [
-        ["Python's own source", "`ltm`", "30.0 (29.0 to 32.0)", "50.0, another document's memory",
+        ["Python's source", "`ltm`", "30.0 (29.0 to 32.0)", "50.0, another document's memory",
          "40.0 (39.0 to 42.0), about equal CPU time", "1"],
-        ["Python's own source", "`cache`", "44.0 (43.0 to 46.0)", "44.0, reads off",
+        ["Python's source", "`cache`", "44.0 (43.0 to 46.0)", "44.0, reads off",
          "40.0 (39.0 to 42.0), about equal CPU time", "1"],
         ["novels", "`ltm`", "70.0 (69.0 to 72.0)", "80.0, reads off", "-", "1"],
     ]  # fmt: skip
