@@ -30,6 +30,7 @@ class Series(NamedTuple):
         control: Whether it is set back, such as a control.
         faint: Whether it is the noise around another series, which needs no name.
         run: Which run it is of, see `memlm.analysis.page.Chapter`.
+        mark: What stands beside its points.
     """
 
     label: str
@@ -38,6 +39,7 @@ class Series(NamedTuple):
     control: bool = False
     faint: bool = False
     run: str = ""
+    mark: str = ""
 
 
 class Tick(NamedTuple):
@@ -60,6 +62,7 @@ class Chart:
         percent: Whether numbers are rates, shown in percent.
         log: Whether what is across counts by factors; what is not above 0 stands to the left of it.
         span: Ends of what is up; None for those of the numbers.
+        across_span: Ends of what is across; None for those of the numbers.
         notes: Sentences below it.
     """
 
@@ -71,6 +74,7 @@ class Chart:
     percent: bool = False
     log: bool = False
     span: tuple[float, float] | None = None
+    across_span: tuple[float, float] | None = None
     notes: Sequence[str] = ()
     shown: list[Series] = field(init=False)
 
@@ -99,6 +103,8 @@ class Chart:
 
     @cached_property
     def _left_right(self) -> tuple[float, float]:
+        if self.across_span is not None:
+            return self.across_span
         values = [x for part in self.shown for x, _ in part.points if x > 0 or not self.log]
         low, high = min(values, default=1.0), max(values, default=10.0)
         if self.log:
@@ -127,7 +133,7 @@ class Chart:
         """Marks across."""
         low, high = self._left_right
         if not self.log:
-            return [Tick(self.across(at), shown(at)) for at in ticks(low, high, 4)]
+            return [Tick(self.across(at), shown(at)) for at in ticks(low, high, 5)]
         nothing = [Tick(self.across(0), "0")] if self.across(0) < self.across(10**low) - 1 else []
         powers = range(math.ceil(low), math.floor(high) + 1)
         few = list(powers)[:: -(-len(powers) // 5)] if powers else []
@@ -138,7 +144,7 @@ class Chart:
     def y_ticks(self) -> list[Tick]:
         """Marks up."""
         low, high = self._low_high
-        return [Tick(self.up(at), self.text(at)) for at in ticks(low, high, 4)]
+        return [Tick(self.up(at), self.text(at)) for at in ticks(low, high, 5)]
 
     def text(self, value: float) -> str:
         """A number of the chart."""

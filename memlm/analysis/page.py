@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import ClassVar, NamedTuple
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -235,12 +236,17 @@ def render(title: str, chapters: Sequence[Chapter], runs: Sequence[str] = (), li
     """
     engine = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
-        lstrip_blocks=True, finalize=lambda value: printable(value) if isinstance(value, str) else value,
+        lstrip_blocks=True, finalize=_shown,
     )  # fmt: skip
     engine.filters["uri"] = lambda image: "data:image/png;base64," + base64.b64encode(image).decode()
     engine.filters["points"] = _points
     engine.tests["nan"] = lambda value: value != value
     return engine.get_template("page.html").render(title=title, chapters=chapters, runs=runs, live=live)
+
+
+def _shown(value: object) -> object:
+    """Text as it is shown; what a macro of the template has made is shown already."""
+    return printable(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
 def _points(chart: Chart) -> str:

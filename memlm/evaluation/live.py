@@ -125,7 +125,7 @@ class LiveRun:
         columns = self.log.columns
         chapters = [Chapter("Where it stands", [standing.told], [Status("Now", self._facts(standing), done, notes)])]
         if charts := list(_charts(columns)):
-            chapters.append(Chapter("Curves", [], [Charts("By step", charts, _remarks(columns))]))
+            chapters.append(Chapter("Curves", [], [Charts("By step of training", charts, _remarks(columns))]))
         if self.config:
             text = yaml.safe_dump(self.config, sort_keys=False)
             chapters.append(Chapter("Settings", [], [Listings("As it was started", [("All settings", text)])]))
@@ -249,18 +249,25 @@ def _duration(seconds: float) -> str:
 
 
 def _points(column: Column) -> list[tuple[float, float]]:
-    """Numbers by step, in order; where a run that goes on repeats a step the later one counts."""
-    return sorted(dict(zip(map(float, column.steps), column.values, strict=True)).items())
+    """Numbers by the steps made, in order; where a run that goes on repeats a step the later one counts."""
+    return sorted(dict(zip((step + 1.0 for step in column.steps), column.values, strict=True)).items())
 
 
 def _charts(columns: Mapping[str, Column]) -> Iterator[Chart]:
     """What the curves show, of what there is."""
+    end = 1.0 + max((max(column.steps) for column in columns.values()), default=0)
+
+    def chart(title: str, unit: str, series: Sequence[Series], **options: Any) -> Iterator[Chart]:
+        found = Chart(title, "step", unit, series, across_span=(0.0, end), **options)
+        if found.shown:
+            yield found
+
     loss = [*_smoothed(columns, "train/loss", "training"), *_lines(columns, {"val/nll": "held-out text"})]
-    yield from _chart("Loss", "nats per token", loss)
+    yield from chart("Loss", "nats per token", loss)
     controls = _lines(columns, {f"recall/{name}": label for name, label in CONTROLS.items()}, control=True)
     if controls:  # a rate without a control claims nothing
         on = _lines(columns, {"recall/on": "memory on"})
-        yield from _chart("Recall of held-out facts", "exact match", [*on, *controls], percent=True, span=(0.0, 1.0))
+        yield from chart("Recall of held-out facts", "exact match", [*on, *controls], percent=True, span=(0.0, 1.0))
     parts: dict[str, dict[tuple[str, str], Column]] = {}  # number, then memory and layer
     for name, column in columns.items():
         root, _, rest = name.partition("/")
@@ -273,20 +280,16 @@ def _charts(columns: Mapping[str, Column]) -> Iterator[Chart]:
         for number, label in _SHARES.items()
         for part in _of_layers(parts.pop(number, {}))
     ]
-    yield from _chart("What memory does", "0 to 1", shares, span=(0.0, 1.0))
+    yield from chart("What memory does", "0 to 1", shares, span=(0.0, 1.0))
     for number, found in parts.items():
         if number == "read_entropy":
             slots = {key: Column(c.steps, _exponentials(c.values)) for key, c in found.items()}
-            yield from _chart("Slots that a read is spread over", "slots", _of_layers(slots))
+            yield from chart("Slots that a read is spread over", "slots", _of_layers(slots))
         else:
-            yield from _chart(number.replace("_", " "), "as logged, see docs/dashboard.md", _of_layers(found))
-    yield from _chart("Speed", "tokens per second", _lines(columns, {"train/tokens_per_second": "training"}))
-
-
-def _chart(title: str, unit: str, series: Sequence[Series], **options: Any) -> Iterator[Chart]:
-    chart = Chart(title, "step", unit, series, **options)
-    if chart.shown:
-        yield chart
+            yield from chart(number.replace("_", " "), "as logged, see docs/dashboard.md", _of_layers(found))
+    speed = _lines(columns, {"train/tokens_per_second": "training"})
+    most = max((y for part in speed for _, y in part.points if math.isfinite(y)), default=0.0)
+    yield from chart("Speed", "tokens per second", speed, span=(0.0, 1.1 * most or 1.0))
 
 
 def _lines(columns: Mapping[str, Column], names: Mapping[str, str], control: bool = False) -> list[Series]:
@@ -342,7 +345,7 @@ def _remarks(columns: Mapping[str, Column]) -> list[str]:
         odd = [step for step, value in zip(column.steps, column.values, strict=True) if not math.isfinite(value)]
         if odd:
             notes.append(
-                f"{one_line(name)} is no finite number at {len(odd):,} logged steps, first at step {odd[0]:,}."
+                f"{one_line(name)} is no finite number at {len(odd):,} logged steps, first at step {odd[0] + 1:,}."
             )
     if "recall/on" not in columns:
         notes.append("No recall is logged so far: it is measured every trainer.val_check_interval batches (watch=).")
