@@ -141,7 +141,8 @@ def screen(log: str) -> list[str]:
 def recorded(log: str) -> str:
     """What terminal.txt keeps of a log of `script`: the screen, without where the checkout is."""
     text = "\n".join(line for line in screen(log) if not line.startswith(("Script started", "Script done")))
-    return f"$ {COMMAND}\n{re.sub(r'/\S*/(?=outputs/)', '', text).strip()}\n"
+    text = re.sub(r"/\S*/(?=outputs/)", "", text)
+    return f"$ {COMMAND}\n{text.strip()}\n"
 
 
 def shortened(text: str) -> list[str]:

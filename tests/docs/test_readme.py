@@ -51,7 +51,7 @@ def test_a_terminal_shows_what_was_not_written_over(draw: Any) -> None:
     log += "\x1b[1A\x1b[2K\x1b[1A\x1b[2K\x1b[38;5;7mdone\x1b[0m\r\n"
     assert draw.screen(log) == ["Script started", "step 2/2", "done", "", ""]
     kept = draw.recorded(log + "/home/someone/outputs/run: ready\r\nScript done\r\n")
-    assert kept == f"$ {draw.COMMAND}\nstep 2/2\ndone\n\noutputs/run: ready\n"
+    assert kept == f"$ {draw.COMMAND}\nstep 2/2\ndone\noutputs/run: ready\n"
 
 
 def test_the_recording_is_of_the_command_that_is_shown(draw: Any) -> None:
