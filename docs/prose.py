@@ -25,7 +25,7 @@ N_WORST = 10
 """Sentences that are shown."""
 
 _GENERATED = re.compile(r"<!-- results/.*?<!-- end of results -->", re.DOTALL)
-_GLUE = "\N{WORD JOINER}"  # instead of blanks in code, so that it is one word
+_GLUE = "\N{WORD JOINER}"  # before code, which may begin a sentence, and instead of its blanks: it is one word
 # A full stop, what may close a sentence with it, and a blank. Not so after an initial, nor before a small letter.
 _END = re.compile(r"(?<!\b[A-Z])[.!?][)\]\"'”]*\s+(?![a-z])")
 
@@ -80,7 +80,7 @@ def _text(tokens: Sequence[Token]) -> str:
     parts = []
     for token in tokens:
         if token.type == "code_inline":
-            parts.append(re.sub(r"\s", _GLUE, token.content))
+            parts.append(_GLUE + re.sub(r"\s", _GLUE, token.content))
         elif token.type in ("text", "softbreak", "hardbreak"):
             parts.append(token.content or "\n")
     return "".join(parts)
@@ -91,7 +91,9 @@ def _sentences(text: str, line: int) -> Iterator[Sentence]:
     for end in [*(match.end() for match in _END.finditer(text)), len(text)]:
         words = [word for word in text[begin:end].split() if re.search(r"\w", word)]
         if words:
-            yield Sentence(len(words), line + text.count("\n", 0, begin), " ".join(words).replace(_GLUE, " "))
+            yield Sentence(
+                len(words), line + text.count("\n", 0, begin), " ".join(" ".join(words).replace(_GLUE, " ").split())
+            )
         begin = end
 
 

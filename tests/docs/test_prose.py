@@ -11,7 +11,7 @@ PROSE = Path(__file__).resolve().parents[2] / "docs" / "prose.py"
 PAGE = """# A heading is no sentence
 
 One two three. Four **five
-six.** Seven `eight is one word.` [nine ten](eleven/twelve.md)!
+six.** Seven `eight is one word`, eight. `this` too: [nine ten](eleven/twelve.md)!
 
     python train.py is code.
 
@@ -55,13 +55,14 @@ def test_words_and_lines_are_those_counted_by_hand(prose: Any) -> None:
     assert [(sentence.n_word, sentence.line) for sentence in sentences] == [
         (3, 3),
         (3, 3),
+        (3, 4),
         (4, 4),
         (5, 12),
         (5, 14),
         (5, 28),
         (2, 28),
     ]
-    assert sentences[2].text == "Seven eight is one word. nine ten!"
+    assert sentences[2].text == "Seven eight is one word, eight."
     assert tables == [(1, len("| of | one row. Not a sentence. |"), 18)]
 
 
