@@ -1,7 +1,8 @@
-"""Draws the pictures of README.md, for light and dark pages: `python docs/figures/draw.py`.
+"""Draws the pictures of README.md and of the concepts, for light and dark pages: `python docs/figures/draw.py`.
 
-segments-*.svg shows segment, read and write. terminal-*.svg shows parts of terminal.txt, which is all that a terminal
-showed when the command of README.md had ended. It was recorded, and is made anew, by
+segments-*.svg shows segment, read and write; scopes-*.svg who shares a bank; controls-*.svg how a question is
+controlled. terminal-*.svg shows parts of terminal.txt, which is all that a terminal showed when the command of
+README.md had ended. It was recorded, and is made anew, by
 
     script -c "stty cols 100; python train.py model=lmcode memory=ltm" LOG
     python docs/figures/draw.py LOG
@@ -112,6 +113,69 @@ def segments(colors: dict[str, str]) -> Drawing:
     return drawing
 
 
+def scopes(colors: dict[str, str]) -> Drawing:
+    """Four documents in two rows: with a bank each, and with one for all."""
+    title = "With scope sequence each document has a bank of its own. With scope shared all have one."
+    drawing = Drawing(980, 330, colors, title)
+    left, width, bank = 90, 250, 700
+    for top, name, said in (
+        (28, "scope=sequence", "each document begins with an empty bank of its own; no row knows of another"),
+        (188, "scope=shared", "one bank for all rows, kept from document to document: told to one, known to all"),
+    ):
+        drawing.text(20, top, name, anchor="start", weight="600")
+        drawing.text(170, top, said, "soft", 14, anchor="start")
+        for row in range(2):
+            y = top + 20 + 56 * row
+            drawing.text(20, y + 26, f"row {row}", "soft", anchor="start")
+            for k in range(2):
+                x = left + k * (width + 20)
+                drawing.box(x, y, width, 40, "paper", "line")
+                drawing.text(x + 14, y + 26, f"document {2 * row + k + 1}", anchor="start")
+                if name == "scope=sequence":
+                    drawing.box(x + 130, y + 6, 108, 28, "paper", "first")
+                    drawing.text(x + 184, y + 25, "its own bank", "first", 14)
+            if name == "scope=shared":
+                end = left + 2 * width + 26
+                drawing.arrow([(end, y + 13), (bank - 6, y + 13)], "second")
+                drawing.arrow([(bank - 6, y + 29), (end, y + 29)], "first")
+    drawing.box(bank, 208, 250, 96, "paper", "first")
+    drawing.text(bank + 125, 262, "one bank", "first", weight="600")
+    return drawing
+
+
+def controls(colors: dict[str, str]) -> Drawing:
+    """A fact is told, much text goes by, and it is asked for with its memory and under each control."""
+    drawing = Drawing(980, 380, colors, "A fact is told once and asked for later, with the memory and under controls.")
+    for x, width, head, text, color in (
+        (20, 260, "told once", "“Ann lives in Oslo.”", "ink"),
+        (300, 320, "then", "4,096 other tokens", "soft"),
+        (640, 320, "asked in a new context", "“Where does Ann live?”", "ink"),
+    ):
+        drawing.text(x, 28, head, anchor="start", weight="600")
+        drawing.box(x, 42, width, 42, "paper", "line")
+        drawing.text(x + width / 2, 69, text, color)
+    for x, head in ((20, "condition"), (180, "the memory"), (480, "answer"), (640, "a right answer would come from")):
+        drawing.text(x, 124, head, "soft", anchor="start")
+    for i, (name, memory, answer, source) in enumerate(
+        (
+            ("on", "was told this fact", "“Oslo”", "the memory, if all controls fail"),
+            ("off", "is not read", "?", "the weights, or the question itself"),
+            ("wiped", "is empty", "?", "reading as such"),
+            ("swapped", "is that of another document", "?", "the memory of any text"),
+            ("unseen", "was never told the fact", "?", "a guess"),
+        )
+    ):
+        y, color = 140 + 46 * i, "ink" if i else "first"
+        drawing.text(20, y + 24, name, color, anchor="start", weight="600")
+        drawing.box(180, y, 240, 36, "paper", "line" if i else "first")
+        drawing.text(300, y + 24, memory, color)
+        if name != "off":
+            drawing.arrow([(424, y + 18), (468, y + 18)], "first")
+        drawing.text(480, y + 24, answer, color, anchor="start", weight="600")
+        drawing.text(640, y + 24, source, "soft", anchor="start")
+    return drawing
+
+
 _PIECE = re.compile(r"\x1b\[\??([\d;]*)([A-Za-z])|([\r\n])|([^\x1b\r\n]+)")
 
 
@@ -179,7 +243,7 @@ def terminal(colors: dict[str, str]) -> Drawing:
     return drawing
 
 
-PICTURES = {"segments": segments, "terminal": terminal}
+PICTURES = {"segments": segments, "scopes": scopes, "controls": controls, "terminal": terminal}
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -17,7 +17,7 @@ from tests.training.small import write_text
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted(path.stem for path in (ROOT / "docs").glob("*.md"))
-HYDRA = ("train", "evaluate", "generate", "chat", "export", "check", "benchmark", "search")
+HYDRA = ("train", "evaluate", "generate", "chat", "export", "check", "benchmark")
 SMALL = [
     *("data.tokenizer.kind=word", "data.tokenizer.vocab_size=400", "model.d_model=16", "model.n_head=2"),
     *("model.n_layer=2", "model.segment_len=16", "model.overlap=4", "trainer=cpu", "trainer.max_steps=2"),
