@@ -84,6 +84,8 @@ def test_the_lock_holds_what_is_needed() -> None:
     for each in needed("test", "docs", "dev", "launchers", "search", "pretrained"):
         assert each.specifier.contains(pins[canonicalize_name(each.name)], prereleases=True), each
     assert pins["torch"].endswith("+cpu")
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
+    assert [hook["rev"] for hook in hooks if hook["repo"].endswith("/ruff-pre-commit")] == [f"v{pins['ruff']}"]
 
 
 def test_links_and_pictures_on_pypi_lead_to_the_repository() -> None:
