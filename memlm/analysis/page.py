@@ -240,6 +240,7 @@ def render(title: str, chapters: Sequence[Chapter], runs: Sequence[str] = (), li
     )  # fmt: skip
     engine.filters["uri"] = lambda image: "data:image/png;base64," + base64.b64encode(image).decode()
     engine.filters["points"] = _points
+    engine.filters["pixels"] = _pixels
     engine.tests["nan"] = lambda value: value != value
     return engine.get_template("page.html").render(title=title, chapters=chapters, runs=runs, live=live)
 
@@ -247,6 +248,11 @@ def render(title: str, chapters: Sequence[Chapter], runs: Sequence[str] = (), li
 def _shown(value: object) -> object:
     """Text as it is shown; what a macro of the template has made is shown already."""
     return printable(value) if isinstance(value, str) and not isinstance(value, Markup) else value
+
+
+def _pixels(image: bytes) -> tuple[int, int]:
+    """Width and height of a PNG, as its first block says."""
+    return int.from_bytes(image[16:20]), int.from_bytes(image[20:24])
 
 
 def _points(chart: Chart) -> str:

@@ -139,12 +139,13 @@ def _against_bytes(comparison: Comparison) -> list[Chapter]:
         better = f"; {line.better} is better" if line.better else ""
         values = [y for part in series for _, y in part.points]
         span = (-0.03, 1.03) if line.percent and all(0 <= value <= 1 for value in values) else None
-        notes = [f"Small: {', '.join(other.label for other in controls)}."] if controls else []
+        notes = [f"Small: {'; '.join(other.label for other in controls)}."] if controls else []
         title, y = f"{line.experiment}: {line.label}", f"with its 95 % interval{better}"
         charts.append(Chart(title, "bytes of memory of a row", y, series, False, line.percent, True, span, notes=notes))
     if len(comparison.groups) < 2 or not charts:
         return []
-    return [Chapter("Against the bytes of memory", [], [Charts("What the bytes are worth", charts, comparison.notes)])]
+    notes = ["What the table of results says of how these runs were trained and measured holds here too."]
+    return [Chapter("Against the bytes of memory", [], [Charts("What the bytes are worth", charts, notes)])]
 
 
 def _settings(comparison: Comparison) -> Chapter:

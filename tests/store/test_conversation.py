@@ -249,7 +249,7 @@ def test_a_model_without_memory_is_refused(tokenizer: Any) -> None:
 )
 def test_with_which_model_to_talk_has_to_be_said(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        chat.main({"trust": [], "device": "cpu", **settings})
+        chat.main({"trust": [], "device": "cpu", "recall": 0, **settings})
 
 
 def test_the_script_talks_through_a_pipe(tokenizer: Any, monkeypatch: Any, capsys: Any) -> None:
@@ -258,7 +258,7 @@ def test_the_script_talks_through_a_pipe(tokenizer: Any, monkeypatch: Any, capsy
     monkeypatch.setattr("memlm.checkpoint.load", lambda path, trust: {"run": reader(tokenizer)}[path])
     from omegaconf import OmegaConf
 
-    chat.main(OmegaConf.create({"checkpoint": "run", "trust": [], "device": "cpu"}))
+    chat.main(OmegaConf.create({"checkpoint": "run", "trust": [], "device": "cpu", "recall": 0}))
     said = capsys.readouterr().out
     assert "> ba ce is\ndi fo gu.\n  [read with weight" in said
     assert "bad \ufffd byte" in said
