@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from pathlib import Path
 
@@ -36,7 +37,7 @@ def test_whatever_it_is_cut_into_it_is_what_is_read_whole(csv: Path) -> None:
     content = text("step,epoch,train/loss,val/nll", *rows)
     log, file = log_of(csv), csv / "metrics.csv"
     cuts = [0, *sorted(rng.sample(range(len(content)), 40)), len(content)]
-    for begin, end in zip(cuts, cuts[1:], strict=False):
+    for begin, end in itertools.pairwise(cuts):
         with open(file, "a") as opened:
             opened.write(content[begin:end])
         log.read()
