@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import posixpath
 import re
+import tomllib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,7 +21,12 @@ ROOT_PAGES = {
 }
 """Page of the site by file of the repository."""
 
-_LINK = re.compile(r"(\]\()([^)#\s]+)")
+_PROJECT = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+
+SOURCE = f"{_PROJECT['urls']['Source']}/blob/main"
+"""Where files are that are no part of the site."""
+
+_LINK = re.compile(r"(\]\(|\bsrc(?:set)?=\")([^)#\s\"]+)")
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
@@ -54,6 +60,8 @@ def site_links(markdown: str, source: str) -> str:
             return match[0]
         path = posixpath.normpath(posixpath.join(posixpath.dirname(source), target))
         path = f"docs/{ROOT_PAGES[path]}" if path in ROOT_PAGES else path
+        if not path.startswith("docs/"):
+            return f"{before}{SOURCE}/{path}"  # of the repository alone
         return before + posixpath.relpath(f"/{path}", place)
 
     return _LINK.sub(link, markdown)

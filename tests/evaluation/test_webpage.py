@@ -81,13 +81,13 @@ def test_a_prompt_is_shown_in_its_contexts_and_an_empty_one_is_refused(trained):
 
 def test_figures_that_find_no_room_are_named(trained, monkeypatch):
     whole = figure()
-    images = [("a", trained / "a.png", whole), ("b", trained / "b.png", whole)]
+    images = [webpage._Image(name, trained / f"{name}.png", whole, "") for name in "ab"]
     assert webpage._fitting(images, 2 * len(whole)) == (images, [])
     small_one = fewer_colors(whole)
     shown, without = webpage._fitting(images, 2 * len(small_one))
-    assert ([image for *_, image in shown], without) == ([small_one] * 2, [])
+    assert ([image.png for image in shown], without) == ([small_one] * 2, [])
     shown, without = webpage._fitting(images, len(small_one))
-    assert ([name for name, *_ in shown], [name for name, *_ in without]) == (["a"], ["b"])
+    assert ([image.what for image in shown], [image.what for image in without]) == (["a"], ["b"])
     monkeypatch.setattr(webpage, "MOST_BYTES", 0)
     text = text_of(page_of(trained, "run")[0])
     assert re.search(r"Not shown, as the page would be too large: \S+/run/needle/recall.png", text)
