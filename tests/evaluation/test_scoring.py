@@ -155,6 +155,10 @@ def test_arguments_of_the_harness_that_name_no_model_are_refused(harness: Any) -
         ({}, "model_args must have checkpoint=RUN, or settings of a model"),
         ({"checkpoint": "x", "memory": None}, "and both"),
         ({"checkpoint": "x", "batch_size": "auto"}, "batch_size must be a whole number, got auto"),
+        ({"model": "lmcode", "memory": "ltm"}, "a model that is not pretrained says nothing before it is trained"),
+        ({"model": "lmcode", "base": "x"}, "base says where the base of a checkpoint is"),
+        ({"checkpoint": "x", "local": "many"}, "local must be a whole number of at least 1, got 'many'"),
+        ({"checkpoint": "x", "read": "no"}, "read must be true or false, got 'no'"),
     ):
         with pytest.raises(ConfigError, match=message):
             type(harness)(**arguments)
