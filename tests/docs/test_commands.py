@@ -31,7 +31,7 @@ pytestmark = pytest.mark.slow
 
 def commands(page: str) -> list[list[str]]:
     """The words of each command of a page, which begin with the name of one of memlm's."""
-    text = (ROOT / "docs" / f"{page}.md").read_text().replace("\\\n", " ")
+    text = (ROOT / "docs" / f"{page}.md").read_text().replace("\\\n", " ").replace("=STEPS", "=100")
     for name, value in re.findall(r"^    (\w+)='(.+)'$", text, re.MULTILINE):  # a variable of the shell
         text = text.replace(f"${name}", value)
     lines = re.findall(r"^    (?:python |memlm )(.+)$", text, re.MULTILINE)
