@@ -52,7 +52,10 @@ def site_links(markdown: str, source: str) -> str:
         markdown: Text of a page; its links are those of the repository.
         source: Path of its file in the repository.
     """
-    place = posixpath.dirname(f"/docs/{ROOT_PAGES[source]}" if source in ROOT_PAGES else f"/{source}")
+    page = f"/docs/{ROOT_PAGES[source]}" if source in ROOT_PAGES else f"/{source}"
+    place = posixpath.dirname(page)
+    # A page is a directory of the site. MkDocs knows that of links of Markdown, but leaves those of HTML alone.
+    directory = place if posixpath.basename(page) == "index.md" else page.removesuffix(".md")
 
     def link(match: re.Match[str]) -> str:
         before, target = match.groups()
@@ -62,6 +65,6 @@ def site_links(markdown: str, source: str) -> str:
         path = f"docs/{ROOT_PAGES[path]}" if path in ROOT_PAGES else path
         if not path.startswith("docs/"):
             return f"{before}{SOURCE}/{path}"  # of the repository alone
-        return before + posixpath.relpath(f"/{path}", place)
+        return before + posixpath.relpath(f"/{path}", place if before == "](" else directory)
 
     return _LINK.sub(link, markdown)

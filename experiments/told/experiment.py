@@ -188,11 +188,13 @@ def _measure(model: SegmentModel, facts: Sequence[Sequence[Fact]], number: int, 
     records = [told.store_experience(fact.told) for fact in facts[number]]
     every = [record for part in records for record in part]
     before = (number - 1) % len(facts)
-    asked: list[_Question] = []
+    emptied, asked = _without(told, every), list[_Question]()
     for fact, mine in zip(facts[number], records, strict=True):
-        for condition, gone in {"on": [], "off": every, "wiped": every, "unseen": mine}.items():
-            asked.append(_Question(condition, number, fact, gone, _found(told, fact, gone, cfg)))
-    asked += [_Question("swapped", before, fact, [], _found(told, fact, [], cfg)) for fact in facts[before]]
+        asked.append(_Question("on", number, fact, [], _found(told, fact, cfg)))
+        asked.append(_Question("unseen", number, fact, mine, _found(_without(told, mine), fact, cfg)))
+        asked.append(_Question("wiped", number, fact, every, _found(emptied, fact, cfg)))
+        asked.append(_Question("off", number, fact, every, []))
+    asked += [_Question("swapped", before, fact, [], _found(told, fact, cfg)) for fact in facts[before]]
     rows = []
     for condition in CONDITIONS:
         part = [one for one in asked if one.condition == condition]
@@ -205,11 +207,16 @@ def _measure(model: SegmentModel, facts: Sequence[Sequence[Fact]], number: int, 
     return rows
 
 
-def _found(model: SegmentModel, fact: Fact, gone: list[int], cfg: Told) -> list[str]:
-    """Texts that a question finds once some records are forgotten, in the order in which they were told."""
-    if gone:
-        model = _alike(model)
-        model.forget(gone)
+def _without(model: SegmentModel, records: list[int]) -> SegmentModel:
+    """A model with the same weights, whose memory has forgotten some records."""
+    model = _alike(model)
+    if records:
+        model.forget(records)
+    return model
+
+
+def _found(model: SegmentModel, fact: Fact, cfg: Told) -> list[str]:
+    """Texts of the records that a question finds, in the order in which they were told."""
     return [record.text for record in sorted(model.query_memory(fact.question, cfg.recall), key=lambda one: one.id)]
 
 

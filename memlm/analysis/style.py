@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any, Literal
 
 import matplotlib as mpl
-from matplotlib import cycler
+from matplotlib.rcsetup import cycler
 
 PALETTE = {
     "blue": "#0072B2",

@@ -9,6 +9,7 @@ import re
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 
 from memlm import threads
 from memlm.app.errors import mistakes_told
@@ -21,7 +22,7 @@ FIGURES = Path("docs/figures")
 
 _DESCRIPTION = (
     "Puts runs into results/NAME.json, the tables of all records into the pages that have marks for them "
-    "(README.md and docs/), and what memory is worth into the figures docs/figures/worth-*.svg. "
+    "(README.md and docs/), and what some of them say into figures in docs/figures/. "
     "To be called in the directory of the project."
 )
 
@@ -47,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--check", action="store_true", help="write nothing; fail where a page and its record differ")
     parser.add_argument("--trust", metavar="PACKAGE", action="append", help=TRUST)
     chosen = parser.parse_args(arguments)
-    from memlm.evaluation import records, worth_table
+    from memlm.evaluation import pairs_figure, records, worth_table
 
     folder = Path(records.FOLDER)
     if chosen.check and chosen.name is not None:
@@ -69,24 +70,25 @@ def main(arguments: Sequence[str] | None = None) -> None:
             differ.append(str(page))
             if not chosen.check:
                 _write(page, after)
-    differ += _worth(folder / f"{worth_table.NAME}.json", chosen.check)
+    for of in (worth_table, pairs_figure):
+        differ += _figures(of, folder / f"{of.NAME}.json", chosen.check)
     if chosen.check and differ:
         raise ConfigError(
             f"{', '.join(differ)} does not say what {folder}/ says: run memlm results and commit the pages"
         )
 
 
-def _worth(path: Path, check: bool) -> list[str]:
-    """Draw what memory is worth; or name the figures that are not of the record. They have its numbers in them."""
-    from memlm.evaluation import records, worth_table
+def _figures(of: ModuleType, path: Path, check: bool) -> list[str]:
+    """Draw what a record says; or name the figures that do not say it. They have its numbers in them as text."""
+    from memlm.evaluation import records
 
     record = records.read_record(path) if path.exists() else []
     if not check:
-        for name, image in worth_table.figures(record).items():
+        for name, image in of.figures(record).items():
             _write(FIGURES / name, image)
         return []
-    told = html.escape(worth_table.told(record), quote=False)
-    files = [FIGURES / name for name in worth_table.FILES] if told else []
+    told = html.escape(of.told(record), quote=False)
+    files = [FIGURES / name for name in of.FILES] if told else []
     return [str(file) for file in files if not file.exists() or told not in file.read_text(encoding="utf-8")]
 
 

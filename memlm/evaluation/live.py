@@ -76,8 +76,7 @@ class LiveRun:
         refuse_other_than_run(run)
         self.config = _config(run)
         self.log = Log(lambda: history_files(run))
-        loggers = self.config.get("logger", {}) if self.config else None
-        if not history_files(run) and loggers is not None and not _logs_csv(loggers):
+        if self.config and not history_files(run) and not _logs_csv(self.config.get("logger")):
             raise ConfigError(
                 f"{run} keeps no metrics.csv, from which it could be watched: it was started without the logger csv; "
                 "start it with logger=csv or logger=[csv,wandb]"

@@ -5,24 +5,22 @@ Entries are named TEXT-MEMORY or TEXT-none-BASELINE: `code-ltm`, `code-none-equa
 
 from __future__ import annotations
 
-import io
 import math
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from memlm.analysis.style import SURFACES, Theme, style
+from memlm.analysis.style import SURFACES, Theme
+from memlm.evaluation import themed
 from memlm.evaluation.headline import shown
 from memlm.statistics import mean_interval
 
 NAME = "worth"
 """Of the record."""
 
-FILES: dict[str, Theme] = {f"{NAME}-{theme}.svg": theme for theme in SURFACES}
+FILES = themed.files(NAME)
 """Of the figure, for light and dark pages."""
 
 Entry = Mapping[str, Any]
@@ -145,14 +143,7 @@ def told(record: Sequence[Entry]) -> str:
 def figures(record: Sequence[Entry]) -> dict[str, bytes]:
     """The figure by the name of its file, for light and dark pages; empty if there is nothing to draw."""
     bars = _bars(record)
-    drawn: dict[str, bytes] = {}
-    for file, theme in FILES.items() if bars else ():
-        image = io.BytesIO()
-        with style(theme), mpl.rc_context({"svg.hashsalt": NAME}):
-            metadata = {"Date": None, "Creator": None, "Description": told(record)}
-            _drawn(bars, theme).savefig(image, format="svg", metadata=metadata)
-        drawn[file] = re.sub(rb" +\n", b"\n", image.getvalue())
-    return drawn
+    return themed.drawn(NAME, told(record), lambda theme: _drawn(bars, theme)) if bars else {}
 
 
 def _drawn(bars: Sequence[_Bar], theme: Theme) -> Figure:

@@ -2,13 +2,13 @@
 
 import importlib.util
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from memlm.app.console import COMMANDS
-from memlm.compose import compose
+from memlm.app.command_line import check_command_line
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -64,12 +64,15 @@ def test_the_recording_is_of_the_command_that_is_shown(draw: Any) -> None:
     assert f"recalls {float(on.split()[2]) * 2.56:.0f} of 256" in TEXT
 
 
-def test_its_commands_exist_and_their_settings_too() -> None:
+def test_its_commands_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    monkeypatch.syspath_prepend(ROOT / "examples/own_memory")
     lines = [line.removeprefix("    ") for line in TEXT.splitlines() if line.startswith("    ")]
-    commands = [line.replace("python train.py", "memlm train").split() for line in lines]
-    memlm = [words for words in commands if words[0] == "memlm"]
-    assert len(memlm) >= 8
-    assert {words[1] for words in memlm} <= set(COMMANDS)
-    for _, command, *settings in memlm:
-        if command == "train" and not any("--config-dir" in setting for setting in settings):
-            compose([setting.replace("'", "") for setting in settings])
+    commands = [shlex.split(line.replace("python train.py", "memlm train")) for line in lines]
+    commands = [words[1:] for words in commands if words[0] == "memlm"]
+    assert [command for command, *_ in commands] == [
+        *("train", "train", "generate", "check", "train", "train", "evaluate", "report"),
+    ]
+    for command, *settings in commands:
+        if command != "report":
+            check_command_line(settings, command)

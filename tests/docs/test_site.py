@@ -60,5 +60,17 @@ def test_every_package_is_in_the_reference() -> None:
 )
 def test_links_of_the_repository_are_links_of_the_site(hooks: Any, source: str, link: str, expected: str) -> None:
     assert hooks.site_links(f"see [it]({link}).", source) == f"see [it]({expected})."
-    for pattern in ('<img alt="it" src="{}">', '<source srcset="{}">'):
-        assert hooks.site_links(pattern.format(link), source).partition("#")[0] in pattern.format(expected)
+
+
+@pytest.mark.parametrize(
+    ("source", "link", "expected"),
+    [
+        ("README.md", "docs/figures/a.svg", "figures/a.svg"),
+        ("docs/concepts.md", "figures/a.svg", "../figures/a.svg"),
+        ("docs/results/needle.md", "../figures/a.svg", "../../figures/a.svg"),
+        ("docs/results/index.md", "../figures/a.svg", "../figures/a.svg"),
+    ],
+)
+def test_pictures_are_found_from_the_directory_of_a_page(hooks: Any, source: str, link: str, expected: str) -> None:
+    for name in ("src", "srcset"):
+        assert hooks.site_links(f'<img {name}="{link}">', source) == f'<img {name}="{expected}">'
