@@ -39,7 +39,7 @@ from memlm.memory.contract import Memory
 from memlm.memory.records import RecordKeeper
 from memlm.models.segments import SegmentModel
 from memlm.statistics import wilson
-from memlm.store.conversation import check_recall, question_ids, said
+from memlm.store.conversation import check_recall, found_for, question_ids, said
 from memlm.store.kept import holds
 
 if TYPE_CHECKING:
@@ -190,11 +190,11 @@ def _measure(model: SegmentModel, facts: Sequence[Sequence[Fact]], number: int, 
     before = (number - 1) % len(facts)
     emptied, asked = _without(told, every), list[_Question]()
     for fact, mine in zip(facts[number], records, strict=True):
-        asked.append(_Question("on", number, fact, [], _found(told, fact, cfg)))
-        asked.append(_Question("unseen", number, fact, mine, _found(_without(told, mine), fact, cfg)))
-        asked.append(_Question("wiped", number, fact, every, _found(emptied, fact, cfg)))
+        asked.append(_Question("on", number, fact, [], _texts(told, fact, cfg)))
+        asked.append(_Question("unseen", number, fact, mine, _texts(_without(told, mine), fact, cfg)))
+        asked.append(_Question("wiped", number, fact, every, _texts(emptied, fact, cfg)))
         asked.append(_Question("off", number, fact, every, []))
-    asked += [_Question("swapped", before, fact, [], _found(told, fact, cfg)) for fact in facts[before]]
+    asked += [_Question("swapped", before, fact, [], _texts(told, fact, cfg)) for fact in facts[before]]
     rows = []
     for condition in CONDITIONS:
         part = [one for one in asked if one.condition == condition]
@@ -215,9 +215,9 @@ def _without(model: SegmentModel, records: list[int]) -> SegmentModel:
     return model
 
 
-def _found(model: SegmentModel, fact: Fact, cfg: Told) -> list[str]:
-    """Texts of the records that a question finds, in the order in which they were told."""
-    return [record.text for record in sorted(model.query_memory(fact.question, cfg.recall), key=lambda one: one.id)]
+def _texts(model: SegmentModel, fact: Fact, cfg: Told) -> list[str]:
+    """What a question finds."""
+    return [record.text for record in found_for(model, fact.question, cfg.recall)]
 
 
 def _answers(model: SegmentModel, asked: Sequence[_Question], cfg: Told, read: bool) -> list[str]:

@@ -102,7 +102,8 @@ class LiveRun:
         if not alive and self._quiet():
             return Standing("ended", step, total, self._how_it_ended(of))
         if not self.log.columns:
-            return Standing("waiting", step, total, "Nothing is logged yet: text and model are being made ready.")
+            told = "Nothing is logged yet: text and model are made ready, then come the first steps."
+            return Standing("waiting", step, total, told)
         if total is not None and step >= total:
             return Standing("measuring", step, total, f"All of its {total:,} steps are made; now it is measured.")
         return Standing("training", step, total, f"Training: {of}.")

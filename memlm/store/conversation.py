@@ -77,6 +77,12 @@ def check_recall(model: SegmentModel, recall: int) -> None:
         )
 
 
+def found_for(model: SegmentModel, question: str, n: int) -> list[Remembered]:
+    """The ``n`` records that a question as a whole reads most, in the order in which they were told."""
+    found = model.recalled(model.encode_text(question), top_k=n, summed=True)
+    return sorted(found, key=lambda record: record.id)
+
+
 def question_ids(
     model: SegmentModel, question: str, again: Sequence[str] = (), said: Sequence[dict[str, str]] = ()
 ) -> list[int]:
@@ -165,8 +171,8 @@ class Conversation:
         """
         room = self.model.segment_len - 1  # one segment, so that what is shown as read is what the answer read
         n_answer = max(min(_ANSWER_IN_CHAT if self.chats else _ANSWER, room // 2), 1)
-        hits = self.model.query_memory(text, self.recall) if self.recall else []
-        again = tuple(sorted(hits, key=lambda record: record.id))
+        hits = found_for(self.model, text, self.recall) if self.recall else []
+        again = tuple(hits)
         prompt = self._prompt(text, max(room - n_answer, 1), [record.text for record in again])
         bare = self._prompt(text, max(room - n_answer, 1)) if again else prompt
         answer = self._continue(prompt, n_answer, True, show)

@@ -12,7 +12,7 @@ import torch
 from memlm.app import chat
 from memlm.config import ConfigError
 from memlm.data.tokenizer import train_tokenizer
-from memlm.store.conversation import HELP, Answer, Conversation
+from memlm.store.conversation import HELP, Answer, Conversation, found_for
 from memlm.store.remembered import Remembered
 from tests.store.test_operations import build
 
@@ -294,3 +294,13 @@ def test_records_are_read_again_only_where_some_are_kept(tokenizer: Any) -> None
         Conversation(reader(tokenizer), recall=-1)
     with pytest.raises(ConfigError, match=r"no memory of this model keeps any \(memory: stm\)"):
         Conversation(build(tokenizer, "stm"), recall=2)
+
+
+def test_what_fits_a_question_as_a_whole_comes_before_what_has_one_of_its_words(tokenizer: Any) -> None:
+    model = reader(tokenizer)
+    for text in ("gu bad.", "ba ce di is.", "ba ce di fo.", "byte byte."):
+        model.store_experience(text)
+    ids = model.encode_text("gu ba ce di")  # one has gu alone, two share each of the others
+    assert model.recalled(ids)[0].text == "gu bad."
+    assert {record.text for record in model.recalled(ids, top_k=2, summed=True)} == {"ba ce di is.", "ba ce di fo."}
+    assert [record.id for record in found_for(model, "gu ba ce di", 3)] == [0, 1, 2]  # as they were told
