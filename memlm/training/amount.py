@@ -50,7 +50,7 @@ def _phases(config: Mapping[str, Any]) -> tuple[list[int], list[int]]:
     phases = config["curriculum"]["phases"]
     steps = [phase["steps"] for phase in phases]
     sizes = [phase["n_row"] * phase["n_segment"] * config["model"]["segment_len"] for phase in phases]
-    planned = config["trainer"]["max_steps"] not in (None, -1)  # then the phases are dealt out already
+    planned = config["trainer"].get("max_steps") not in (None, -1)  # then the phases are dealt out already
     if config.get("n_token") is not None and not planned:
         share = config["n_token"] / sum(n * size for n, size in zip(steps, sizes, strict=True))
         steps = [max(1, round(n * share)) for n in steps]
