@@ -53,6 +53,7 @@ class LanguageModel(nn.Module):
             token is known for that.
         ends: Ids that end a text, as the pretrained model has learned it.
         chat_template: How its tokenizer writes a chat, in Jinja; None if it has no way.
+        distill: Share of the loss where memory is empty that is the distance from the bare base; see `bare`.
     """
 
     memory: Any  # nn.ModuleDict of nn.ModuleList of Memory, whose items torch types as bare modules
@@ -67,6 +68,7 @@ class LanguageModel(nn.Module):
     start: int | None = None
     ends: Sequence[int] = ()
     chat_template: str | None = None
+    distill: float = 0.0
 
     @classmethod
     def settled(cls, settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -98,6 +100,10 @@ class LanguageModel(nn.Module):
     def opening(self) -> Tensor | None:
         """The last hidden state before any text, (D,), from which the first token is predicted; None if nothing is."""
         return None
+
+    def bare(self, ids: Tensor) -> Tensor:
+        """Last hidden states (R, L, D) of texts (R, L) by the pretrained model as it was, without gradients."""
+        raise NotImplementedError
 
     def chat(self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool = True) -> str:
         """The text of a chat, as the tokenizer of the base writes it.

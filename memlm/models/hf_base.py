@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from memlm.config import ConfigError
 from memlm.files import read_json
@@ -212,6 +213,21 @@ def add_lora(causal: Any, settings: Mapping[str, Any]) -> None:
     for name, parameter in causal.named_parameters():
         if "lora_" in name:
             parameter.data = parameter.data.float()
+
+
+@contextmanager
+def without_lora(*parts: nn.Module) -> Iterator[None]:
+    """Leave the adapters of some modules out for a while."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    adapted = [module for part in parts for module in part.modules() if isinstance(module, BaseTunerLayer)]
+    for module in adapted:
+        module.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for module in adapted:
+            module.enable_adapters(True)
 
 
 def tokenizer_of(folder: Path) -> str:

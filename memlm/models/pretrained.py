@@ -48,6 +48,8 @@ class Pretrained(SegmentModel):
         freeze: Whether the weights of the base stay as they are.
         lora: Adapters of low rank beside them, which are trained: what `peft.LoraConfig` takes, such as ``r``; None for
             none.
+        distill: Share of the loss in a document's first segment, where memory is empty, that is the distance from the
+            bare base, in 0..1: it holds adapters to the base where they have nothing to add. Needs ``lora``.
         dtype: Type of the base's numbers; those of memories are float32.
         segment_len: Tokens per segment.
         overlap: Tokens of the segment before that are taken in again.
@@ -73,6 +75,7 @@ class Pretrained(SegmentModel):
         sha256: str | None = None,
         freeze: bool = True,
         lora: dict[str, Any] | None = None,
+        distill: float = 0.0,
         dtype: Literal["float32", "bfloat16"] = "float32",
         segment_len: int = 128,
         overlap: int = 16,
@@ -81,6 +84,12 @@ class Pretrained(SegmentModel):
     ) -> None:
         if lora is not None and not freeze:
             raise ValueError("model.lora stands beside weights that are frozen: set model.freeze=true, or lora=null")
+        if not 0 <= distill <= 1:
+            raise ValueError(f"model.distill must be in 0..1, got {distill}")
+        if distill and lora is None:
+            raise ValueError(
+                f"model.distill={distill} needs adapters beside a frozen base: set model.lora, or leave it 0"
+            )
         if dtype not in _DTYPES:
             raise ValueError(f"model.dtype must be one of {', '.join(_DTYPES)}, got {dtype!r}")
         folder = hf_base.folder_of(path, revision)
@@ -104,7 +113,7 @@ class Pretrained(SegmentModel):
         self.base_folder, self.begin = folder, hf_base.begin_of(folder)
         self.ends, self.chat_template = hf_base.ends_of(folder), hf_base.chat_template_of(folder)
         self.start = self.begin[-1] if self.begin else hf_base.start_of(folder)
-        self.freeze, self.n_again = freeze, overlap
+        self.freeze, self.n_again, self.distill = freeze, overlap, distill
         n_again, most = len(self.begin) + overlap, getattr(config, "max_position_embeddings", None)
         if most is not None and n_again + segment_len > most:
             raise ValueError(
@@ -209,6 +218,14 @@ class Pretrained(SegmentModel):
             return None
         ids = torch.tensor([self.begin], device=self.embedding.weight.device)
         return self.norm(self._again(ids, torch.ones_like(ids, dtype=torch.bool))[0])[0, -1]
+
+    @torch.no_grad()
+    def bare(self, ids: Tensor) -> Tensor:
+        """See `LanguageModel.bare`: behind what begins a text, without adapters."""
+        begin = torch.tensor(self.begin, dtype=torch.long, device=ids.device).expand(len(ids), -1)
+        whole = torch.cat([begin, ids], dim=1)
+        with hf_base.without_lora(self.base.causal, self.layers):
+            return self.norm(self._again(whole, torch.ones_like(whole, dtype=torch.bool))[0])[:, begin.shape[1] :]
 
     def chat(self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool = True) -> str:
         """See `LanguageModel.chat`."""

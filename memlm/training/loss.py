@@ -117,6 +117,19 @@ def token_nll(model: Any, hidden: Tensor, targets: Tensor) -> Tensor:
         return linear_cross_entropy(hidden, model.head_weight, targets, weight)[1]
 
 
+def linear_divergence(hidden: Tensor, teacher: Tensor, head: Tensor, weight: Tensor) -> Tensor:
+    """Weighted sum of the Kullback-Leibler divergence, in nats, from what a teacher predicts to what a model does.
+
+    Args:
+        hidden: Last hidden states of the model, (N, D), with gradients.
+        teacher: Those of the teacher, (N, D), under the same head.
+        head: (V, D).
+        weight: (N,).
+    """
+    own, wanted = (F.linear(part, head).float().log_softmax(dim=-1) for part in (hidden, teacher.detach()))
+    return (F.kl_div(own, wanted.detach(), reduction="none", log_target=True).sum(dim=-1) * weight).sum()
+
+
 def naive_linear_cross_entropy(hidden: Tensor, head: Tensor, targets: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """The definition of `linear_cross_entropy`."""
     logits = F.linear(hidden, head).float().flatten(0, -2)

@@ -14,9 +14,11 @@ from memlm.analysis.usage import memory_numbers
 from memlm.data.stream import Batch
 from memlm.memory import state as states
 from memlm.models.base import LanguageModel
-from memlm.training.loss import linear_cross_entropy
+from memlm.training.loss import linear_cross_entropy, linear_divergence
 
 _FEW = 0.5  # share of targets with a weight below which the others are left out: copying those that have one pays
+
+_DISTANCE = "distance from the base"
 
 
 class Objective:
@@ -66,9 +68,10 @@ class Objective:
         loss of the others is not worked out, and told as 0.
         """
         model, weight = self._model, self.weight(batch)
+        distilled, share = self._distilled(batch, out, weight / total) if model.distill else ({}, 1.0)
         counted = weight != 0
         few = 0 < counted.float().mean() < _FEW  # then the head is not applied where nothing is asked for
-        parts = [part[counted] if few else part for part in (out.hidden, batch.targets, weight / total)]
+        parts = [part[counted] if few else part for part in (out.hidden, batch.targets, share * weight / total)]
         loss, nll = linear_cross_entropy(
             parts[0], model.head_weight, parts[1], parts[2], compiled=self.compiled is not None
         )
@@ -80,7 +83,23 @@ class Objective:
             for name, modules in model.memory.items()
             for key, value in modules[0].losses(out.trace[name], by_row).items()
         }
-        return losses, nll, by_row
+        return losses | distilled, nll, by_row
+
+    def _distilled(self, batch: Batch, out: Any, weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        """Distance from the bare base in segments that begin a document, and the share of the other loss, (B, N)."""
+        model, (n_row, n_token) = self._model, batch.ids.shape
+        shape = (n_row, n_token // model.segment_len)
+        first = torch.zeros(shape, device=weight.device) if batch.reset is None else batch.reset.float()
+        first[:, 0] = first[:, 0].clamp(min=float(batch.fresh))
+        picked = first > 0
+        picked[0, 0] = True  # all processes call the base, or none does
+        ids, own, each = (part.unflatten(1, (shape[1], -1)) for part in (batch.ids, out.hidden, weight))
+        each = (each * first[..., None])[picked].flatten()
+        away = linear_divergence(
+            own[picked].flatten(0, 1), model.bare(ids[picked]).flatten(0, 1), model.head_weight, each
+        )
+        share = 1 - model.distill * first.repeat_interleave(model.segment_len, dim=1)
+        return {_DISTANCE: model.distill * away}, share
 
     @torch.no_grad()
     def answered(self, batch: Batch, nll: Tensor, out: Any) -> dict[str, Tensor]:
@@ -96,6 +115,8 @@ class Objective:
         text = batch.weight * ~batch.answer
         numbers: dict[str, Any] = {"train/nll_text": (nll * text).sum() / text.sum().clamp(min=1)}
         numbers |= {f"train/{n}": loss for n, loss in losses.items() if n.partition("/")[0] in self._model.memory}
+        if _DISTANCE in losses:
+            numbers[f"train/{_DISTANCE.replace(' ', '_')}"] = losses[_DISTANCE]
         return numbers | memory_numbers(out) | {"memory/state_bytes": float(self._state_bytes(len(batch.ids)))}
 
     def _state_bytes(self, n_row: int) -> int:

@@ -14,10 +14,12 @@ from torch import Tensor
 
 from memlm import laws
 from memlm.config import ConfigError
+from memlm.data.stream import Batch
 from memlm.memory.ltm import LongTermMemory
 from memlm.models import hf_base
 from memlm.models.decoding import Decoder
 from memlm.models.segments import SegmentModel
+from memlm.training.objective import Objective
 from tests.models import bases
 
 transformers = pytest.importorskip("transformers")
@@ -192,6 +194,35 @@ def test_lora_begins_as_the_base(folder: Callable[[str], Path]) -> None:
         assert torch.equal(adapted(ids).logits, bare(ids).logits)
 
 
+def test_where_memory_is_empty_the_loss_is_the_distance_from_the_base(folder: Callable[[str], Path]) -> None:
+    pytest.importorskip("peft")
+    base, ids, share = bases.loaded(folder("llama")), text(2, 2 * T + 1), 0.25
+    model = model_of(folder("llama"), MEMORY, lora={"r": 2}, distill=share)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
+    ids, targets, weight = ids[:, :-1], ids[:, 1:], torch.rand(2, 2 * T)
+    reset = torch.tensor([[True, False], [False, True]])  # the second row goes on
+    batch = Batch(ids, targets, weight, torch.zeros_like(ids, dtype=torch.bool), reset, None, None, False, True, 0)
+    before, out = trained(model), model(ids, reset=reset)
+    losses, nll, _ = Objective(model, 1.0).losses(batch, out, torch.tensor(1.0))
+
+    first = reset.repeat_interleave(T, dim=1)
+    with torch.no_grad():
+        expected = base(torch.stack([ids[0, :T], ids[1, T:]])).logits.log_softmax(dim=2)
+    found = out.logits.log_softmax(dim=2)
+    away = (expected.exp() * (expected - found[first].view(2, T, -1))).sum(dim=2).flatten()
+    own = -found.gather(2, targets[..., None])[..., 0]
+    torch.testing.assert_close(nll, own)
+    torch.testing.assert_close(losses["distance from the base"], share * (away * weight[first]).sum())
+    torch.testing.assert_close(losses["next-token loss"], (own * weight * (1 - share * first)).sum())
+    assert away.min() > 1e-4
+    assert trained(model) == before
+    sum(losses.values()).backward()
+    assert all(part.grad is not None for name, part in model.named_parameters() if "lora_B" in name)
+
+
 def test_a_base_in_bfloat16_has_memories_in_float32(folder: Callable[[str], Path]) -> None:
     model, ids = model_of(folder("llama"), MEMORY, dtype="bfloat16"), text(2, 4 * T)
     out = model(ids)
@@ -228,6 +259,8 @@ def test_a_run_keeps_which_base_it_was(folder: Callable[[str], Path], tmp_path: 
         ({"revision": "main"}, "model.revision is of models of the hub"),
         ({"lora": {"r": 2}, "freeze": False}, "model.lora stands beside weights that are frozen"),
         ({"lora": {"rank": 2}}, "model.lora: peft refuses"),
+        ({"distill": 0.5}, "model.distill=0.5 needs adapters beside a frozen base: set model.lora, or leave it 0"),
+        ({"distill": 2, "lora": {"r": 2}}, "model.distill must be in 0..1, got 2"),
         ({"dtype": "int8"}, "model.dtype must be one of float32, bfloat16, got 'int8'"),
         ({"segment_len": 61}, "more than the 64 places that the base knows: set model.segment_len to at most 60"),
         ({"memory_layers": [3]}, "different layers of 0..2"),

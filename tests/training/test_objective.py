@@ -29,7 +29,7 @@ def losses_of(share, monkeypatch):
     counted = objective.linear_cross_entropy
     with monkeypatch.context() as patch:
         patch.setattr(objective, "linear_cross_entropy", counting)
-        model = SimpleNamespace(head_weight=head, memory={})
+        model = SimpleNamespace(head_weight=head, memory={}, distill=0.0)
         total = answer.sum() * 5.0 if share else torch.tensor(1.0)
         losses, nll, by_row = Objective(model, 5.0).losses(batch, SimpleNamespace(hidden=hidden, trace={}), total)
     loss = losses["next-token loss"]
