@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import os
 import reprlib
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -106,7 +106,7 @@ def recalled(
     kept = kept_of(model, "recalled")
     piece = max(model.segment_len - 1, 1)  # a complete segment would be left behind, with what it reads with
     best: list[Found] = []
-    totals: Counter[int] = Counter()
+    totals: defaultdict[int, float] = defaultdict(float)
     with at_rest(model):
         banks = model.bank_state()
         opened = opened_of(kept, banks)
