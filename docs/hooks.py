@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import posixpath
 import re
+import tomllib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,7 +21,12 @@ ROOT_PAGES = {
 }
 """Page of the site by file of the repository."""
 
-_LINK = re.compile(r"(\]\()([^)#\s]+)")
+_PROJECT = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+
+SOURCE = f"{_PROJECT['urls']['Source']}/blob/main"
+"""Where files are that are no part of the site."""
+
+_LINK = re.compile(r"(\]\(|\bsrc(?:set)?=\")([^)#\s\"]+)")
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
@@ -46,7 +52,10 @@ def site_links(markdown: str, source: str) -> str:
         markdown: Text of a page; its links are those of the repository.
         source: Path of its file in the repository.
     """
-    place = posixpath.dirname(f"/docs/{ROOT_PAGES[source]}" if source in ROOT_PAGES else f"/{source}")
+    page = f"/docs/{ROOT_PAGES[source]}" if source in ROOT_PAGES else f"/{source}"
+    place = posixpath.dirname(page)
+    # A page is a directory of the site. MkDocs knows that of links of Markdown, but leaves those of HTML alone.
+    directory = place if posixpath.basename(page) == "index.md" else page.removesuffix(".md")
 
     def link(match: re.Match[str]) -> str:
         before, target = match.groups()
@@ -54,6 +63,8 @@ def site_links(markdown: str, source: str) -> str:
             return match[0]
         path = posixpath.normpath(posixpath.join(posixpath.dirname(source), target))
         path = f"docs/{ROOT_PAGES[path]}" if path in ROOT_PAGES else path
-        return before + posixpath.relpath(f"/{path}", place)
+        if not path.startswith("docs/"):
+            return f"{before}{SOURCE}/{path}"  # of the repository alone
+        return before + posixpath.relpath(f"/{path}", place if before == "](" else directory)
 
     return _LINK.sub(link, markdown)

@@ -137,6 +137,7 @@ class Chat:
     memory: dict[str, Node] | None = None
     checkpoint: str | None
     trust: list[str] | str | None
+    recall: int
     device: str
 
 

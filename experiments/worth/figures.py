@@ -29,12 +29,14 @@ def plot(result: Result) -> dict[str, Figure]:
     if not places:
         return {}
     with style():
-        figure = Figure(figsize=(14.0, 4.8))
+        figure = Figure(figsize=(14.0, 5.0))
         figure.suptitle(textwrap.fill(result.metadata["says"], 130), x=0.01, ha="left", fontsize=12)
         by_loss, by_place, by_kind = figure.subplots(1, 3)
         _losses(by_loss, result, places)
         _saved(by_place, result, places)
         _kinds(by_kind, result)
+        handles, labels = by_loss.get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))  # below: no curve is there
     return {"worth": figure}
 
 
@@ -57,8 +59,7 @@ def _losses(axes: Axes, result: Result, places: list[int]) -> None:
         axes.plot(values, color=PALETTE[color], marker=marker, linestyle=line, label=label)
     _places(axes, places)
     n_token, n_document = result.metadata["n_token"], result.metadata["n_document"]
-    axes.set(title="Loss", ylabel="nats per token")
-    axes.legend(title=f"{n_token:,} tokens, {n_document} documents")
+    axes.set(title=f"Loss of {n_token:,} tokens, {n_document} documents", ylabel="nats per token")
 
 
 def _saved(axes: Axes, result: Result, places: list[int]) -> None:
@@ -67,14 +68,13 @@ def _saved(axes: Axes, result: Result, places: list[int]) -> None:
         values, lows, highs = zip(*(_ends(result, "worth", f"{name}/from{place}") for place in places), strict=True)
         error = np.abs(np.array([lows, highs]) - values)
         axes.errorbar(
-            np.arange(len(places)) + shift, values, yerr=error, label=CONDITIONS[name], color=PALETTE[color],
-            marker=marker, linestyle=line, capsize=3,
+            np.arange(len(places)) + shift, values, yerr=error, color=PALETTE[color], marker=marker, linestyle=line,
+            capsize=3,
         )  # fmt: skip
     axes.axhline(0, color=PALETTE["black"], linewidth=1.0, linestyle=":")
     _places(axes, places)
     axes.yaxis.set_major_formatter(PercentFormatter(xmax=1, symbol=" %"))
     axes.set(title="Perplexity saved, by place")
-    axes.legend()
 
 
 def _kinds(axes: Axes, result: Result) -> None:

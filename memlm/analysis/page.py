@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,9 +16,11 @@ from pathlib import Path
 from typing import ClassVar, NamedTuple
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
 from matplotlib.figure import Figure
 from PIL import Image
 
+from memlm.analysis.chart import Chart
 from memlm.config import ConfigError
 from memlm.printed import printable
 
@@ -33,6 +36,8 @@ class Table:
         notes: Sentences below it.
         aside: Rows that are set back, such as controls.
         searchable: Whether its rows can be searched and sorted.
+        column_runs: Which run each column is of, see `Chapter`; empty for none.
+        row_runs: Which run each row is of; empty for none.
     """
 
     title: str
@@ -41,6 +46,8 @@ class Table:
     notes: Sequence[str] = ()
     aside: frozenset[int] = frozenset()
     searchable: bool = False
+    column_runs: Sequence[str] = ()
+    row_runs: Sequence[str] = ()
     kind: ClassVar[str] = "table"
 
 
@@ -52,11 +59,13 @@ class Figures:
         title: Heading.
         images: What each shows, and its PNG.
         notes: Sentences below them.
+        runs: Which run each is of, see `Chapter`; empty for none.
     """
 
     title: str
     images: Sequence[tuple[str, bytes]]
     notes: Sequence[str] = ()
+    runs: Sequence[str] = ()
     kind: ClassVar[str] = "figures"
 
 
@@ -67,10 +76,12 @@ class Listings:
     Attributes:
         title: Heading.
         items: Name and text of each.
+        runs: Which run each is of, see `Chapter`; empty for none.
     """
 
     title: str
     items: Sequence[tuple[str, str]]
+    runs: Sequence[str] = ()
     kind: ClassVar[str] = "listings"
 
 
@@ -130,7 +141,55 @@ class Tokens:
     kind: ClassVar[str] = "tokens"
 
 
-Part = Table | Figures | Listings | Tokens
+@dataclass(frozen=True)
+class Charts:
+    """Charts side by side.
+
+    Attributes:
+        title: Heading.
+        charts: See `memlm.analysis.chart.Chart`.
+        notes: Sentences below them.
+    """
+
+    title: str
+    charts: Sequence[Chart]
+    notes: Sequence[str] = ()
+    kind: ClassVar[str] = "charts"
+
+
+class Fact(NamedTuple):
+    """A number that is to be seen first.
+
+    Attributes:
+        label: What it is.
+        value: How much.
+        note: What belongs to it.
+    """
+
+    label: str
+    value: str
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Status:
+    """Where something stands.
+
+    Attributes:
+        title: Heading.
+        facts: Numbers.
+        done: How much of how much is done; None if that is not known.
+        notes: Sentences below them.
+    """
+
+    title: str
+    facts: Sequence[Fact]
+    done: tuple[int, int] | None = None
+    notes: Sequence[str] = ()
+    kind: ClassVar[str] = "status"
+
+
+Part = Table | Figures | Listings | Tokens | Charts | Status
 
 
 class Chapter(NamedTuple):
@@ -140,22 +199,65 @@ class Chapter(NamedTuple):
         title: Heading.
         lead: Sentences at its beginning.
         parts: What it holds.
+        run: Key of the run that it is of, hidden where another one is chosen; empty for none.
     """
 
     title: str
     lead: Sequence[str]
     parts: Sequence[Part]
+    run: str = ""
 
 
-def render(title: str, chapters: Sequence[Chapter]) -> str:
-    """The page as HTML."""
+class Live(NamedTuple):
+    """A page that is written again and again.
+
+    Attributes:
+        written: When, in seconds since 1970.
+        every: Seconds until it is written again.
+    """
+
+    written: float
+    every: float
+
+    @property
+    def refresh(self) -> int:
+        """Whole seconds after which a browser looks again."""
+        return max(1, round(self.every))
+
+
+def render(title: str, chapters: Sequence[Chapter], runs: Sequence[str] = (), live: Live | None = None) -> str:
+    """The page as HTML.
+
+    Args:
+        title: Heading.
+        chapters: What it holds.
+        runs: Labels of the runs that a reader may choose from; their keys are "0", "1", ...
+        live: If it will be written again.
+    """
     engine = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
-        lstrip_blocks=True, finalize=lambda value: printable(value) if isinstance(value, str) else value,
+        lstrip_blocks=True, finalize=_shown,
     )  # fmt: skip
     engine.filters["uri"] = lambda image: "data:image/png;base64," + base64.b64encode(image).decode()
+    engine.filters["points"] = _points
+    engine.filters["pixels"] = _pixels
     engine.tests["nan"] = lambda value: value != value
-    return engine.get_template("page.html").render(title=title, chapters=chapters)
+    return engine.get_template("page.html").render(title=title, chapters=chapters, runs=runs, live=live)
+
+
+def _shown(value: object) -> object:
+    """Text as it is shown; what a macro of the template has made is shown already."""
+    return printable(value) if isinstance(value, str) and not isinstance(value, Markup) else value
+
+
+def _pixels(image: bytes) -> tuple[int, int]:
+    """Width and height of a PNG, as its first block says."""
+    return int.from_bytes(image[16:20]), int.from_bytes(image[20:24])
+
+
+def _points(chart: Chart) -> str:
+    """The points of a chart's named series, with what each says, for the script of the page."""
+    return json.dumps([[[x, chart.text(y)] for x, y in part.points] for part in chart.named], separators=(",", ":"))
 
 
 def png(figure: Figure, dpi: int = 110) -> bytes:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import matplotlib as mpl
-from cycler import cycler
+from matplotlib.rcsetup import cycler
 
 PALETTE = {
     "blue": "#0072B2",
@@ -22,6 +22,30 @@ PALETTE = {
 
 
 """The Okabe-Ito colours (Okabe and Ito, "Color Universal Design", 2008), told apart by colour-blind readers."""
+
+
+Theme = Literal["light", "dark"]
+
+
+SURFACES: dict[Theme, dict[str, str]] = {
+    "light": {
+        "paper": "#FFFFFF",
+        "ink": "#1F2328",
+        "soft": "#59636E",
+        "line": "#D1D9E0",
+        "first": PALETTE["blue"],
+        "second": PALETTE["vermillion"],
+    },
+    "dark": {
+        "paper": "#0D1117",
+        "ink": "#F0F6FC",
+        "soft": "#9198A1",
+        "line": "#3D444D",
+        "first": PALETTE["sky"],
+        "second": PALETTE["orange"],
+    },
+}
+"""Colours of pictures in pages, for readers who prefer a light or a dark screen."""
 
 
 CONTROLS = {
@@ -69,11 +93,21 @@ _RC: dict[Any, Any] = {
 
 
 @contextmanager
-def style() -> Iterator[None]:
+def style(theme: Theme = "light") -> Iterator[None]:
     """Draws every figure made inside the block in the project's style.
 
     Okabe-Ito colours, legible type, a light horizontal grid, no top and right spines. Settings go back to what they
     were when the block ends.
+
+    Args:
+        theme: Of the page that the figure is for.
     """
-    with mpl.rc_context(_RC):
+    with mpl.rc_context(_RC if theme == "light" else _RC | _dark()):
         yield
+
+
+def _dark() -> dict[Any, Any]:
+    """What is other on a dark page."""
+    paper, ink, line = (SURFACES["dark"][name] for name in ("paper", "ink", "line"))
+    inked = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
+    return dict.fromkeys(inked, ink) | {"figure.facecolor": paper, "axes.facecolor": paper, "grid.color": line}

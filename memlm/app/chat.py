@@ -60,7 +60,7 @@ def main(config: Mapping[str, Any]) -> None:
     from memlm.store.conversation import HELP, Conversation
 
     model: Any = place(_model(config), config["device"])
-    conversation = Conversation(model)
+    conversation = Conversation(model, config["recall"])
     print(HELP)
     try:
         for line in lines():

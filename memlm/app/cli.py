@@ -187,7 +187,7 @@ def _remove_if_bare(run: Path, ended: bool) -> None:
         return
     started = {".hydra", ".lock", f"{HydraConfig.get().job.name}.log"}
     if ended:
-        started |= {"csv", "wandb", "evaluation.json"}
+        started |= {"csv", "wandb", "evaluation.json", "watch.html"}
     with contextlib.suppress(OSError):
         if {path.name for path in run.iterdir()} <= started:
             shutil.rmtree(run, ignore_errors=True)

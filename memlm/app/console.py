@@ -11,6 +11,7 @@ from memlm.version import __version__
 
 COMMANDS = {
     "train": "train a model with a memory, and show what the memory remembers",
+    "watch": "a run as a web page while it trains",
     "evaluate": "measure what the memory of a trained model remembers",
     "compare": "put runs side by side",
     "report": "runs as one web page",
@@ -26,6 +27,7 @@ COMMANDS = {
 """The commands, each a module of `memlm.app` with a function ``start``, and what they do."""
 
 _WITHOUT_HYDRA = (
+    "watch",
     "compare",
     "report",
     "results",

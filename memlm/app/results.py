@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import html
 import io
 import re
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 
 from memlm import threads
 from memlm.app.errors import mistakes_told
@@ -19,8 +21,9 @@ FIGURES = Path("docs/figures")
 """Where the figures of pages are, below the directory of the project."""
 
 _DESCRIPTION = (
-    "Puts runs into results/NAME.json, and the tables of all records into the pages that have marks for them: "
-    "README.md and docs/. To be called in the directory of the project."
+    "Puts runs into results/NAME.json, the tables of all records into the pages that have marks for them "
+    "(README.md and docs/), and what some of them say into figures in docs/figures/. "
+    "To be called in the directory of the project."
 )
 
 
@@ -45,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--check", action="store_true", help="write nothing; fail where a page and its record differ")
     parser.add_argument("--trust", metavar="PACKAGE", action="append", help=TRUST)
     chosen = parser.parse_args(arguments)
-    from memlm.evaluation import records
+    from memlm.evaluation import pairs_figure, records, worth_table
 
     folder = Path(records.FOLDER)
     if chosen.check and chosen.name is not None:
@@ -67,10 +70,26 @@ def main(arguments: Sequence[str] | None = None) -> None:
             differ.append(str(page))
             if not chosen.check:
                 _write(page, after)
+    for of in (worth_table, pairs_figure):
+        differ += _figures(of, folder / f"{of.NAME}.json", chosen.check)
     if chosen.check and differ:
         raise ConfigError(
             f"{', '.join(differ)} does not say what {folder}/ says: run memlm results and commit the pages"
         )
+
+
+def _figures(of: ModuleType, path: Path, check: bool) -> list[str]:
+    """Draw what a record says; or name the figures that do not say it. They have its numbers in them as text."""
+    from memlm.evaluation import records
+
+    record = records.read_record(path) if path.exists() else []
+    if not check:
+        for name, image in of.figures(record).items():
+            _write(FIGURES / name, image)
+        return []
+    told = html.escape(of.told(record), quote=False)
+    files = [FIGURES / name for name in of.FILES] if told else []
+    return [str(file) for file in files if not file.exists() or told not in file.read_text(encoding="utf-8")]
 
 
 def _put(path: Path, chosen: argparse.Namespace) -> None:
@@ -93,7 +112,6 @@ def _put(path: Path, chosen: argparse.Namespace) -> None:
     commit = chosen.commit or str(around["commit"])[:7]
     runs, _ = find_runs(chosen.runs, chosen.trust)
     new = records.entries(runs, experiment, commit, around["processor"], around["torch"])
-    path.parent.mkdir(exist_ok=True)
     merged = records.merged(record, new)
     _write(path, records.written(merged))
     if experiment == memory_table.NAME:
@@ -103,6 +121,7 @@ def _put(path: Path, chosen: argparse.Namespace) -> None:
 
 
 def _write(path: Path, content: str | bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(path) as file:
         file.write(content.encode() if isinstance(content, str) else content)
     print(path)

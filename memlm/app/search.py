@@ -178,7 +178,7 @@ def main(config: Mapping[str, Any]) -> None:
 
     from memlm.evaluation.table import table
     from memlm.training.apart import config_dirs, run_apart
-    from memlm.training.resume import running
+    from memlm.training.marks import running
 
     settings, directory = config["search"], Path(run_dir())
     space, metric = settings["space"], config["optimized_metric"]

@@ -53,7 +53,8 @@ def _train(config: Mapping[str, Any], answer: Answer) -> float | None:
     from memlm.evaluation.run_figures import training_result
     from memlm.evaluation.summary import not_measured, summary
     from memlm.training.apart import job_overrides, run_apart, starts_processes
-    from memlm.training.resume import Finished, check_text, find_in_sweep, find_origin, mark_finished
+    from memlm.training.marks import Finished, mark_finished
+    from memlm.training.resume import check_text, find_in_sweep, find_origin
     from memlm.training.settings import build_training, check_device, places_of_runs, plan_steps, sweep_dir
 
     config = settled(plan_steps(config))
@@ -112,11 +113,11 @@ def _train(config: Mapping[str, Any], answer: Answer) -> float | None:
             return None
         files += emit(*training_result(model, data, history()), run / "training", logger)
         hint = sync_hint(logger, origin)
-    experiment, _, metric = config["optimized_metric"].partition("/")
-    value = next((result.metrics.get(metric) for result in results if result.name == experiment), None)
+        experiment, _, metric = config["optimized_metric"].partition("/")
+        value = next((result.metrics.get(metric) for result in results if result.name == experiment), None)
+        mark_finished(run, config, value)  # while it is alive, and before what is printed, which may go nowhere
     if value is None and any(result.name == experiment for result in results):
         print(f"\noptimized_metric={experiment}/{metric} was not measured; see result.json for the names of numbers")
-    mark_finished(run, config, value)  # before what is printed, which may go nowhere
     if results:
         print("\n" + summary(results))
     if skipped:

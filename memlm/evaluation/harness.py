@@ -16,8 +16,9 @@ from lm_eval.models.utils import normalize_gen_kwargs, postprocess_generated_tex
 
 import memlm
 from memlm import checkpoint as checkpoints
-from memlm.config import ConfigError
+from memlm.config import ConfigError, whole
 from memlm.evaluation.scoring import Scorer
+from memlm.models.pretrained import Pretrained
 from memlm.models.sampling import Sampling
 
 _MOST_NEW = 256  # tokens of an answer, where a task does not say
@@ -39,7 +40,8 @@ class MemlmLM(TemplateLM):
         settings: As for `memlm.build`: ``model=pretrained``, ``model.path=DIR``, ``memory=camelot``, ...
 
     Raises:
-        ConfigError: If neither or both say which model it is, or as `memlm.load` and `memlm.build` do.
+        ConfigError: If neither or both say which model it is, an argument is none that can be, or as `memlm.load` and
+            `memlm.build` do.
     """
 
     def __init__(
@@ -59,12 +61,24 @@ class MemlmLM(TemplateLM):
                 "model_args must have checkpoint=RUN, or settings of a model such as model=pretrained,model.path=DIR,"
                 f"memory=none; got {', '.join(settings) or 'neither'}{' and both' if checkpoint and settings else ''}"
             )
+        if checkpoint is None and base is not None:
+            raise ConfigError(
+                "base says where the base of a checkpoint is: give checkpoint=RUN too, or model.path alone"
+            )
+        if local is not None:
+            whole("local", local, least=1)
+        if not isinstance(read, bool):
+            raise ConfigError(f"read must be true or false, got {read!r}")
         if not str(batch_size).isdecimal() or max_batch_size is not None:
             raise ConfigError(f"batch_size must be a whole number, got {batch_size}: nothing is detected here")
         if checkpoint is not None:
             model: Any = checkpoints.load(checkpoint, base=base)
         else:
             model = memlm.build(*(f"{name}={_plain(name, value)}" for name, value in settings.items())).eval()
+            if not isinstance(model, Pretrained):
+                raise ConfigError(
+                    "a model that is not pretrained says nothing before it is trained: give checkpoint=RUN"
+                )
         checkpoints.place(model, "auto" if device in (None, "cuda:0") else str(device))
         self.model, self.scorer = model, Scorer(model, int(batch_size), local, read)
 

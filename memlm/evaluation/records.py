@@ -1,7 +1,8 @@
 """Records: what runs found, kept with the project, and the tables of its pages that are made of them.
 
 A record is `results/NAME.json` with a list of entries, one per name of a run and seed. A page has the table of a record
-between two marks, `<!-- results/NAME.json -->` and `<!-- end of results -->`; nobody types a number.
+between two marks, `<!-- results/NAME.json -->` and `<!-- end of results -->`; nobody types a number. The record of
+`worth` has a small table too: `<!-- results/worth.json in short -->`.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from memlm.config import ConfigError
-from memlm.evaluation import memory_table, timings
+from memlm.evaluation import memory_table, timings, worth_table
 from memlm.evaluation.compare.groups import n_token
 from memlm.evaluation.headline import Number, headline, in_percent, shown
 from memlm.evaluation.result import Result
@@ -27,7 +28,7 @@ FOLDER = "results"
 
 Entry = Mapping[str, Any]
 
-_MARKS = re.compile(r"(<!-- results/([\w-]+)\.json -->\n).*?(<!-- end of results -->)", re.DOTALL)
+_MARKS = re.compile(r"(<!-- results/([\w-]+)\.json( in short)? -->\n).*?(<!-- end of results -->)", re.DOTALL)
 _NEEDED = ("name", "seed", "commit", "machine", "experiment", "metrics", "headline", "step", "tokens", "state_bytes")
 _TOLD: tuple[tuple[str, Any], ...] = (("trained", None), ("settings", {}), ("headline", []))
 _CONTROLS = ("off", "wiped", "swapped")
@@ -148,11 +149,12 @@ def filled_in(page: str, folder: Path) -> str:
         folder: Where the records are.
 
     Raises:
-        ConfigError: If there is no such record.
+        ConfigError: If there is no such record, or it has no small table.
     """
 
     def table_of(found: re.Match[str]) -> str:
-        return f"{found[1]}\n{table(read_record(folder / f'{found[2]}.json'))}\n\n{found[3]}"
+        record = read_record(folder / f"{found[2]}.json")
+        return f"{found[1]}\n{short_table(record) if found[3] else table(record)}\n\n{found[4]}"
 
     return _MARKS.sub(table_of, page)
 
@@ -168,7 +170,22 @@ def table(record: Sequence[Entry]) -> str:
     elif record:
         by_size = _sizes(record) or any(entry.get("trained") for entry in record)
         lines = (_rates if by_size else _headlines)(record)
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + below
+    return _joined(lines) + below
+
+
+def short_table(record: Sequence[Entry]) -> str:
+    """A record in a few lines.
+
+    Raises:
+        ConfigError: If it is not of `worth`.
+    """
+    if not record or record[0]["experiment"] != worth_table.NAME:
+        raise ConfigError("only the record of worth has a table in short: leave 'in short' out of the mark")
+    return _joined(worth_table.table(record))
+
+
+def _joined(lines: Sequence[Sequence[str]]) -> str:
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def _costs(entry: Entry) -> list[str]:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import yaml
 
+from memlm.analysis.chart import Chart, Series
 from memlm.analysis.memory_page import MOST_SLOTS, memory_parts
 from memlm.analysis.page import (
     Chapter,
+    Charts,
     Figures,
     Listings,
     Part,
@@ -34,7 +38,13 @@ MOST_BYTES = 5_000_000
 """Bytes of a page for which there may be figures: those that find no room are named instead."""
 
 
-_Image = tuple[str, Path, bytes]  # what it shows, where it is, PNG
+class _Image(NamedTuple):
+    """A figure: what it shows, where it is, its PNG, and the key of the group that it is of."""
+
+    what: str
+    file: Path
+    png: bytes
+    run: str
 
 
 def write(
@@ -60,16 +70,23 @@ def write(
     """
     comparison = groups.compare(runs, left_out)
     tell = progress or (lambda _: None)
-    chapters = [_results(comparison), _settings(comparison)]
-    for group in comparison.groups:
+    chapters = [_results(comparison), *_against_bytes(comparison), _settings(comparison)]
+    for key, group in zip(_keys(comparison), comparison.groups, strict=True):
         tell(f"memory of {group.label}")
-        chapters.append(_memory(group, contexts, MOST_SLOTS // len(comparison.groups), trust))
+        chapters.append(_memory(group, contexts, MOST_SLOTS // len(comparison.groups), trust)._replace(run=key))
     tell("figures")
-    title = f"Report of {', '.join(group.label for group in comparison.groups)}"
-    room = MOST_BYTES - len(_encoded(render(title, chapters))) - 100_000
-    chapters.insert(1, _figures(comparison, room * 3 // 4))  # a figure as text takes a third more
+    labels = [group.label for group in comparison.groups]
+    title = f"Report of {', '.join(labels)}"
+    room = MOST_BYTES - len(_encoded(render(title, chapters, labels))) - 100_000
+    chapters.insert(-1 - len(labels), _figures(comparison, room * 3 // 4))  # a figure as text takes a third more
     with atomic_file(path) as file:
-        file.write(_encoded(render(title, chapters)))
+        file.write(_encoded(render(title, chapters, labels)))
+
+
+def _keys(comparison: Comparison) -> list[str]:
+    """Keys of the groups, by which a reader chooses one; a single one is not chosen."""
+    several = len(comparison.groups) > 1
+    return [str(i) if several else "" for i in range(len(comparison.groups))]
 
 
 def _encoded(page: str) -> bytes:
@@ -81,13 +98,54 @@ def _results(comparison: Comparison) -> Chapter:
     heads, rows = printing.tabulate(comparison)
     controls = frozenset(i for i, line in enumerate(comparison.lines) if line.control)
     rows = [[cell.strip() for cell in row] for row in rows]
-    table = Table("Numbers and their controls", heads, rows, printing.remarks(comparison), controls)
+    keys = _keys(comparison)
+    remarks = printing.remarks(comparison)
+    table = Table("Numbers and their controls", heads, rows, remarks, controls, column_runs=["", "", *keys])
     listed = [
         [group.label, str(run.trained.config.get("seed")), str(run.trained.step), str(run.path), run.trained.checkpoint]
         for group in comparison.groups
         for run in group.runs
     ]
-    return Chapter("Results", [], [table, Table("Runs", ["group", "seed", "step", "directory", "checkpoint"], listed)])
+    heads = ["group", "seed", "step", "directory", "checkpoint"]
+    return Chapter("Results", [], [table, Table("Runs", heads, listed, row_runs=_of_runs(comparison))])
+
+
+def _of_runs(comparison: Comparison) -> list[str]:
+    """The key of the group of each run."""
+    return [key for key, group in zip(_keys(comparison), comparison.groups, strict=True) for _ in group.runs]
+
+
+def _against_bytes(comparison: Comparison) -> list[Chapter]:
+    """Main numbers beside their controls, by the bytes of memory that they took; nothing of a single group."""
+    sizes = next(line.cells for line in comparison.lines if line.metric == "state_bytes")
+    charts: list[Chart] = []
+    seen: set[tuple[str, bool]] = set()
+    for i, line in enumerate(comparison.lines):
+        kind = line.experiment, line.percent
+        if not line.experiment or line.control or kind in seen or sum(cell is not None for cell in line.cells) < 2:
+            continue
+        seen.add(kind)  # the first number of an experiment is its main one
+        controls = list(itertools.takewhile(lambda other: other.control, comparison.lines[i + 1 :]))
+        controls = [other for other in controls if (other.experiment, other.percent) == kind]
+        series: list[Series] = []
+        for k, (group, cell, size) in enumerate(zip(comparison.groups, line.cells, sizes, strict=True)):
+            if cell is None or size is None:
+                continue
+            beside = [other.cells[k] for other in controls]
+            points = [(size.mean, found.mean) for found in beside if found is not None]
+            series.append(Series("controls", points, control=True, faint=True, run=str(k)))
+            ends = [(cell.low, cell.high)]
+            series.append(Series(group.label, [(size.mean, cell.mean)], ends, run=str(k), mark=str(k + 1)))
+        better = f"; {line.better} is better" if line.better else ""
+        values = [y for part in series for _, y in part.points]
+        span = (-0.03, 1.03) if line.percent and all(0 <= value <= 1 for value in values) else None
+        notes = [f"Small: {'; '.join(other.label for other in controls)}."] if controls else []
+        title, y = f"{line.experiment}: {line.label}", f"with its 95 % interval{better}"
+        charts.append(Chart(title, "bytes of memory of a row", y, series, False, line.percent, True, span, notes=notes))
+    if len(comparison.groups) < 2 or not charts:
+        return []
+    notes = ["What the table of results says of how these runs were trained and measured holds here too."]
+    return [Chapter("Against the bytes of memory", [], [Charts("What the bytes are worth", charts, notes)])]
 
 
 def _settings(comparison: Comparison) -> Chapter:
@@ -95,13 +153,14 @@ def _settings(comparison: Comparison) -> Chapter:
     parts: list[Part] = []
     if len(comparison.groups) > 1:
         heads = ["setting", *(group.label for group in comparison.groups)]
-        parts.append(Table("What differs", heads, [[key, *values] for key, values in comparison.differences]))
+        rows = [[key, *values] for key, values in comparison.differences]
+        parts.append(Table("What differs", heads, rows, column_runs=["", *_keys(comparison)]))
     items = [
         (f"{group.label}, seed {run.trained.config.get('seed')}", yaml.safe_dump(run.trained.config, sort_keys=False))
         for group in comparison.groups
         for run in group.runs
     ]
-    return Chapter("Settings", [], [*parts, Listings("Whole configurations", items)])
+    return Chapter("Settings", [], [*parts, Listings("Whole configurations", items, _of_runs(comparison))])
 
 
 def _figures(comparison: Comparison, n_byte: int) -> Chapter:
@@ -113,19 +172,20 @@ def _figures(comparison: Comparison, n_byte: int) -> Chapter:
         n_byte -= len(image)
     found: list[_Image] = []
     notes: list[str] = []
-    for group in comparison.groups:
+    for key, group in zip(_keys(comparison), comparison.groups, strict=True):
         for run in group.runs:
             for name, files in run.figures.items():
                 for file in files:
                     try:
                         what = f"{name}: {file.stem}, {group.label}, seed {run.trained.config.get('seed')}"
-                        found.append((what, file, _picture(file, run.path)))
+                        found.append(_Image(what, file, _picture(file, run.path), key))
                     except (ConfigError, OSError) as error:
                         notes.append(f"Not shown: {error}")
     images, without = _fitting(found, n_byte)
-    notes += [f"Not shown, as the page would be too large: {file}" for _, file, _ in without]
+    notes += [f"Not shown, as the page would be too large: {image.file}" for image in without]
     if found or notes:
-        parts.append(Figures("Of each run", [(name, image) for name, _, image in images], notes))
+        shown = [(image.what, image.png) for image in images]
+        parts.append(Figures("Of each run", shown, notes, [image.run for image in images]))
     lead = [] if parts else ["There are none beside what was measured."]
     return Chapter("Figures", lead, parts)
 
@@ -147,12 +207,12 @@ def _picture(file: Path, run: Path) -> bytes:
 
 def _fitting(images: Sequence[_Image], n_byte: int) -> tuple[list[_Image], list[_Image]]:
     """Images that fit into so many bytes, with fewer colours if need be, and those that do not."""
-    if sum(len(image) for *_, image in images) > n_byte:
-        images = [(name, file, fewer_colors(image)) for name, file, image in images]
+    if sum(len(image.png) for image in images) > n_byte:
+        images = [image._replace(png=fewer_colors(image.png)) for image in images]
     shown: list[_Image] = []
     without: list[_Image] = []
     for entry in images:
-        n_byte -= len(entry[2])
+        n_byte -= len(entry.png)
         (shown if n_byte >= 0 else without).append(entry)
     return shown, without
 

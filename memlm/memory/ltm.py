@@ -4,9 +4,9 @@ Source: LMCODE's LongTermMemory (importance-weighted top-k read, soft attention 
 storage with intelligent replacement, consolidation of similar slots).
 
 A token at position t makes a slot: its key is a projection of the hidden state h_t (queries use the same projection),
-its value a projection of the embedding of the token that follows. A learned write gate says what matters: the best mean
-log-gate of a span that covers a token weighs its slot when it is read, and decides whether it is kept, so that a fact
-survives, and is found, as a whole.
+its value a projection of the embedding of the token that follows, and of h_t too where it is ``contextual``. A learned
+write gate says what matters: the best mean log-gate of a span that covers a token weighs its slot when it is read, and
+decides whether it is kept, so that a fact survives, and is found, as a whole.
 
 How it is read: `memlm.memory.ltm_read`; what a segment writes: `memlm.memory.ltm_write`; all segments of a window at
 once: `memlm.memory.ltm_window`; slots that are joined or come from another bank: `memlm.memory.ltm_join`.
@@ -101,6 +101,8 @@ class LongTermMemory(RecordKeeper, SharedBank):
         n_probe: Lists that a token searches; None for 48.
         bank_dtype: Type of the keys and values that are held: ``float32``, or ``bfloat16``, which takes half the room.
             All that is worked out of them has 32 bits.
+        contextual: Whether a value also holds a projection of the hidden state, so that the end of a sentence can tell
+            what stood at its beginning.
 
     Attributes:
         distractors: While training, a row also reads what the other rows' segments of the window write: slots that can
@@ -135,6 +137,7 @@ class LongTermMemory(RecordKeeper, SharedBank):
         n_list: int | None = None,
         n_probe: int | None = None,
         bank_dtype: Literal["float32", "bfloat16"] = "float32",
+        contextual: bool = False,
     ) -> None:
         super().__init__()
         for name, number in {
@@ -185,6 +188,7 @@ class LongTermMemory(RecordKeeper, SharedBank):
         self.to_key = nn.Linear(d_model, d_key, bias=False)
         self.embedding_norm = nn.RMSNorm(d_model)
         self.to_value = nn.Linear(d_model, d_value, bias=False)
+        self.from_hidden = nn.Linear(d_model, d_value, bias=False) if contextual else None
         self.to_output = nn.Linear(d_value, d_model, bias=False)
         self.read_gate = nn.Linear(d_model, 1)
         self.write_gate = nn.Sequential(nn.Linear(3 * d_model, d_value), nn.GELU(), nn.Linear(d_value, 1))
@@ -378,6 +382,8 @@ def initialise(memory: LongTermMemory) -> None:
     else:
         nn.init.orthogonal_(memory.to_value.weight)
     memory.to_output.weight.data.copy_(memory.to_value.weight.T)
+    if memory.from_hidden is not None:
+        nn.init.zeros_(memory.from_hidden.weight)
     nn.init.zeros_(memory.read_gate.weight)
     nn.init.zeros_(memory.read_gate.bias)
     for linear in memory.write_gate:

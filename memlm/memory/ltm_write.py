@@ -119,8 +119,12 @@ def candidates(memory: LongTermMemory, segment: Segment) -> tuple[Candidates, Tr
         return take(part, cell.flatten(1)).unflatten(1, cell.shape[1:])
 
     with torch.autocast(hidden.device.type, enabled=False):  # of the chosen tokens alone
-        key = rounded(F.normalize(memory.to_key(pick(normed)), dim=-1), memory.bank_type)
-        value = rounded(memory.to_value(pick(embedding, shift=1)), memory.bank_type)
+        own = pick(normed)
+        key = rounded(F.normalize(memory.to_key(own), dim=-1), memory.bank_type)
+        value = memory.to_value(pick(embedding, shift=1))
+        if memory.from_hidden is not None:
+            value = value + memory.from_hidden(own)
+        value = rounded(value, memory.bank_type)
 
     snippet = F.pad(ids, (span - 1, 1), value=-1).unfold(2, span + 1, 1)  # (B, S, C + T, span + 1)
     found = Candidates(

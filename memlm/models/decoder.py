@@ -318,7 +318,7 @@ class DecoderLayer(SegmentLayer):
         from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
         eager: Any = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
-        function: Any = ALL_ATTENTION_FUNCTIONS.get_interface(self.attention, eager)
+        function: Any = ALL_ATTENTION_FUNCTIONS.get(self.attention, eager)
         n_query, n_key = query.shape[2], key.shape[2]
         assert n_query in (1, n_key) or mask is not None
         near = n_key if self.window is None else min(n_key, self.window)

@@ -3,6 +3,9 @@
 A memory that keeps records gets what is told as such. Any other one reads it, in a context of its own that is closed at
 once, and goes along as a state. A model that has learned to chat is asked as in a chat.
 
+With ``recall`` the records that memory reads most for a question are read again, as text, right before it: a model
+that was never trained with its memory then answers from what it finds (as MemoRAG does, 2409.05591).
+
 Every answer comes with what was read for it, where the memory can tell, and with the answer that the model gives when
 memory is not read.
 """
@@ -10,7 +13,7 @@ memory is not read.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -45,11 +48,76 @@ class Answer(NamedTuple):
         text: The answer, up to the end of its sentence.
         read: The record most read for it; None if memory is empty, or keeps no records.
         without: The answer when memory is not read.
+        again: Records that were read again, as text, in the order in which they were told.
     """
 
     text: str
     read: Remembered | None
     without: str
+    again: tuple[Remembered, ...] = ()
+
+
+def keeps_records(model: SegmentModel) -> bool:
+    """Whether a memory of a model keeps records."""
+    return any(isinstance(modules[0], RecordKeeper) for modules in model.memory.values())
+
+
+def check_recall(model: SegmentModel, recall: int) -> None:
+    """Refuse to read records again that no memory keeps.
+
+    Raises:
+        ConfigError: If it cannot be done.
+    """
+    if recall < 0:
+        raise ConfigError(f"recall must be a number of records, 0 for none, got {recall}")
+    if recall and not keeps_records(model):
+        raise ConfigError(
+            f"recall={recall} reads records again, and no memory of this model keeps any (memory: "
+            f"{', '.join(model.memory) or 'none'}): take one that does, such as memory=ltm"
+        )
+
+
+def found_for(model: SegmentModel, question: str, n: int) -> list[Remembered]:
+    """The ``n`` records that a question as a whole reads most, in the order in which they were told."""
+    found = model.recalled(model.encode_text(question), top_k=n, summed=True)
+    return sorted(found, key=lambda record: record.id)
+
+
+def question_ids(
+    model: SegmentModel, question: str, again: Sequence[str] = (), said: Sequence[dict[str, str]] = ()
+) -> list[int]:
+    """Token ids of a question that is asked right after some texts.
+
+    Args:
+        model: The model. One that has learned to chat gets them as what the user says.
+        question: What is asked.
+        again: Texts that are read before it.
+        said: Messages before these; of a chat only.
+    """
+    if model.chat_template is None:
+        return [token for text in (*again, question) for token in model.encode_text(text)]
+    return _chat_ids(model, [*said, *({"role": "user", "content": text} for text in (*again, question))], True)
+
+
+def said(model: SegmentModel, ids: Sequence[int]) -> str:
+    """The text of an answer, up to what ends it."""
+    return _text(model, ids).strip()
+
+
+def _text(model: SegmentModel, ids: Sequence[int]) -> str:
+    end = next((i for i, token in enumerate(ids) if token in model.ends), len(ids))
+    return model.tokenizer.decode(ids[:end])
+
+
+def _chat_ids(model: SegmentModel, messages: Sequence[dict[str, str]], add_generation_prompt: bool) -> list[int]:
+    """Tokens of a chat that begins with the user; what one says in turn is one message, as templates want it."""
+    turns: list[dict[str, str]] = []
+    for message in messages:
+        if turns and turns[-1]["role"] == message["role"]:
+            turns[-1] = {**message, "content": f"{turns[-1]['content']}\n{message['content']}"}
+        elif turns or message["role"] == "user":
+            turns.append(message)
+    return model.tokenizer.encode(model.chat(turns, add_generation_prompt))
 
 
 class Conversation:
@@ -57,6 +125,7 @@ class Conversation:
 
     Args:
         model: A model with a memory.
+        recall: Records that a question finds and that are read again, as text, before it is answered.
 
     Attributes:
         context: Token ids of what was said since the context was cleared. What is told also goes into the memory.
@@ -64,13 +133,15 @@ class Conversation:
         state: What a memory that keeps no records knows; None for nothing.
 
     Raises:
-        ConfigError: If the model has no memory.
+        ConfigError: If the model has no memory, or records are to be read again of one that keeps none.
     """
 
-    def __init__(self, model: SegmentModel) -> None:
+    def __init__(self, model: SegmentModel, recall: int = 0) -> None:
         if not model.memory:
             raise ConfigError("there is nothing to talk with: the model has no memory (memory=none)")
-        self.keeps = any(isinstance(modules[0], RecordKeeper) for modules in model.memory.values())
+        check_recall(model, recall)
+        self.recall = recall
+        self.keeps = keeps_records(model)
         self.model, self.chats = model, model.chat_template is not None
         self.context: list[int] = []
         self.said: list[dict[str, str]] = []
@@ -83,7 +154,7 @@ class Conversation:
         if self.keeps:
             ids = self.model.store_experience(text)
         else:
-            tokens = self._chat([told], False) if self.chats else self._encode(text)
+            tokens = _chat_ids(self.model, [told], False) if self.chats else self._encode(text)
             with at_rest(self.model):
                 state = self.model.absorb(torch.tensor([tokens], device=self._device), self.state)
                 self.state = self.model.new_context(state)
@@ -100,43 +171,33 @@ class Conversation:
         """
         room = self.model.segment_len - 1  # one segment, so that what is shown as read is what the answer read
         n_answer = max(min(_ANSWER_IN_CHAT if self.chats else _ANSWER, room // 2), 1)
-        prompt = self._prompt(text, max(room - n_answer, 1))
+        hits = found_for(self.model, text, self.recall) if self.recall else []
+        again = tuple(hits)
+        prompt = self._prompt(text, max(room - n_answer, 1), [record.text for record in again])
+        bare = self._prompt(text, max(room - n_answer, 1)) if again else prompt
         answer = self._continue(prompt, n_answer, True, show)
-        without = self._continue(prompt, n_answer, False)
-        hits = self.model.recalled([*prompt, *answer][:-1], first=len(prompt) - 1) if self.keeps else []
-        said, bare = (self._text(part).strip() for part in (answer, without))
+        without = self._continue(bare, n_answer, False)
+        if self.keeps and not self.recall:
+            hits = self.model.recalled([*prompt, *answer][:-1], first=len(prompt) - 1)
+        told = said(self.model, answer)
         self.context += self._encode(text) + answer
-        self.said += [{"role": "user", "content": text}, {"role": "assistant", "content": said}]
-        return Answer(said, hits[0] if hits else None, bare)
+        self.said += [{"role": "user", "content": text}, {"role": "assistant", "content": told}]
+        return Answer(told, hits[0] if hits else None, said(self.model, without), again)
 
     def clear(self) -> None:
         """Forget what was said; memory stays."""
         self.context, self.said = [], []
 
-    def _prompt(self, text: str, room: int) -> list[int]:
-        """What an answer is made from: what was said, as much of its end as there is room for, and the question."""
+    def _prompt(self, text: str, room: int, again: Sequence[str] = ()) -> list[int]:
+        """What an answer is made from: the end of what was said that fits, what is read again, the question."""
         if not self.chats:
-            return (self.context + self._encode(text))[-room:]
-        said = self.said
+            return (self.context + question_ids(self.model, text, again))[-room:]
+        kept = self.said
         while True:
-            ids = self._chat([*said, {"role": "user", "content": text}], True)
-            if len(ids) <= room or not said:
+            ids = question_ids(self.model, text, again, kept)
+            if len(ids) <= room or not kept:
                 return ids[-room:]
-            said = said[1:]
-
-    def _chat(self, messages: list[dict[str, str]], add_generation_prompt: bool) -> list[int]:
-        """Tokens of a chat that begins with the user; what one says in turn is one message, as templates want it."""
-        turns: list[dict[str, str]] = []
-        for message in messages:
-            if turns and turns[-1]["role"] == message["role"]:
-                turns[-1] = {**message, "content": f"{turns[-1]['content']}\n{message['content']}"}
-            elif turns or message["role"] == "user":
-                turns.append(message)
-        return self.model.tokenizer.encode(self.model.chat(turns, add_generation_prompt))
-
-    def _text(self, ids: list[int]) -> str:
-        """The text of an answer, without what ends it."""
-        return self.model.tokenizer.decode(token for token in ids if token not in self.model.ends)
+            kept = kept[1:]
 
     @property
     def _device(self) -> torch.device:
@@ -160,7 +221,7 @@ class Conversation:
                 ids = self.tell(line)
                 return _stored(ids) if self.keeps else "[told to memory]"
             answer = self.ask(line, show)
-            note = _noted(answer) if self.keeps else _compared(answer)
+            note = _recalled(answer) if self.recall else _noted(answer) if self.keeps else _compared(answer)
             return note if show else answer.text + note
         except (OSError, ValueError) as error:  # such as of paths; ConfigError is one
             return f"error: {error}"
@@ -213,7 +274,7 @@ class Conversation:
         shown = ""
         for tokens in steps:
             new += tokens.tolist()
-            text = self._text(new)
+            text = _text(self.model, new)
             ends = len(new) == n or new[-1] in self.model.ends
             ends = ends or (not self.chats and _END.search(text.lstrip()) is not None)
             said = text.strip() if ends else text.strip().rstrip("\ufffd")  # of a character that is not whole
@@ -249,6 +310,15 @@ def _noted(answer: Answer) -> str:
         same = answer.without == answer.text
         note += "; the answer is the same without memory" if same else f"; without memory: {answer.without!r}"
     return f"\n  [{note}]"
+
+
+def _recalled(answer: Answer) -> str:
+    if not answer.again:
+        return "\n  [memory is empty: nothing was read again]"
+    told = "; ".join(f"record {record.id}: {_words(record)!r}" for record in answer.again)
+    same = answer.without == answer.text
+    note = "the answer is the same without memory" if same else f"without memory: {answer.without!r}"
+    return f"\n  [read again: {told}; {note}]"
 
 
 def _compared(answer: Answer) -> str:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import os
 import reprlib
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -89,7 +90,9 @@ def query_memory(model: LanguageModel, text: str, top_k: int = 5) -> list[Rememb
     return recalled(model, encode_text(model, text), top_k=whole("top_k", top_k, least=1))
 
 
-def recalled(model: LanguageModel, ids: Sequence[int], first: int = 0, top_k: int = 1) -> list[Remembered]:
+def recalled(
+    model: LanguageModel, ids: Sequence[int], first: int = 0, top_k: int = 1, summed: bool = False
+) -> list[Remembered]:
     """What is read from the persistent memory for tokens; see `query_memory`.
 
     Args:
@@ -97,17 +100,24 @@ def recalled(model: LanguageModel, ids: Sequence[int], first: int = 0, top_k: in
         ids: Token ids of a text. It is read in pieces shorter than a segment, each in a context of its own.
         first: The first token whose reads are of interest.
         top_k: Most records to return.
+        summed: Whether records are ranked by the weights of all tokens together, and not by the greatest of one: what
+            fits the text as a whole comes first, and not what has one of its words.
     """
     kept = kept_of(model, "recalled")
     piece = max(model.segment_len - 1, 1)  # a complete segment would be left behind, with what it reads with
     best: list[Found] = []
+    totals: defaultdict[int, float] = defaultdict(float)
     with at_rest(model):
         banks = model.bank_state()
         opened = opened_of(kept, banks)
         for begin in progress_bar(range(0, len(ids), piece), "querying"):
             if begin + piece > first:
                 found = found_in(model, ids[begin : begin + piece], max(first - begin, 0), banks, kept, opened)
-                best = best_of([*best, *found], top_k)
+                for part in found:
+                    totals[part.record] += part.weight
+                best = best_of([*best, *found], len(totals) if summed else top_k)
+        if summed:
+            best = sorted(best, key=lambda part: -totals[part.record])[:top_k]
         for part in best:
             if part.weight >= READ:
                 opened[part.memory].module.bank.uses()[part.slot] += 1

@@ -14,7 +14,7 @@ from hydra.core.hydra_config import HydraConfig
 
 from memlm.config import ConfigError
 from memlm.quoting import quoted
-from memlm.training.resume import read_finished
+from memlm.training.marks import read_finished
 from memlm.training.stopping import OUT_OF_TIME, Signals
 
 # What a job of a sweep was told that a run of its own must not be: how the sweep goes, and its place in it.

@@ -24,7 +24,8 @@ from memlm.output import output_lost
 from memlm.training.callbacks import AtomicCheckpointIO, Checkpoints, DuringTraining, Progress, Throughput
 from memlm.training.logged import history_files, keep_earlier_history
 from memlm.training.loggers import is_first, make_loggers
-from memlm.training.resume import Origin, forget_finished, refuse_other_run, remove_leftovers_of_runs, running
+from memlm.training.marks import forget_finished, running
+from memlm.training.resume import Origin, refuse_other_run, remove_leftovers_of_runs
 from memlm.training.settings import places_of_runs, seconds_of
 from memlm.training.stopping import UNREAD, Stopped
 from memlm.training.told import fault, lost_process, quiet, then

@@ -3,27 +3,21 @@
 from __future__ import annotations
 
 import contextlib
-import errno
-import fcntl
-import io
 import itertools
 import json
-import os
-import stat
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from memlm.checkpoint import FOLDER, checkpoints, find, read
 from memlm.config import ConfigError, target_of
-from memlm.files import ERROR, atomic_file, read_json, remove_leftovers
+from memlm.files import remove_leftovers
 from memlm.printed import printable
+from memlm.training.marks import FINISHED, Finished, finished_content, is_alive, leave_out
 
 if TYPE_CHECKING:
     from memlm.data.datamodule import TextData
 
-_LOCK = ".lock"  # held by the process that trains a run
 # What makes two runs the same run. The rest (loggers, paths, devices, precision) may change.
 _SAME = ("model", "memory", "data", "curriculum", "training", "replay", "seed")
 _SAME_TRAINER = ("accumulate_grad_batches", "gradient_clip_val", "gradient_clip_algorithm")
@@ -34,7 +28,6 @@ _TECHNICAL = ("data.n_worker", "model.gradient_checkpointing", "training.compile
 # Settings that no two jobs of a sweep differ in if they are the same: where files go, and what is gone on with.
 _ASIDE = ("paths", "logger", "resume")
 _ASIDE_TRAINER = ("max_time",)
-_FINISHED = "finished.json"  # of a run that is trained and measured: its settings, and what it returned
 
 
 class Origin(NamedTuple):
@@ -56,36 +49,6 @@ class Origin(NamedTuple):
         return self.path.parent.parent if self.path.parent.name == FOLDER else self.path.parent
 
 
-class Finished(NamedTuple):
-    """A run that is trained and measured.
-
-    Attributes:
-        run: The run directory.
-        value: What it returned, see ``main`` of ``train.py``.
-    """
-
-    run: Path
-    value: float | None
-
-
-def mark_finished(run: Path, config: Mapping[str, Any], value: float | None) -> None:
-    """Write into a run directory that all is done, and no longer why another start of it failed."""
-    (run / ERROR).unlink(missing_ok=True)
-    with atomic_file(run / _FINISHED) as file:
-        file.write((json.dumps({"config": config, "value": value}, indent=1) + "\n").encode())
-
-
-def read_finished(run: Path) -> Finished | None:
-    """What a run that is trained and measured has returned; None for any other."""
-    content = _finished(run)
-    return None if content is None else Finished(run, content["value"])
-
-
-def forget_finished(run: Path) -> None:
-    """Take back that all is done."""
-    (run / _FINISHED).unlink(missing_ok=True)
-
-
 def find_in_sweep(config: Mapping[str, Any], sweep: Path) -> Finished | Origin | None:
     """What an earlier start of a sweep has left of one of its jobs.
 
@@ -100,7 +63,7 @@ def find_in_sweep(config: Mapping[str, Any], sweep: Path) -> Finished | Origin |
     runs = sorted(path.parent for path in sweep.glob(f"*/{FOLDER}"))
     unfinished: list[Origin] = []
     for run in runs:
-        content = _finished(run)
+        content = finished_content(run)
         if content is not None:
             if _whole(content["config"]) == _whole(config):
                 return Finished(run, content["value"])
@@ -112,27 +75,6 @@ def find_in_sweep(config: Mapping[str, Any], sweep: Path) -> Finished | Origin |
     furthest = max(unfinished, key=lambda origin: origin.step)
     remove_leftovers(furthest.run / FOLDER)
     return furthest
-
-
-def _finished(run: Path) -> dict[str, Any] | None:
-    """What is written of a run that is finished; one whose file is damaged is taken for unfinished."""
-    try:
-        content = read_json(run / _FINISHED)
-        config = content.get("config")
-        known = isinstance(config, dict) and isinstance(config.get("trainer"), dict)
-        if not known or not isinstance(content.get("value", ""), float | int | None):
-            raise ConfigError(f"{run / _FINISHED} is not what a finished run writes")
-        return content
-    except FileNotFoundError:
-        return None
-    except (ConfigError, OSError) as error:
-        _leave_out(error)
-        return None
-
-
-def _leave_out(error: Exception) -> None:
-    """Say that a file is left out, and why."""
-    print(printable(f"left out: {' '.join(str(error).split()) or type(error).__name__}"), file=sys.stderr)
 
 
 def _whole(config: Mapping[str, Any]) -> Any:
@@ -177,7 +119,7 @@ def find_origin(
     origin = _origin(path, content, config)
     if _is_alive(origin.run, config):
         raise ConfigError(f"{origin.run} is still being trained by another process: wait until it ends, or stop it")
-    if origin.step >= config["trainer"]["max_steps"] and _finished(origin.run) is not None:
+    if origin.step >= config["trainer"]["max_steps"] and finished_content(origin.run) is not None:
         raise ConfigError(
             f"{path} has made {origin.step} of {config['trainer']['max_steps']} steps: nothing is left to train. "
             "Set trainer.max_steps higher, or measure it with scripts/evaluate.py"
@@ -225,37 +167,6 @@ def _origin(path: Path, content: Mapping[str, Any], config: Mapping[str, Any]) -
     return Origin(path, content["global_step"], content["memlm"])
 
 
-@contextlib.contextmanager
-def running(run: Path) -> Iterator[None]:
-    """Mark a run as alive; the mark goes with the process, however it ends.
-
-    Raises:
-        ConfigError: If another process trains it.
-    """
-    run.mkdir(parents=True, exist_ok=True)
-    with _open_lock(run, os.O_CREAT) as lock:
-        try:
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock: that would live on in loader workers
-        except (BlockingIOError, PermissionError):
-            raise ConfigError(f"{run} is being trained by another process: give another hydra.run.dir") from None
-        yield
-
-
-def _open_lock(run: Path, flags: int = 0) -> io.FileIO:
-    """The file that is held by the process that trains a run; a pipe in its place would hang it for ever."""
-    path = run / _LOCK
-    try:
-        lock = io.FileIO(os.open(path, os.O_RDWR | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC | flags, 0o666), "r+")
-    except OSError as error:
-        if error.errno not in (errno.ELOOP, errno.ENXIO, errno.EISDIR):
-            raise
-    else:
-        if stat.S_ISREG(os.fstat(lock.fileno()).st_mode):
-            return lock
-        lock.close()
-    raise ConfigError(f"{path} is no regular file: remove what is in its place")
-
-
 def remove_leftovers_of_runs(run: Path, roots: Sequence[Path]) -> None:
     """Remove what runs beside this one have left that were killed while they wrote, which nobody may go on with."""
     places = [run.parent.glob(f"*/{FOLDER}"), *(root.glob(f"*/*/{FOLDER}") for root in roots)]
@@ -279,14 +190,7 @@ def _is_alive(run: Path, config: Mapping[str, Any]) -> bool:
 
     A run that goes on in its own directory may be marked as alive by its first process before the others look.
     """
-    if run.resolve() == Path(config["paths"]["run_dir"]).resolve():
-        return False
-    with contextlib.suppress(OSError, ConfigError), _open_lock(run) as lock:
-        try:
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            return True
-    return False
+    return run.resolve() != Path(config["paths"]["run_dir"]).resolve() and is_alive(run)
 
 
 def _newest(config: Mapping[str, Any], roots: Sequence[Path], text: Callable[[], str] | None) -> Origin | None:
@@ -306,13 +210,13 @@ def _newest(config: Mapping[str, Any], roots: Sequence[Path], text: Callable[[],
     for run in sorted(times, key=times.__getitem__, reverse=True):
         if _is_alive(run, config):
             print(printable(f"resume=auto: {run} is still being trained; left alone"))
-        elif (content := _finished(run)) is not None:
+        elif (content := finished_content(run)) is not None:
             try:
                 if _same_run(config, content["config"]):
                     finished = run
                     break
             except (AttributeError, KeyError, TypeError) as error:  # no settings that a run has written
-                _leave_out(ConfigError(f"{run / _FINISHED}: {error!r}"))
+                leave_out(ConfigError(f"{run / FINISHED}: {error!r}"))
         else:
             origin = _newest_of(run, config, lambda there: _same_run(config, there))
             if origin is not None and _same_text(config, origin, text):
@@ -331,7 +235,7 @@ def _newest_of(run: Path, config: Mapping[str, Any], wanted: Callable[[Mapping[s
     try:
         found = checkpoints(run)
     except OSError as error:
-        _leave_out(error)
+        leave_out(error)
         return None
     for path in reversed(found):
         try:
@@ -339,7 +243,7 @@ def _newest_of(run: Path, config: Mapping[str, Any], wanted: Callable[[Mapping[s
                 return None
             return _origin(path, _content(path), config)
         except Exception as error:  # a run of anybody: what is in its files may be anything
-            _leave_out(error if isinstance(error, ConfigError | OSError) else ConfigError(f"{path}: {error!r}"))
+            leave_out(error if isinstance(error, ConfigError | OSError) else ConfigError(f"{path}: {error!r}"))
     return None
 
 

@@ -11,7 +11,7 @@ from benchmarks.candidates import Candidate
 from memlm.app import benchmark
 from memlm.compose import compose, to_dict
 from memlm.config import ConfigError
-from tests.benchmarks.tiny import TINY, hide, setup
+from tests.benchmarks.tiny import TINY, hide, tiny_setup
 
 pytestmark = pytest.mark.slow
 
@@ -39,13 +39,13 @@ def test_candidates_are_measured_beside_their_peers_in_the_same_round() -> None:
 
 
 def test_rows_have_their_lengths_and_candidates_get_the_same_text() -> None:
-    ids, mask = generate.prompts(setup(), 4, 8, "unlike")
+    ids, mask = generate.prompts(tiny_setup(), 4, 8, "unlike")
     assert mask.sum(dim=1).tolist() == [2, 4, 6, 8]
     assert mask[:, -2:].all()
-    equal, whole = generate.prompts(setup(), 4, 8, "equal")
+    equal, whole = generate.prompts(tiny_setup(), 4, 8, "equal")
     assert torch.equal(ids, equal)
     assert whole.all()
-    none = Candidate("none", setup())
+    none = Candidate("none", tiny_setup())
     heard: list[dict[str, Any]] = []
     none.model.generate = lambda ids, **given: heard.append({"ids": ids, **given}) or torch.zeros(4, 13)
     generate.Call(none, ids, mask, 5, False)()
@@ -56,8 +56,8 @@ def test_rows_have_their_lengths_and_candidates_get_the_same_text() -> None:
 
 
 def test_a_bank_that_is_not_full_is_no_evidence() -> None:
-    candidate = Candidate("ltm", setup("default"))
-    ids, mask = generate.prompts(setup(), 2, 8, "equal")
+    candidate = Candidate("ltm", tiny_setup("default"))
+    ids, mask = generate.prompts(tiny_setup(), 2, 8, "equal")
     generate.Call(candidate, ids, mask, 5, False)
     candidate.state = candidate.model.init_state(2)
     with pytest.raises(ValueError, match="not full and read"):

@@ -13,7 +13,7 @@ from benchmarks.candidates import Candidate
 from memlm.app import benchmark
 from memlm.compose import compose, to_dict
 from memlm.config import ConfigError
-from tests.benchmarks.tiny import hide, setup
+from tests.benchmarks.tiny import hide, tiny_setup
 
 
 def config(*overrides: str) -> dict[str, Any]:
@@ -54,7 +54,7 @@ def test_keys_are_those_that_a_trained_model_writes(tmp_path: Path, monkeypatch:
     """Keys of a text without memory being read, in order of the text; queries from held-out text; kept in a file."""
     import memlm.checkpoint
 
-    model: Any = Candidate("ltm", setup("default")).model.eval()
+    model: Any = Candidate("ltm", tiny_setup("default")).model.eval()
     text = torch.randint(model.n_vocab, (1500,), generator=torch.Generator().manual_seed(0)).numpy()
     data = SimpleNamespace(tokens=lambda split: SimpleNamespace(tokens=text if split == "train" else text[::-1].copy()))
     monkeypatch.setattr(memlm.checkpoint, "load_run", lambda path, trust: (model, data))

@@ -10,7 +10,7 @@ from benchmarks import base, candidates, train
 from memlm.app import benchmark
 from memlm.compose import compose, to_dict
 from memlm.config import ConfigError
-from tests.benchmarks.tiny import TINY, hide, setup
+from tests.benchmarks.tiny import TINY, hide, tiny_setup
 
 pytestmark = pytest.mark.slow
 
@@ -41,7 +41,7 @@ def test_sizes_are_those_of_the_configs() -> None:
 
 @pytest.mark.parametrize(("size", "n_layer"), [("seed", 2), ("default", 1)])
 def test_ltm_has_full_banks_and_reads_and_writes_them(size: str, n_layer: int) -> None:
-    tiny = setup(size)
+    tiny = tiny_setup(size)
     candidate = candidates.Candidate("ltm", tiny)
     model: Any = candidate.model
     assert len(model.memory_layers) == n_layer
@@ -74,7 +74,7 @@ def test_ltm_has_full_banks_and_reads_and_writes_them(size: str, n_layer: int) -
 
 
 def test_every_slot_of_a_full_bank_is_searched() -> None:
-    tiny = setup("default")
+    tiny = tiny_setup("default")
     candidate = candidates.Candidate("ltm", tiny)
     model: Any = candidate.model
     [module], [bank] = model.memory["ltm"], candidate.state.memory["ltm"]
@@ -89,7 +89,7 @@ def test_every_slot_of_a_full_bank_is_searched() -> None:
 
 
 def test_empty_bank_is_no_evidence(monkeypatch: pytest.MonkeyPatch) -> None:
-    tiny = setup()
+    tiny = tiny_setup()
     monkeypatch.setattr(candidates, "fill", lambda model, setup: model.init_state(setup.n_row))
     candidate = candidates.Candidate("ltm", tiny)
     candidate.step(tiny.batch(0))
@@ -104,7 +104,7 @@ def test_step_is_that_of_the_trainer(name: str) -> None:
     """One step equals the same written plainly: mean loss over all targets, clip at 1, our AdamW."""
     from memlm.training.optimizer import decay_groups
 
-    tiny = setup()
+    tiny = tiny_setup()
     candidate, twin = candidates.Candidate(name, tiny), candidates.Candidate(name, tiny)
     text = tiny.batch(0)
     loss = candidate.step(text)
@@ -125,7 +125,7 @@ def test_step_is_that_of_the_trainer(name: str) -> None:
 
 def test_peer_has_our_shape_and_gets_the_same_tokens() -> None:
     pytest.importorskip("transformers")
-    tiny = setup()
+    tiny = tiny_setup()
     peer, ours = candidates.Candidate("gpt2", tiny), candidates.Candidate("none", tiny)
     model: Any = peer.model
     given = model.config
@@ -145,7 +145,7 @@ def test_peer_has_our_shape_and_gets_the_same_tokens() -> None:
 def test_nanogpt_is_gpt2_of_transformers_without_biases() -> None:
     """With its weights, biases zero and the exact GELU, GPT-2 of transformers has the same loss."""
     pytest.importorskip("transformers")
-    tiny = setup()
+    tiny = tiny_setup()
     nano, gpt2 = candidates.Candidate("nanogpt", tiny), candidates.Candidate("gpt2", tiny)
     ours, theirs = nano.model, gpt2.model.transformer
     with torch.no_grad():
@@ -195,13 +195,13 @@ def test_candidates_are_measured_in_turn(monkeypatch: pytest.MonkeyPatch) -> Non
         return step(self, text)
 
     monkeypatch.setattr(candidates.Candidate, "step", note)
-    _, seconds = train.measure(["none", "ltm"], setup(), warmup=1, rounds=2, steps=2)
+    _, seconds = train.measure(["none", "ltm"], tiny_setup(), warmup=1, rounds=2, steps=2)
     assert order == ["none", "ltm"] + 2 * ["none", "none", "ltm", "ltm"]
     assert {name: len(times) for name, times in seconds.items()} == {"none": 2, "ltm": 2}
 
 
 def test_summary_takes_ratios_per_round() -> None:
-    tiny = setup()
+    tiny = tiny_setup()
     seconds = {"gpt2": [2.0, 4.0, 8.0], "none": [1.0, 4.0, 16.0], "ltm": [2.0, 4.0, 8.0]}
     found = train.summarise("none", seconds, tiny, steps=5)
     assert found["vs_gpt2"] == statistics.median([2.0, 1.0, 0.5])
@@ -219,8 +219,8 @@ def test_autocast_and_two_threads() -> None:
     result, _ = benchmark.run(config("candidates=[none]", "sizes=[default]", "precision=bf16", "threads=2", "rounds=1"))
     assert result.metadata["threads"] == 2
     assert torch.get_num_threads() == before
-    candidate = candidates.Candidate("none", setup(precision="bf16"))
-    candidate.step(setup().batch(0))
+    candidate = candidates.Candidate("none", tiny_setup(precision="bf16"))
+    candidate.step(tiny_setup().batch(0))
     assert {p.dtype for p in candidate.model.parameters()} == {torch.float32}
 
 
@@ -260,7 +260,7 @@ def test_run_with_the_peer() -> None:
 def test_peak_memory_is_that_of_a_process_of_its_own() -> None:
     ballast = torch.ones(300 * 2**18)  # 300 MiB that a child must not be charged with
     # 64 MiB of keys and values in each of two banks: 16 times what the tiny bank takes.
-    small, large = setup("default"), setup("default")
+    small, large = tiny_setup("default"), tiny_setup("default")
     large.config["memory"]["ltm"] |= {"n_slot": 64 * 2**10, "d_key": 128}
     found = [base.in_own_process(train.peak, "ltm", one, 1) for one in (small, large)]
     assert base.peak_rss() > found[0]["peak_mib"] + 100

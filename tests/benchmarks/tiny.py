@@ -13,7 +13,7 @@ TINY = [
 ]  # fmt: skip
 
 
-def setup(size: str = "seed", **settings: Any) -> Setup:
+def tiny_setup(size: str = "seed", **settings: Any) -> Setup:
     given = {"n_row": 2, "n_segment": 3, "device": "cpu", "precision": "fp32", "compile": False, "seed": 0}
     return Setup(size_config(size, TINY), **given | settings)
 

@@ -15,6 +15,8 @@ from tests.training.small import overrides
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = ROOT / "examples"
+NOTEBOOKS = sorted(EXAMPLES.rglob("*.ipynb"))
+MAIN = "https://github.com/memlm/memlm/blob/main/"
 NEEDLE = [
     "needle.n_document=2",
     "needle.n_fact=4",
@@ -52,7 +54,8 @@ def small(folder: Path, memory: str = "ltm") -> list[str]:
 
 def test_every_example_is_named_in_the_list() -> None:
     listed = set(re.findall(r"^\| `(.+?)`", (EXAMPLES / "README.md").read_text(), re.MULTILINE))
-    assert listed == {path.relative_to(EXAMPLES).as_posix() for path in EXAMPLES.rglob("*.py")}
+    files = [*EXAMPLES.rglob("*.py"), *NOTEBOOKS]
+    assert listed == {path.relative_to(EXAMPLES).as_posix() for path in files}
 
 
 def test_store_and_forget(tmp_path: Path) -> None:
@@ -111,3 +114,48 @@ def test_a_pretrained_model_reads_what_was_told(tmp_path: Path) -> None:
     folder = bases.with_tokenizer(bases.make_base("llama", tmp_path))
     on, off = example("pretrained").main(str(folder), "model.segment_len=16", "model.overlap=4")
     assert on != off, "the memory was read"
+
+
+def cells(path: Path, kind: str) -> list[dict[str, Any]]:
+    return [cell for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == kind]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_is_kept_without_its_outputs(path: Path) -> None:
+    assert cells(path, "code")
+    assert [cell for cell in cells(path, "code") if cell["outputs"] or cell["execution_count"] is not None] == []
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_links_of_a_notebook_lead_to_files(path: Path) -> None:
+    text = "".join("".join(cell["source"]) for cell in cells(path, "markdown"))
+    links = re.findall(r"\]\((.+?)\)", text)
+    assert links
+    for link in links:
+        file = ROOT / link.removeprefix(MAIN) if link.startswith(MAIN) else path.parent / link
+        assert file.is_file(), link
+
+
+SEEN = {
+    "see_a_memory_work": """
+assert right["memory on"] > 0.9
+assert max(share for name, share in right.items() if name != "memory on") < 0.3
+assert by_slot[:3, :n_filled].max(dim=1).values.min() > 0.5
+assert model.list_memory() == []
+""",
+    "invent_a_memory": """
+assert len(first_try) == 1 and "a context is closed once" in first_try[0]
+assert second_try == []
+assert min(curves["with memory"][:4]) > 0.8
+assert max(curves["memory wiped"] + curves["no memory"]) < 0.15
+""",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_shows_what_it_says(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MPLBACKEND", "agg")
+    program = "\n".join("".join(cell["source"]) for cell in cells(path, "code"))
+    (tmp_path / "cells.py").write_text(f"{program}\n{SEEN[path.stem]}\nassert plt.get_fignums() == [1]\n")
+    run(tmp_path, "cells.py")

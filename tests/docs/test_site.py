@@ -46,7 +46,7 @@ def test_every_package_is_in_the_reference() -> None:
     ("source", "link", "expected"),
     [
         ("README.md", "docs/memories/ltm.md#limits", "memories/ltm.md#limits"),
-        ("README.md", "docs/figures/recall.png", "figures/recall.png"),
+        ("README.md", "docs/figures/worth-dark.svg", "figures/worth-dark.svg"),
         ("README.md", "CONTRIBUTING.md", "contributing.md"),
         ("CONTRIBUTING.md", "docs/api/index.md", "api/index.md"),
         ("docs/architecture.md", "../CONTRIBUTING.md#tests", "contributing.md#tests"),
@@ -54,8 +54,23 @@ def test_every_package_is_in_the_reference() -> None:
         ("docs/api/memory.md", "../memories/index.md", "../memories/index.md"),
         ("docs/api/memory.md", "../../README.md", "../index.md"),
         ("docs/architecture.md", "#data", "#data"),
+        ("README.md", "results/worth.json", "https://github.com/memlm/memlm/blob/main/results/worth.json"),
         ("docs/architecture.md", "https://example.org/a.md", "https://example.org/a.md"),
     ],
 )
 def test_links_of_the_repository_are_links_of_the_site(hooks: Any, source: str, link: str, expected: str) -> None:
     assert hooks.site_links(f"see [it]({link}).", source) == f"see [it]({expected})."
+
+
+@pytest.mark.parametrize(
+    ("source", "link", "expected"),
+    [
+        ("README.md", "docs/figures/a.svg", "figures/a.svg"),
+        ("docs/concepts.md", "figures/a.svg", "../figures/a.svg"),
+        ("docs/results/needle.md", "../figures/a.svg", "../../figures/a.svg"),
+        ("docs/results/index.md", "../figures/a.svg", "../figures/a.svg"),
+    ],
+)
+def test_pictures_are_found_from_the_directory_of_a_page(hooks: Any, source: str, link: str, expected: str) -> None:
+    for name in ("src", "srcset"):
+        assert hooks.site_links(f'<img {name}="{link}">', source) == f'<img {name}="{expected}">'

@@ -1,5 +1,6 @@
 """Scores and continuations, against the bare base; and the adapter to lm-evaluation-harness where that is installed."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -155,6 +156,43 @@ def test_arguments_of_the_harness_that_name_no_model_are_refused(harness: Any) -
         ({}, "model_args must have checkpoint=RUN, or settings of a model"),
         ({"checkpoint": "x", "memory": None}, "and both"),
         ({"checkpoint": "x", "batch_size": "auto"}, "batch_size must be a whole number, got auto"),
+        ({"model": "lmcode", "memory": "ltm"}, "a model that is not pretrained says nothing before it is trained"),
+        ({"model": "lmcode", "base": "x"}, "base says where the base of a checkpoint is"),
+        ({"checkpoint": "x", "local": "many"}, "local must be a whole number of at least 1, got 'many'"),
+        ({"checkpoint": "x", "read": "no"}, "read must be true or false, got 'no'"),
     ):
         with pytest.raises(ConfigError, match=message):
             type(harness)(**arguments)
+
+
+def test_a_local_task_scores_as_the_harness_scores_the_base(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lm_eval = pytest.importorskip("lm_eval")
+    from lm_eval.tasks import TaskManager
+
+    from memlm.evaluation import harness as module
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    page = (Path(module.__file__).parents[2] / "docs/hugging_face.md").read_text(encoding="utf-8")
+    (tmp_path / "tasks").mkdir()
+    task = page.split("```yaml\n")[1].split("```")[0]  # as the page gives it
+    (tmp_path / "tasks/lambada_local.yaml").write_text(task, encoding="utf-8")
+    texts = ("a cat sat on a red box", "the dog ran home to the house", "it is big and red")
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
+    (tmp_path / "lambada-test.jsonl").write_text(lines, encoding="utf-8")
+    of_base = {"model": "pretrained", "model.path": str(llama), "memory": None, "model.segment_len": 40}
+    found = []
+    for model, arguments in (("hf", {"pretrained": str(llama), "dtype": "float32"}), ("memlm", of_base)):
+        manager = TaskManager(include_path=str(tmp_path / "tasks"), include_defaults=False)
+        result = lm_eval.simple_evaluate(
+            model, model_args=arguments, tasks=["lambada_local"], task_manager=manager, bootstrap_iters=0,
+            log_samples=True, device="cpu", batch_size=2,
+        )  # fmt: skip
+        samples = sorted(result["samples"]["lambada_local"], key=lambda sample: sample["doc_id"])
+        found.append([sample["filtered_resps"][0] for sample in samples])
+    (base, ours) = found
+    assert len(base) == 3
+    assert [float(likely) for likely, _ in ours] == pytest.approx([float(likely) for likely, _ in base], abs=1e-4)
+    assert [str(greedy) for _, greedy in ours] == [str(greedy) for _, greedy in base]

@@ -13,7 +13,7 @@ from memlm.evaluation.compare.groups import compare
 from memlm.evaluation.emit import emit
 from memlm.evaluation.runs import find_runs, write_evaluation
 from tests.analysis.test_page import Page, figure
-from tests.evaluation.compare.test_groups import NONE, recall, run
+from tests.evaluation.compare.test_groups import NONE, SMALL, loss, recall, run
 from tests.training import small
 
 
@@ -65,6 +65,46 @@ def test_two_runs_say_in_what_they_differ_and_that_a_checkpoint_is_gone(trained)
     assert "Every main number beside its controls" in text
 
 
+def test_groups_stand_against_their_bytes_and_can_be_chosen(tmp_path):
+    runs = [
+        run(0, recall(0.9, off=0.1), state_bytes=10**6),
+        run(0, recall(0.5, off=0.2), loss(3), changes=NONE, state_bytes=0),
+        run(0, recall(0.7), loss(2), changes=SMALL, state_bytes=10**4),
+        run(1, recall(0.1), changes=NONE, state_bytes=0),
+    ]
+    webpage.write(runs, [], tmp_path / "page.html")
+    html = (tmp_path / "page.html").read_text(encoding="utf-8")
+    parsed = Page(html)
+    labels = ["ltm n_slot=10000", "none", "ltm n_slot=50"]
+    assert [a["value"] for a in parsed.all("option")] == ["", "0", "1", "2"]
+    assert re.findall(r"<option value=\"\d\">([^<]*)", html) == labels
+    # what is of one group alone is marked as such
+    columns = [a.get("data-run") for a in parsed.all("th")]
+    assert columns[:5] == [None, None, "0", "1", "2"]
+    assert [a.get("data-run") for a in parsed.all("details")] == ["0", "1", "1", "2"]
+    chapters = re.findall(r'<div data-run="(\d)">\s*<h2 id="c\d">Memory of ([^<]*), seed', html)
+    assert chapters == list(zip("012", labels, strict=True))
+    # recall: the mean of both seeds without memory, on an axis from -3 to 103 %; loss: of the two that have it
+    charts = html.split('<figure class="chart scatter">')[1:]
+    assert [re.search("<h4>(.*)</h4>", chart)[1] for chart in charts] == ["loss: nats", "needle: memory on"]
+    points = re.findall(r'class="point s\d" data-run="(\d)" style="left:([\d.]+)%;top:([\d.]+)%">(\d)<', charts[1])
+    assert [(key, mark) for key, *_, mark in points] == [("0", "1"), ("1", "2"), ("2", "3")]
+    assert [float(top) for *_, top, _ in points] == [
+        pytest.approx(100 * (1.03 - rate) / 1.06, abs=0.01) for rate in (0.9, 0.3, 0.7)
+    ]
+    left = [float(left) for _, left, _, _ in points]
+    assert left[1] < left[2] < left[0]
+    assert "Small: reads off." in charts[1]
+    assert [key for key, *_ in re.findall(r'class="point s\d" data-run="(\d)"( )', charts[0])] == ["1", "2"]
+
+
+def test_one_group_is_not_chosen_nor_compared(trained):
+    parsed, _ = page_of(trained, "run")
+    assert not parsed.all("select")
+    assert not [a for _, a in parsed.found if "data-run" in a]
+    assert "Against the bytes" not in text_of(parsed)
+
+
 def test_a_prompt_is_shown_in_its_contexts_and_an_empty_one_is_refused(trained):
     words = small.write_text(trained).read_text().split()[:40]
     told = []
@@ -81,13 +121,13 @@ def test_a_prompt_is_shown_in_its_contexts_and_an_empty_one_is_refused(trained):
 
 def test_figures_that_find_no_room_are_named(trained, monkeypatch):
     whole = figure()
-    images = [("a", trained / "a.png", whole), ("b", trained / "b.png", whole)]
+    images = [webpage._Image(name, trained / f"{name}.png", whole, "") for name in "ab"]
     assert webpage._fitting(images, 2 * len(whole)) == (images, [])
     small_one = fewer_colors(whole)
     shown, without = webpage._fitting(images, 2 * len(small_one))
-    assert ([image for *_, image in shown], without) == ([small_one] * 2, [])
+    assert ([image.png for image in shown], without) == ([small_one] * 2, [])
     shown, without = webpage._fitting(images, len(small_one))
-    assert ([name for name, *_ in shown], [name for name, *_ in without]) == (["a"], ["b"])
+    assert ([image.what for image in shown], [image.what for image in without]) == (["a"], ["b"])
     monkeypatch.setattr(webpage, "MOST_BYTES", 0)
     text = text_of(page_of(trained, "run")[0])
     assert re.search(r"Not shown, as the page would be too large: \S+/run/needle/recall.png", text)

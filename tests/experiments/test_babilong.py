@@ -175,9 +175,12 @@ def test_lengths_have_the_names_of_the_benchmark():
 def test_the_recipe_reads_the_users_files_in_any_directory(tmp_path):
     config = to_dict(compose(["recipe=babilong", f"data.path={tmp_path}/books.txt", f"data.babi={tmp_path}"]))
     assert config["curriculum"]["task"]["path"] == str(tmp_path)
-    assert config["model"]["memory_layers"] == [1, 2]
+    assert config["model"]["memory_layers"] == [1]
     assert TRAIN.count("Where") == 3
     assert list(config["experiment"]) == ["babilong"] if "experiment" in config else True
-    assert [phase["n_segment"] for phase in config["curriculum"]["phases"]] == [2, 3, 5, 8, 16, 32]
+    assert [phase["n_segment"] for phase in config["curriculum"]["phases"]] == [3, 5, 8, 16, 32]
+    two = to_dict(compose(["recipe=babilong_two", f"data.path={tmp_path}/books.txt", f"data.babi={tmp_path}"]))
+    assert two["model"]["memory_layers"] == [2, 3]
+    assert two["curriculum"]["task"] == config["curriculum"]["task"] | {"task": 2}
     assert set(CONDITIONS) == {"on", "off", "wiped", "swapped", "unseen"}
     assert np.array(config["babilong"]["lengths"]).tolist() == [0, 1000, 4000, 16000]

@@ -1,6 +1,7 @@
 """Worth, against models of known loss, a reading of each document alone, and kinds told by hand."""
 
 import copy
+import io
 import math
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +15,7 @@ from experiments import worth
 from experiments.worth import Worth, plot, run
 from experiments.worth import experiment as module
 from experiments.worth.kinds import common_words, kinds_of
-from experiments.worth.settings import KINDS
+from experiments.worth.settings import CONDITIONS, KINDS
 from memlm.compose import compose
 from memlm.config import ConfigError
 from memlm.data.tokenizer import train_tokenizer
@@ -236,6 +237,10 @@ def test_figure(known: Known) -> None:
         [result.metrics[f"nll/on/from{p}"] for p in (0, 128, 256, 512)]
     )
     assert len(place.containers) == 2
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == list(CONDITIONS.values())
+    figure.savefig(io.BytesIO())  # laid out
+    assert not any(legend.get_window_extent().overlaps(axes.get_tightbbox()) for axes in figure.axes)
     assert len(kind.get_yticklabels()) == len([k for k in KINDS if result.metrics[f"n_token/{k}"]])
     assert plot(Result("worth", {})) == {}
 

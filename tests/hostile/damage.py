@@ -47,7 +47,7 @@ def _trained() -> tuple[Path, dict[str, Any]]:
         os.dup2(out, 2)
         try:
             from memlm.evaluation.emit import emit
-            from memlm.training.resume import mark_finished
+            from memlm.training.marks import mark_finished
 
             small.fit(settings)
             emit(test_groups.recall(0.9), {}, folder / "run/needle")
@@ -494,7 +494,7 @@ def _special_export(name: str) -> None:
 
 
 def _lock(put: Callable[[Path], object]) -> None:
-    from memlm.training.resume import running
+    from memlm.training.marks import running
 
     Path("run").mkdir()
     put(Path("run/.lock"))

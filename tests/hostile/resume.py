@@ -19,8 +19,9 @@ import torch
 from memlm.analysis.run_log import read_history
 from memlm.checkpoint import checkpoints, read, write
 from memlm.files import unfinished
+from memlm.training.marks import running
 from memlm.training.module import LanguageModeling
-from memlm.training.resume import find_origin, running
+from memlm.training.resume import find_origin
 from memlm.training.stopping import OUT_OF_TIME
 from tests.hostile.base import CHECKOUT, Case, Silent, command
 from tests.training.small import config, fit, overrides

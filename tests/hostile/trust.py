@@ -126,7 +126,7 @@ ACTS: dict[str, dict[str, Any]] = {
     "memlm.load": {"path": "acting.pickle"},
     "memlm.build": {},
     "memlm.store.memory_file.write": {"path": CANARY, "content": {}},
-    "memlm.training.resume.mark_finished": {"run": ".", "config": {}, "value": 1},
+    "memlm.training.marks.mark_finished": {"run": ".", "config": {}, "value": 1},
     # of memlm, but not what is built there, or no classes to be built at all
     "memlm.data.corpora.builtin.Builtin": {},
     "memlm.config.ConfigError": {},

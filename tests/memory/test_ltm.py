@@ -165,6 +165,21 @@ def test_the_write_gate_sees_a_state_the_next_one_and_the_next_token() -> None:
     )
 
 
+def test_a_contextual_value_holds_the_hidden_state_too() -> None:
+    plain, both = ByHand(D, write_budget=None), ByHand(D, write_budget=None, contextual=True)
+    assert both.from_hidden is not None
+    both.load_state_dict(plain.state_dict() | {"from_hidden.weight": torch.randn(128, D)}, strict=False)
+    segment = segment_of(plain, [[-1.0] * T], closes=True)
+    both.logit = plain.logit
+    of_next, of_both = (memory.write(segment, memory.init_state(1))[0] for memory in (plain, both))
+    at = of_both.position[0, : T - 1]
+    hidden = plain.norm(segment.hidden[0, plain.needs.lookback + at])
+    expected = of_next.value[0, : T - 1] + hidden @ both.from_hidden.weight.T
+    assert torch.equal(of_both.position, of_next.position)
+    torch.testing.assert_close(of_both.value[0, : T - 1], expected)
+    torch.testing.assert_close(of_both.key, of_next.key)
+
+
 def test_surprise_keeps_what_is_predicted_worst() -> None:
     memory = ByHand(D, write_budget=3, importance="surprise")
     nats = [4.0, 9.0, 1.0, 7.0, 2.0, 8.0, 3.0, 0.5, 6.0, 99.0, 99.0, 99.0]  # the last ones wait for the next segment

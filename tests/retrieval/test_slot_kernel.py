@@ -1,7 +1,6 @@
-"""The Triton kernel beside the search in PyTorch: on a GPU if there is one, else in Triton's interpreter."""
+"""The Triton kernel beside the search in PyTorch: on a GPU, or in Triton's interpreter (tests/conftest.py)."""
 
 import importlib.util
-import os
 
 import pytest
 import torch
@@ -12,8 +11,6 @@ from memlm.retrieval import exact
 CUDA = torch.cuda.is_available()
 if importlib.util.find_spec("triton") is None:
     pytest.skip("needs triton, which comes with CUDA builds of torch", allow_module_level=True)
-if not CUDA:
-    os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
 
 from memlm.retrieval import slot_kernel  # noqa: E402
 

@@ -12,7 +12,7 @@ import torch
 from memlm.app import chat
 from memlm.config import ConfigError
 from memlm.data.tokenizer import train_tokenizer
-from memlm.store.conversation import HELP, Answer, Conversation
+from memlm.store.conversation import HELP, Answer, Conversation, found_for
 from memlm.store.remembered import Remembered
 from tests.store.test_operations import build
 
@@ -249,7 +249,7 @@ def test_a_model_without_memory_is_refused(tokenizer: Any) -> None:
 )
 def test_with_which_model_to_talk_has_to_be_said(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        chat.main({"trust": [], "device": "cpu", **settings})
+        chat.main({"trust": [], "device": "cpu", "recall": 0, **settings})
 
 
 def test_the_script_talks_through_a_pipe(tokenizer: Any, monkeypatch: Any, capsys: Any) -> None:
@@ -258,7 +258,7 @@ def test_the_script_talks_through_a_pipe(tokenizer: Any, monkeypatch: Any, capsy
     monkeypatch.setattr("memlm.checkpoint.load", lambda path, trust: {"run": reader(tokenizer)}[path])
     from omegaconf import OmegaConf
 
-    chat.main(OmegaConf.create({"checkpoint": "run", "trust": [], "device": "cpu"}))
+    chat.main(OmegaConf.create({"checkpoint": "run", "trust": [], "device": "cpu", "recall": 0}))
     said = capsys.readouterr().out
     assert "> ba ce is\ndi fo gu.\n  [read with weight" in said
     assert "bad \ufffd byte" in said
@@ -268,3 +268,39 @@ def test_the_script_talks_through_a_pipe(tokenizer: Any, monkeypatch: Any, capsy
 def test_the_script_ends_where_nothing_can_be_typed(tokenizer: Any, monkeypatch: Any, capsys: Any) -> None:
     monkeypatch.setattr("sys.stdin", None)
     assert list(chat.lines()) == []
+
+
+def test_what_a_question_finds_is_read_again_before_it(tokenizer: Any) -> None:
+    model = reader(tokenizer)
+    with torch.no_grad():
+        model.memory["ltm"][0].to_output.weight.zero_()  # reads find records, and add nothing
+    talk = Conversation(model, recall=1)
+    assert "memory is empty" in str(talk.respond("ba ce"))
+    talk.tell("fo bad.")
+    talk.tell(FACT)
+    talk.clear()
+    prompts: list[list[int]] = []
+    stream = model.stream
+    model.stream = lambda ids, *rest, **more: prompts.append(ids[0].tolist()) or stream(ids, *rest, **more)
+    answer = talk.ask("ba ce is")
+    assert [record.text for record in answer.again] == [FACT]
+    assert prompts == [model.encode_text(FACT) + model.encode_text("ba ce is"), model.encode_text("ba ce is")]
+    assert talk.context[: len(prompts[1])] == prompts[1]  # what was found is not said
+    assert "read again: record 1: 'ba ce is di fo gu.'" in str(talk.respond("ba ce is"))
+
+
+def test_records_are_read_again_only_where_some_are_kept(tokenizer: Any) -> None:
+    with pytest.raises(ConfigError, match="recall must be a number of records, 0 for none, got -1"):
+        Conversation(reader(tokenizer), recall=-1)
+    with pytest.raises(ConfigError, match=r"no memory of this model keeps any \(memory: stm\)"):
+        Conversation(build(tokenizer, "stm"), recall=2)
+
+
+def test_what_fits_a_question_as_a_whole_comes_before_what_has_one_of_its_words(tokenizer: Any) -> None:
+    model = reader(tokenizer)
+    for text in ("gu bad.", "ba ce di is.", "ba ce di fo.", "byte byte."):
+        model.store_experience(text)
+    ids = model.encode_text("gu ba ce di")  # one has gu alone, two share each of the others
+    assert model.recalled(ids)[0].text == "gu bad."
+    assert {record.text for record in model.recalled(ids, top_k=2, summed=True)} == {"ba ce di is.", "ba ce di fo."}
+    assert [record.id for record in found_for(model, "gu ba ce di", 3)] == [0, 1, 2]  # as they were told

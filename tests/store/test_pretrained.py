@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 
+from memlm.store.conversation import Conversation
 from tests.experiments.tiny import MEMORIES
 from tests.models import bases
 
@@ -42,3 +43,17 @@ def test_text_is_stored_asked_edited_saved_and_forgotten(llama: Path, tmp_path: 
     text = model.encode_text(TEXT)[:23]  # one segment, which reads what was stored alone
     with torch.no_grad():
         assert torch.equal(model(torch.tensor([text])).logits, never(torch.tensor([text])).logits)
+
+
+def test_what_is_found_is_read_again_as_a_message_of_the_chat(llama: Path) -> None:
+    model = bases.attached(llama, LTM, segment_len=55)
+    for text in ("a cat sat.", "it ran."):
+        model.store_experience(text)
+    asked: list[str] = []
+    stream = model.stream
+    model.stream = lambda ids, *rest, **more: (
+        asked.append(model.tokenizer.decode(ids[0].tolist())) or stream(ids, *rest, **more)
+    )
+    answer = Conversation(model, recall=1).ask("a cat?")
+    assert [record.text for record in answer.again] == ["a cat sat."]
+    assert asked == ["<|u|a cat sat.\na cat?\n<|a|", "<|u|a cat?\n<|a|"]

@@ -17,7 +17,8 @@ from memlm.checkpoint import checkpoints, read, write
 from memlm.config import ConfigError
 from memlm.files import unfinished
 from memlm.training.logged import history_files, keep_earlier_history
-from memlm.training.resume import Origin, find_in_sweep, find_origin, mark_finished, remove_leftovers_of_runs, running
+from memlm.training.marks import mark_finished, running
+from memlm.training.resume import Origin, find_in_sweep, find_origin, remove_leftovers_of_runs
 from memlm.training.stopping import answering
 from tests.training.small import CURRICULA, FACTS, PLAIN, SHORT, config, curve, fit, fit_until_killed, write_text
 
@@ -307,7 +308,7 @@ def test_a_run_that_is_alive_is_left_alone(tmp_path: Path, capsys: pytest.Captur
 import sys
 import time
 from pathlib import Path
-from memlm.training.resume import running
+from memlm.training.marks import running
 with running(Path({str(tmp_path / "first")!r})):
     print("on", flush=True)
     sys.stdin.read()

@@ -26,11 +26,14 @@ import numpy as np
 from memlm.config import ConfigError
 from memlm.data.corpora.base import shown_path
 from memlm.data.corpora.streamed import pieces, rows
-from memlm.data.haystack import Haystack, Told, sentences, weave
+from memlm.data.haystack import Haystack, Sentences, Told, sentences, weave
+from memlm.data.tasks import babi_world
 from memlm.data.tasks.base import Planted
 from memlm.data.tokenizer import Tokenizer
 from memlm.data.tokens import TokenizedCorpus
 from memlm.files import from_home
+
+_TELLING = 100  # times as frequent in stories as in the text: what a word of theirs is
 
 _LINE = re.compile(r"(\d+) ([^\t]+?) *(?:\t *([^\t]+?) *(?:\t([\d ]*))?)?")
 
@@ -209,7 +212,7 @@ class BabiLong:
         order = np.argsort([part.n_fact for part in words], kind="stable")
         self._train = [words[i] for i in order]  # shortest first
         self._lengths = np.array([part.n_fact for part in self._train])
-        self._text, self._starts = sentences(train.tokens, tokenizer)
+        self._text = sentences(train.tokens, tokenizer)
 
     def test(self) -> list[Words]:
         """The published test questions, in their order."""
@@ -223,6 +226,23 @@ class BabiLong:
     @cached_property
     def _told_by_one(self) -> dict[str, dict[str, str]]:
         return told_by_one(self._samples)
+
+    @cached_property
+    def _is_world(self) -> bool:
+        """Whether the rules of `babi_world` give all published answers of the training split."""
+        return all(babi_world.answers(part.facts).get(part.question) == part.answer for part in self._samples)
+
+    @cached_property
+    def _alike(self) -> Sentences:
+        """Sentences of the text with a token that is frequent in stories and rare in the text: a name, or a place."""
+        facts = np.concatenate([fact for words in self._train for fact in words.facts])
+        told, read = (np.bincount(part, minlength=self._tokenizer.vocab_size) for part in (facts, self._text.tokens))
+        telling = told / len(facts) > _TELLING * read / len(self._text.tokens)
+        keep = np.add.reduceat(telling[self._text.tokens], self._text.starts) > 0
+        if not keep.any():
+            raise ConfigError("no sentence of the text has a word of the stories: set alike=0 in the phases")
+        length = np.diff(self._text.starts, append=len(self._text.tokens))
+        return Sentences(self._text.tokens[np.repeat(keep, length)], np.append(0, length[keep].cumsum()[:-1]))
 
     def _asked(self, question: str, answer: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """A question and its answer in tokens."""
@@ -241,6 +261,7 @@ class BabiLong:
         segment_len: int,
         every: bool = False,
         text: bool = True,
+        alike: float = 0.0,
     ) -> Planted:
         """A training document: one story, and in the last segment questions, answers, and more of the book.
 
@@ -249,12 +270,16 @@ class BabiLong:
             passage: Only its length counts, (N + 1,).
             segment_len: Tokens per segment.
             every: Whether to ask, in any order and as far as the segment goes, all whose answer is known: the question
-                of the sample and what single facts of the story tell; or the question of the sample alone.
+                of the sample, what single facts of the story tell, and in tasks 1 to 3 where everybody and everything
+                is and was; or the question of the sample alone.
             text: Whether all tokens are learned; or answers alone.
+            alike: Share of documents whose text has only sentences with a word of the stories, such as a name.
 
         Raises:
-            ConfigError: If no story or no question fits.
+            ConfigError: If no story or no question fits, or a setting cannot work.
         """
+        if not 0 <= alike <= 1:
+            raise ConfigError(f"alike is a share of documents, so in 0..1, got {alike}")
         n_token = len(passage) - 1
         begin = n_token - segment_len
         n_fit = int(np.searchsorted(self._lengths, begin, side="right"))
@@ -265,7 +290,8 @@ class BabiLong:
                 "n_segment of the phase"
             )
         words = self._train[int(rng.integers(n_fit))]
-        haystack = Haystack(self._text, [int(rng.integers(2**31))], self._starts)
+        book = self._alike if alike and rng.random() < alike else self._text
+        haystack = Haystack(book.tokens, [int(rng.integers(2**31))], book.starts)
         told = spread(rng, words.facts, haystack, begin)
         tokens, is_answer = self._questions(rng, words, segment_len, every)
         told.append(Told(begin, begin - words.n_fact, np.array(tokens)))
@@ -282,6 +308,7 @@ class BabiLong:
         asked = {words.sample.question: words.sample.answer}
         if every:
             asked |= latest(self._told_by_one, words.sample.facts)
+            asked |= babi_world.answers(words.sample.facts) if self._is_world else {}
         questions = sorted(asked)
         tokens: list[int] = []
         is_answer: list[bool] = []

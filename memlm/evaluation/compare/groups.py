@@ -11,14 +11,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from memlm.config import ConfigError
-from memlm.data.epochs import order_of, scaled
 from memlm.evaluation.compare.differences import Group, brief, differences_of, measuring_differences, name_of
 from memlm.evaluation.headline import Number, headline, shown
 from memlm.evaluation.runs import Run, Trained
 from memlm.statistics import mean_interval, wilson
+from memlm.training import amount
 
 
 class Cell(NamedTuple):
@@ -238,23 +236,7 @@ def _unlike(groups: Sequence[Group]) -> list[str]:
 
 def n_token(trained: Trained) -> int | None:
     """Tokens of all training batches."""
-    if trained.step is None:
-        return None
-    left = trained.step * trained.config["trainer"]["accumulate_grad_batches"]
-    curriculum, segment_len = trained.config["curriculum"], trained.config["model"]["segment_len"]
-    sizes = [phase["n_row"] * phase["n_segment"] * segment_len for phase in curriculum["phases"]]
-    steps = [phase["steps"] for phase in curriculum["phases"]]
-    if "n_epoch" in curriculum:
-        n_batch = tuple(scaled(steps, curriculum["n_epoch"], curriculum["scale"])[0])
-        whole, part = divmod(left, sum(n_batch))
-        mixed = np.bincount(order_of(n_batch, whole)[:part], minlength=len(sizes)) + whole * np.array(n_batch)
-        return int(mixed @ np.array(sizes))
-    n_token = 0
-    for i, size in enumerate(sizes):
-        n = left if i == len(sizes) - 1 else min(left, steps[i])
-        n_token += n * size
-        left -= n
-    return n_token
+    return None if trained.step is None else amount.n_token(trained.config, trained.step)
 
 
 def _planted(config: Mapping[str, Any]) -> dict[str, Any]:

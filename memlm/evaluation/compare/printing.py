@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import math
+import textwrap
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -19,7 +20,7 @@ from memlm.printed import in_csv, in_markdown, printable
 
 _LEGEND = (
     "Mean ± half the 95 % t interval over seeds, which says nothing of the n items behind each.",
-    "In brackets the 95 % interval of a single seed, as its experiment tells it, or of a rate that is equal in all",
+    "In brackets the 95 % interval of a single seed, as its experiment tells it, or of a rate that is equal in all "
     "seeds, of all items (Wilson). Indented: controls.",
 )
 
@@ -30,7 +31,8 @@ _RANKED = "* best, or not told from the best by the 95 % intervals; no mark wher
 def report(comparison: Comparison) -> str:
     """The comparison as text for a terminal."""
     heads, cells = tabulate(comparison)
-    parts = ["\n".join([table(heads, cells), *remarks(comparison)])]
+    notes = [textwrap.fill(line, 120) if line in _LEGEND else line for line in remarks(comparison)]
+    parts = ["\n".join([table(heads, cells), *notes])]
     if comparison.differences:
         parts.append("\n".join(["What differs:", *(f"  {line}" for line in _different(comparison))]))
     return printable("\n\n".join(parts))

@@ -215,14 +215,56 @@ def test_what_facts_tell_is_learned_from_the_facts_that_answers_follow_from() ->
     }
 
 
-def test_where_answers_follow_from_several_facts_the_question_of_the_sample_is_all(text: Text, tmp_path: Path) -> None:
-    path = tmp_path / "two.jsonl"
-    two = STORY.replace("\t1\n", "\t1 4\n").replace("\t4\n", "\t1 4\n").replace("\t7\n", "\t1 7\n")
-    path.write_text(json.dumps({"task": 1, "split": "train-10k", "text": two}))
-    task = BabiLong(text.tokenizer, text.train, str(path))
+def two_facts(folder: Path, story: str) -> str:
+    """A task whose answers all follow from two facts."""
+    path = folder / "two.jsonl"
+    text = story.replace("\t1\n", "\t1 4\n").replace("\t4\n", "\t1 4\n").replace("\t7\n", "\t1 7\n")
+    path.write_text(json.dumps({"task": 1, "split": "train-10k", "text": text}))
+    return str(path)
+
+
+def asked_of(text: Text, path: str) -> list[set[str]]:
+    """What twenty training documents ask."""
+    task = BabiLong(text.tokenizer, text.train, path)
+    found = []
     for seed in range(20):
         made = task.document(np.random.default_rng(seed), np.zeros(8 * SEGMENT_LEN + 1), SEGMENT_LEN, every=True)
-        assert text.tokenizer.decode(made.tokens).count("Where") == 1
+        found.append(set(re.findall(r"Where is \w+ ?\? \w+", text.tokenizer.decode(made.tokens))))
+    return found
+
+
+def test_where_answers_follow_from_several_facts_the_question_of_the_sample_is_all(text: Text, tmp_path: Path) -> None:
+    asked = asked_of(text, two_facts(tmp_path, STORY.replace("moved", "strolled")))  # of which no rule is known
+    assert {len(questions) for questions in asked} == {1}
+
+
+def test_where_the_rules_of_the_world_give_all_answers_all_they_tell_is_asked(text: Text, tmp_path: Path) -> None:
+    asked = asked_of(text, two_facts(tmp_path, STORY))
+    assert {len(questions) for questions in asked} == {1, 2}
+    assert {"Where is Mary? garden", "Where is John? office"} in asked
+    wrong = STORY.replace("Where is John? \toffice", "Where is John? \tkitchen")
+    assert wrong != STORY
+    assert {len(questions) for questions in asked_of(text, two_facts(tmp_path, wrong))} == {1}
+
+
+def test_text_alike_has_only_sentences_with_a_word_of_the_stories(text: Text, tmp_path: Path) -> None:
+    book = "".join(f" this is sentence b{i} of a book with no end." for i in range(300))
+    alike = " this is no book of b7 with Mary of b8."
+    ids = np.array(text.tokenizer.encode(book + alike + book + alike), dtype=np.int32)
+    task = BabiLong(text.tokenizer, TokenizedCorpus(ids, np.array([0, len(ids)])), str(write_table(tmp_path)))
+
+    def read(share: float) -> list[str]:
+        made = [
+            task.document(np.random.default_rng(seed), np.zeros(8 * SEGMENT_LEN + 1), SEGMENT_LEN, alike=share)
+            for seed in range(20)
+        ]
+        return [text.tokenizer.decode(part.tokens) for part in made]
+
+    assert all("b7 with Mary" in words and "sentence" not in words for words in read(1.0))
+    assert 0 < sum("sentence" in words for words in read(0.5)) < 20
+    assert sum("sentence" in words for words in read(0.0)) == 20
+    with pytest.raises(ConfigError, match="alike is a share of documents"):
+        read(1.5)
 
 
 @pytest.mark.parametrize(
