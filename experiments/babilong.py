@@ -237,7 +237,8 @@ def _headline(lengths: Sequence[int], task: int) -> list[dict[str, Any]]:
         plain: dict[str, Any] = {"low": None, "high": None}
         controls = {"label": f"{about}, controls at most", "metric": f"controls_at_most/{length}", **plain}
         chance = {"label": f"{about}, guess among the answers", "metric": f"chance/{length}", **plain, "n": None}
-        lines += [first, control | controls, control | chance]
+        for entry, line in ((first, ""), (control | controls, ", controls at most"), (control | chance, ", a guess")):
+            lines.append(entry | {"cell": [f"qa{task}{line}", length_name(length)]})
     return lines
 
 

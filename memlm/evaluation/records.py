@@ -226,7 +226,8 @@ def _headlines(record: Sequence[Entry]) -> list[list[str]]:
 def _cells(record: Sequence[Entry], parts: Sequence[Sequence[Number]]) -> list[list[str]]:
     """The same of headlines that say where in a table they stand: several lines for each entry."""
     cells = [{number.cell: number for number in numbers if number.cell} for numbers in parts]
-    columns = list(dict.fromkeys(cell[1] for found in cells for cell in found))
+    longest_first = sorted(cells, key=len, reverse=True)  # so that what fewer have does not decide the order
+    columns = list(dict.fromkeys(cell[1] for found in longest_first for cell in found))
     lines = [["run", "seed", "", *columns, "n", "commit"]]
     lines.append(["---"] * len(lines[0]))
     for entry, found in zip(record, cells, strict=True):
@@ -234,7 +235,7 @@ def _cells(record: Sequence[Entry], parts: Sequence[Sequence[Number]]) -> list[l
             here = [found.get((line, column)) for column in columns]
             most = max((number.n or 0 for number in here if number), default=0)
             texts = ["-" if number is None else _cell(number) for number in here]
-            lines.append([f"`{entry['name']}`", str(entry["seed"]), line, *texts, str(most), entry["commit"]])
+            lines.append([f"`{entry['name']}`", str(entry["seed"]), line, *texts, str(most or "-"), entry["commit"]])
     return lines
 
 
