@@ -26,6 +26,9 @@ _PROJECT = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_tex
 SOURCE = f"{_PROJECT['urls']['Source']}/blob/main"
 """Where files are that are no part of the site."""
 
+_BADGE = re.compile(r"^\[!\[[^\]]*\]\(https?://.*\n", re.MULTILINE)
+"""Pictures of other servers, which a page of the site does not load."""
+
 _LINK = re.compile(r"(\]\(|\bsrc(?:set)?=\")([^)#\s\"]+)")
 
 
@@ -46,7 +49,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 
 
 def site_links(markdown: str, source: str) -> str:
-    """``markdown`` with each relative link as the site has it.
+    """``markdown`` with each relative link as the site has it, without badges.
 
     Args:
         markdown: Text of a page; its links are those of the repository.
@@ -67,4 +70,4 @@ def site_links(markdown: str, source: str) -> str:
             return f"{before}{SOURCE}/{path}"  # of the repository alone
         return before + posixpath.relpath(f"/{path}", place if before == "](" else directory)
 
-    return _LINK.sub(link, markdown)
+    return _LINK.sub(link, _BADGE.sub("", markdown))

@@ -150,7 +150,9 @@ def find(path: str | os.PathLike[str]) -> Path:
         try:
             return regular(path)
         except FileNotFoundError:
-            raise ConfigError(f"there is no run or checkpoint at {one_line(path)}") from None
+            raise ConfigError(
+                f"there is no run or checkpoint at {one_line(path)}: give the directory that training named when it began"
+            ) from None
     if os.path.lexists(path / exported.WEIGHTS):
         return path / exported.WEIGHTS
     found = checkpoints(path)

@@ -160,7 +160,7 @@ def controls(colors: dict[str, str]) -> Drawing:
         (
             ("on", "was told this fact", "“Oslo”", "the memory, if all controls fail"),
             ("off", "is not read", "?", "the weights, or the question itself"),
-            ("wiped", "is empty", "?", "reading as such"),
+            ("wiped", "is empty", "?", "the read, with nothing stored"),
             ("swapped", "is that of another document", "?", "the memory of any text"),
             ("unseen", "was never told the fact", "?", "a guess"),
         )

@@ -74,3 +74,10 @@ def test_links_of_the_repository_are_links_of_the_site(hooks: Any, source: str, 
 def test_pictures_are_found_from_the_directory_of_a_page(hooks: Any, source: str, link: str, expected: str) -> None:
     for name in ("src", "srcset"):
         assert hooks.site_links(f'<img {name}="{link}">', source) == f'<img {name}="{expected}">'
+
+
+def test_badges_are_for_the_repository_alone(hooks: Any) -> None:
+    badge = "[![ci](https://example.org/ci.svg)](https://example.org/ci)\n"
+    assert (
+        hooks.site_links(f"# memlm\n\n{badge}{badge}\nText [![a](b.svg)](https://c).\n", "README.md").count("![") == 1
+    )
