@@ -151,7 +151,7 @@ def find(path: str | os.PathLike[str]) -> Path:
             return regular(path)
         except FileNotFoundError:
             raise ConfigError(
-                f"there is no run or checkpoint at {one_line(path)}: give the directory that training named when it began"
+                f"there is no run or checkpoint at {one_line(path)}: give the directory that training named"
             ) from None
     if os.path.lexists(path / exported.WEIGHTS):
         return path / exported.WEIGHTS
