@@ -355,14 +355,17 @@ def _headline(rows: Sequence[Row], k: int) -> list[dict[str, Any]]:
     """What is found and answered by each retriever."""
     known = {row["condition"] for row in rows}
     by = [(name, f"by {label}") for name, label in RETRIEVERS.items() if name in known]
-    shown = [(f"passage found among {k}, {label}", "found", name) for name, label in by]
-    shown += [(f"answered from passages found {label}", "answered", name) for name, label in by]
-    shown.append(("answered from memory alone", "answered", "memory"))
+    shown = [(f"passage found among {k}", label, "found", name) for name, label in by]
+    shown += [("answered from passages found", label, "answered", name) for name, label in by]
+    shown.append(("answered", "from memory alone", "answered", "memory"))
     return [
-        {"label": label, "metric": f"{kind}/{name}", "n": "n", "percent": True, "better": "higher"}
-        | {"low": f"{kind}_low/{name}", "high": f"{kind}_high/{name}"}
-        | {"control": name not in ("clues", "reads", "memory")}
-        for label, kind, name in shown
+        {"label": f"{what} {label}" if name == "memory" else f"{what}, {label}", "metric": f"{kind}/{name}", "n": "n"}
+        | {"low": f"{kind}_low/{name}", "high": f"{kind}_high/{name}", "percent": True, "better": "higher"}
+        | {
+            "control": name not in ("clues", "reads", "memory"),
+            "cell": [label, what.removesuffix(" from passages found")],
+        }
+        for what, label, kind, name in shown
     ]
 
 
