@@ -125,14 +125,14 @@ def check_ids(asked: Iterable[Any], kept: list[Kept]) -> list[int]:
             if n_record == 0:
                 raise ConfigError(f"there is no record {shown}: nothing is stored yet")
             raise ConfigError(
-                f"there is no record {shown}: ids are whole numbers below {n_record} here; list_memory and "
-                "query_memory tell them"
+                f"there is no record {shown}: ids are whole numbers below {n_record} here; list_memory, or /memory in "
+                "a chat, tells them"
             )
         numbers.append(number)
         if number not in stored and MANY not in stored:
             raise ConfigError(
                 f"record {number} is no longer stored: it was forgotten, or replaced by more important ones; "
-                "list_memory and query_memory tell what is"
+                "list_memory, or /memory in a chat, tells what is"
             )
     return numbers
 
