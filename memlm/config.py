@@ -279,7 +279,7 @@ def _locate(target: str, key: str) -> Any:
         break
     if module is None:
         raise ConfigError(
-            f"{key}: there is no module {parts[0]!r} to take {target} from. Install it, or set PYTHONPATH to its folder."
+            f"{key}: there is no module {parts[0]!r} to take {target} from. Install it, or put its folder in PYTHONPATH"
         )
     thing = module
     for i in range(n, len(parts)):
