@@ -10,6 +10,7 @@ import sys
 import torch
 
 import memlm
+from memlm.config import ConfigError
 
 TOLD = "The name of the captain is Hilda Vinter, and her ship is the Blue Heron."
 ASKED = "The name of the captain is Hilda"
@@ -36,4 +37,7 @@ def main(path: str, *settings: str) -> tuple[float, float]:
 if __name__ == "__main__":
     if len(sys.argv) < 2:
         raise SystemExit(__doc__)
-    main(*sys.argv[1:])
+    try:
+        main(*sys.argv[1:])
+    except ConfigError as error:
+        raise SystemExit(f"error: {error}") from None

@@ -15,8 +15,9 @@ MEMLM = [sys.executable, "-m", "memlm"]
 def main() -> None:
     """Train the jobs of the sweep, then compare them: means over seeds, controls, costs."""
     jobs = ["recipe=pairs", "memory=stm,delta", "seed=0,1", "trainer=cpu"]
-    subprocess.run([*MEMLM, "train", "-m", *jobs, f"hydra.sweep.dir={SWEEP}", *sys.argv[1:]], check=True)
-    subprocess.run([*MEMLM, "compare", SWEEP], check=True)
+    for command in (["train", "-m", *jobs, f"hydra.sweep.dir={SWEEP}", *sys.argv[1:]], ["compare", SWEEP]):
+        if code := subprocess.run([*MEMLM, *command]).returncode:
+            raise SystemExit(code)
 
 
 if __name__ == "__main__":

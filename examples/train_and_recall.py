@@ -24,7 +24,8 @@ CONTROLS = {
 def main() -> None:
     """Train, then read what `experiment=needle` wrote."""
     command = [sys.executable, "-m", "memlm", "train", "memory=ltm", *SHORT, f"hydra.run.dir={RUN}", *sys.argv[1:]]
-    subprocess.run(command, check=True)
+    if code := subprocess.run(command).returncode:
+        raise SystemExit(code)
     found = json.loads((RUN / "needle" / "result.json").read_text())["metrics"]
     for name, words in CONTROLS.items():
         print(f"{words:<30} {found[f'exact_match/{name}']:.0%} of {found[f'n/{name}']:.0f} facts")

@@ -278,7 +278,9 @@ def _locate(target: str, key: str) -> Any:
             continue
         break
     if module is None:
-        raise ConfigError(f"{key}: there is no module {parts[0]!r} to take {target} from.")
+        raise ConfigError(
+            f"{key}: there is no module {parts[0]!r} to take {target} from. Install it, or put its folder in PYTHONPATH"
+        )
     thing = module
     for i in range(n, len(parts)):
         try:

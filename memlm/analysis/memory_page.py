@@ -170,7 +170,7 @@ def capacity_table(found: Capacity) -> Table:
              "of what was written, kept", "effective slots read", "weight on slots"]  # fmt: skip
     rows: list[list[str | float]] = [
         [label, f"{bank.n_slot:,}", f"{100 * bank.filled_share:.3g} %", f"{np.mean(bank.written):.3g}",
-         f"{np.mean(bank.evicted):.3g}", "not" if bank.full_after is None else f"{bank.full_after:,}",
+         f"{np.mean(bank.evicted):.3g}", "never" if bank.full_after is None else f"{bank.full_after:,}",
          f"{100 * bank.kept_share:.3g} %", f"{bank.effective_reads:,.1f}", f"{bank.read_weight:.3g}"]
         for label, bank in found.banks.items()
     ]  # fmt: skip

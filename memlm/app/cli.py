@@ -198,7 +198,7 @@ class CompareHint(Callback):
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         """Print the command."""
-        print(f"\nTo compare the jobs: python scripts/compare.py {shlex.quote(config.hydra.sweep.dir)}")
+        print(f"\nTo compare the jobs: memlm compare {shlex.quote(config.hydra.sweep.dir)}")
 
 
 @contextmanager

@@ -22,6 +22,7 @@ from memlm.config import (
 )
 from memlm.files import ERROR
 from memlm.machine import refusal
+from memlm.output import open_streams
 from memlm.printed import one_line
 from memlm.training.stopping import ASKING
 
@@ -44,7 +45,11 @@ class JobFailed(Exception):
 
 @contextmanager
 def mistakes_told() -> Iterator[None]:
-    """Let a mistake of the user inside the block end the program with ``error: <sentence>`` and exit code 2."""
+    """Let a mistake of the user inside the block end the program with ``error: <sentence>`` and exit code 2.
+
+    Nor does it end with a traceback where nobody reads what it prints, as behind ``| head``.
+    """
+    open_streams()
     try:
         yield
     except Exception as error:

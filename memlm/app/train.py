@@ -105,7 +105,7 @@ def _train(config: Mapping[str, Any], answer: Answer) -> float | None:
             print(threads.told())
         answer.text = f"stopped: resume=auto goes on, if there is a checkpoint in {run}"
         trainer.fit(module, data, ckpt_path=origin.path if origin else None)
-        answer.text = f"stopped while it was measured, all steps are made: resume={run} measures it"
+        answer.text = f"training is complete, measuring was stopped: memlm train resume={run} measures it"
         written = [save_last(trainer, run)]
         logger = wandb_logger(trainer.loggers) if trainer.is_global_zero else None
         results, files, skipped = runner.run_all(model, data, experiments, run, logger)

@@ -190,8 +190,8 @@ def find_runs(paths: Sequence[str | Path], trust: Trust = None) -> tuple[list[Ru
                 runs.append(run)
     if not runs:
         raise ConfigError(
-            f"there is no result in {', '.join(left_out)}: expected EXPERIMENT/result.json, as training writes at its "
-            f"end; measure with python scripts/evaluate.py checkpoint={left_out[0]}, which says where its results are"
+            f"there is no result in {', '.join(left_out)}: a run is measured at its end; measure it now with memlm "
+            f"evaluate checkpoint={left_out[0]}, and give the folder that this names"
         )
     return runs, left_out
 
@@ -240,7 +240,7 @@ def _trained(folder: Path, trust: Trust) -> Trained:
     except FileNotFoundError:
         path = find(folder)
         return _checked(describe(path, trust=trust), path)
-    told = f"{path} is not what scripts/evaluate.py writes"
+    told = f"{path} is not what memlm evaluate writes"
     if not set(given) <= set(Trained._fields) or not {*Trained._fields} - {*Trained._field_defaults} <= set(given):
         raise ConfigError(f"{told}: expected {', '.join(Trained._fields)}, got {one_line(', '.join(given))}")
     return _checked(Trained(**given), path)

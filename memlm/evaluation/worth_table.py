@@ -80,7 +80,7 @@ def _is_baseline(model: str) -> bool:
 
 def table(record: Sequence[Entry]) -> list[list[str]]:
     """A line for each text and memory: with it, its best control, and the best of the models without memory."""
-    lines = [["held-out text", "memory", "perplexity", "its best control", "best without memory", "seeds"]]
+    lines = [["held-out text", "memory", "perplexity", "best control", "best model without memory", "seeds"]]
     lines.append(["---"] * len(lines[0]))
     texts = dict.fromkeys(entry["name"].partition("-")[0] for entry in record)
     for text in sorted(texts, key=lambda text: [*_TEXTS, text].index(text)):
@@ -89,13 +89,13 @@ def table(record: Sequence[Entry]) -> list[list[str]]:
         best = min(without, key=lambda model: _mean(models[model]), default=None)
         for model in sorted((m for m in models if not _is_baseline(m)), key=lambda m: _mean(models[m])):
             control = min(_CONTROLS, key=lambda name: _mean(models[model], name))
-            n_seed = [str(len(models[name])) for name in (model, best) if name is not None]
+            n_seed, n_other = len(models[model]), len(models[model if best is None else best])
             lines.append(
                 [
                     *(_TEXTS.get(text, text), f"`{model}`", _cell(models[model])),
                     f"{_value(_mean(models[model], control))}, {_CONTROLS[control]}",
                     "-" if best is None else f"{_cell(models[best])}, {_label(best).removeprefix('no memory, ')}",
-                    ", ".join(dict.fromkeys(n_seed)),
+                    str(n_seed) if n_seed == n_other else f"{n_seed}; {n_other} without",
                 ]
             )
     return lines

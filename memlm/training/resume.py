@@ -122,7 +122,7 @@ def find_origin(
     if origin.step >= config["trainer"]["max_steps"] and finished_content(origin.run) is not None:
         raise ConfigError(
             f"{path} has made {origin.step} of {config['trainer']['max_steps']} steps: nothing is left to train. "
-            "Set trainer.max_steps higher, or measure it with scripts/evaluate.py"
+            "Set trainer.max_steps higher, or measure it with memlm evaluate"
         )
     remove_leftovers(origin.run / FOLDER)
     return origin

@@ -589,7 +589,7 @@ def test_null_is_no_option() -> None:
 
 def test_a_sweep_ends_with_the_command_that_compares_its_jobs(capsys: pytest.CaptureFixture[str]) -> None:
     cli.CompareHint().on_multirun_end(OmegaConf.create({"hydra": {"sweep": {"dir": "multirun/a b"}}}))
-    assert capsys.readouterr().out.strip() == "To compare the jobs: python scripts/compare.py 'multirun/a b'"
+    assert capsys.readouterr().out.strip() == "To compare the jobs: memlm compare 'multirun/a b'"
 
 
 # keys that nothing reads

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -108,3 +109,18 @@ def test_a_memory_outside_of_the_project_is_judged(tmp_path: Path, leaks: bool) 
         assert done.returncode == 0, done.stdout + done.stderr
         assert "hold." in done.stdout.splitlines()[-1]
     assert {path.name for path in tmp_path.iterdir()} <= {"mine.py", "configs", "__pycache__"}
+
+
+@pytest.mark.parametrize("command", ["results", "watch RUN"])
+def test_what_it_prints_may_be_read_by_nobody(command: str, tmp_path: Path) -> None:
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "results").mkdir()
+    record = {"entries": []}
+    (tmp_path / "results/a.json").write_text(json.dumps(record))
+    (tmp_path / "README.md").write_text("<!-- results/a.json -->\n<!-- end of results -->\n")
+    line = f"{sys.executable} -m memlm {command} | true; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(
+        ["bash", "-c", line], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, text=True, capture_output=True
+    )
+    assert "Traceback" not in done.stderr
+    assert done.returncode == (2 if "watch" in command else 0), done.stderr

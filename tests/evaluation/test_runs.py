@@ -104,7 +104,7 @@ def test_what_is_no_run_is_told(trained: Path, tmp_path: Path) -> None:
 
     assert told("/no/such") == "there is no run at /no/such"
     assert "is a file: give the directory" in told(trained / "text.txt")
-    assert f"there is no result in {trained / 'b'}: expected EXPERIMENT/result.json" in told(trained / "b")
+    assert f"there is no result in {trained / 'b'}: a run is measured at its end" in told(trained / "b")
     assert "there is no result in" in told(tmp_path)
     emit(result(), {}, tmp_path / "lost/loss")
     assert "there is no checkpoint in" in told(tmp_path / "lost")
@@ -116,7 +116,7 @@ def test_what_is_no_run_is_told(trained: Path, tmp_path: Path) -> None:
     assert "bare/loss/result.json cannot be read: it is damaged" in told(tmp_path / "bare")
     emit(result(), {}, tmp_path / "bare/loss")
     (tmp_path / "bare/evaluation.json").write_text(json.dumps({"checkpoint": "x"}))
-    assert "evaluation.json is not what scripts/evaluate.py writes" in told(tmp_path / "bare")
+    assert "evaluation.json is not what memlm evaluate writes" in told(tmp_path / "bare")
 
 
 @pytest.mark.parametrize(

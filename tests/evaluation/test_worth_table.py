@@ -72,7 +72,7 @@ def test_of_several_seeds_it_is_their_mean_and_interval(project: Path) -> None:
     results.main([])
     half = 4.303 * 1 / math.sqrt(3)  # Student's t for 30, 31, 32
     assert lines()[0][2] == f"31.0 ± {half:.1f}"
-    assert [line[-1] for line in lines()] == ["3, 1", "1", "1"]  # the best without memory has one seed
+    assert [line[-1] for line in lines()] == ["3; 1 without", "1", "1"]  # the best without memory has one seed
     assert "ltm, memory on: 30.00 (29.00 to 32.00), 31.00 (30.00 to 33.00), 32.00" in worth_table.told(THREE)
 
 

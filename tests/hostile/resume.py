@@ -579,7 +579,7 @@ def _while_measuring(signum: int) -> None:
     runner.run_all = original
     (run,) = _runs()
     _expect(code == 128 + signum, f"ended with {code}")
-    _expect(_told(f"all steps are made: resume={run} measures it"), "says nothing")
+    _expect(_told(f"training is complete, measuring was stopped: memlm train resume={run} measures it"), "says nothing")
     _expect(not (run / "finished.json").exists(), "is finished")
     _expect(_exit_of(f"resume={run}") == 0, "does not go on")
     _expect(any((other / "finished.json").exists() for other in _runs()), "is not measured")
