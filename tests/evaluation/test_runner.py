@@ -117,7 +117,7 @@ def test_watched_settings_are_checked_by_their_full_name() -> None:
 @pytest.mark.parametrize("recipe", sorted(path.stem for path in (config_dir() / "recipe").glob("*.yaml")))
 def test_what_recipes_measure_exists(recipe: str) -> None:
     paths = {key: ["data.path=books", "data.babi=babi"] for key in ("babilong", "babilong_two")} | {
-        key: ["data.path=text"] for key in ("longmem", "memorag", "stories", "stories_adapters")
+        key: ["data.path=text"] for key in ("contexts", "longmem", "memorag", "stories", "stories_adapters")
     }
     config = to_dict(compose([f"recipe={recipe}", *paths.get(recipe, [])]))
     assert runner.chosen(config)
