@@ -1,6 +1,5 @@
 """Each file of examples/ does what it says, on models of a second."""
 
-import importlib.util
 import json
 import os
 import re
@@ -11,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from tests.docs.programs import loaded
 from tests.training.small import overrides
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -27,12 +27,7 @@ NEEDLE = [
 
 
 def example(name: str) -> Any:
-    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return loaded(EXAMPLES / f"{name}.py")
 
 
 def run(folder: Path, *arguments: str, path: Path = ROOT) -> str:

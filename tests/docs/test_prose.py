@@ -1,10 +1,11 @@
 """`docs/prose.py` on a page whose words were counted by hand."""
 
-import importlib.util
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests.docs.programs import loaded
 
 PROSE = Path(__file__).resolve().parents[2] / "docs" / "prose.py"
 
@@ -42,12 +43,7 @@ By A. Author (and others). The end.
 @pytest.fixture(scope="module")
 def prose() -> Any:
     pytest.importorskip("markdown_it")
-    spec = importlib.util.spec_from_file_location("prose", PROSE)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return loaded(PROSE)
 
 
 def test_words_and_lines_are_those_counted_by_hand(prose: Any) -> None:

@@ -1,6 +1,5 @@
 """The first page: short, its links lead somewhere, its pictures are what their commands draw, its commands exist."""
 
-import importlib.util
 import re
 import shlex
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any
 import pytest
 
 from memlm.app.command_line import check_command_line
+from tests.docs.programs import loaded
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -17,12 +17,7 @@ LINKS = re.findall(r"\]\(([^)#]+)|src(?:set)?=\"(.+?)\"", TEXT)
 
 @pytest.fixture(scope="module")
 def draw() -> Any:
-    spec = importlib.util.spec_from_file_location("draw", ROOT / "docs/figures/draw.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return loaded(ROOT / "docs/figures/draw.py")
 
 
 def test_it_is_short_and_its_tables_are_narrow() -> None:

@@ -1,7 +1,6 @@
 """What a release says of itself agrees."""
 
 import ast
-import importlib.util
 import re
 import sys
 import tomllib
@@ -14,6 +13,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 import memlm
+from tests.docs.programs import loaded
 from tests.test_layout import OURS, at_run, imports, sources
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -62,12 +62,7 @@ def test_what_is_imported_is_declared() -> None:
 
 @pytest.fixture(scope="module")
 def oldest() -> dict[str, str]:
-    spec = importlib.util.spec_from_file_location("oldest", ROOT / ".ci" / "oldest.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.oldest((ROOT / "pyproject.toml").read_text())
+    return loaded(ROOT / ".ci" / "oldest.py").oldest((ROOT / "pyproject.toml").read_text())
 
 
 @pytest.mark.parametrize("extra", ["", *EXTRAS])

@@ -1,12 +1,13 @@
 """Every page of `docs/` is on the site and links lead to pages; `mkdocs build --strict` in .ci/run checks the rest."""
 
-import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+
+from tests.docs.programs import loaded
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -21,12 +22,7 @@ def nav(entries: Any) -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def hooks() -> Any:
-    spec = importlib.util.spec_from_file_location("hooks", ROOT / "docs" / "hooks.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return loaded(ROOT / "docs" / "hooks.py")
 
 
 def test_every_page_is_in_the_navigation(hooks: Any) -> None:

@@ -157,6 +157,17 @@ def test_a_headline_that_says_where_it_stands_has_several_lines(found: list[Any]
     assert lines[1] == "| `ltm` | 3 | another's | - | 1.0 % | 12 | abc |"
 
 
+def test_who_has_more_columns_decides_their_order(found: list[Any], tmp_path: Path) -> None:
+    for name, columns in (("cache", ("at 5", "at 5")), ("ltm", ("at 1", "at 5"))):
+        told = loss(0.4)
+        for number, column in zip(told.metadata["headline"], columns, strict=True):
+            number["cell"] = ["memory", column]
+        found.append(run(tmp_path, name, 3, told))
+    path = page("worth")
+    results.main(["worth", "anywhere", "--commit", "abc"])
+    assert rows(path)[0] == "| run | seed |  | at 1 | at 5 | n | commit |"
+
+
 def test_a_page_that_differs_is_told_and_not_written(found: list[Any], tmp_path: Path) -> None:
     found.append(run(tmp_path, "ltm", 0, loss(0.4)))
     path = page("worth")
