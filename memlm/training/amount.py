@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -45,6 +45,18 @@ def n_token(config: Mapping[str, Any], step: int) -> int:
     return total
 
 
+def of_tokens(steps: Sequence[int], sizes: Sequence[int], n_token: int) -> list[int]:
+    """The steps of phases, scaled so that all have ``n_token`` tokens, to half a batch each.
+
+    Args:
+        steps: Batches of each phase.
+        sizes: Tokens of one of them.
+        n_token: Tokens of all phases.
+    """
+    share = n_token / sum(n * size for n, size in zip(steps, sizes, strict=True))
+    return [max(1, round(n * share)) for n in steps]
+
+
 def _phases(config: Mapping[str, Any]) -> tuple[list[int], list[int]]:
     """Batches of each phase, and tokens of one of them."""
     phases = config["curriculum"]["phases"]
@@ -52,6 +64,5 @@ def _phases(config: Mapping[str, Any]) -> tuple[list[int], list[int]]:
     sizes = [phase["n_row"] * phase["n_segment"] * config["model"]["segment_len"] for phase in phases]
     planned = config["trainer"].get("max_steps") not in (None, -1)  # then the phases are dealt out already
     if config.get("n_token") is not None and not planned:
-        share = config["n_token"] / sum(n * size for n, size in zip(steps, sizes, strict=True))
-        steps = [max(1, round(n * share)) for n in steps]
+        steps = of_tokens(steps, sizes, config["n_token"])
     return steps, sizes

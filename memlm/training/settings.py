@@ -15,6 +15,7 @@ from hydra.types import RunMode
 from memlm.config import ConfigError, check_kind, check_settings, did_you_mean, instantiate, whole
 from memlm.data.curriculum import build_curriculum
 from memlm.schema import Checkpoint
+from memlm.training.amount import of_tokens
 
 # What numbers of the trainer may be, null apart: Lightning takes others too, and fails or goes on for ever.
 _RANGES = {
@@ -253,10 +254,8 @@ def _of_tokens(config: Mapping[str, Any]) -> dict[str, Any]:
     sizes = [
         phase.n_row * phase.n_segment * config["model"]["segment_len"] for phase in build_curriculum(config).phases
     ]
-    share = config["n_token"] / sum(phase["steps"] * size for phase, size in zip(phases, sizes, strict=True))
-    return config["curriculum"] | {
-        "phases": [phase | {"steps": max(1, round(phase["steps"] * share))} for phase in phases]
-    }
+    steps = of_tokens([phase["steps"] for phase in phases], sizes, config["n_token"])
+    return config["curriculum"] | {"phases": [phase | {"steps": n} for phase, n in zip(phases, steps, strict=True)]}
 
 
 def _check_consolidation(config: Mapping[str, Any]) -> None:
