@@ -160,14 +160,15 @@ def test_a_headline_that_says_where_it_stands_has_several_lines(found: list[Any]
 def test_evaluations_of_one_training_are_one_entry(found: list[Any], tmp_path: Path) -> None:
     def record(column: str, value: float, n: int, cpu_seconds: float = 99.6) -> list[str]:
         told = loss(value)
-        (number, _), parts = told.metadata["headline"], ("low", "high", "n")
+        (number, control), parts = told.metadata["headline"], ("low", "high", "n")
         number |= {"cell": ["memory", column], "metric": column} | {part: f"{part} {column}" for part in parts}
+        control |= {"cell": ["another's", column], "n": None}
         metrics = {column: value, f"low {column}": value - 0.1, f"high {column}": value + 0.1, f"n {column}": n}
-        told = Result("worth", metrics, (), told.metadata | {"headline": [number]})
+        told = Result("worth", metrics | {"other": 0.0}, (), told.metadata)
         found[:] = [run(tmp_path, "ltm", 3, told)]
         found[0].trained.cpu_seconds = cpu_seconds
         results.main(["worth", "anywhere", "--commit", "abc"])
-        return rows(path)[2:]
+        return rows(path)[2:3]
 
     path = page("worth")
     first = record("at 1", 0.4, 12)
