@@ -8,7 +8,6 @@ between two marks, `<!-- results/NAME.json -->` and `<!-- end of results -->`; n
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import Any
 from memlm.config import ConfigError
 from memlm.evaluation import memory_table, timings, worth_table
 from memlm.evaluation.compare.groups import n_token
-from memlm.evaluation.headline import Number, headline, in_percent, shown
+from memlm.evaluation.headline import Number, headline, in_brackets, in_percent, shown
 from memlm.evaluation.result import Result
 from memlm.evaluation.runs import Run
 from memlm.files import read_json
@@ -261,10 +260,9 @@ def _cell(number: Number, n: int | None = None) -> str:
     text = shown(number.value, number.percent)
     if n and number.n and number.n < n and not number.control:
         return f"{_cell(number)}, n = {number.n:,}"
-    if number.control or math.isnan(number.low):
+    if number.control:
         return text
-    ends = (shown(end, number.percent).removesuffix(" %") for end in (number.low, number.high))
-    return f"{text} ({' to '.join(ends)})"
+    return text + in_brackets(number.low, number.high, number.percent)
 
 
 def _sizes(record: Sequence[Entry]) -> list[tuple[int, ...]]:
@@ -315,5 +313,7 @@ def _rate(metrics: Mapping[str, float], end: str) -> str:
     """A rate and its interval, in percent; "-" if it was not measured."""
     if f"accuracy/on{end}" not in metrics:
         return "-"
-    rate, low, high = (in_percent(metrics[f"{name}/on{end}"]) for name in ("accuracy", "low", "high"))
-    return f"{rate:.1f} ({low:.1f} to {high:.1f})"
+    rate, low, high = (
+        float(metrics[f"{name}/on{end}"]) for name in ("accuracy", "low", "high")
+    )  # NaN is a word in JSON
+    return shown(rate, percent=True).removesuffix(" %") + in_brackets(low, high, percent=True)
