@@ -31,6 +31,8 @@ _MARKS = re.compile(r"(<!-- results/([\w-]+)\.json( in short)? -->\n).*?(<!-- en
 _NEEDED = ("name", "seed", "commit", "machine", "experiment", "metrics", "headline", "step", "tokens", "state_bytes")
 _TOLD: tuple[tuple[str, Any], ...] = (("trained", None), ("settings", {}), ("headline", []))
 _CONTROLS = ("off", "wiped", "swapped")
+_OVERRIDES = ".hydra/overrides.yaml"
+_PATH = re.compile(r"(?<=[='\"\[,])/(?:[^/\s'\",\]]+/)+")  # the folders of a file
 _OF_TRAINING = ("experiment", "step", "tokens", "parameters", "cpu_seconds")
 
 
@@ -59,7 +61,7 @@ def entries(runs: Sequence[Run], experiment: str, commit: str, machine: str, tor
                 "commit": commit,
                 "machine": machine,
                 "torch": torch,
-                "command": _command(run.path),
+                "command": _command(run),
                 "step": trained.step,
                 "tokens": tokens,
                 "minutes": tokens / speed / 60 if tokens and speed else None,
@@ -81,6 +83,10 @@ def _stored(run: Run, experiment: str) -> dict[str, Any]:
         raise ConfigError(f"{run.path} has no result of {experiment}; it has: {', '.join(run.results)}")
     stored = result.to_dict()
     told = {name: stored["metadata"].get(name, empty) for name, empty in _TOLD}
+    told["settings"] = {
+        name: Path(value).name if isinstance(value, str) and value.startswith("/") else value
+        for name, value in told["settings"].items()
+    }
     return {**told, "metrics": stored["metrics"]}
 
 
@@ -90,16 +96,29 @@ def _curve(training: Result | None) -> list[list[float]]:
     return [[row["step"], row[rate]] for row in rows if row.get(rate := "train/answer_accuracy") is not None]
 
 
-def _command(run: Path) -> str | None:
-    """The command that made a run, if it says so; where it was written to is left out."""
+def _command(run: Run) -> str | None:
+    """The commands that made a run and measured it, if they say so; of files their names, not where they are."""
+    trained = Path(run.trained.checkpoint).absolute().parent.parent
+    own = [] if run.path.absolute() == trained else _overrides(run.path)
+    training = _overrides(trained if own or (trained / _OVERRIDES).exists() else run.path)
+    if training is None:
+        return None
+    commands = [" ".join(["python train.py", *training])]
+    if own:
+        measured = ["checkpoint=RUN" if line.startswith("checkpoint=") else line for line in own]
+        commands.append(" ".join(["python scripts/evaluate.py", *measured]))
+    return "; ".join(commands)
+
+
+def _overrides(run: Path) -> list[str] | None:
+    """What a directory says it was made with."""
     import yaml
 
     try:
-        lines = yaml.safe_load((run / ".hydra/overrides.yaml").read_text(encoding="utf-8"))
+        lines = yaml.safe_load((run / _OVERRIDES).read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError):
         return None
-    kept = [str(line) for line in lines or [] if not str(line).startswith("paths.")]
-    return " ".join(["python train.py", *kept])
+    return [_PATH.sub("", str(line)) for line in lines or [] if not str(line).startswith("paths.")]
 
 
 def merged(record: Sequence[Entry], new: Sequence[Entry]) -> list[Entry]:

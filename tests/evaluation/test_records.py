@@ -63,7 +63,7 @@ def run(path: Path, memory: str, seed: int, result: Result, name: str | None = N
         "name": name,
     }  # fmt: skip
     costs = {"n_parameter": 5, "state_bytes": 1234, "tokens_per_second": 2.0, "cpu_seconds": 99.6}
-    trained = SimpleNamespace(config=config, step=10, **costs)
+    trained = SimpleNamespace(config=config, step=10, checkpoint=str(path / "checkpoints/step=10.ckpt"), **costs)
     return SimpleNamespace(path=path, trained=trained, results={result.name: result})
 
 
@@ -131,6 +131,8 @@ def test_rates_by_size_stand_beside_the_share_of_the_published_training(found: l
 def test_any_experiment_is_shown_by_its_headline_and_controls(found: list[Any], tmp_path: Path) -> None:
     (tmp_path / "run/.hydra").mkdir(parents=True)
     (tmp_path / "run/.hydra/overrides.yaml").write_text("- recipe=worth\n- paths.root=elsewhere\n- seed=3\n")
+    (tmp_path / "again/.hydra").mkdir(parents=True)
+    (tmp_path / "again/.hydra/overrides.yaml").write_text("- checkpoint=/my/run\n- worth.files=['/my/a.txt',b/c.txt]\n")
     found += [run(tmp_path / "run", "ltm", 3, loss(0.4)), run(tmp_path, "none", 3, loss(0.0), name="none-512")]
     path = page("worth")
     results.main(["worth", "anywhere", "--commit", "abc"])
@@ -142,6 +144,17 @@ def test_any_experiment_is_shown_by_its_headline_and_controls(found: list[Any], 
     assert head.startswith("| run | seed | saved | by another's | state of a row, bytes | CPU seconds |")
     assert first.startswith("| `ltm` | 3 | 40.0 % (30.0 to inf) | 1.0 % | 1,234 | 100 | 10 | 240 | 2.0 | abc |")
     assert second.startswith("| `none-512` | 3 | 0.0 %")
+
+    told = loss(0.4)
+    told.metadata["settings"] = {"text": "/my/books/a.txt", "n": 3}
+    found[:] = [run(tmp_path / "run", "ltm", 3, told)]
+    found[0].path = tmp_path / "again"
+    results.main(["worth", "anywhere", "--commit", "abc"])
+    record = json.loads(Path("results/worth.json").read_text())["entries"]
+    assert record[0]["command"] == (
+        "python train.py recipe=worth seed=3; python scripts/evaluate.py checkpoint=RUN worth.files=['a.txt',b/c.txt]"
+    )
+    assert record[0]["settings"] == {"text": "a.txt", "n": 3}
 
 
 def test_a_headline_that_says_where_it_stands_has_several_lines(found: list[Any], tmp_path: Path) -> None:
