@@ -18,7 +18,7 @@ from memlm.evaluation import memory_table, timings, worth_table
 from memlm.evaluation.compare.groups import n_token
 from memlm.evaluation.headline import Number, headline, in_brackets, in_percent, shown
 from memlm.evaluation.result import Result
-from memlm.evaluation.runs import Run
+from memlm.evaluation.runs import EVALUATION, Run, Trained, run_of
 from memlm.files import read_json
 
 FOLDER = "results"
@@ -55,13 +55,13 @@ def entries(runs: Sequence[Run], experiment: str, commit: str, machine: str, tor
         tokens, speed = n_token(trained), trained.tokens_per_second
         found.append(
             {
-                "name": trained.config.get("name") or "+".join(trained.config["memory"]) or "none",
+                "name": _name(trained),
                 "seed": trained.config["seed"],
                 "experiment": experiment,
                 "commit": commit,
                 "machine": machine,
                 "torch": torch,
-                "command": _command(run),
+                "command": _command(run.path, trained),
                 "step": trained.step,
                 "tokens": tokens,
                 "minutes": tokens / speed / 60 if tokens and speed else None,
@@ -96,29 +96,31 @@ def _curve(training: Result | None) -> list[list[float]]:
     return [[row["step"], row[rate]] for row in rows if row.get(rate := "train/answer_accuracy") is not None]
 
 
-def _command(run: Run) -> str | None:
-    """The commands that made a run and measured it, if they say so; of files their names, not where they are."""
-    trained = Path(run.trained.checkpoint).absolute().parent.parent
-    own = [] if run.path.absolute() == trained else _overrides(run.path)
-    training = _overrides(trained if own or (trained / _OVERRIDES).exists() else run.path)
-    if training is None:
-        return None
-    commands = [" ".join(["python train.py", *training])]
-    if own:
-        measured = ["checkpoint=RUN" if line.startswith("checkpoint=") else line for line in own]
-        commands.append(" ".join(["python scripts/evaluate.py", *measured]))
-    return "; ".join(commands)
+def _name(trained: Trained) -> str:
+    """What a run is called: by its configuration, or its memories; with what of these an evaluation changed."""
+    name = trained.config.get("name") or "+".join(trained.config["memory"]) or "none"
+    return ", ".join([name, *(f"{key.rpartition('.')[2]} {value}" for key, value in trained.memory.items())])
 
 
-def _overrides(run: Path) -> list[str] | None:
-    """What a directory says it was made with."""
+def _command(run: Path, trained: Trained) -> str | None:
+    """The command that made a run, and that of its evaluation, if they say so; places of files are left out."""
+    if not (run / EVALUATION).exists():
+        return _called("python train.py", run)
+    made = _called("python train.py", run_of(Path(trained.checkpoint)))
+    asked = _called("python scripts/evaluate.py checkpoint=RUN", run)
+    return None if made is None or asked is None else f"{made}; {asked}"
+
+
+def _called(command: str, folder: Path) -> str | None:
+    """A command with the overrides that the folder of its run holds."""
     import yaml
 
     try:
-        lines = yaml.safe_load((run / _OVERRIDES).read_text(encoding="utf-8"))
+        lines = yaml.safe_load((folder / _OVERRIDES).read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError):
         return None
-    return [_PATH.sub("", str(line)) for line in lines or [] if not str(line).startswith("paths.")]
+    kept = [_PATH.sub("", str(line)) for line in lines or [] if not str(line).startswith(("paths.", "checkpoint="))]
+    return " ".join([command, *kept])
 
 
 def merged(record: Sequence[Entry], new: Sequence[Entry]) -> list[Entry]:
