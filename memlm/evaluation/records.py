@@ -31,6 +31,7 @@ _MARKS = re.compile(r"(<!-- results/([\w-]+)\.json( in short)? -->\n).*?(<!-- en
 _NEEDED = ("name", "seed", "commit", "machine", "experiment", "metrics", "headline", "step", "tokens", "state_bytes")
 _TOLD: tuple[tuple[str, Any], ...] = (("trained", None), ("settings", {}), ("headline", []))
 _CONTROLS = ("off", "wiped", "swapped")
+_OF_TRAINING = ("experiment", "step", "tokens", "parameters", "cpu_seconds")
 
 
 def entries(runs: Sequence[Run], experiment: str, commit: str, machine: str, torch: str) -> list[dict[str, Any]]:
@@ -104,13 +105,29 @@ def _command(run: Path) -> str | None:
 def merged(record: Sequence[Entry], new: Sequence[Entry]) -> list[Entry]:
     """A record with new entries, sorted by name and seed; of the same name, seed and variant the newer one stays.
 
+    Several evaluations of one training, of which each fills cells of its own, are one entry.
+
     Raises:
         ConfigError: If the entries are not of one experiment.
     """
-    known = {(entry["name"], entry["seed"], entry.get("variant", "")): entry for entry in [*record, *new]}
+    known: dict[tuple[Any, ...], Entry] = {}
+    for entry in [*record, *new]:
+        key = (entry["name"], entry["seed"], entry.get("variant", ""))
+        known[key] = _united(known[key], entry) if key in known else entry
     if len(kinds := sorted({entry["experiment"] for entry in known.values()})) > 1:
         raise ConfigError(f"a record is of one experiment, and here are {', '.join(kinds)}: give each its own record")
     return [known[key] for key in sorted(known)]
+
+
+def _united(old: Entry, new: Entry) -> Entry:
+    """The newer entry, with the cells that another evaluation of the same training filled."""
+    cells = [{tuple(told["cell"]): told for told in entry["headline"] if told.get("cell")} for entry in (old, new)]
+    if not all(cells) or any(old.get(part) != new.get(part) for part in _OF_TRAINING):
+        return new
+    kept = {"metrics": old["metrics"] | new["metrics"], "headline": list((cells[0] | cells[1]).values())}
+    if old["settings"] != new["settings"]:
+        kept["settings"] = {"evaluations": [*old["settings"].get("evaluations", [old["settings"]]), new["settings"]]}
+    return {**new, **kept}
 
 
 def read_record(path: Path) -> list[dict[str, Any]]:
@@ -233,14 +250,16 @@ def _cells(record: Sequence[Entry], parts: Sequence[Sequence[Number]]) -> list[l
         for line in dict.fromkeys(cell[0] for cell in found):
             here = [found.get((line, column)) for column in columns]
             most = max((number.n or 0 for number in here if number), default=0)
-            texts = ["-" if number is None else _cell(number) for number in here]
+            texts = ["-" if number is None else _cell(number, most) for number in here]
             lines.append([f"`{entry['name']}`", str(entry["seed"]), line, *texts, str(most or "-"), entry["commit"]])
     return lines
 
 
-def _cell(number: Number) -> str:
-    """A number, with its interval unless it is a control."""
+def _cell(number: Number, n: int | None = None) -> str:
+    """A number; unless it is a control with its interval, and of how many if of fewer than ``n``."""
     text = shown(number.value, number.percent)
+    if n and number.n and number.n < n and not number.control:
+        return f"{_cell(number)}, n = {number.n:,}"
     if number.control:
         return text
     return text + in_brackets(number.low, number.high, number.percent)

@@ -157,6 +157,27 @@ def test_a_headline_that_says_where_it_stands_has_several_lines(found: list[Any]
     assert lines[1] == "| `ltm` | 3 | another's | - | 1.0 % | 12 | abc |"
 
 
+def test_evaluations_of_one_training_are_one_entry(found: list[Any], tmp_path: Path) -> None:
+    def record(column: str, value: float, n: int, cpu_seconds: float = 99.6) -> list[str]:
+        told = loss(value)
+        (number, control), parts = told.metadata["headline"], ("low", "high", "n")
+        number |= {"cell": ["memory", column], "metric": column} | {part: f"{part} {column}" for part in parts}
+        control |= {"cell": ["another's", column], "n": None}
+        metrics = {column: value, f"low {column}": value - 0.1, f"high {column}": value + 0.1, f"n {column}": n}
+        told = Result("worth", metrics | {"other": 0.0}, (), told.metadata)
+        found[:] = [run(tmp_path, "ltm", 3, told)]
+        found[0].trained.cpu_seconds = cpu_seconds
+        results.main(["worth", "anywhere", "--commit", "abc"])
+        return rows(path)[2:3]
+
+    path = page("worth")
+    first = record("at 1", 0.4, 12)
+    assert first == ["| `ltm` | 3 | memory | 40.0 % (30.0 to 50.0) | 12 | abc |"]
+    both = ["| `ltm` | 3 | memory | 40.0 % (30.0 to 50.0) | 30.0 % (20.0 to 40.0), n = 4 | 12 | abc |"]
+    assert record("at 5", 0.3, 4) == record("at 5", 0.3, 4) == both
+    assert record("at 1", 0.2, 12, cpu_seconds=7) == ["| `ltm` | 3 | memory | 20.0 % (10.0 to 30.0) | 12 | abc |"]
+
+
 def test_who_has_more_columns_decides_their_order(found: list[Any], tmp_path: Path) -> None:
     for name, columns in (("cache", ("at 5", "at 5")), ("ltm", ("at 1", "at 5"))):
         told = loss(0.4)
