@@ -117,7 +117,7 @@ def find_class(
         raise ConfigError(
             f"{key} names {_short(target)}, which is no part of memlm, and no code of others is run because a file "
             f"names it: if you trust who wrote the file and that code, say so with trust=[{package}] "
-            f"(report.py, compare.py: --trust {package})"
+            f"(memlm report, memlm compare: --trust {package})"
         )
     module, _, name = target.rpartition(".")
     try:

@@ -28,6 +28,15 @@ for (const table of document.querySelectorAll(".sortable")) {
     });
   });
 }
+for (const box of document.querySelectorAll(".scroll, .figures figure")) {
+  const sign = document.createElement("p");
+  sign.className = "note sideways";
+  sign.textContent = "Wider than the page: scroll sideways \u2192";
+  box.matches("figure") ? box.prepend(sign) : box.before(sign);
+  const look = () => { sign.hidden = box.scrollWidth <= box.clientWidth + 1; };
+  const sizes = new ResizeObserver(look);
+  for (const part of [box, ...box.children]) sizes.observe(part);
+}
 for (const text of document.querySelectorAll(".tokens")) {
   const tokens = [...text.querySelectorAll(".token")];
   const at = new Map(tokens.map(token => [token.dataset.index, token]));

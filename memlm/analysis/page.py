@@ -189,6 +189,9 @@ class Status:
     kind: ClassVar[str] = "status"
 
 
+ALL = "all"
+"""Key of what shows all runs at once: it is hidden where one is chosen."""
+
 Part = Table | Figures | Listings | Tokens | Charts | Status
 
 

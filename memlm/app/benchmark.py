@@ -1,4 +1,4 @@
-"""Measure speed: `python scripts/benchmark.py train [key=value ...]`, or another name of `configs/benchmark/`.
+"""Measure speed: `memlm benchmark train [key=value ...]`, or another name of `configs/benchmark/`.
 
 Each benchmark is a module of `benchmarks/`. What is measured and why is told in `docs/benchmarks/index.md`.
 """

@@ -1,4 +1,4 @@
-"""Talk with a model and its memory: `python scripts/chat.py checkpoint=RUN`, or `model=pretrained model.path=DIR`."""
+"""Talk with a model and its memory: `memlm chat checkpoint=RUN`, or `model=pretrained model.path=DIR`."""
 
 from __future__ import annotations
 

@@ -174,7 +174,7 @@ def _jobs(parsed: Sequence[Override]) -> Iterator[list[str]]:
         if n_job > _MOST_JOBS:
             raise ConfigError(
                 f"The sweep would be more than {_MOST_JOBS:,} jobs (with {brief(override.input_line)}): give fewer "
-                "values, or draw from them with scripts/search.py."
+                "values, or draw from them with memlm search."
             )
         choices.append(lines)
     yield [c[0] for c in choices]

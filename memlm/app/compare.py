@@ -1,4 +1,4 @@
-"""Put runs side by side: `python scripts/compare.py RUN...`, with directories of runs, evaluations or sweeps."""
+"""Put runs side by side: `memlm compare RUN...`, with directories of runs, evaluations or sweeps."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _DESCRIPTION = (
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Compare, print, write."""
-    parser = argparse.ArgumentParser(prog="compare.py", description=_DESCRIPTION)
+    parser = argparse.ArgumentParser(prog="memlm compare", description=_DESCRIPTION)
     parser.add_argument(
         "runs", metavar="RUN", nargs="+", help="directory of a run, of an evaluation, or of several (a sweep)"
     )

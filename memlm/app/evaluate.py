@@ -1,4 +1,4 @@
-"""Measure what the memory of a trained model remembers: `python scripts/evaluate.py checkpoint=RUN`."""
+"""Measure what the memory of a trained model remembers: `memlm evaluate checkpoint=RUN`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Write a trained model as safetensors and JSON: `python scripts/export.py checkpoint=RUN output=DIR`."""
+"""Write a trained model as safetensors and JSON: `memlm export checkpoint=RUN output=DIR`."""
 
 from __future__ import annotations
 

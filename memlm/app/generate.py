@@ -1,4 +1,4 @@
-"""Continue a text with a trained model: `python scripts/generate.py checkpoint=RUN prompt="Once upon a time"`."""
+"""Continue a text with a trained model: `memlm generate checkpoint=RUN prompt="Once upon a time"`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Runs as one web page: `python scripts/report.py RUN...`, with directories of runs, evaluations or sweeps."""
+"""Runs as one web page: `memlm report RUN...`, with directories of runs, evaluations or sweeps."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _DESCRIPTION = (
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Write the page and say where it is."""
-    parser = argparse.ArgumentParser(prog="report.py", description=_DESCRIPTION)
+    parser = argparse.ArgumentParser(prog="memlm report", description=_DESCRIPTION)
     parser.add_argument(
         "runs", metavar="RUN", nargs="+", help="directory of a run, of an evaluation, or of several (a sweep)"
     )

@@ -1,4 +1,4 @@
-"""Search for good settings of train.py: `python scripts/search.py training.lr='tag(log, interval(1e-4, 1e-2))'`.
+"""Search for good settings of `memlm train`: `memlm search training.lr='tag(log, interval(1e-4, 1e-2))'`.
 
 Settings with several values are searched over, in the words in which Hydra sweeps over them; the others are those of
 every trial. A trial is a run in a process and a directory of its own. The study is kept beside them, so that the same

@@ -1,6 +1,6 @@
 """Train a language model with a memory, and show what the memory remembers.
 
-python train.py model=lmcode memory=ltm
+memlm train model=lmcode memory=ltm
 """
 
 from __future__ import annotations

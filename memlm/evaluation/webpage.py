@@ -13,6 +13,7 @@ import yaml
 from memlm.analysis.chart import Chart, Series
 from memlm.analysis.memory_page import MOST_SLOTS, memory_parts
 from memlm.analysis.page import (
+    ALL,
     Chapter,
     Charts,
     Figures,
@@ -168,10 +169,11 @@ def _figures(comparison: Comparison, n_byte: int) -> Chapter:
     parts: list[Part] = []
     if sum(len(group.runs) for group in comparison.groups) > 1:
         image = png(figure.plot(comparison))
-        parts.append(Figures("All runs", [("Every main number beside its controls", image)]))
+        notes = ["It shows all groups of runs, and goes where one is chosen."] if len(comparison.groups) > 1 else []
+        parts.append(Figures("All runs", [("Every main number beside its controls", image)], notes, runs=[ALL]))
         n_byte -= len(image)
     found: list[_Image] = []
-    notes: list[str] = []
+    missing: list[str] = []
     for key, group in zip(_keys(comparison), comparison.groups, strict=True):
         for run in group.runs:
             for name, files in run.figures.items():
@@ -180,12 +182,12 @@ def _figures(comparison: Comparison, n_byte: int) -> Chapter:
                         what = f"{name}: {file.stem}, {group.label}, seed {run.trained.config.get('seed')}"
                         found.append(_Image(what, file, _picture(file, run.path), key))
                     except (ConfigError, OSError) as error:
-                        notes.append(f"Not shown: {error}")
+                        missing.append(f"Not shown: {error}")
     images, without = _fitting(found, n_byte)
-    notes += [f"Not shown, as the page would be too large: {image.file}" for image in without]
-    if found or notes:
+    missing += [f"Not shown, as the page would be too large: {image.file}" for image in without]
+    if found or missing:
         shown = [(image.what, image.png) for image in images]
-        parts.append(Figures("Of each run", shown, notes, [image.run for image in images]))
+        parts.append(Figures("Of each run", shown, missing, [image.run for image in images]))
     lead = [] if parts else ["There are none beside what was measured."]
     return Chapter("Figures", lead, parts)
 

@@ -263,12 +263,25 @@ def _differences(config: Mapping[str, Any], other: Mapping[str, Any]) -> list[st
     """Settings in which two configurations are not the same run."""
     aside = {*_TECHNICAL, *_PLACES, *_technical_of_memories(config)}
     ours, theirs = ({k: v for k, v in _what(part).items() if k not in aside} for part in (config, other))
-    keys = sorted(set(ours) | set(theirs))
-    return [
-        f"{key} is {ours.get(key)!r} here, {theirs.get(key)!r} there"
-        for key in keys
-        if ours.get(key) != theirs.get(key)
-    ]
+    keys = [key for key in sorted({*ours, *theirs}) if ours.get(key) != theirs.get(key)]
+    here, there = (_memories(part) for part in (config, other))
+    told = []
+    if set(here) != set(there):  # said once, and not of each setting that one has and the other lacks
+        told.append(f"memory is {'+'.join(here) or 'none'} here, {'+'.join(there) or 'none'} there")
+        alone = tuple(f"memory.{name}." for name in set(here) ^ set(there))
+        keys = [key for key in keys if key != "memory" and not key.startswith(alone)]
+    return told + [f"{key} is {_short(ours.get(key))} here, {_short(theirs.get(key))} there" for key in keys]
+
+
+def _memories(config: Mapping[str, Any]) -> list[str]:
+    """Names of the memories of a configuration, which may come from a file of others."""
+    nodes = config.get("memory")
+    return list(map(str, nodes)) if isinstance(nodes, Mapping) else []
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _what(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -82,6 +82,8 @@ def test_groups_stand_against_their_bytes_and_can_be_chosen(tmp_path):
     columns = [a.get("data-run") for a in parsed.all("th")]
     assert columns[:5] == [None, None, "0", "1", "2"]
     assert [a.get("data-run") for a in parsed.all("details")] == ["0", "1", "1", "2"]
+    (all_runs,) = [a for a in parsed.all("figure") if not a.get("class", "").startswith("chart")]
+    assert all_runs["data-run"] not in ("", "0", "1", "2")  # the picture of all of them goes when one is chosen
     chapters = re.findall(r'<div data-run="(\d)">\s*<h2 id="c\d">Memory of ([^<]*), seed', html)
     assert chapters == list(zip("012", labels, strict=True))
     # recall: the mean of both seeds without memory, on an axis from -3 to 103 %; loss: of the two that have it
