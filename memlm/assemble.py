@@ -14,8 +14,7 @@ from memlm.config import ConfigError, check_arguments, check_kind, instantiate, 
 from memlm.data.corpora.base import Corpus
 from memlm.data.curriculum import Curriculum, build_curriculum
 from memlm.data.tasks.base import Task
-from memlm.data.tokenizer import Tokenizer
-from memlm.data.tokenizer_training import get_tokenizer
+from memlm.data.tokenizer import Tokenizer, get_tokenizer
 from memlm.files import cache_dir
 from memlm.machine import available_memory, gib
 from memlm.memory.contract import Memory, Sizes
