@@ -48,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--check", action="store_true", help="write nothing; fail where a page and its record differ")
     parser.add_argument("--trust", metavar="PACKAGE", action="append", help=TRUST)
     chosen = parser.parse_args(arguments)
-    from memlm.evaluation import pairs_figure, records, worth_table
+    from memlm.evaluation import bytes_figure, pairs_figure, records, worth_table
 
     folder = Path(records.FOLDER)
     if chosen.check and chosen.name is not None:
@@ -70,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             differ.append(str(page))
             if not chosen.check:
                 _write(page, after)
-    for of in (worth_table, pairs_figure):
+    for of in (worth_table, pairs_figure, bytes_figure):
         differ += _figures(of, folder / f"{of.NAME}.json", chosen.check)
     if chosen.check and differ:
         raise ConfigError(

@@ -308,7 +308,8 @@ def _drawn(
             look: dict[str, Any] = {"color": color, "linewidth": 1.0, "elinewidth": 0.6, "capsize": 2, "label": name}
             axes.errorbar(ats, means, yerr=error, marker=marker, markerfacecolor="white", markersize=6, **look)
             for at, mean, *_, default in own:
-                axes.plot([at] * default, [mean] * default, color=color, marker=marker, markersize=8, zorder=5)
+                if default:
+                    axes.plot([at], [mean], color=color, marker=marker, markersize=8, zorder=5)
         axes.set(title=head, xlabel=x, ylabel=f"{y}, %")
         if max(at for _, at, _ in points) > 10 * min(at for _, at, _ in points):
             axes.set_xscale("log")

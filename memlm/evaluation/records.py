@@ -18,7 +18,7 @@ from memlm.evaluation import memory_table, timings, worth_table
 from memlm.evaluation.compare.groups import n_token
 from memlm.evaluation.headline import Number, headline, in_brackets, in_percent, shown
 from memlm.evaluation.result import Result
-from memlm.evaluation.runs import Run
+from memlm.evaluation.runs import EVALUATION, Run, Trained, run_of
 from memlm.files import read_json
 
 FOLDER = "results"
@@ -31,6 +31,8 @@ _MARKS = re.compile(r"(<!-- results/([\w-]+)\.json( in short)? -->\n).*?(<!-- en
 _NEEDED = ("name", "seed", "commit", "machine", "experiment", "metrics", "headline", "step", "tokens", "state_bytes")
 _TOLD: tuple[tuple[str, Any], ...] = (("trained", None), ("settings", {}), ("headline", []))
 _CONTROLS = ("off", "wiped", "swapped")
+_OVERRIDES = ".hydra/overrides.yaml"
+_PATH = re.compile(r"(?<=[='\"\[,])/(?:[^/\s'\",\]]+/)+")  # the folders of a file
 _OF_TRAINING = ("experiment", "step", "tokens", "parameters", "cpu_seconds")
 
 
@@ -53,13 +55,13 @@ def entries(runs: Sequence[Run], experiment: str, commit: str, machine: str, tor
         tokens, speed = n_token(trained), trained.tokens_per_second
         found.append(
             {
-                "name": trained.config.get("name") or "+".join(trained.config["memory"]) or "none",
+                "name": _name(trained),
                 "seed": trained.config["seed"],
                 "experiment": experiment,
                 "commit": commit,
                 "machine": machine,
                 "torch": torch,
-                "command": _command(run.path),
+                "command": _command(run.path, trained),
                 "step": trained.step,
                 "tokens": tokens,
                 "minutes": tokens / speed / 60 if tokens and speed else None,
@@ -81,6 +83,10 @@ def _stored(run: Run, experiment: str) -> dict[str, Any]:
         raise ConfigError(f"{run.path} has no result of {experiment}; it has: {', '.join(run.results)}")
     stored = result.to_dict()
     told = {name: stored["metadata"].get(name, empty) for name, empty in _TOLD}
+    told["settings"] = {
+        name: Path(value).name if isinstance(value, str) and value.startswith("/") else value
+        for name, value in told["settings"].items()
+    }
     return {**told, "metrics": stored["metrics"]}
 
 
@@ -90,16 +96,31 @@ def _curve(training: Result | None) -> list[list[float]]:
     return [[row["step"], row[rate]] for row in rows if row.get(rate := "train/answer_accuracy") is not None]
 
 
-def _command(run: Path) -> str | None:
-    """The command that made a run, if it says so; where it was written to is left out."""
+def _name(trained: Trained) -> str:
+    """What a run is called: by its configuration, or its memories; with what of these an evaluation changed."""
+    name = trained.config.get("name") or "+".join(trained.config["memory"]) or "none"
+    return ", ".join([name, *(f"{key.rpartition('.')[2]} {value}" for key, value in trained.memory.items())])
+
+
+def _command(run: Path, trained: Trained) -> str | None:
+    """The command that made a run, and that of its evaluation, if they say so; places of files are left out."""
+    if not (run / EVALUATION).exists():
+        return _called("python train.py", run)
+    made = _called("python train.py", run_of(Path(trained.checkpoint)))
+    asked = _called("python scripts/evaluate.py checkpoint=RUN", run)
+    return None if made is None or asked is None else f"{made}; {asked}"
+
+
+def _called(command: str, folder: Path) -> str | None:
+    """A command with the overrides that the folder of its run holds."""
     import yaml
 
     try:
-        lines = yaml.safe_load((run / ".hydra/overrides.yaml").read_text(encoding="utf-8"))
+        lines = yaml.safe_load((folder / _OVERRIDES).read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError):
         return None
-    kept = [str(line) for line in lines or [] if not str(line).startswith("paths.")]
-    return " ".join(["python train.py", *kept])
+    kept = [_PATH.sub("", str(line)) for line in lines or [] if not str(line).startswith(("paths.", "checkpoint="))]
+    return " ".join([command, *kept])
 
 
 def merged(record: Sequence[Entry], new: Sequence[Entry]) -> list[Entry]:

@@ -27,7 +27,9 @@ def trained(
     costs = {"n_parameter": 5, "state_bytes": size or 4000, "tokens_per_second": 2.0, "cpu_seconds": 0.5} | costs
     every = [*found, Result("training", {"flops_per_token": 700.0, "train/loss": 3.0})]
     return SimpleNamespace(
-        path=Path("run"), trained=SimpleNamespace(config=config, step=10, **costs), results={r.name: r for r in every}
+        path=Path("run"),
+        trained=SimpleNamespace(config=config, checkpoint="run/checkpoints/a.ckpt", step=10, **costs),
+        results={r.name: r for r in every},
     )
 
 

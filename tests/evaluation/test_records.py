@@ -63,7 +63,7 @@ def run(path: Path, memory: str, seed: int, result: Result, name: str | None = N
         "name": name,
     }  # fmt: skip
     costs = {"n_parameter": 5, "state_bytes": 1234, "tokens_per_second": 2.0, "cpu_seconds": 99.6}
-    trained = SimpleNamespace(config=config, step=10, **costs)
+    trained = SimpleNamespace(config=config, step=10, memory={}, checkpoint=str(path / "one.ckpt"), **costs)
     return SimpleNamespace(path=path, trained=trained, results={result.name: result})
 
 
@@ -142,6 +142,28 @@ def test_any_experiment_is_shown_by_its_headline_and_controls(found: list[Any], 
     assert head.startswith("| run | seed | saved | by another's | state of a row, bytes | CPU seconds |")
     assert first.startswith("| `ltm` | 3 | 40.0 % (30.0 to inf) | 1.0 % | 1,234 | 100 | 10 | 240 | 2.0 | abc |")
     assert second.startswith("| `none-512` | 3 | 0.0 %")
+
+
+def test_an_evaluation_of_changed_memories_says_what_was_changed_and_how(found: list[Any], tmp_path: Path) -> None:
+    change = "- checkpoint=/a/place\n- 'change={ltm.n_slot: 60}'\n- worth.files=['/my/a.txt',b/c.txt]\n"
+    commands = {"trained": "- recipe=worth\n", "asked": change}
+    for folder, lines in commands.items():
+        (tmp_path / folder / ".hydra").mkdir(parents=True)
+        (tmp_path / folder / ".hydra/overrides.yaml").write_text(lines)
+    (tmp_path / "asked/evaluation.json").write_text("{}")
+    small = run(tmp_path / "asked", "ltm", 0, loss(0.3))
+    small.trained.memory = {"ltm.n_slot": 60}
+    small.trained.checkpoint = str(tmp_path / "trained/checkpoints/step=10.ckpt")
+    small.results["worth"].metadata["settings"] = {"text": "/my/books/a.txt", "n": 3}
+    found += [run(tmp_path / "trained", "ltm", 0, loss(0.4)), small]
+    page("worth")
+    results.main(["worth", "anywhere", "--commit", "abc"])
+    record = json.loads(Path("results/worth.json").read_text())["entries"]
+    assert [entry["name"] for entry in record] == ["ltm", "ltm, n_slot 60"]
+    made, asked = "python train.py recipe=worth", "python scripts/evaluate.py checkpoint=RUN change={ltm.n_slot: 60}"
+    asked += " worth.files=['a.txt',b/c.txt]"
+    assert record[1]["settings"] == {"text": "a.txt", "n": 3}
+    assert [entry["command"] for entry in record] == [made, f"{made}; {asked}"]
 
 
 def test_a_headline_that_says_where_it_stands_has_several_lines(found: list[Any], tmp_path: Path) -> None:
