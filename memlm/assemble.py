@@ -14,8 +14,7 @@ from memlm.config import ConfigError, check_arguments, check_kind, instantiate, 
 from memlm.data.corpora.base import Corpus
 from memlm.data.curriculum import Curriculum, build_curriculum
 from memlm.data.tasks.base import Task
-from memlm.data.tokenizer import Tokenizer
-from memlm.data.tokenizer_training import get_tokenizer
+from memlm.data.tokenizer import Tokenizer, get_tokenizer
 from memlm.files import cache_dir
 from memlm.machine import available_memory, gib
 from memlm.memory.contract import Memory, Sizes
@@ -147,7 +146,7 @@ def build_tokenizer(config: Mapping[str, Any], corpus: Corpus | None = None) -> 
     if settings.get("n_vocab") is not None:
         whole("data.tokenizer.n_vocab", settings["n_vocab"], 1)
     check_arguments(
-        "memlm.data.tokenizer_training.get_tokenizer",
+        "memlm.data.tokenizer.get_tokenizer",
         {name: settings.get(name) for name in ("kind", "vocab_size", "path")},
         "data.tokenizer",
         ("corpus", "cache_dir", "also"),

@@ -41,7 +41,7 @@ class Stream(NamedTuple):
 def vocabulary(data: TextData, cfg: Continual) -> tuple[Any, dict[str, Any]]:
     """A tokenizer of words and symbols, and with it the text of ``data`` (``train``, ``val``) and ``symbols``."""
     from memlm.data.corpora.symbols import Symbols
-    from memlm.data.tokenizer_training import train_tokenizer
+    from memlm.data.tokenizer import train_tokenizer
     from memlm.data.tokens import tokenize
 
     symbols = Symbols(N_SYMBOL)

@@ -54,15 +54,17 @@ def _train(config: Mapping[str, Any], answer: Answer) -> float | None:
     from memlm.evaluation.summary import not_measured, summary
     from memlm.training.apart import job_overrides, run_apart, starts_processes
     from memlm.training.marks import Finished, mark_finished
-    from memlm.training.resume import check_text, find_in_sweep, find_origin
+    from memlm.training.resume import check_text, find_in_sweep, find_origin, refuse_other_run
     from memlm.training.settings import build_training, check_device, places_of_runs, plan_steps, sweep_dir
 
     config = settled(plan_steps(config))
     check_device(config)
     run = Path(config["paths"]["run_dir"])
     experiments, watched = runner.chosen(config), runner.watched(config["watch"])
-    corpus = build_corpus(config)
     sweep = sweep_dir()
+    if sweep is None and config["resume"] is None:
+        refuse_other_run(run, None)  # before minutes of reading text; once more where it is locked
+    corpus = build_corpus(config)
     answer.text = f"stopped before {run} began: give the command again"
     earlier = find_in_sweep(config, sweep) if sweep is not None and config["resume"] is None else None
     if isinstance(earlier, Finished):

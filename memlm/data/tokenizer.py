@@ -1,4 +1,4 @@
-"""Tokenizers of any kind, all in the `tokenizer.json` format of `tokenizers`: text to ids and back."""
+"""Tokenizers: characters, bytes, words or byte-level BPE, all in the `tokenizer.json` format of `tokenizers`."""
 
 from __future__ import annotations
 
@@ -15,20 +15,26 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from memlm.config import ConfigError
-from memlm.files import from_home, open_regular, parse_json
+from memlm.config import ConfigError, did_you_mean
+from memlm.files import checked_file, from_home, open_regular, parse_json, read_checked
 from memlm.printed import one_line
 
 if TYPE_CHECKING:
     import tokenizers
 
+    from memlm.data.corpora.base import Corpus
 
 log = logging.getLogger(__name__)
 
+KINDS = ("char", "byte", "word", "bpe")
 PAD, UNK = "<pad>", "<unk>"
+# Raise it when training changes: tokenizers trained before are then ignored.
+VERSION = 1
 
 # Characters encoded in one piece: the time that one string takes grows faster than its length.
 PIECE_CHARS = 10_000
+# Of a word that is longer than that, as the letters of a genome are, this many are trained on in one piece.
+_WORD_CHARS = 1_000
 # Characters on which it is measured whether a tokenizer keeps the text, and of a part of these.
 SAMPLE_CHARS, _PART_CHARS = 32_000, 2_000
 _HALF_WORD_BEFORE, _HALF_WORD_AFTER = re.compile(r"\A\S{1,200}(?=\s)"), re.compile(r"(?<=\s)\S{1,200}\Z")
@@ -43,8 +49,8 @@ MOST_IDS = 2**22
 """Ids of a vocabulary: the library counts them all, up to the largest."""
 
 # One character each; words and signs each with the space before them (so that joining tokens gives the text back).
-CHAR_PATTERN = r"[\s\S]"
-WORD_PATTERN = r" ?\w+(?:['\u2019]\w+)*| ?[^\w\s]|\s"
+_CHAR_PATTERN = r"[\s\S]"
+_WORD_PATTERN = r" ?\w+(?:['\u2019]\w+)*| ?[^\w\s]|\s"
 
 
 class Tokenizer:
@@ -124,11 +130,11 @@ class Tokenizer:
         texts = [_SURROGATE.sub("\ufffd", text) for text in texts]
         if self._adds_space:
             texts = [text[1:] if text[:1] == " " and not text[1:2].isspace() else text for text in texts]
-        cut = [list(pieces(text)) if self._cuttable else [text] for text in texts]
-        flat = [piece for row in cut for piece in row]
+        pieces = [list(_pieces(text)) if self._cuttable else [text] for text in texts]
+        flat = [piece for row in pieces for piece in row]
         with _refused("this tokenizer cannot encode the text ({}): use one that has a token for what it does not know"):
             encodings = iter(self._backend.encode_batch_fast(flat, add_special_tokens=False))
-        return [[i for _ in row for i in next(encodings).ids] for row in cut]
+        return [[i for _ in row for i in next(encodings).ids] for row in pieces]
 
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text of token ids; padding is left out."""
@@ -177,6 +183,74 @@ class Tokenizer:
         return hashlib.sha256(self._json.encode()).hexdigest()
 
 
+def train_tokenizer(kind: str, documents: Iterable[str], vocab_size: int) -> Tokenizer:
+    """Train a tokenizer; id 0 is always `<pad>`.
+
+    Args:
+        kind: `char`: every character of the documents, and `<unk>`. `byte`: the 256 bytes of UTF-8, lossless.
+            `word`: the most frequent words and signs, each with the space before it, and `<unk>`; text of known words
+            decodes exactly. `bpe`: byte-level byte-pair encoding as in GPT-2, lossless for any text.
+        documents: The training text.
+        vocab_size: Tokens of `word` and `bpe`, `<pad>` and `<unk>` counted. It is an upper bound: a small text
+            has fewer. `char` and `byte` ignore it.
+
+    Returns:
+        The trained tokenizer; the same documents give the same one.
+
+    Raises:
+        ConfigError: Unknown kind, too small a vocabulary, or no text.
+    """
+    _check_kind(kind)
+    least, most = {"word": 3, "bpe": 257}.get(kind, 0), 2**24
+    if not least <= vocab_size <= most:
+        raise ConfigError(f"vocab_size must be {least} to {most} for tokenizer kind {kind!r}, not {vocab_size}.")
+    train = {"char": _train_char, "byte": _train_byte, "word": _train_word, "bpe": _train_bpe}[kind]
+    return Tokenizer(train(documents, vocab_size))
+
+
+def get_tokenizer(
+    kind: str, vocab_size: int, path: str | None, corpus: Corpus, cache_dir: Path, also: Sequence[str] = ()
+) -> Tokenizer:
+    """Return the tokenizer that a config asks for: read from a file, taken from the cache, or trained.
+
+    Several processes may ask at once: files appear whole, and training is deterministic, so all get the same one.
+
+    Args:
+        kind: As in `train_tokenizer`.
+        vocab_size: As in `train_tokenizer`.
+        path: A `tokenizer.json` to use instead; `kind` and `vocab_size` then have no say.
+        corpus: Its train split is the training text.
+        cache_dir: Where trained tokenizers are kept.
+        also: More training text.
+
+    Returns:
+        The tokenizer.
+
+    Raises:
+        ConfigError: A setting is wrong, or `path` cannot be read.
+    """
+    if path is not None:
+        return Tokenizer.from_file(path)
+    _check_kind(kind)
+    if kind == "byte":
+        return train_tokenizer(kind, (), vocab_size)  # the same for any text, which may take seconds to be read
+    fingerprint = corpus.fingerprint()
+    if also:
+        fingerprint = hashlib.sha256("\0".join([fingerprint, *also]).encode()).hexdigest()
+    name = f"{kind}-{vocab_size}-v{VERSION}-{fingerprint[:32]}.json"
+    cached = Path(cache_dir) / "tokenizers" / name
+    if (content := read_checked(cached)) is not None:
+        try:
+            return Tokenizer.from_json(str(content, "utf-8"))
+        except ConfigError as error:  # of another version of the library
+            log.warning("training tokenizer %s again: the cached file cannot be read (%s)", name, error)
+    tokenizer = train_tokenizer(kind, [*corpus.documents("train"), *also], vocab_size)
+    with checked_file(cached) as file:
+        file.write(tokenizer.to_json().encode())
+    log.info("trained a %s tokenizer of %d tokens on %s", kind, tokenizer.vocab_size, corpus.name)
+    return tokenizer
+
+
 @contextmanager
 def _refused(told: str) -> Iterator[None]:
     """Tell what the library refuses as a `ConfigError`, with its words in the place of ``{}``."""
@@ -219,7 +293,14 @@ def _parts(value: Any) -> Iterator[tuple[Any, dict[str, Any]]]:
         yield from _parts(part)
 
 
-def pieces(text: str) -> Iterator[str]:
+def _check_kind(kind: str) -> None:
+    if kind not in KINDS:
+        raise ConfigError(
+            f"unknown tokenizer kind {kind!r}: expected one of {', '.join(KINDS)}.{did_you_mean(kind, KINDS)}"
+        )
+
+
+def _pieces(text: str) -> Iterator[str]:
     """Cut a text into pieces of about `PIECE_CHARS` characters, each but the first beginning with whitespace."""
     start = 0
     while len(text) - start > PIECE_CHARS:
@@ -238,7 +319,7 @@ def _is_cuttable(config: dict[str, Any]) -> bool:
         return False
     if before.get("type") == "ByteLevel":
         return before["use_regex"] and not before["add_prefix_space"]
-    return before.get("type") == "Split" and before["pattern"].get("Regex") in (CHAR_PATTERN, WORD_PATTERN)
+    return before.get("type") == "Split" and before["pattern"].get("Regex") in (_CHAR_PATTERN, _WORD_PATTERN)
 
 
 def _adds_space(config: dict[str, Any]) -> bool:
@@ -293,3 +374,90 @@ def _n_common(text: str, other: str) -> int:
         here = row & places.get(character, 0)
         row = ((row + here) | (row - here)) & everywhere
     return len(text) - row.bit_count()
+
+
+def _train_char(documents: Iterable[str], vocab_size: int) -> tokenizers.Tokenizer:
+    from tokenizers import decoders
+
+    characters: set[str] = set()
+    for document in documents:
+        characters.update(document)
+    if not characters:
+        raise ConfigError("a char tokenizer needs some text to train on; the documents are empty.")
+    backend = _word_level([PAD, UNK, *sorted(characters)], _CHAR_PATTERN)
+    backend.decoder = decoders.Fuse()
+    return backend
+
+
+def _train_word(documents: Iterable[str], vocab_size: int) -> tokenizers.Tokenizer:
+    from tokenizers import Regex, decoders, trainers
+
+    counter = _word_level([UNK], _WORD_PATTERN)
+    trainer = trainers.WordLevelTrainer(vocab_size=vocab_size - 2, min_frequency=1, show_progress=False)
+    counter.train_from_iterator(_training_pieces(documents), trainer)
+    vocab = counter.get_vocab()
+    if not vocab:
+        raise ConfigError("a word tokenizer needs some text to train on; the documents are empty.")
+    backend = _word_level([PAD, UNK, *sorted(vocab, key=vocab.__getitem__)], _WORD_PATTERN)
+    # An unknown word has lost its space: give it one, except at the start of a line or of the text.
+    backend.decoder = decoders.Sequence([decoders.Fuse(), decoders.Replace(Regex(rf"(?<=\S){UNK}"), f" {UNK}")])
+    return backend
+
+
+def _word_level(words: list[str], pattern: str) -> tokenizers.Tokenizer:
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+
+    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token=UNK))
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex(pattern), "isolated")
+    return backend
+
+
+def _train_byte(documents: Iterable[str], vocab_size: int) -> tokenizers.Tokenizer:
+    return _byte_level(_byte_letters(), [])
+
+
+def _train_bpe(documents: Iterable[str], vocab_size: int) -> tokenizers.Tokenizer:
+    from tokenizers import pre_tokenizers, trainers
+
+    backend = _byte_level(_byte_letters(), [])
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size - 1,  # one is <pad>
+        min_frequency=2,
+        show_progress=False,
+        special_tokens=[],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
+    backend.train_from_iterator(_training_pieces(documents), trainer)
+    model = json.loads(backend.to_str())["model"]
+    words = sorted((word for word in model["vocab"] if word != PAD), key=model["vocab"].__getitem__)
+    return _byte_level(words, [tuple(merge) for merge in model["merges"]])
+
+
+def _byte_level(words: list[str], merges: list[tuple[str, str]]) -> tokenizers.Tokenizer:
+    """Build a byte-level tokenizer with `<pad>` before `words`.
+
+    `<pad>` is a plain entry of the vocabulary, out of reach of the merges, and not a special token: a text in which the
+    letters "<pad>" happen to occur is encoded like any other.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    vocab = {word: i for i, word in enumerate([PAD, *words])}
+    backend = Tokenizer(models.BPE(vocab=vocab, merges=merges))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    return backend
+
+
+def _byte_letters() -> list[str]:
+    """Return the letter by which GPT-2 writes each byte 0..255: itself if it is visible, else one from 256 on."""
+    visible = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
+    hidden = [byte for byte in range(256) if byte not in visible]
+    return [chr(byte) if byte in visible else chr(256 + hidden.index(byte)) for byte in range(256)]
+
+
+def _training_pieces(documents: Iterable[str]) -> Iterator[str]:
+    for document in documents:
+        for piece in _pieces(document):
+            # Without a space in it: training takes time that grows with the square of the longest word.
+            step = max(len(piece), 1) if len(piece) <= PIECE_CHARS else _WORD_CHARS
+            yield from (piece[start : start + step] for start in range(0, len(piece), step))

@@ -200,7 +200,7 @@ def refuse_other_than_run(run: Path) -> None:
         ConfigError: Saying what it is instead, or which runs are below it.
     """
     if not run.exists():
-        raise ConfigError(f"there is no run at {run}")
+        raise ConfigError(f"there is no run at {run}: give the directory that training named")
     if not run.is_dir():
         raise ConfigError(f"{run} is a file: give the directory of a run")
     if _is_run(run):
@@ -208,7 +208,9 @@ def refuse_other_than_run(run: Path) -> None:
     below = [path.parent for pattern in ("*/.hydra", "*/*/.hydra") for path in run.glob(pattern)]
     if runs := sorted(filter(_is_run, below), key=lambda path: path.stat().st_mtime):
         raise ConfigError(f"{run} is no run, but holds {len(runs)}: give one of them, such as the newest, {runs[-1]}")
-    raise ConfigError(f"{run} is no run: expected a directory that train.py has made, with .hydra/config.yaml or csv/")
+    raise ConfigError(
+        f"{run} is no run: expected a directory that memlm train has made, with .hydra/config.yaml or csv/"
+    )
 
 
 def _is_run(folder: Path) -> bool:

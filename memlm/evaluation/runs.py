@@ -203,7 +203,7 @@ def find_runs(paths: Sequence[str | Path], trust: Trust = None) -> tuple[list[Ru
 def _expand(path: Path) -> list[Path]:
     """The directory itself, or those in it that are runs."""
     if not path.exists():
-        raise ConfigError(f"there is no run at {path}")
+        raise ConfigError(f"there is no run at {path}: give the directory that training named")
     if not path.is_dir():
         raise ConfigError(f"{path} is a file: give the directory of a run or of an evaluation")
 

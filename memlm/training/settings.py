@@ -217,7 +217,7 @@ def plan_steps(config: Mapping[str, Any]) -> Mapping[str, Any]:
     for name, node in config["memory"].items():
         if node.get("signals"):
             raise ConfigError(
-                f"memory.{name}.signals names {', '.join(node['signals'])}, but the data of train.py is text and has "
+                f"memory.{name}.signals names {', '.join(node['signals'])}, but the data of a run is text and has "
                 "none: leave it null (from Python, each call may bring some: model(ids, signals=...))"
             )
     _check_consolidation(config)

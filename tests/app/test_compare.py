@@ -55,7 +55,10 @@ def test_help_needs_nothing_slow_and_mistakes_are_a_sentence(tmp_path: Path) -> 
     )
     assert call("-c", probe).stdout.endswith("\nFalse\n")
     done = call(str(ROOT / "scripts/compare.py"), "no/such")
-    assert (done.returncode, done.stderr) == (2, "error: there is no run at no/such\n")
+    assert (done.returncode, done.stderr) == (
+        2,
+        "error: there is no run at no/such: give the directory that training named\n",
+    )
     assert not list(tmp_path.iterdir())
 
 

@@ -27,7 +27,7 @@ from memlm.training.logged import history_files
 from memlm.training.replay import Replay, build_replay
 from memlm.training.settings import Training, build_training, plan_steps
 from tests.models import bases
-from tests.training.small import curve, fit, overrides, write_text
+from tests.training.small import config, curve, fit, overrides, write_text
 from tests.training.test_fit import records
 
 pytestmark = pytest.mark.slow
@@ -59,6 +59,16 @@ def finish(process: subprocess.Popen[str], code: int = 0) -> tuple[str, str]:
 def cpu_seconds() -> float:
     usage = resource.getrusage(resource.RUSAGE_CHILDREN)
     return usage.ru_utime + usage.ru_stime
+
+
+def test_a_directory_that_holds_a_run_is_refused_before_text_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a/checkpoints").mkdir(parents=True)
+    (tmp_path / "a/checkpoints/step=3.ckpt").write_bytes(b"")
+    monkeypatch.setattr("memlm.assemble.build_corpus", lambda config: pytest.fail("text is read"))
+    with pytest.raises(ConfigError, match=r"a holds a run already: give another hydra.run.dir, or .* resume="):
+        main(config(tmp_path, "a"))
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import retrieval
+from benchmarks import retrieval_keys
 from benchmarks.candidates import Candidate
 from memlm.app import benchmark
 from memlm.compose import compose, to_dict
@@ -59,7 +59,7 @@ def test_keys_are_those_that_a_trained_model_writes(tmp_path: Path, monkeypatch:
     data = SimpleNamespace(tokens=lambda split: SimpleNamespace(tokens=text if split == "train" else text[::-1].copy()))
     monkeypatch.setattr(memlm.checkpoint, "load_run", lambda path, trust: (model, data))
     cache = str(tmp_path / "keys.pt")
-    keys = retrieval.trained_keys("RUN", [], 3000, 100, cache)
+    keys = retrieval_keys.trained_keys("RUN", [], 3000, 100, cache)
     assert (len(keys.key), len(keys.bias), len(keys.query)) == (3000, 3000, 100)
     torch.testing.assert_close(keys.key.norm(dim=1), torch.ones(3000))
     assert len(keys.key.unique(dim=0)) > 2900, "segments come twice"
@@ -73,10 +73,10 @@ def test_keys_are_those_that_a_trained_model_writes(tmp_path: Path, monkeypatch:
     nearest = (own @ keys.key.T).amax(dim=1)
     assert (nearest > 1 - 1e-4).float().mean() > 0.8  # all but those that a later segment settles
     monkeypatch.setattr(memlm.checkpoint, "load_run", None)
-    again = retrieval.trained_keys("RUN", [], 3000, 100, cache)
+    again = retrieval_keys.trained_keys("RUN", [], 3000, 100, cache)
     assert torch.equal(again.key, keys.key)
     with pytest.raises(ConfigError, match="remove it, or name another cache"):
-        retrieval.trained_keys("RUN", [], 3001, 100, cache)
+        retrieval_keys.trained_keys("RUN", [], 3001, 100, cache)
 
 
 def test_missing_faiss_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:

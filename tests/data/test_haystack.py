@@ -5,7 +5,7 @@ import pytest
 
 from memlm.config import ConfigError
 from memlm.data.haystack import Haystack, Told, sentences, weave
-from memlm.data.tokenizer_training import train_tokenizer
+from memlm.data.tokenizer import train_tokenizer
 
 TEXT = np.arange(1000, dtype=np.int32)
 

@@ -7,7 +7,7 @@ from memlm.data.curriculum import Curriculum
 from memlm.data.stream import TextStream, TrainingBatches, ValidationBatches
 from memlm.data.tasks.facts import Facts, plant
 from memlm.data.tasks.makers import FactMaker
-from memlm.data.tokenizer_training import train_tokenizer
+from memlm.data.tokenizer import train_tokenizer
 from memlm.data.tokens import TokenizedCorpus
 
 T = 8

@@ -7,7 +7,7 @@ from memlm import files
 from memlm.config import ConfigError
 from memlm.data import tokens as tokens_module
 from memlm.data.corpora.base import Corpus
-from memlm.data.tokenizer_training import train_tokenizer
+from memlm.data.tokenizer import train_tokenizer
 from memlm.data.tokens import TokenizedCorpus, tokenize
 
 BYTES = train_tokenizer("byte", [], 0)

@@ -217,7 +217,7 @@ def test_what_is_no_run_is_refused_in_a_sentence(tmp_path: Path, run: Path) -> N
     for name, told in {
         "missing": "there is no run at .*missing",
         "file": "file is a file: give the directory of a run",
-        "empty": "empty is no run: expected a directory that train.py has made",
+        "empty": "empty is no run: expected a directory that memlm train has made",
         "evaluation": "evaluation is no run",
         "quiet": "quiet keeps no metrics.csv.*: it was started without the logger csv; start it with logger=csv",
         "none": "none keeps no metrics.csv",

@@ -102,7 +102,7 @@ def test_what_is_no_run_is_told(trained: Path, tmp_path: Path) -> None:
         assert "\n" not in str(caught.value)
         return str(caught.value)
 
-    assert told("/no/such") == "there is no run at /no/such"
+    assert told("/no/such") == "there is no run at /no/such: give the directory that training named"
     assert "is a file: give the directory" in told(trained / "text.txt")
     assert f"there is no result in {trained / 'b'}: a run is measured at its end" in told(trained / "b")
     assert "there is no result in" in told(tmp_path)

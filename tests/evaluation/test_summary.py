@@ -17,7 +17,7 @@ from memlm.app.command_line import check_command_line
 from memlm.compose import compose, config_dir
 from memlm.config import ConfigError
 from memlm.data.tasks.makers import FactMaker
-from memlm.data.tokenizer_training import train_tokenizer
+from memlm.data.tokenizer import train_tokenizer
 from memlm.data.tokens import TokenizedCorpus
 from memlm.evaluation import runs
 from memlm.evaluation.recall.rates import CONDITIONS

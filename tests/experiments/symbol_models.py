@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from memlm.data.corpora.symbols import Symbols
-from memlm.data.tokenizer_training import train_tokenizer
+from memlm.data.tokenizer import train_tokenizer
 from memlm.data.tokens import TokenizedCorpus
 from memlm.memory.ltm import LongTermMemory
 from memlm.memory.stm import ShortTermMemory

@@ -11,7 +11,7 @@ import torch
 from experiments.babi import Babi, plot, run, summarise
 from memlm.config import ConfigError
 from memlm.data.tasks.babi import Babi as Task
-from memlm.data.tokenizer_training import train_tokenizer
+from memlm.data.tokenizer import train_tokenizer
 from memlm.data.tokens import TokenizedCorpus
 from memlm.evaluation.headline import headline
 from memlm.evaluation.recall.rates import CONDITIONS

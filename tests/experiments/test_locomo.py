@@ -13,7 +13,7 @@ import torch
 from experiments import locomo
 from experiments.locomo import Locomo, read_conversations
 from memlm.config import ConfigError
-from memlm.data.tokenizer_training import train_tokenizer
+from memlm.data.tokenizer import train_tokenizer
 from memlm.evaluation.headline import headline
 from memlm.memory.contract import Sizes
 from memlm.memory.knn import KnnMemory

@@ -18,7 +18,7 @@ from experiments.modern_facts.figures import plot
 from memlm.compose import compose
 from memlm.config import ConfigError
 from memlm.data.haystack import Haystack
-from memlm.data.tokenizer_training import train_tokenizer
+from memlm.data.tokenizer import train_tokenizer
 from memlm.data.tokens import TokenizedCorpus
 from memlm.evaluation.result import Result
 from memlm.evaluation.share import ALONE, Share

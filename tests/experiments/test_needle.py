@@ -21,7 +21,7 @@ from memlm.data.datamodule import TextData
 from memlm.data.stream import TrainingBatches
 from memlm.data.tasks.facts import Facts
 from memlm.data.tasks.makers import Fact, FactMaker
-from memlm.data.tokenizer_training import train_tokenizer
+from memlm.data.tokenizer import train_tokenizer
 from memlm.data.tokens import TokenizedCorpus
 from memlm.evaluation.headline import headline
 from memlm.evaluation.recall import reading

@@ -8,7 +8,7 @@ import torch
 from experiments import told
 from experiments.told.experiment import CONDITIONS, Fact, Told, facts_of, says
 from memlm.config import ConfigError
-from memlm.data.tokenizer_training import train_tokenizer
+from memlm.data.tokenizer import train_tokenizer
 from memlm.evaluation.headline import headline
 from tests.store.test_conversation import reader
 from tests.store.test_operations import build

@@ -18,7 +18,7 @@ from experiments.worth.kinds import common_words, kinds_of
 from experiments.worth.settings import CONDITIONS, KINDS
 from memlm.compose import compose
 from memlm.config import ConfigError
-from memlm.data.tokenizer_training import train_tokenizer
+from memlm.data.tokenizer import train_tokenizer
 from memlm.data.tokens import TokenizedCorpus
 from memlm.evaluation.headline import headline
 from memlm.evaluation.result import Result

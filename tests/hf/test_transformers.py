@@ -15,7 +15,7 @@ from torch import Tensor
 from memlm import checkpoint
 from memlm.assemble import build_model
 from memlm.config import ConfigError
-from memlm.data.tokenizer_training import train_tokenizer
+from memlm.data.tokenizer import train_tokenizer
 from tests.experiments.tiny import MEMORIES
 from tests.models import bases
 

@@ -127,7 +127,7 @@ def _described(damage: Callable[[bytes], bytes]) -> None:
 def _cache(which: str, damage: Callable[[bytes], bytes]) -> None:
     """Tokens or a tokenizer from a damaged cache are those that are made anew."""
     from memlm.data.corpora.files import TextFiles
-    from memlm.data.tokenizer_training import get_tokenizer
+    from memlm.data.tokenizer import get_tokenizer
     from memlm.data.tokens import tokenize
 
     base = TextFiles(str(_trained()[0] / "text.txt"))
@@ -150,7 +150,7 @@ def _cache(which: str, damage: Callable[[bytes], bytes]) -> None:
 
 def _cut_in_use() -> None:
     from memlm.data.corpora.files import TextFiles
-    from memlm.data.tokenizer_training import train_tokenizer
+    from memlm.data.tokenizer import train_tokenizer
     from memlm.data.tokens import tokenize
 
     found = tokenize(TextFiles(str(_trained()[0] / "text.txt")), train_tokenizer("byte", [], 0), "train", Path("cache"))

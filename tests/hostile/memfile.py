@@ -20,8 +20,7 @@ from memlm.analysis.filling import analyze_memory_capacity
 from memlm.analysis.flow import memory_flow
 from memlm.analysis.flow_figure import visualize_memory_flow
 from memlm.config import ConfigError
-from memlm.data.tokenizer import Tokenizer
-from memlm.data.tokenizer_training import train_tokenizer
+from memlm.data.tokenizer import Tokenizer, train_tokenizer
 from memlm.memory.records import MANY
 from memlm.store import memory_file
 from memlm.store.conversation import Conversation

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from memlm.data.tokenizer_training import train_tokenizer
+from memlm.data.tokenizer import train_tokenizer
 from tests.hostile.base import CANARY, CHECKOUT, Answer, Case, command
 
 Change = Callable[[Path], object]

@@ -9,7 +9,7 @@ import torch
 from tokenizers import processors
 
 from memlm.assemble import build_model, build_tokenizer, settled
-from memlm.data.tokenizer_training import train_tokenizer
+from memlm.data.tokenizer import train_tokenizer
 
 FAMILIES = ("llama", "qwen2", "qwen3", "gpt2", "gpt_neox", "gemma", "mistral")
 N_VOCAB = 40

@@ -11,7 +11,7 @@ import torch
 
 from memlm.app import chat
 from memlm.config import ConfigError
-from memlm.data.tokenizer_training import train_tokenizer
+from memlm.data.tokenizer import train_tokenizer
 from memlm.store.conversation import HELP, Answer, Conversation, found_for
 from memlm.store.remembered import Remembered
 from tests.store.test_operations import build

@@ -21,8 +21,7 @@ from torch import Tensor
 
 from memlm.assemble import build_model
 from memlm.config import ConfigError
-from memlm.data.tokenizer import Tokenizer
-from memlm.data.tokenizer_training import train_tokenizer
+from memlm.data.tokenizer import Tokenizer, train_tokenizer
 from memlm.memory import state as states
 from memlm.memory.records import MANY
 from memlm.store import memory_file

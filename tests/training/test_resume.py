@@ -122,8 +122,9 @@ def test_other_settings_are_refused(tmp_path: Path) -> None:
     }.items():
         with pytest.raises(ConfigError, match=told):
             fit(config(tmp_path, "b", f"resume={tmp_path / 'a'}", more))
-    with pytest.raises(ConfigError, match=r"other settings: memory is stm here, ltm there\. Give the settings of"):
-        fit(config(tmp_path, "b", f"resume={tmp_path / 'a'}", memory="stm"))  # each memory is named once
+    with pytest.raises(ConfigError, match="other settings: memory is stm here, ltm there") as error:
+        fit(config(tmp_path, "b", f"resume={tmp_path / 'a'}", memory="stm"))
+    assert "memory.ltm" not in str(error.value)  # not each of its settings
     # how it is computed may change
     free = ["data.n_worker=2", "model.gradient_checkpointing=true", "trainer.precision=bf16-mixed", "name=x"]
     assert find_origin(str(tmp_path / "a"), config(tmp_path, "c", *free), []) is not None

@@ -11,7 +11,7 @@ import pytest
 from memlm.config import ConfigError
 from memlm.data import tokens
 from memlm.data.corpora import streamed
-from memlm.data.tokenizer_training import train_tokenizer
+from memlm.data.tokenizer import train_tokenizer
 from memlm.data.tokens import tokenize_file
 
 BOOKS = ["It was a dark night. " * 30, "Call me Ishmael. " * 40, "The end."]

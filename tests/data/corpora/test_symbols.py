@@ -14,8 +14,7 @@ from memlm.data.stream import TrainingBatches
 from memlm.data.tasks.mqar import MQAR
 from memlm.data.tasks.pairs import Pairs
 from memlm.data.tasks.sorting import Sorting
-from memlm.data.tokenizer import Tokenizer
-from memlm.data.tokenizer_training import get_tokenizer, train_tokenizer
+from memlm.data.tokenizer import Tokenizer, get_tokenizer, train_tokenizer
 from memlm.data.tokens import TokenizedCorpus, tokenize
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from memlm.config import ConfigError
 from memlm.data.tasks.babi import N_WORD, TASKS, Babi, Story
-from memlm.data.tokenizer_training import train_tokenizer
+from memlm.data.tokenizer import train_tokenizer
 from memlm.data.tokens import TokenizedCorpus
 
 T = 128

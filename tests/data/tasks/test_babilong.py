@@ -11,8 +11,7 @@ from memlm.assemble import build_tokenizer
 from memlm.config import ConfigError
 from memlm.data.haystack import Haystack, sentences
 from memlm.data.tasks.babilong import BabiLong, Sample, is_right, latest, load, parse, spread, told_by_one
-from memlm.data.tokenizer import Tokenizer
-from memlm.data.tokenizer_training import train_tokenizer
+from memlm.data.tokenizer import Tokenizer, train_tokenizer
 from memlm.data.tokens import TokenizedCorpus
 
 PLACES = ["kitchen", "garden", "office"]

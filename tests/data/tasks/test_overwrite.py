@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from memlm.data.tasks.overwrite import Overwrite, retell
-from memlm.data.tokenizer_training import train_tokenizer
+from memlm.data.tokenizer import train_tokenizer
 from memlm.data.tokens import TokenizedCorpus
 
 T = 64

@@ -8,8 +8,7 @@ import pytest
 
 from memlm.config import ConfigError
 from memlm.data.tasks.ruler import GENERATORS, NOISE, Encoded, Ruler, found
-from memlm.data.tokenizer import Tokenizer
-from memlm.data.tokenizer_training import train_tokenizer
+from memlm.data.tokenizer import Tokenizer, train_tokenizer
 from memlm.data.tokens import TokenizedCorpus
 
 NEEDLE = re.compile(r"One of the special magic numbers for ([a-z]+-[a-z]+) is: (\d{7})\.")

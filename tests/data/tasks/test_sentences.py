@@ -10,7 +10,7 @@ from memlm.config import ConfigError
 from memlm.data.tasks.facts import Facts, plant
 from memlm.data.tasks.makers import FactMaker, SentenceMaker
 from memlm.data.tasks.sentences import LEVELS, RELATIONS, write
-from memlm.data.tokenizer_training import train_tokenizer
+from memlm.data.tokenizer import train_tokenizer
 from memlm.data.tokens import TokenizedCorpus
 
 SEGMENT_LEN = 64
