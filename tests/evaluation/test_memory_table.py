@@ -28,7 +28,7 @@ def trained(
     every = [*found, Result("training", {"flops_per_token": 700.0, "train/loss": 3.0})]
     return SimpleNamespace(
         path=Path("run"),
-        trained=SimpleNamespace(config=config, checkpoint="run/checkpoints/a.ckpt", step=10, **costs),
+        trained=SimpleNamespace(config=config, checkpoint="run/checkpoints/a.ckpt", memory={}, step=10, **costs),
         results={r.name: r for r in every},
     )
 
