@@ -33,7 +33,7 @@ from memlm.files import from_home, parse_json
 from memlm.memory.slots import Slots
 from memlm.models.base import LanguageModel, placed
 from memlm.retrieval.bm25 import Bm25
-from memlm.statistics import mean_interval
+from memlm.statistics import interval
 
 if TYPE_CHECKING:
     from memlm.data.datamodule import TextData
@@ -327,9 +327,9 @@ def summarise(rows: Sequence[Row]) -> dict[str, float]:
                 continue
             metrics[f"n{suffix}"] = len(part)
             for k in KS:
-                mean, half = mean_interval(row[f"recall@{k}"] for row in part)
-                metrics |= {f"recall@{k}/{name}{suffix}": mean, f"low@{k}/{name}{suffix}": max(mean - half, 0.0)}
-                metrics |= {f"high@{k}/{name}{suffix}": min(mean + half, 1.0)}
+                mean, low, high = interval((row[f"recall@{k}"] for row in part), 0.0, 1.0)
+                metrics |= {f"recall@{k}/{name}{suffix}": mean, f"low@{k}/{name}{suffix}": low}
+                metrics |= {f"high@{k}/{name}{suffix}": high}
     return metrics
 
 

@@ -34,7 +34,7 @@ from memlm.evaluation.result import Result, Row, check_settings, evaluating
 from memlm.evaluation.share import ALONE, Share
 from memlm.memory import state as states
 from memlm.models.base import LanguageModel
-from memlm.statistics import mean_interval, wilson
+from memlm.statistics import interval, wilson
 
 if TYPE_CHECKING:
     from memlm.data.datamodule import TextData
@@ -209,9 +209,8 @@ def summarise(rows: Sequence[Row], n_byte: int, n_value: int) -> dict[str, float
 def _rate(rows: Sequence[Row], name: str) -> dict[str, float]:
     """Mean accuracy of documents and its interval; that of Wilson if they are all alike."""
     rates = [row["right"] / row["n_pair"] for row in rows]
-    mean, half = mean_interval(rates)
-    low, high = max(mean - half, 0.0), min(mean + half, 1.0)
-    if not half:
+    mean, low, high = interval(rates, 0.0, 1.0)
+    if low == high:
         low, high = wilson(mean * len(rates), len(rates))
     numbers = {"accuracy": mean, "low": low, "high": high, "n": len(rates)}
     return {f"{key}/{name}": float(number) for key, number in numbers.items()}

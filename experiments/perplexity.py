@@ -203,7 +203,7 @@ def summarise(rows: Sequence[Row]) -> dict[str, float]:
         if part:
             n_token = sum(row["n_token"] for row in part.values())
             nll = math.fsum(row["nll"] * row["n_token"] for row in part.values()) / n_token
-            metrics |= {f"nll/{name}": nll, f"perplexity/{name}": math.exp(nll) if nll < 700 else math.inf}
+            metrics |= {f"nll/{name}": nll, f"perplexity/{name}": math.inf if nll >= 700 else math.exp(nll)}
             metrics |= {"n_token": n_token, "n_document": len(part)}
     for name in CONDITIONS:
         if name == "on" or not parts["on"] or not parts[name]:

@@ -42,7 +42,7 @@ from memlm.evaluation.recall.reading import device_of, n_row_of
 from memlm.evaluation.result import Result, Row, check_settings, evaluating
 from memlm.evaluation.share import ALONE, Share
 from memlm.models.base import LanguageModel
-from memlm.statistics import mean_interval, wilson
+from memlm.statistics import interval, wilson
 
 if TYPE_CHECKING:
     from memlm.data.datamodule import TextData
@@ -288,8 +288,7 @@ def _spread(name: str, condition: str, values: Sequence[float]) -> dict[str, flo
     """Mean over documents and its interval, as far as the measure goes."""
     if not values:
         return {}
-    mean, half = mean_interval(values)
-    low, high = np.clip([mean - half, mean + half], -1 if name == "tau" else 0, 1).tolist()
+    mean, low, high = interval(values, -1.0 if name == "tau" else 0.0, 1.0)
     return {f"{name}/{condition}": mean, f"{name}_low/{condition}": low, f"{name}_high/{condition}": high}
 
 

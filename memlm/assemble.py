@@ -149,7 +149,7 @@ def build_tokenizer(config: Mapping[str, Any], corpus: Corpus | None = None) -> 
         "memlm.data.tokenizer.get_tokenizer",
         {name: settings.get(name) for name in ("kind", "vocab_size", "path")},
         "data.tokenizer",
-        ("corpus", "cache_dir"),
+        ("corpus", "cache_dir", "also"),
     )
     own = own_tokenizer(config)
     if own is not None:
@@ -161,8 +161,21 @@ def build_tokenizer(config: Mapping[str, Any], corpus: Corpus | None = None) -> 
             )
         return own
     return get_tokenizer(
-        settings["kind"], settings["vocab_size"], settings["path"], corpus or build_corpus(config), _cache(config)
+        settings["kind"],
+        settings["vocab_size"],
+        settings["path"],
+        corpus or build_corpus(config),
+        _cache(config),
+        [] if settings["path"] is not None else _text_of_task(config),
     )
+
+
+def _text_of_task(config: Mapping[str, Any]) -> list[str]:
+    """What ``config["curriculum"]`` trains on beside the text: see `Task.own_text`."""
+    node = config["curriculum"].get("task")
+    kind = target_of(node, "curriculum.task") if isinstance(node, dict) and "_target_" in node else None
+    own_text = getattr(kind, "own_text", None)
+    return [] if own_text is None else own_text(node)
 
 
 def own_tokenizer(config: Mapping[str, Any]) -> Tokenizer | None:

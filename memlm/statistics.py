@@ -40,6 +40,23 @@ def mean_interval(values: Iterable[float]) -> tuple[float, float]:
     return mean, quantile * deviation / math.sqrt(len(values))
 
 
+def interval(values: Iterable[float], least: float = -math.inf, most: float = math.inf) -> tuple[float, float, float]:
+    """Mean and the ends of its 95 % Student-t interval, as far as the measure goes.
+
+    Args:
+        values: One per seed or document.
+        least: Smallest value that there can be, such as 0 for a rate.
+        most: Greatest one.
+
+    Returns:
+        The mean, the lower and the upper end; both ends of a single value are NaN.
+    """
+    mean, half = mean_interval(values)
+    if math.isnan(half):
+        return mean, math.nan, math.nan
+    return mean, max(mean - half, least), min(mean + half, most)
+
+
 def ratio_interval(weights: Sequence[float] | np.ndarray, values: Sequence[float] | np.ndarray) -> tuple[float, float]:
     """Weighted mean and half the width of its 95 % interval.
 

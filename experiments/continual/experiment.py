@@ -40,7 +40,7 @@ from experiments.continual.training import train
 from memlm.config import ConfigError
 from memlm.evaluation.result import Result, Row
 from memlm.models.base import LanguageModel
-from memlm.statistics import mean_interval
+from memlm.statistics import interval
 
 if TYPE_CHECKING:
     from memlm.data.datamodule import TextData
@@ -56,6 +56,7 @@ SCORES = {
 
 
 """Metrics of a matrix, by what they are called."""
+_RATES = ("final", "learned", "final_off")  # the others are differences of rates
 
 
 def run(
@@ -113,7 +114,7 @@ def run(
     metrics = summarise(rows) | efficiency(curves, cfg)
     for condition in cfg.conditions:
         counts = [float(trained.merged) for (other, _), trained in runs.items() if other == condition]
-        metrics |= _over_seeds("merged", condition, counts)
+        metrics |= _over_seeds("merged", condition, counts, 0.0, math.inf)
     metadata = {
         "settings": asdict(cfg),
         "memory": {name: model.config["memory"][name] for name in model.config["memory"]},
@@ -163,7 +164,8 @@ def summarise(rows: Sequence[Row]) -> dict[str, float]:
         seeds = list(dict.fromkeys(row["seed"] for row in rows if row["condition"] == condition))
         every = [scores(matrix(rows, condition, s), matrix(rows, condition, s, "accuracy_off")) for s in seeds]
         for name in SCORES:
-            metrics |= _over_seeds(name, condition, [float(found[name]) for found in every])
+            least = 0.0 if name in _RATES else -1.0
+            metrics |= _over_seeds(name, condition, [float(found[name]) for found in every], least, 1.0)
         last = max(row["after"] for row in rows)
         for task in dict.fromkeys(row["task"] for row in rows):
             values = [
@@ -194,7 +196,7 @@ def efficiency(curves: Mapping[str, Any], cfg: Continual) -> dict[str, float]:
                 values = [each[i] for each in saved]
                 metrics[f"{name}/{condition}/{task}"] = float(np.mean(values))
                 if task == cfg.tasks[0]:
-                    metrics |= _over_seeds(name, condition, values)
+                    metrics |= _over_seeds(name, condition, values, -math.inf, 1.0)
     return metrics
 
 
@@ -218,10 +220,10 @@ def saving(plain: Sequence[Sequence[float]], other: Sequence[Sequence[float]]) -
     return 1 - own_steps / steps, 1 - own_rows / rows
 
 
-def _over_seeds(name: str, condition: str, values: Sequence[float]) -> dict[str, float]:
-    mean, half = mean_interval(values)
+def _over_seeds(name: str, condition: str, values: Sequence[float], least: float, most: float) -> dict[str, float]:
+    mean, low, high = interval(values, least, most)
     key = f"{name}/{condition}"
-    return {key: mean, f"low_{key}": mean - half, f"high_{key}": mean + half, f"n_{key}": len(values)}
+    return {key: mean, f"low_{key}": low, f"high_{key}": high, f"n_{key}": len(values)}
 
 
 def _headline(metrics: Mapping[str, float], cfg: Continual) -> list[dict[str, Any]]:

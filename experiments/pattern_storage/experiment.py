@@ -47,7 +47,7 @@ from memlm.evaluation.recall.haystack import Document
 from memlm.evaluation.recall.rates import CONDITIONS
 from memlm.evaluation.result import Result, Row, check_settings, evaluating
 from memlm.models.base import LanguageModel
-from memlm.statistics import mean_interval, wilson
+from memlm.statistics import interval, wilson
 from memlm.training.loss import token_nll
 
 if TYPE_CHECKING:
@@ -306,8 +306,8 @@ def summarise(rows: Sequence[Row]) -> dict[str, float]:
             if found:
                 key, values = f"similarity_{name}{suffix}", [row[name] for row in found]
                 by_document = _by_document(found, name)
-                mean, half = mean_interval(by_document)
-                metrics |= {key: mean, f"low/{key}": mean - half, f"high/{key}": mean + half}
+                mean, low, high = interval(by_document, -1.0, 1.0)
+                metrics |= {key: mean, f"low/{key}": low, f"high/{key}": high}
                 metrics |= {f"sd/{key}": float(np.std(values)), "n/similarity": len(by_document)}
     return metrics
 
@@ -316,10 +316,10 @@ def rates_of(rows: Sequence[Row], name: str) -> dict[str, float]:
     """Metrics of one condition."""
     k, n = math.fsum(row["top1"] for row in rows), len(rows)
     low, high = wilson(min(k, n), n)
-    mean, half = mean_interval(_by_document(rows, "reciprocal_rank"))
+    mean, *ends = interval(_by_document(rows, "reciprocal_rank"), 0.0, 1.0)
     metrics = {
         f"top1/{name}": k / n, f"low/top1/{name}": low, f"high/top1/{name}": high, f"n/{name}": n,
-        f"mrr/{name}": mean, f"low/mrr/{name}": max(mean - half, 0.0), f"high/mrr/{name}": min(mean + half, 1.0),
+        f"mrr/{name}": mean, f"low/mrr/{name}": ends[0], f"high/mrr/{name}": ends[1],
         f"evidence/{name}": math.fsum(row["evidence"] for row in rows) / n,
     }  # fmt: skip
     if "likelihood_top1" in rows[0]:

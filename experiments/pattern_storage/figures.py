@@ -14,7 +14,7 @@ from memlm.analysis.style import CONTROLS, PALETTE, style
 from memlm.evaluation.recall.figures import draw_interval
 from memlm.evaluation.recall.rates import CONDITIONS
 from memlm.evaluation.result import Result, Row
-from memlm.statistics import mean_interval
+from memlm.statistics import interval
 
 _COLORS = dict(zip(CONDITIONS, ("blue", "vermillion", "purple", "orange", "green"), strict=True))
 
@@ -129,11 +129,11 @@ def _similarities(result: Result) -> Figure:
                         continue
                     for column, what, dash in (("", "its own text", "-"), ("_other", "another document's text", ":")):
                         x = sorted({row["token"] for row in mine})
-                        found = [mean_interval(r[kind + column] for r in mine if r["token"] == t) for t in x]
-                        y, half = np.array(found).T
+                        found = [interval((r[kind + column] for r in mine if r["token"] == t), -1.0, 1.0) for t in x]
+                        y, low, high = np.array(found).T
                         axes.plot(x, y, color=color, linestyle=dash, label=f"{model} model, {what}")
                         if not column:
-                            axes.fill_between(x, y - half, y + half, color=color, alpha=0.15, linewidth=0)
+                            axes.fill_between(x, low, high, color=color, alpha=0.15, linewidth=0)
                 axes.axhline(0, color=PALETTE["black"], linewidth=1)
                 axes.set_title(f"{label}: {'mean' if kind == 'mean' else 'maximum'} over slots")
                 axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))

@@ -39,7 +39,7 @@ from memlm.evaluation.recall.asking import question
 from memlm.evaluation.recall.haystack import Document
 from memlm.evaluation.result import Result, Row, evaluating
 from memlm.models.base import LanguageModel
-from memlm.statistics import effective, mean_interval
+from memlm.statistics import effective, interval
 from memlm.training.loss import token_nll
 
 if TYPE_CHECKING:
@@ -298,7 +298,7 @@ def summarise(rows: Sequence[Row]) -> dict[str, float]:
         for bank in dict.fromkeys(row["bank"] for row in use):
             for column in USE:
                 part = [row[column] for row in use if row["bank"] == bank]
-                metrics |= _interval(f"{column}/{bank}{suffix}", part)
+                metrics |= _interval(f"{column}/{bank}{suffix}", part, -1.0 if column.startswith("cosine") else 0.0)
         ablation = [row for row in mine if row["kind"] == "ablation"]
         shares = sorted({row["share"] for row in ablation})
         for probe in PROBES:
@@ -314,10 +314,10 @@ def summarise(rows: Sequence[Row]) -> dict[str, float]:
     return metrics
 
 
-def _interval(name: str, values: Sequence[float]) -> dict[str, float]:
+def _interval(name: str, values: Sequence[float], least: float = -math.inf) -> dict[str, float]:
     """A mean over documents with its 95 % interval."""
-    mean, half = mean_interval(values)
-    return {name: mean, f"low/{name}": mean - half, f"high/{name}": mean + half}
+    mean, low, high = interval(values, least)
+    return {name: mean, f"low/{name}": low, f"high/{name}": high}
 
 
 def _headline(metrics: Mapping[str, float], shapes: Mapping[str, int], share: float) -> list[dict[str, Any]]:

@@ -6,11 +6,13 @@ text, right before it, and the model answers in its own words. An answer counts 
 whole words, in any case.
 
 ``facts=people`` are 100 sentences about ten people, the same ten in five conversations. Each conversation has two about
-each of them, so that a name alone does not lead to the sentence. ``facts=modern`` are those of
-`experiments.modern_facts`, told with their false values: a model that answers what it knows is wrong.
+each of them, so that a name alone does not lead to the sentence. ``facts=development`` are 100 of other kinds about ten
+others: settings are chosen on these. ``facts=modern`` are those of `experiments.modern_facts`, told with their false
+values: a model that answers what it knows is wrong.
 
 Controls: memory off, a memory that was wiped, that of another conversation, and one from which the sentence in
-question was forgotten, so that it is as if it was never told (law 12).
+question was forgotten, so that it is as if it was never told (law 12). Beside them stands what the base answers if the
+sentence alone is given to it, as if memory had found it and nothing else.
 
 Shapes: B rows, L tokens of a question.
 """
@@ -45,7 +47,7 @@ from memlm.store.kept import holds
 if TYPE_CHECKING:
     from memlm.data.datamodule import TextData
 
-CONDITIONS = {"on": "memory on", **CONTROLS}
+CONDITIONS = {"on": "memory on", **CONTROLS, "given": "the sentence alone, given"}
 """What is measured, and how it is called."""
 
 
@@ -54,7 +56,7 @@ class Told:
     """Settings.
 
     Attributes:
-        facts: ``people``, or ``modern`` for the false values of `experiments.modern_facts`.
+        facts: ``people``, ``development``, or ``modern`` for the false values of `experiments.modern_facts`.
         n_conversation: Memories that the sentences are told to; at least 2, as one is the other's control. The first
             sentences of the file, as many as can be dealt out evenly.
         n_fact: Sentences that are told, at most.
@@ -66,7 +68,7 @@ class Told:
         ConfigError: If a setting cannot work.
     """
 
-    facts: Literal["people", "modern"] = "people"
+    facts: Literal["people", "development", "modern"] = "people"
     n_conversation: int = 5
     n_fact: int = 100
     recall: int = 3
@@ -75,8 +77,8 @@ class Told:
 
     def __post_init__(self) -> None:
         check_settings(self, {"n_conversation": 2, "recall": 1, "n_new": 1, "n_row": 1})
-        if self.facts not in ("people", "modern"):
-            raise ConfigError(f"told.facts must be people or modern, got {self.facts!r}")
+        if self.facts not in ("people", "development", "modern"):
+            raise ConfigError(f"told.facts must be people, development or modern, got {self.facts!r}")
         if self.n_fact < self.n_conversation:
             raise ConfigError(f"told.n_fact must be at least told.n_conversation, got {self.n_fact}")
 
@@ -91,14 +93,14 @@ class Fact(NamedTuple):
 
 def facts_of(cfg: Told) -> list[list[Fact]]:
     """The facts of each conversation."""
-    if cfg.facts == "people":
-        with open(Path(__file__).with_name("people.csv"), encoding="utf-8", newline="") as file:
-            facts = [Fact(row["told"], row["question"], row["value"]) for row in csv.DictReader(file)]
-    else:
+    if cfg.facts == "modern":
         facts = [
             Fact(f"{row['cue']} {row['counterfactual']}.", row["question"], row["counterfactual"])
             for row in rows_of_file()
         ]
+    else:
+        with open(Path(__file__).with_name(f"{cfg.facts}.csv"), encoding="utf-8", newline="") as file:
+            facts = [Fact(row["told"], row["question"], row["value"]) for row in csv.DictReader(file)]
     n_each = min(cfg.n_fact, len(facts)) // cfg.n_conversation
     return [facts[i * n_each : (i + 1) * n_each] for i in range(cfg.n_conversation)]
 
@@ -165,6 +167,7 @@ def run(
 
 
 def _line(name: str, label: str) -> dict[str, Any]:
+    claim = name not in CONTROLS
     return {
         "label": "answered in other words" if name == "on" else label,
         "metric": f"answered/{name}",
@@ -172,8 +175,8 @@ def _line(name: str, label: str) -> dict[str, Any]:
         "high": f"answered_high/{name}",
         "n": f"n/{name}",
         "percent": True,
-        "better": "higher" if name == "on" else "lower",
-        "control": name != "on",
+        "better": "higher" if claim else "lower",
+        "control": not claim,
     }
 
 
@@ -194,13 +197,14 @@ def _measure(model: SegmentModel, facts: Sequence[Sequence[Fact]], number: int, 
         asked.append(_Question("unseen", number, fact, mine, _texts(_without(told, mine), fact, cfg)))
         asked.append(_Question("wiped", number, fact, every, _texts(emptied, fact, cfg)))
         asked.append(_Question("off", number, fact, every, []))
+        asked.append(_Question("given", number, fact, every, [fact.told]))
     asked += [_Question("swapped", before, fact, [], _texts(told, fact, cfg)) for fact in facts[before]]
     rows = []
     for condition in CONDITIONS:
         part = [one for one in asked if one.condition == condition]
         for begin in range(0, len(part), cfg.n_row):
             some = part[begin : begin + cfg.n_row]
-            for one, answer in zip(some, _answers(told, some, cfg, condition != "off"), strict=True):
+            for one, answer in zip(some, _answers(told, some, cfg, condition not in ("off", "given")), strict=True):
                 about = {"condition": condition, "conversation": one.conversation, **one.fact._asdict()}
                 about |= {"found": one.fact.told in one.found, "answer": answer}
                 rows.append(about | {"correct": says(answer, one.fact.value)})
@@ -277,7 +281,8 @@ def plot(result: Result) -> dict[str, Figure]:
             rate, low, high = (
                 result.metrics[f"{part}/{name}"] for part in ("answered", "answered_low", "answered_high")
             )
-            axes.barh(y, rate, height=0.6, color=PALETTE["blue" if name == "on" else "orange"])
+            colour = {"on": "blue", "given": "sky"}.get(name, "orange")
+            axes.barh(y, rate, height=0.6, color=PALETTE[colour])
             bounds = [[max(rate - low, 0)], [max(high - rate, 0)]]
             axes.errorbar(rate, y, xerr=bounds, color=PALETTE["black"], capsize=2, linewidth=1.0, clip_on=False)
         axes.set_yticks(range(len(names)), [CONDITIONS[name] for name in names])

@@ -30,6 +30,8 @@ from memlm.training.loss import token_nll
 if TYPE_CHECKING:
     from memlm.data.datamodule import TextData
 
+_WIDEST = math.log(10)  # half an interval in nats; if it is wider, perplexity is not even known to a factor of 10
+
 
 def run(
     model: LanguageModel,
@@ -165,9 +167,11 @@ def summarise(rows: Sequence[Row]) -> dict[str, float]:
         in nats per token (below 0 memory helps) with its interval.
 
         ``worth/on``: the share of perplexity that memory saves, 1 - perplexity on / off, with ``worth_low/on`` and
-        ``worth_high/on``; ``worth/wiped`` and ``worth/swapped`` are the same for these controls. All of that also ends
-        in ``/<kind>`` and ``/from<place>``, for these tokens alone, with ``n_token/...``; ``share/<kind>`` is the share
-        of tokens and ``gain/<kind>`` what these tokens contribute to the nats that are saved.
+        ``worth_high/on``; ``worth/wiped`` and ``worth/swapped`` are the same for these controls. Intervals of worth and
+        perplexity are NaN where documents are too few for one: a single document, or ends farther away than a factor of
+        10. All of that also ends in ``/<kind>`` and ``/from<place>``, for these tokens alone, with ``n_token/...``;
+        ``share/<kind>`` is the share of tokens and ``gain/<kind>`` what these tokens contribute to the nats that are
+        saved.
     """
     metrics = _of_part(rows, "")
     for kind in KINDS:
@@ -202,21 +206,32 @@ def _of_part(rows: Sequence[Row], suffix: str) -> dict[str, float]:
 
     for name in CONDITIONS:
         middle, half = ratio_interval(count, mean[name])
-        ends = [middle - half, middle, middle + half]
-        add("nll", f"{name}{suffix}", ends)
-        add("perplexity", f"{name}{suffix}", [math.exp(end) if end < 700 else math.inf for end in ends])
+        add("nll", f"{name}{suffix}", _ends(middle, half))
+        ends = _ends(middle, half, _WIDEST)
+        add("perplexity", f"{name}{suffix}", [math.inf if end >= 700 else math.exp(end) for end in ends])
         if name != "on":
             middle, half = ratio_interval(count, mean["on"] - mean[name])
-            add("difference", f"on-{name}{suffix}", [middle - half, middle, middle + half])
+            add("difference", f"on-{name}{suffix}", _ends(middle, half))
         if name != "off":
             middle, half = ratio_interval(count, mean[name] - mean["off"])
-            add("worth", f"{name}{suffix}", [1 - math.exp(end) for end in (middle - half, middle, middle + half)])
+            add("worth", f"{name}{suffix}", [1 - math.exp(end) for end in _ends(middle, half, _WIDEST)])
     return metrics
+
+
+def _ends(middle: float, half: float, widest: float = math.inf) -> list[float]:
+    """A value between the ends of its interval, which are NaN if half of that is wider."""
+    half = half if half <= widest else math.nan
+    return [middle - half, middle, middle + half]
 
 
 def says(metrics: Mapping[str, float], distance: int) -> str:
     """What memory is for, in a sentence or two."""
     worth, low, high = (metrics[f"worth{end}/on"] for end in ("", "_low", "_high"))
+    if math.isnan(low):
+        return (
+            f"What memory is worth cannot be told: {metrics['n_document']:.0f} documents are too few for an interval "
+            f"({_percent(worth)} of perplexity saved)."
+        )
     if not (low > 0 or high < 0):
         return f"Memory is worth nothing that can be told from 0 on this text ({_percent(worth)} of perplexity)."
     verb = "saves" if worth > 0 else "costs"
@@ -247,6 +262,7 @@ def _headline(metrics: Mapping[str, float], distance: int) -> list[dict[str, Any
             **ends,
             "better": "higher" if percent else "lower",
             "control": control,
+            "rate": False,  # below 0 it costs
         }
 
     entries = [

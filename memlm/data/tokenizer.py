@@ -208,7 +208,9 @@ def train_tokenizer(kind: str, documents: Iterable[str], vocab_size: int) -> Tok
     return Tokenizer(train(documents, vocab_size))
 
 
-def get_tokenizer(kind: str, vocab_size: int, path: str | None, corpus: Corpus, cache_dir: Path) -> Tokenizer:
+def get_tokenizer(
+    kind: str, vocab_size: int, path: str | None, corpus: Corpus, cache_dir: Path, also: Sequence[str] = ()
+) -> Tokenizer:
     """Return the tokenizer that a config asks for: read from a file, taken from the cache, or trained.
 
     Several processes may ask at once: files appear whole, and training is deterministic, so all get the same one.
@@ -219,6 +221,7 @@ def get_tokenizer(kind: str, vocab_size: int, path: str | None, corpus: Corpus, 
         path: A `tokenizer.json` to use instead; `kind` and `vocab_size` then have no say.
         corpus: Its train split is the training text.
         cache_dir: Where trained tokenizers are kept.
+        also: More training text.
 
     Returns:
         The tokenizer.
@@ -231,14 +234,17 @@ def get_tokenizer(kind: str, vocab_size: int, path: str | None, corpus: Corpus, 
     _check_kind(kind)
     if kind == "byte":
         return train_tokenizer(kind, (), vocab_size)  # the same for any text, which may take seconds to be read
-    name = f"{kind}-{vocab_size}-v{VERSION}-{corpus.fingerprint()[:32]}.json"
+    fingerprint = corpus.fingerprint()
+    if also:
+        fingerprint = hashlib.sha256("\0".join([fingerprint, *also]).encode()).hexdigest()
+    name = f"{kind}-{vocab_size}-v{VERSION}-{fingerprint[:32]}.json"
     cached = Path(cache_dir) / "tokenizers" / name
     if (content := read_checked(cached)) is not None:
         try:
             return Tokenizer.from_json(str(content, "utf-8"))
         except ConfigError as error:  # of another version of the library
             log.warning("training tokenizer %s again: the cached file cannot be read (%s)", name, error)
-    tokenizer = train_tokenizer(kind, corpus.documents("train"), vocab_size)
+    tokenizer = train_tokenizer(kind, [*corpus.documents("train"), *also], vocab_size)
     with checked_file(cached) as file:
         file.write(tokenizer.to_json().encode())
     log.info("trained a %s tokenizer of %d tokens on %s", kind, tokenizer.vocab_size, corpus.name)

@@ -6,21 +6,24 @@ An experiment names them in ``Result.metadata["headline"]``, a list with one ent
      "percent": True, "better": "higher", "control": False}
 
 ``metric``, ``low``, ``high`` and ``n`` are names of metrics; the last three are None where there is nothing to name.
-An entry may say beside in which ``cell`` of a table of records it stands: the name of a line, and of a column.
+An entry may say beside in which ``cell`` of a table of records it stands: the name of a line, and of a column. One in
+percent that is no rate, as it may be below 0, says ``"rate": False``.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from memlm.evaluation.recall.rates import LABELS
 from memlm.evaluation.result import Result
 from memlm.printed import one_line
+from memlm.statistics import mean_interval
 
 _KEYS = ("label", "metric", "low", "high", "n", "percent", "better", "control")
+_MORE = {"cell", "rate"}
 
 
 @dataclass(frozen=True)
@@ -31,13 +34,15 @@ class Number:
         label: What it is called.
         metric: Name of the metric.
         value: Its value; NaN if there is none.
-        low: Lower end of its 95 % interval; NaN if it has none.
+        low: Lower end of its 95 % interval; NaN if it has none, as of too few documents.
         high: Upper end.
         n: Items behind it; None if that is not told.
-        percent: Whether it is a rate in [0, 1], to be shown in percent.
+        percent: Whether it is shown in percent.
         better: ``higher`` or ``lower``; None if neither is.
         control: Whether it is a control or a baseline.
+        rate: Whether it is a rate, which is in [0, 1].
         cell: Line and column in a table of records, where a run has several lines; None for one line.
+        too_few: Whether too little was measured for its interval.
     """
 
     label: str
@@ -49,7 +54,9 @@ class Number:
     percent: bool
     better: str | None
     control: bool
+    rate: bool = False
     cell: tuple[str, str] | None = None
+    too_few: bool = False
 
 
 def headline(result: Result) -> list[Number]:
@@ -117,6 +124,30 @@ def shown(value: float, percent: bool = False) -> str:
     return f"{float(f'{value:.4g}'):,g}"
 
 
+def in_brackets(low: float, high: float, percent: bool = False) -> str:
+    """The ends of an interval, to be put behind a number; nothing if there is none."""
+    if math.isnan(low):
+        return ""
+    return f" ({shown(low, percent).removesuffix(' %')} to {shown(high, percent).removesuffix(' %')})"
+
+
+def over_seeds(values: Sequence[float], low: float, high: float, percent: bool = False) -> str:
+    """Mean over seeds as text, and behind ± half of its interval.
+
+    Args:
+        values: One per seed.
+        low: Lower end of the interval of the mean. If it ends before half of it is over, as that of a rate near 0 or 1
+            does, or belongs to a single seed, its ends stand in brackets instead.
+        high: Upper end.
+        percent: Whether to show all in percent.
+    """
+    mean, half = mean_interval(values)
+    text = shown(mean, percent)
+    if (low, high) == (mean - half, mean + half):
+        return f"{text} ± {shown(half, percent).removesuffix(' %')}"
+    return text + in_brackets(low, high, percent)
+
+
 def in_percent(rate: float) -> float:
     """A rate in percent with one decimal, never rounded up to 100 or down to 0."""
     percent = round(100 * rate, 1)
@@ -126,7 +157,7 @@ def in_percent(rate: float) -> float:
 
 
 def _number(result: Result, entry: Any) -> Number:
-    if not isinstance(entry, Mapping) or set(entry) - {"cell"} != set(_KEYS):
+    if not isinstance(entry, Mapping) or set(entry) - _MORE != set(_KEYS):
         raise ValueError(f"the headline of {result.name!r} has the entry {entry!r}; expected keys {', '.join(_KEYS)}")
     cell = entry.get("cell")
     if cell is not None and not (isinstance(cell, list | tuple) and len(cell) == 2):
@@ -137,7 +168,7 @@ def _number(result: Result, entry: Any) -> Number:
         *(cell or ()),
         *("" if entry[key] is None else entry[key] for key in ("low", "high", "n")),
     ]
-    flags = entry["percent"], entry["control"]
+    flags = entry["percent"], entry["control"], entry.get("rate", True)
     if not (all(isinstance(text, str) for text in texts) and all(isinstance(flag, bool) for flag in flags)):
         raise ValueError(f"the headline of {result.name!r} has the entry {entry!r}; expected names, and true or false")
     if entry["better"] not in ("higher", "lower", None):
@@ -158,5 +189,7 @@ def _number(result: Result, entry: Any) -> Number:
         percent=entry["percent"],
         better=entry["better"],
         control=entry["control"],
+        rate=entry["percent"] and entry.get("rate", True),
         cell=None if cell is None else (one_line(cell[0]), one_line(cell[1])),
+        too_few=entry["low"] is not None and math.isfinite(value) and math.isnan(low),
     )

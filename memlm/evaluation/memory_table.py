@@ -11,14 +11,15 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from memlm.analysis.style import PALETTE, style
 from memlm.config import ConfigError
-from memlm.evaluation.headline import shown
+from memlm.evaluation.headline import in_brackets, over_seeds, shown
 from memlm.evaluation.runs import Run
-from memlm.statistics import mean_interval
+from memlm.statistics import interval
 
 NAME = "table"
 """Of the record."""
@@ -35,6 +36,10 @@ _KEPT = {
     "training": r"flops_per_token",
 }
 _CONTROLS = ("off", "wiped", "swapped", "unseen")
+# The least and the most that a number can be.
+_RATE = (0.0, 1.0)
+_SHARE = (-math.inf, 1.0)  # of what is saved, or lost
+_AMOUNT = (0.0, math.inf)
 
 
 class _Column(NamedTuple):
@@ -44,8 +49,9 @@ class _Column(NamedTuple):
         label: Its head.
         metric: ``EXPERIMENT/METRIC``.
         ends: Names of the ends of its interval; None for none.
-        percent: Whether it is a rate.
+        percent: Whether it is shown in percent.
         text: Of which text, for `worth`; None for any.
+        bounds: The least and the most that it can be.
     """
 
     label: str
@@ -53,12 +59,13 @@ class _Column(NamedTuple):
     ends: tuple[str, str] | None = None
     percent: bool = True
     text: str | None = None
+    bounds: tuple[float, float] = _AMOUNT
 
 
 def _recall(label: str, experiment: str, end: str = "") -> list[_Column]:
     """A rate with its interval."""
     ends = (f"{experiment}/low/on{end}", f"{experiment}/high/on{end}")
-    return [_Column(label, f"{experiment}/exact_match/on{end}", ends)]
+    return [_Column(label, f"{experiment}/exact_match/on{end}", ends, bounds=_RATE)]
 
 
 def _worth(text: str) -> list[_Column]:
@@ -66,8 +73,8 @@ def _worth(text: str) -> list[_Column]:
     ends = ("worth/perplexity_low/on", "worth/perplexity_high/on")
     return [
         _Column(f"perplexity of {text}", "worth/perplexity/on", ends, False, text),
-        _Column(f"{text}: saved beside reads off", "worth/worth/on", None, True, text),
-        _Column(f"{text}: saved by another document's", "worth/worth/swapped", None, True, text),
+        _Column(f"{text}: saved beside reads off", "worth/worth/on", None, True, text, _SHARE),
+        _Column(f"{text}: saved by another document's", "worth/worth/swapped", None, True, text, _SHARE),
     ]
 
 
@@ -211,10 +218,10 @@ def table(record: Sequence[Entry]) -> list[list[str]]:
     for column in _COLUMNS:
         columns.append([column.label, *(_cell(line, column) for line in lines)])
         if column.metric == "worth/perplexity/on":
-            cells = [_mean(_saved(line, none, str(column.text)), True) for line in lines]
+            cells = [_mean(_saved(line, none, str(column.text)), _SHARE) for line in lines]
             columns.append([f"{column.text}: saved beside `none`", *cells])
         if column.metric == "associative_recall/held/on":
-            columns.append(["pairs answered, mean", *(_mean(line.accuracy, True) for line in lines)])
+            columns.append(["pairs answered, mean", *(_mean(line.accuracy, _RATE) for line in lines)])
     controls = [f"{name}/exact_match/{of}" for name in ("needle", "overwrite") for of in _CONTROLS]
     greatest = [max((value for name in controls for value in line.values(name)), default=math.nan) for line in lines]
     columns += [
@@ -244,22 +251,17 @@ def _cell(line: _Line, column: _Column) -> str:
     """A number over seeds; of one seed with the interval that its experiment tells."""
     values = line.values(column.metric, column.text)
     if len(values) != 1 or column.ends is None:
-        return _mean(values, column.percent)
+        return _mean(values, column.bounds, column.percent)
     low, high = (line.values(end, column.text) for end in column.ends)
-    if not low or not high:
-        return shown(values[0], column.percent)
-    ends = (shown(end[0], column.percent).removesuffix(" %") for end in (low, high))
-    return f"{shown(values[0], column.percent)} ({' to '.join(ends)})"
+    return shown(values[0], column.percent) + (in_brackets(low[0], high[0], column.percent) if low and high else "")
 
 
-def _mean(values: Sequence[float], percent: bool) -> str:
-    """Mean and half the 95 % t interval over seeds."""
+def _mean(values: Sequence[float], bounds: tuple[float, float], percent: bool = True) -> str:
+    """Mean over seeds with its 95 % t interval; "-" without seeds."""
     if not values:
         return "-"
-    mean, half = mean_interval(values)
-    if not math.isfinite(mean) or math.isnan(half):
-        return shown(mean, percent)
-    return f"{shown(mean, percent)} ± {shown(half, percent).removesuffix(' %')}"
+    _, low, high = interval(values, *bounds)
+    return over_seeds(values, low, high, percent)
 
 
 def figures(record: Sequence[Entry]) -> dict[str, Figure]:
@@ -269,18 +271,25 @@ def figures(record: Sequence[Entry]) -> dict[str, Figure]:
     accuracy = [(line, line.costs("state_bytes", pairs=True), line.accuracy) for line in lines]
     worth = [(line, line.speed, _saved(line, none, "code")) for line in lines if line.asked is None]
     drawn = {}
-    for name, points, head, x, y in (
-        ("table_bytes", accuracy, "Accuracy against bytes", "bytes of state of a row", "pairs answered, mean"),
-        ("table_worth", worth, "Worth against speed", "tokens per CPU second of training", "perplexity saved, code"),
+    for name, points, bounds, head, x, y in (
+        ("table_bytes", accuracy, _RATE, "Accuracy against bytes", "bytes of state of a row", "pairs answered, mean"),
+        (
+            "table_worth",
+            worth,
+            _SHARE,
+            "Worth against speed",
+            "tokens per CPU second of training",
+            "perplexity saved, code",
+        ),
     ):
-        there = [(line, at, values) for line, at, values in points if at > 0 and values]
+        there = [(line, at, interval(values, *bounds)) for line, at, values in points if at > 0 and values]
         if there:
             drawn[name] = _drawn(there, [line.name for line in lines], head, x, y)
     return drawn
 
 
 def _drawn(
-    points: Sequence[tuple[_Line, float, Sequence[float]]], names: Sequence[str], head: str, x: str, y: str
+    points: Sequence[tuple[_Line, float, tuple[float, float, float]]], names: Sequence[str], head: str, x: str, y: str
 ) -> Figure:
     """A line for each memory through its sizes; the one that it has by itself is filled. Names decide looks."""
     colors = [PALETTE[name] for name in ("blue", "vermillion", "green", "purple", "orange", "sky", "black")]
@@ -289,17 +298,18 @@ def _drawn(
         axes: Axes = figure.subplots()
         for i, name in enumerate(dict.fromkeys(names)):
             own = sorted(
-                (at, *mean_interval(values), line.asked is None) for line, at, values in points if line.name == name
+                (at, *(100 * end for end in ends), line.asked is None) for line, at, ends in points if line.name == name
             )
             if not own:
                 continue
             color, marker = colors[i % len(colors)], "osD^vPX"[i // len(colors) % 7]
-            ats, means = [at for at, *_ in own], [100 * mean for _, mean, *_ in own]
-            halves = [0.0 if math.isnan(half) else 100 * half for _, _, half, _ in own]
+            ats, means, lows, highs, _ = map(np.array, zip(*own, strict=True))
+            error = np.nan_to_num([means - lows, highs - means])
             look: dict[str, Any] = {"color": color, "linewidth": 1.0, "elinewidth": 0.6, "capsize": 2, "label": name}
-            axes.errorbar(ats, means, yerr=halves, marker=marker, markerfacecolor="white", markersize=6, **look)
-            for at, mean, _, default in own:
-                axes.plot([at] * default, [100 * mean] * default, color=color, marker=marker, markersize=8, zorder=5)
+            axes.errorbar(ats, means, yerr=error, marker=marker, markerfacecolor="white", markersize=6, **look)
+            for at, mean, *_, default in own:
+                if default:
+                    axes.plot([at], [mean], color=color, marker=marker, markersize=8, zorder=5)
         axes.set(title=head, xlabel=x, ylabel=f"{y}, %")
         if max(at for _, at, _ in points) > 10 * min(at for _, at, _ in points):
             axes.set_xscale("log")

@@ -8,7 +8,6 @@ between two marks, `<!-- results/NAME.json -->` and `<!-- end of results -->`; n
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,9 +16,9 @@ from typing import Any
 from memlm.config import ConfigError
 from memlm.evaluation import memory_table, timings, worth_table
 from memlm.evaluation.compare.groups import n_token
-from memlm.evaluation.headline import Number, headline, in_percent, shown
+from memlm.evaluation.headline import Number, headline, in_brackets, in_percent, shown
 from memlm.evaluation.result import Result
-from memlm.evaluation.runs import EVALUATION, Run, Trained, run_of
+from memlm.evaluation.runs import Run, Trained
 from memlm.files import read_json
 
 FOLDER = "results"
@@ -32,6 +31,9 @@ _MARKS = re.compile(r"(<!-- results/([\w-]+)\.json( in short)? -->\n).*?(<!-- en
 _NEEDED = ("name", "seed", "commit", "machine", "experiment", "metrics", "headline", "step", "tokens", "state_bytes")
 _TOLD: tuple[tuple[str, Any], ...] = (("trained", None), ("settings", {}), ("headline", []))
 _CONTROLS = ("off", "wiped", "swapped")
+_OVERRIDES = ".hydra/overrides.yaml"
+_PATH = re.compile(r"(?<=[='\"\[,])/(?:[^/\s'\",\]]+/)+")  # the folders of a file
+_OF_TRAINING = ("experiment", "step", "tokens", "parameters", "cpu_seconds")
 
 
 def entries(runs: Sequence[Run], experiment: str, commit: str, machine: str, torch: str) -> list[dict[str, Any]]:
@@ -59,7 +61,7 @@ def entries(runs: Sequence[Run], experiment: str, commit: str, machine: str, tor
                 "commit": commit,
                 "machine": machine,
                 "torch": torch,
-                "command": _command(run.path, trained),
+                "command": _command(run),
                 "step": trained.step,
                 "tokens": tokens,
                 "minutes": tokens / speed / 60 if tokens and speed else None,
@@ -81,6 +83,10 @@ def _stored(run: Run, experiment: str) -> dict[str, Any]:
         raise ConfigError(f"{run.path} has no result of {experiment}; it has: {', '.join(run.results)}")
     stored = result.to_dict()
     told = {name: stored["metadata"].get(name, empty) for name, empty in _TOLD}
+    told["settings"] = {
+        name: Path(value).name if isinstance(value, str) and value.startswith("/") else value
+        for name, value in told["settings"].items()
+    }
     return {**told, "metrics": stored["metrics"]}
 
 
@@ -96,37 +102,57 @@ def _name(trained: Trained) -> str:
     return ", ".join([name, *(f"{key.rpartition('.')[2]} {value}" for key, value in trained.memory.items())])
 
 
-def _command(run: Path, trained: Trained) -> str | None:
-    """The command that made a run, and that of its evaluation, if they say so; places of files are left out."""
-    if not (run / EVALUATION).exists():
-        return _called("python train.py", run)
-    made = _called("python train.py", run_of(Path(trained.checkpoint)))
-    asked = _called("python scripts/evaluate.py checkpoint=RUN", run)
-    return None if made is None or asked is None else f"{made}; {asked}"
+def _command(run: Run) -> str | None:
+    """The commands that made a run and measured it, if they say so; of files their names, not where they are."""
+    trained = Path(run.trained.checkpoint).absolute().parent.parent
+    own = [] if run.path.absolute() == trained else _overrides(run.path)
+    training = _overrides(trained if own or (trained / _OVERRIDES).exists() else run.path)
+    if training is None:
+        return None
+    commands = [" ".join(["python train.py", *training])]
+    if own:
+        measured = ["checkpoint=RUN" if line.startswith("checkpoint=") else line for line in own]
+        commands.append(" ".join(["python scripts/evaluate.py", *measured]))
+    return "; ".join(commands)
 
 
-def _called(command: str, folder: Path) -> str | None:
-    """A command with the overrides that the folder of its run holds."""
+def _overrides(run: Path) -> list[str] | None:
+    """What a directory says it was made with."""
     import yaml
 
     try:
-        lines = yaml.safe_load((folder / ".hydra/overrides.yaml").read_text(encoding="utf-8"))
+        lines = yaml.safe_load((run / _OVERRIDES).read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError):
         return None
-    kept = [str(line) for line in lines or [] if not str(line).startswith(("paths.", "checkpoint="))]
-    return " ".join([command, *kept])
+    return [_PATH.sub("", str(line)) for line in lines or [] if not str(line).startswith("paths.")]
 
 
 def merged(record: Sequence[Entry], new: Sequence[Entry]) -> list[Entry]:
     """A record with new entries, sorted by name and seed; of the same name, seed and variant the newer one stays.
 
+    Several evaluations of one training, of which each fills cells of its own, are one entry.
+
     Raises:
         ConfigError: If the entries are not of one experiment.
     """
-    known = {(entry["name"], entry["seed"], entry.get("variant", "")): entry for entry in [*record, *new]}
+    known: dict[tuple[Any, ...], Entry] = {}
+    for entry in [*record, *new]:
+        key = (entry["name"], entry["seed"], entry.get("variant", ""))
+        known[key] = _united(known[key], entry) if key in known else entry
     if len(kinds := sorted({entry["experiment"] for entry in known.values()})) > 1:
         raise ConfigError(f"a record is of one experiment, and here are {', '.join(kinds)}: give each its own record")
     return [known[key] for key in sorted(known)]
+
+
+def _united(old: Entry, new: Entry) -> Entry:
+    """The newer entry, with the cells that another evaluation of the same training filled."""
+    cells = [{tuple(told["cell"]): told for told in entry["headline"] if told.get("cell")} for entry in (old, new)]
+    if not all(cells) or any(old.get(part) != new.get(part) for part in _OF_TRAINING):
+        return new
+    kept = {"metrics": old["metrics"] | new["metrics"], "headline": list((cells[0] | cells[1]).values())}
+    if old["settings"] != new["settings"]:
+        kept["settings"] = {"evaluations": [*old["settings"].get("evaluations", [old["settings"]]), new["settings"]]}
+    return {**new, **kept}
 
 
 def read_record(path: Path) -> list[dict[str, Any]]:
@@ -249,18 +275,19 @@ def _cells(record: Sequence[Entry], parts: Sequence[Sequence[Number]]) -> list[l
         for line in dict.fromkeys(cell[0] for cell in found):
             here = [found.get((line, column)) for column in columns]
             most = max((number.n or 0 for number in here if number), default=0)
-            texts = ["-" if number is None else _cell(number) for number in here]
+            texts = ["-" if number is None else _cell(number, most) for number in here]
             lines.append([f"`{entry['name']}`", str(entry["seed"]), line, *texts, str(most or "-"), entry["commit"]])
     return lines
 
 
-def _cell(number: Number) -> str:
-    """A number, with its interval unless it is a control."""
+def _cell(number: Number, n: int | None = None) -> str:
+    """A number; unless it is a control with its interval, and of how many if of fewer than ``n``."""
     text = shown(number.value, number.percent)
-    if number.control or math.isnan(number.low):
+    if n and number.n and number.n < n and not number.control:
+        return f"{_cell(number)}, n = {number.n:,}"
+    if number.control:
         return text
-    ends = (shown(end, number.percent).removesuffix(" %") for end in (number.low, number.high))
-    return f"{text} ({' to '.join(ends)})"
+    return text + in_brackets(number.low, number.high, number.percent)
 
 
 def _sizes(record: Sequence[Entry]) -> list[tuple[int, ...]]:
@@ -311,5 +338,7 @@ def _rate(metrics: Mapping[str, float], end: str) -> str:
     """A rate and its interval, in percent; "-" if it was not measured."""
     if f"accuracy/on{end}" not in metrics:
         return "-"
-    rate, low, high = (in_percent(metrics[f"{name}/on{end}"]) for name in ("accuracy", "low", "high"))
-    return f"{rate:.1f} ({low:.1f} to {high:.1f})"
+    rate, low, high = (
+        float(metrics[f"{name}/on{end}"]) for name in ("accuracy", "low", "high")
+    )  # NaN is a word in JSON
+    return shown(rate, percent=True).removesuffix(" %") + in_brackets(low, high, percent=True)

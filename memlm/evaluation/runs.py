@@ -101,11 +101,6 @@ class Run:
         }
 
 
-def run_of(checkpoint: Path) -> Path:
-    """The directory of the run that wrote a checkpoint."""
-    return checkpoint.parent.parent if checkpoint.parent.name == FOLDER else checkpoint.parent
-
-
 def describe(checkpoint: Path, model: Any | None = None, trust: Trust = None) -> Trained:
     """What a checkpoint says of its run.
 
@@ -121,7 +116,8 @@ def describe(checkpoint: Path, model: Any | None = None, trust: Trust = None) ->
     entry = content["memlm"]
     if model is None:
         model = blank(checkpoint, content, trust)
-    history = [row for file in history_files(run_of(checkpoint)) for row in read_history(file)]
+    run = checkpoint.parent.parent if checkpoint.parent.name == FOLDER else checkpoint.parent
+    history = [row for file in history_files(run) for row in read_history(file)]
     speeds = list(_logged(history, "train/tokens_per_second").values())
     step = content.get("global_step")
     return Trained(

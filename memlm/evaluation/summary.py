@@ -69,7 +69,10 @@ def _headlines(headlines: Sequence[tuple[str, Sequence[Number]]]) -> str:
             interval = [shown(bound, number.percent) for bound in (number.low, number.high)]
             lines.append((name if i == 0 else "", label, shown(number.value, number.percent), *interval, number.n))
     columns = ("experiment", "number", "value", "95 % from", "to", "n")
-    return table(columns, lines, "Main numbers, and below them (indented) their controls")
+    text = table(columns, lines, "Main numbers, and below them (indented) their controls")
+    if few := [name for name, numbers in headlines if any(number.too_few for number in numbers)]:
+        text += f"\nWhere {' and '.join(few)} tells no interval (-), documents or seeds are too few for one."
+    return text
 
 
 def _claims_recall(result: Result) -> bool:

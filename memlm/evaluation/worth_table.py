@@ -9,6 +9,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -67,7 +68,8 @@ def _models(record: Sequence[Entry], text: str) -> dict[str, list[Entry]]:
 def _perplexity(entries: Sequence[Entry], condition: str = "on") -> list[tuple[float, float, float]]:
     """Perplexity and the ends of its interval, one for each entry."""
     names = [f"perplexity{end}/{condition}" for end in ("", "_low", "_high")]
-    return [(m[names[0]], m[names[1]], m[names[2]]) for m in (entry["metrics"] for entry in entries)]
+    numbers = ([float(entry["metrics"][name]) for name in names] for entry in entries)  # NaN is a word in JSON
+    return [(value, low, high) for value, low, high in numbers]
 
 
 def _mean(entries: Sequence[Entry], condition: str = "on") -> float:
@@ -110,8 +112,14 @@ def _cell(entries: Sequence[Entry]) -> str:
     seeds = _perplexity(entries)
     mean, half = mean_interval(value for value, _, _ in seeds)
     if math.isnan(half):
-        return f"{_value(mean)} ({_value(seeds[0][1])} to {_value(seeds[0][2])})"
+        _, low, high = seeds[0]
+        return _value(mean) + _ends(_value(low), _value(high))
     return f"{_value(mean)} ± {half:.1f}"
+
+
+def _ends(low: str, high: str) -> str:
+    """The ends of an interval; nothing if documents were too few for one."""
+    return "" if low == "nan" else f" ({low} to {high})"
 
 
 def _label(model: str) -> str:
@@ -134,7 +142,8 @@ def _bars(record: Sequence[Entry]) -> list[_Bar]:
 def told(record: Sequence[Entry]) -> str:
     """The numbers of the figure as text, which stands in its files; empty if there is nothing to draw."""
     parts = [
-        f"{bar.label}: " + ", ".join(f"{value:.2f} ({low:.2f} to {high:.2f})" for value, low, high in bar.seeds)
+        f"{bar.label}: "
+        + ", ".join(f"{value:.2f}{_ends(f'{low:.2f}', f'{high:.2f}')}" for value, low, high in bar.seeds)
         for bar in _bars(record)
     ]
     return "; ".join(parts)
@@ -151,7 +160,7 @@ def _drawn(bars: Sequence[_Bar], theme: Theme) -> Figure:
     colors = SURFACES[theme]
     figure = Figure(figsize=(8.6, 0.42 * len(bars) + 1.5))
     axes: Axes = figure.subplots()
-    high = max(end for bar in bars for _, _, end in bar.seeds)
+    high = np.nanmax([seed for bar in bars for seed in bar.seeds])
     for y, bar in enumerate(bars):
         color = colors[bar.color]
         axes.barh(y, bar.mean, height=0.66, color=color, alpha=0.35)

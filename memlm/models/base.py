@@ -53,7 +53,8 @@ class LanguageModel(nn.Module):
             token is known for that.
         ends: Ids that end a text, as the pretrained model has learned it.
         chat_template: How its tokenizer writes a chat, in Jinja; None if it has no way.
-        distill: Share of the loss where memory is empty that is the distance from the bare base; see `bare`.
+        distill: Share of the loss of text that is the distance from the bare base; see `bare`.
+        bare_len: Tokens that `bare` takes at most.
     """
 
     memory: Any  # nn.ModuleDict of nn.ModuleList of Memory, whose items torch types as bare modules
@@ -69,6 +70,7 @@ class LanguageModel(nn.Module):
     ends: Sequence[int] = ()
     chat_template: str | None = None
     distill: float = 0.0
+    bare_len: int = 0
 
     @classmethod
     def settled(cls, settings: Mapping[str, Any]) -> dict[str, Any]:

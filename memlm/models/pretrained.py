@@ -14,6 +14,7 @@ that are taken in again, D model width, V vocabulary.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -48,8 +49,8 @@ class Pretrained(SegmentModel):
         freeze: Whether the weights of the base stay as they are.
         lora: Adapters of low rank beside them, which are trained: what `peft.LoraConfig` takes, such as ``r``; None for
             none.
-        distill: Share of the loss in a document's first segment, where memory is empty, that is the distance from the
-            bare base, in 0..1: it holds adapters to the base where they have nothing to add. Needs ``lora``.
+        distill: Share of the loss of text that is the distance from what the bare base predicts with all its places,
+            in 0..1: adapters and memory learn to do with a segment what it does with its whole context. Needs ``lora``.
         dtype: Type of the base's numbers; those of memories are float32.
         segment_len: Tokens per segment.
         overlap: Tokens of the segment before that are taken in again.
@@ -121,6 +122,7 @@ class Pretrained(SegmentModel):
                 f"are more than the {most} places that the base knows: set model.segment_len to at most "
                 f"{max(most - n_again, 0)}"
             )
+        self.bare_len = (sys.maxsize if most is None else most) - len(self.begin)
         known = _known(causal.eval())
         if lora is not None:
             hf_base.add_lora(causal, lora)

@@ -28,6 +28,9 @@ from memlm.store.remembered import READ, Remembered
 
 _ANSWER, _ANSWER_IN_CHAT = 24, 64  # most tokens of an answer
 _END = re.compile(r"[.!?](?=\s|$)|(?<=\S)\s*\n")
+_FROM_CONTEXT = (
+    "Context:\n{context}\n\nQuestion: {question}\nAnswer:"  # docs/experiments/told.md: chosen on other sentences
+)
 _SHORT = 120  # characters of a record that are shown whole
 HELP = """\
 A sentence (it ends in . or !) is told: it is stored. Anything else is asked: a question, or a sentence to complete.
@@ -48,7 +51,7 @@ class Answer(NamedTuple):
         text: The answer, up to the end of its sentence.
         read: The record most read for it; None if memory is empty, or keeps no records.
         without: The answer when memory is not read.
-        again: Records that were read again, as text, in the order in which they were told.
+        again: Records that were read again, as text; the one that the question reads most comes last.
     """
 
     text: str
@@ -78,9 +81,8 @@ def check_recall(model: SegmentModel, recall: int) -> None:
 
 
 def found_for(model: SegmentModel, question: str, n: int) -> list[Remembered]:
-    """The ``n`` records that a question as a whole reads most, in the order in which they were told."""
-    found = model.recalled(model.encode_text(question), top_k=n, summed=True)
-    return sorted(found, key=lambda record: record.id)
+    """The ``n`` records that a question as a whole reads most; the one that it reads most comes last."""
+    return model.recalled(model.encode_text(question), top_k=n, summed=True)[::-1]
 
 
 def question_ids(
@@ -89,14 +91,15 @@ def question_ids(
     """Token ids of a question that is asked right after some texts.
 
     Args:
-        model: The model. One that has learned to chat gets them as what the user says.
+        model: The model. One that has learned to chat gets all of it as what the user says.
         question: What is asked.
-        again: Texts that are read before it.
+        again: Texts that are read before it. In a chat they are called its context.
         said: Messages before these; of a chat only.
     """
     if model.chat_template is None:
         return [token for text in (*again, question) for token in model.encode_text(text)]
-    return _chat_ids(model, [*said, *({"role": "user", "content": text} for text in (*again, question))], True)
+    content = _FROM_CONTEXT.format(context="\n".join(again), question=question) if again else question
+    return _chat_ids(model, [*said, {"role": "user", "content": content}], True)
 
 
 def said(model: SegmentModel, ids: Sequence[int]) -> str:
@@ -171,14 +174,14 @@ class Conversation:
         """
         room = self.model.segment_len - 1  # one segment, so that what is shown as read is what the answer read
         n_answer = max(min(_ANSWER_IN_CHAT if self.chats else _ANSWER, room // 2), 1)
-        hits = found_for(self.model, text, self.recall) if self.recall else []
-        again = tuple(hits)
+        again = tuple(found_for(self.model, text, self.recall)) if self.recall else ()
         prompt = self._prompt(text, max(room - n_answer, 1), [record.text for record in again])
         bare = self._prompt(text, max(room - n_answer, 1)) if again else prompt
         answer = self._continue(prompt, n_answer, True, show)
         without = self._continue(bare, n_answer, False)
+        hits = again[::-1]
         if self.keeps and not self.recall:
-            hits = self.model.recalled([*prompt, *answer][:-1], first=len(prompt) - 1)
+            hits = tuple(self.model.recalled([*prompt, *answer][:-1], first=len(prompt) - 1))
         told = said(self.model, answer)
         self.context += self._encode(text) + answer
         self.said += [{"role": "user", "content": text}, {"role": "assistant", "content": told}]

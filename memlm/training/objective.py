@@ -14,7 +14,8 @@ from memlm.analysis.usage import memory_numbers
 from memlm.data.stream import Batch
 from memlm.memory import state as states
 from memlm.models.base import LanguageModel
-from memlm.training.loss import linear_cross_entropy, linear_divergence
+from memlm.training.distillation import distance_from_base
+from memlm.training.loss import linear_cross_entropy
 
 _FEW = 0.5  # share of targets with a weight below which the others are left out: copying those that have one pays
 
@@ -86,20 +87,10 @@ class Objective:
         return losses | distilled, nll, by_row
 
     def _distilled(self, batch: Batch, out: Any, weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-        """Distance from the bare base in segments that begin a document, and the share of the other loss, (B, N)."""
-        model, (n_row, n_token) = self._model, batch.ids.shape
-        shape = (n_row, n_token // model.segment_len)
-        first = torch.zeros(shape, device=weight.device) if batch.reset is None else batch.reset.float()
-        first[:, 0] = first[:, 0].clamp(min=float(batch.fresh))
-        picked = first > 0
-        picked[0, 0] = True  # all processes call the base, or none does
-        ids, own, each = (part.unflatten(1, (shape[1], -1)) for part in (batch.ids, out.hidden, weight))
-        each = (each * first[..., None])[picked].flatten()
-        away = linear_divergence(
-            own[picked].flatten(0, 1), model.bare(ids[picked]).flatten(0, 1), model.head_weight, each
-        )
-        share = 1 - model.distill * first.repeat_interleave(model.segment_len, dim=1)
-        return {_DISTANCE: model.distill * away}, share
+        """Distance from the bare base, and the share of the other loss, (B, N)."""
+        share = self._model.distill
+        away, counted = distance_from_base(self._model, batch, out.hidden, weight)
+        return {_DISTANCE: share * away}, 1 - share * counted
 
     @torch.no_grad()
     def answered(self, batch: Batch, nll: Tensor, out: Any) -> dict[str, Tensor]:

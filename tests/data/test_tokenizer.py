@@ -262,6 +262,14 @@ def test_get_tokenizer_keeps_kinds_sizes_and_corpora_apart(tmp_path):
     assert len({tokenizer.fingerprint() for tokenizer in made}) == 4
 
 
+def test_get_tokenizer_learns_from_more_text_and_keeps_it_apart(tmp_path):
+    plain = get_tokenizer("bpe", 280, None, OneText(), tmp_path)
+    both = get_tokenizer("bpe", 280, None, OneText(), tmp_path, ["zyx zyx"] * 99)
+    assert both.fingerprint() == train_tokenizer("bpe", [TEXT, *["zyx zyx"] * 99], 280).fingerprint()
+    assert len(both.encode(" zyx")) == 1 < len(plain.encode(" zyx"))
+    assert get_tokenizer("bpe", 280, None, OneText(), tmp_path).fingerprint() == plain.fingerprint()
+
+
 def test_get_tokenizer_reads_a_given_file_whatever_the_kind(tmp_path):
     foreign().save(str(tmp_path / "t.json"))
     assert get_tokenizer("none of these", 0, str(tmp_path / "t.json"), OneText(), tmp_path).encode("a b") == [2, 3]

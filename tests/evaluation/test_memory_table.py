@@ -27,7 +27,9 @@ def trained(
     costs = {"n_parameter": 5, "state_bytes": size or 4000, "tokens_per_second": 2.0, "cpu_seconds": 0.5} | costs
     every = [*found, Result("training", {"flops_per_token": 700.0, "train/loss": 3.0})]
     return SimpleNamespace(
-        path=Path("run"), trained=SimpleNamespace(config=config, step=10, **costs), results={r.name: r for r in every}
+        path=Path("run"),
+        trained=SimpleNamespace(config=config, checkpoint="run/checkpoints/a.ckpt", step=10, **costs),
+        results={r.name: r for r in every},
     )
 
 
@@ -86,9 +88,9 @@ def test_trainings_become_lines_and_figures(project: list[Any]) -> None:
     lines = table_of()
     assert list(lines) == [("none", "default"), ("delta", "default"), ("delta", "8 KB")]
     line = lines["delta", "default"]
-    assert line["perplexity of code"] == "70 ± 127.1"  # Student's t of two: 12.706 * 14.14 / 1.414
+    assert line["perplexity of code"] == "70 (0 to 197.1)"  # Student's t of two: 12.706 * 14.14 / 1.414
     assert line["perplexity of books"] == "40 (39 to 41)"
-    assert line["code: saved beside `none`"] == "26.7 % ± 84.7"  # 20 and 33.3 %, each beside its own seed
+    assert line["code: saved beside `none`"] == "26.7 % (-58.0 to 100.0)"  # 20 and 33.3 %, each beside its own seed
     assert "books: saved beside `none`" not in line or line["books: saved beside `none`"] == "-"
     assert (line["pairs held at 90 %"], line["pairs answered, mean"]) == ("2", "75.0 %")
     assert line["needle, 100,000 tokens"] == line["latest value after 10 updates"] == "50.0 % (40.0 to 60.0)"
@@ -141,3 +143,19 @@ def test_a_run_of_something_else_is_refused(project: list[Any]) -> None:
     project.append(trained("stm", 0))
     with pytest.raises(ConfigError, match="run has nothing that the table shows: give runs of table=worth"):
         results.main(["table", "anywhere"])
+
+
+def test_what_no_rate_can_be_is_in_no_interval(project: list[Any]) -> None:
+    unknown = {"perplexity/on": 50.0, "perplexity_low/on": float("nan"), "perplexity_high/on": float("nan")}
+    saved = {f"worth/{of}": 0.25 for of in ("on", "swapped")}
+    project += [trained("delta", seed, pairs(rate), text="symbols") for seed, rate in enumerate((0.2, 0.8))]
+    project += [trained("stm", seed, pairs(rate), text="symbols") for seed, rate in enumerate((0.5, 0.51))]
+    project += [trained("delta", 0, Result("worth", unknown | saved))]
+    results.main(["table", "anywhere", "--commit", "abc"])
+    lines = table_of()
+    assert lines["delta", "default"]["pairs answered, mean"] == "50.0 % (0.0 to 100.0)"
+    assert lines["stm", "default"]["pairs answered, mean"] == "50.5 % ± 6.4"  # 12.706 * 0.00707 / 1.414
+    assert lines["delta", "default"]["perplexity of code"] == "50"
+    (axes,) = memory_table.figures(json.loads(Path("results/table.json").read_text())["entries"])["table_bytes"].axes
+    low, high = axes.get_ylim()
+    assert -10 < low < 0 < 100 < high < 110

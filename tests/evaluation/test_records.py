@@ -63,7 +63,9 @@ def run(path: Path, memory: str, seed: int, result: Result, name: str | None = N
         "name": name,
     }  # fmt: skip
     costs = {"n_parameter": 5, "state_bytes": 1234, "tokens_per_second": 2.0, "cpu_seconds": 99.6}
-    trained = SimpleNamespace(config=config, step=10, memory={}, checkpoint=str(path / "one.ckpt"), **costs)
+    trained = SimpleNamespace(
+        config=config, step=10, memory={}, checkpoint=str(path / "checkpoints/step=10.ckpt"), **costs
+    )
     return SimpleNamespace(path=path, trained=trained, results={result.name: result})
 
 
@@ -131,6 +133,8 @@ def test_rates_by_size_stand_beside_the_share_of_the_published_training(found: l
 def test_any_experiment_is_shown_by_its_headline_and_controls(found: list[Any], tmp_path: Path) -> None:
     (tmp_path / "run/.hydra").mkdir(parents=True)
     (tmp_path / "run/.hydra/overrides.yaml").write_text("- recipe=worth\n- paths.root=elsewhere\n- seed=3\n")
+    (tmp_path / "again/.hydra").mkdir(parents=True)
+    (tmp_path / "again/.hydra/overrides.yaml").write_text("- checkpoint=/my/run\n- worth.files=['/my/a.txt',b/c.txt]\n")
     found += [run(tmp_path / "run", "ltm", 3, loss(0.4)), run(tmp_path, "none", 3, loss(0.0), name="none-512")]
     path = page("worth")
     results.main(["worth", "anywhere", "--commit", "abc"])
@@ -143,13 +147,26 @@ def test_any_experiment_is_shown_by_its_headline_and_controls(found: list[Any], 
     assert first.startswith("| `ltm` | 3 | 40.0 % (30.0 to inf) | 1.0 % | 1,234 | 100 | 10 | 240 | 2.0 | abc |")
     assert second.startswith("| `none-512` | 3 | 0.0 %")
 
+    told = loss(0.4)
+    told.metadata["settings"] = {"text": "/my/books/a.txt", "n": 3}
+    found[:] = [run(tmp_path / "run", "ltm", 3, told)]
+    found[0].path = tmp_path / "again"
+    results.main(["worth", "anywhere", "--commit", "abc"])
+    record = json.loads(Path("results/worth.json").read_text())["entries"]
+    assert record[0]["command"] == (
+        "python train.py recipe=worth seed=3; python scripts/evaluate.py checkpoint=RUN worth.files=['a.txt',b/c.txt]"
+    )
+    assert record[0]["settings"] == {"text": "a.txt", "n": 3}
+
 
 def test_an_evaluation_of_changed_memories_says_what_was_changed_and_how(found: list[Any], tmp_path: Path) -> None:
-    commands = {"trained": "- recipe=worth\n", "asked": "- checkpoint=/a/place\n- 'change={ltm.n_slot: 60}'\n- seed=1\n"}
+    commands = {
+        "trained": "- recipe=worth\n",
+        "asked": "- checkpoint=/a/place\n- 'change={ltm.n_slot: 60}'\n- seed=1\n",
+    }
     for folder, lines in commands.items():
         (tmp_path / folder / ".hydra").mkdir(parents=True)
         (tmp_path / folder / ".hydra/overrides.yaml").write_text(lines)
-    (tmp_path / "asked/evaluation.json").write_text("{}")
     small = run(tmp_path / "asked", "ltm", 0, loss(0.3))
     small.trained.memory = {"ltm.n_slot": 60}
     small.trained.checkpoint = str(tmp_path / "trained/checkpoints/step=10.ckpt")
@@ -158,7 +175,10 @@ def test_an_evaluation_of_changed_memories_says_what_was_changed_and_how(found: 
     results.main(["worth", "anywhere", "--commit", "abc"])
     record = json.loads(Path("results/worth.json").read_text())["entries"]
     assert [entry["name"] for entry in record] == ["ltm", "ltm, n_slot 60"]
-    made, asked = "python train.py recipe=worth", "python scripts/evaluate.py checkpoint=RUN change={ltm.n_slot: 60} seed=1"
+    made, asked = (
+        "python train.py recipe=worth",
+        "python scripts/evaluate.py checkpoint=RUN change={ltm.n_slot: 60} seed=1",
+    )
     assert [entry["command"] for entry in record] == [made, f"{made}; {asked}"]
 
 
@@ -173,6 +193,27 @@ def test_a_headline_that_says_where_it_stands_has_several_lines(found: list[Any]
     assert head == "| run | seed |  | at 1 | at 5 | n | commit |"
     assert lines[0] == "| `ltm` | 3 | memory | 40.0 % (30.0 to inf) | - | 12 | abc |"
     assert lines[1] == "| `ltm` | 3 | another's | - | 1.0 % | 12 | abc |"
+
+
+def test_evaluations_of_one_training_are_one_entry(found: list[Any], tmp_path: Path) -> None:
+    def record(column: str, value: float, n: int, cpu_seconds: float = 99.6) -> list[str]:
+        told = loss(value)
+        (number, control), parts = told.metadata["headline"], ("low", "high", "n")
+        number |= {"cell": ["memory", column], "metric": column} | {part: f"{part} {column}" for part in parts}
+        control |= {"cell": ["another's", column], "n": None}
+        metrics = {column: value, f"low {column}": value - 0.1, f"high {column}": value + 0.1, f"n {column}": n}
+        told = Result("worth", metrics | {"other": 0.0}, (), told.metadata)
+        found[:] = [run(tmp_path, "ltm", 3, told)]
+        found[0].trained.cpu_seconds = cpu_seconds
+        results.main(["worth", "anywhere", "--commit", "abc"])
+        return rows(path)[2:3]
+
+    path = page("worth")
+    first = record("at 1", 0.4, 12)
+    assert first == ["| `ltm` | 3 | memory | 40.0 % (30.0 to 50.0) | 12 | abc |"]
+    both = ["| `ltm` | 3 | memory | 40.0 % (30.0 to 50.0) | 30.0 % (20.0 to 40.0), n = 4 | 12 | abc |"]
+    assert record("at 5", 0.3, 4) == record("at 5", 0.3, 4) == both
+    assert record("at 1", 0.2, 12, cpu_seconds=7) == ["| `ltm` | 3 | memory | 20.0 % (10.0 to 30.0) | 12 | abc |"]
 
 
 def test_who_has_more_columns_decides_their_order(found: list[Any], tmp_path: Path) -> None:

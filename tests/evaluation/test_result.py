@@ -16,7 +16,7 @@ from memlm.evaluation.emit import emit
 from memlm.evaluation.result import Result
 from memlm.evaluation.share import Share
 from memlm.evaluation.table import table
-from memlm.statistics import mean_interval, wilson
+from memlm.statistics import interval, mean_interval, wilson
 
 
 def summarise(rows):
@@ -88,6 +88,13 @@ def test_mean_interval_by_hand():
     assert math.isnan(half)
     with pytest.raises(ValueError, match="one per seed"):
         mean_interval([])
+
+
+def test_an_interval_ends_where_the_measure_does():
+    assert interval([0, 2]) == pytest.approx((1.0, 1.0 - 12.706, 1.0 + 12.706))
+    assert interval([0.2, 0.8], 0.0, 1.0) == (0.5, 0.0, 1.0)
+    assert interval([0.5, 0.51], 0.0, 1.0) == pytest.approx((0.505, 0.505 - 0.06353, 0.505 + 0.06353))
+    assert [math.isnan(number) for number in interval([0.7], 0.0, 1.0)] == [False, True, True]
 
 
 def test_result_round_trip_with_values_json_lacks():

@@ -76,6 +76,16 @@ def test_of_several_seeds_it_is_their_mean_and_interval(project: Path) -> None:
     assert "ltm, memory on: 30.00 (29.00 to 32.00), 31.00 (30.00 to 33.00), 32.00" in worth_table.told(THREE)
 
 
+def test_documents_that_were_too_few_leave_no_interval(project: Path) -> None:
+    few = entry("code-ltm", 0, 30.0)
+    few["metrics"] |= {f"perplexity_{end}/on": "NaN" for end in ("low", "high")}
+    keep([few, *ONE[1:]])
+    results.main([])
+    assert lines()[0][2] == "30.0"
+    assert "ltm, memory on: 30.00;" in worth_table.told([few, *ONE[1:]])
+    results.main(["--check"])
+
+
 def test_the_figure_says_what_the_record_says_and_a_check_sees_it(project: Path) -> None:
     keep(ONE)
     results.main([])

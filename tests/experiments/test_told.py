@@ -29,17 +29,17 @@ def test_what_was_told_is_answered_and_nothing_else(model: Any) -> None:
     before = {name: part.clone() for name, part in model.state_dict().items()}
     result = told.run(model, None, Told(n_conversation=2, n_new=3, recall=1))  # type: ignore[arg-type]
     assert {name: result.metrics[f"answered/{name}"] for name in CONDITIONS} == {
-        "on": 1, "off": 0, "wiped": 0, "swapped": 0, "unseen": 0
+        "on": 1, "off": 0, "wiped": 0, "swapped": 0, "unseen": 0, "given": 0
     }  # fmt: skip
     assert {name: result.metrics[f"found/{name}"] for name in CONDITIONS} == {
-        "on": 1, "off": 0, "wiped": 0, "swapped": 0, "unseen": 0
+        "on": 1, "off": 0, "wiped": 0, "swapped": 0, "unseen": 0, "given": 1
     }  # fmt: skip
     assert [row["answer"].split()[0] for row in result.rows if row["condition"] == "on"] == ["di", "who", "lu", "ru"]
     assert [row["told"] for row in result.rows if row["condition"] == "swapped"] == [
         fact.told for part in FACTS for fact in part
     ]
     assert result.metrics["n/on"] == 4
-    assert [number.control for number in headline(result)] == [False, True, True, True, True, False]
+    assert [number.control for number in headline(result)] == [False, True, True, True, True, False, False]
     assert set(told.plot(result)) == {"told"}
     assert model.state_dict().keys() == before.keys()  # no bank is left behind
     assert all(torch.equal(part, before[name]) for name, part in model.state_dict().items())
@@ -54,10 +54,12 @@ def test_questions_do_not_depend_on_those_beside_them(model: Any) -> None:
 
 
 def test_facts_are_dealt_out_evenly_and_no_answer_is_in_its_question() -> None:
-    people = facts_of(Told())
-    assert [len(part) for part in people] == [20] * 5
-    assert len({fact.value for part in people for fact in part}) == 100
-    for part in (*people, *facts_of(Told(facts="modern"))):
+    people, others = facts_of(Told()), facts_of(Told(facts="development"))
+    for some in (people, others):
+        assert [len(part) for part in some] == [20] * 5
+        assert len({fact.value for part in some for fact in part}) == 100
+    assert not {fact.told for part in people for fact in part} & {fact.told for part in others for fact in part}
+    for part in (*people, *others, *facts_of(Told(facts="modern"))):
         for fact in part:
             assert says(fact.told, fact.value)
             assert not says(fact.question, fact.value)
@@ -76,7 +78,7 @@ def test_an_answer_has_a_value_as_whole_words() -> None:
 def test_bad_input_is_refused(model: Any) -> None:
     with pytest.raises(ConfigError, match="recall=3 reads records again, and no memory of this model keeps any"):
         told.run(build(model.tokenizer, "stm"), None, Told())  # type: ignore[arg-type]
-    with pytest.raises(ConfigError, match=r"told\.facts must be people or modern, got 'all'"):
+    with pytest.raises(ConfigError, match=r"told\.facts must be people, development or modern, got 'all'"):
         Told(facts="all")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match=r"told\.n_fact must be at least told\.n_conversation"):
         Told(n_fact=3)

@@ -136,6 +136,33 @@ def test_intervals_are_over_documents(known: Known) -> None:
     assert result.metrics["worth_low/on"] == pytest.approx(1 - math.exp(mean + half))
 
 
+def test_too_few_documents_have_no_interval() -> None:
+    losses = {"on": (1.0, 3.0), "off": (3.0, 2.9), "wiped": (3.0, 2.9), "swapped": (3.1, 3.2)}
+    rows = [
+        {"condition": condition, "document": document, "place": 0, "kind": "rest", "n_token": 100, "nll": nll}
+        for condition, both in losses.items()
+        for document, nll in enumerate(both)
+    ]
+    metrics = module.summarise(rows)
+    half = 12.706 * 2.1 / 2  # of differences of -2 and 0.1 nats: ends would be 100 % and -24 million % saved
+    assert metrics["difference_high/on-off"] == pytest.approx(-0.95 + half)
+    assert metrics["worth/on"] == pytest.approx(1 - math.exp(-0.95))
+    for name in ("worth", "perplexity"):
+        assert math.isnan(metrics[f"{name}_low/on"])
+        assert math.isnan(metrics[f"{name}_high/on/rest"])
+    assert metrics["worth_low/swapped"] < metrics["worth/swapped"] < metrics["worth_high/swapped"]  # 0.1 and 0.3 nats
+    says = module.says(metrics, 256)
+    assert says.startswith("What memory is worth cannot be told: 2 documents are too few for an interval (61.3 %")
+    metadata = {"headline": module._headline(metrics, 256), "says": says, "n_token": 200, "n_document": 2}
+    result = Result("worth", metrics, tuple(rows), metadata | {"settings": {"distance": 256}})
+    (line,) = [line for line in summary([result]).splitlines() if line.startswith("worth ")]
+    assert line.split()[-5:] == ["61.3", "%", "-", "-", "200"]
+    assert "Where worth tells no interval (-), documents or seeds are too few for one." in summary([result])
+    _, by_place, by_kind = plot(result)["worth"].axes
+    assert by_place.get_ylim()[0] > -10
+    assert by_kind.get_xlim()[0] > -10
+
+
 @pytest.mark.parametrize("memories", [("ltm",), ("stm", "cache"), ("rmt",), ()])
 @pytest.mark.parametrize("scope", ["sequence", "shared"])
 def test_reading_side_by_side_equals_each_document_alone(memories: tuple[str, ...], scope: str) -> None:

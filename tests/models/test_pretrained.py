@@ -194,30 +194,43 @@ def test_lora_begins_as_the_base(folder: Callable[[str], Path]) -> None:
         assert torch.equal(adapted(ids).logits, bare(ids).logits)
 
 
-def test_where_memory_is_empty_the_loss_is_the_distance_from_the_base(folder: Callable[[str], Path]) -> None:
+def test_the_loss_of_text_is_the_distance_from_the_base_with_its_whole_context(folder: Callable[[str], Path]) -> None:
     pytest.importorskip("peft")
-    base, ids, share = bases.loaded(folder("llama")), text(2, 2 * T + 1), 0.25
+    base, share, n = bases.loaded(folder("llama")), 0.25, 9
     model = model_of(folder("llama"), MEMORY, lora={"r": 2}, distill=share)
+    assert model.bare_len // T == 5
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
-    ids, targets, weight = ids[:, :-1], ids[:, 1:], torch.rand(2, 2 * T)
-    reset = torch.tensor([[True, False], [False, True]])  # the second row goes on
-    batch = Batch(ids, targets, weight, torch.zeros_like(ids, dtype=torch.bool), reset, None, None, False, True, 0)
-    before, out = trained(model), model(ids, reset=reset)
+    whole, weight = text(3, n * T + 1), torch.rand(3, n * T)
+    ids, targets = whole[:, :-1], whole[:, 1:]
+    reset, breaks = torch.zeros(3, n, dtype=torch.bool), torch.zeros(3, n, dtype=torch.bool)
+    reset[0, 0] = reset[1, 5] = breaks[1, 7] = True  # the other rows go on with documents of the batch before
+    answer = torch.zeros_like(ids, dtype=torch.bool)
+    answer[0, 3:6] = answer[1, -1] = True
+    batch = Batch(ids, targets, weight, answer, reset, breaks, None, False, True, 0)
+    before, out = trained(model), model(ids, reset=reset, breaks=breaks)
     losses, nll, _ = Objective(model, 1.0).losses(batch, out, torch.tensor(1.0))
 
-    first = reset.repeat_interleave(T, dim=1)
-    with torch.no_grad():
-        expected = base(torch.stack([ids[0, :T], ids[1, T:]])).logits.log_softmax(dim=2)
-    found = out.logits.log_softmax(dim=2)
-    away = (expected.exp() * (expected - found[first].view(2, T, -1))).sum(dim=2).flatten()
-    own = -found.gather(2, targets[..., None])[..., 0]
+    # By row: from which segment on the base sees each segment. It has room for 5, and at least 2 before those counted.
+    seen = [[0] * 5 + [2, 2, 4, 4], [None, None, 0, 0, 0, 5, 5, 7, 7], [None, None, 0, 0, 0, 2, 2, 4, 4]]
+    expected, own = torch.zeros(()), -out.logits.log_softmax(dim=2).gather(2, targets[..., None])[..., 0]
+    left = own * weight
+    for row, starts in enumerate(seen):
+        for i, start in enumerate(starts):
+            here = slice(i * T, (i + 1) * T)
+            counted = ~answer[row, here]
+            if start is None:
+                continue
+            with torch.no_grad():
+                teacher = base(ids[row : row + 1, start * T : (i + 1) * T]).logits[0, -T:].log_softmax(dim=1)
+            away = (teacher.exp() * (teacher - out.logits[row, here].log_softmax(dim=1))).sum(dim=1)
+            expected = expected + (away * weight[row, here])[counted].sum()
+            left[row, here] = left[row, here] * (1 - share * counted)
     torch.testing.assert_close(nll, own)
-    torch.testing.assert_close(losses["distance from the base"], share * (away * weight[first]).sum())
-    torch.testing.assert_close(losses["next-token loss"], (own * weight * (1 - share * first)).sum())
-    assert away.min() > 1e-4
+    torch.testing.assert_close(losses["distance from the base"], share * expected)
+    torch.testing.assert_close(losses["next-token loss"], left.sum())
     assert trained(model) == before
     sum(losses.values()).backward()
     assert all(part.grad is not None for name, part in model.named_parameters() if "lora_B" in name)

@@ -15,11 +15,12 @@ Shapes: N tokens of a document, T tokens per segment.
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -213,6 +214,16 @@ class BabiLong:
         self._train = [words[i] for i in order]  # shortest first
         self._lengths = np.array([part.n_fact for part in self._train])
         self._text = sentences(train.tokens, tokenizer)
+
+    @classmethod
+    def own_text(cls, settings: Mapping[str, Any]) -> list[str]:
+        """See `memlm.data.tasks.base.Task`: facts, questions and answers of the training split."""
+        defaults = inspect.signature(cls).parameters
+        path, task, split = (settings.get(name, defaults[name].default) for name in ("path", "task", "split"))
+        return [
+            "".join(f" {sample.facts[i]}" for i in sample.support) + f" {sample.question} {sample.answer}."
+            for sample in load(path, task, split)
+        ]
 
     def test(self) -> list[Words]:
         """The published test questions, in their order."""

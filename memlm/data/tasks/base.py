@@ -36,7 +36,11 @@ class Planted(NamedTuple):
 
 @runtime_checkable
 class Task(Protocol):
-    """Makes training documents. Constructors get ``tokenizer`` and ``train`` (the training text), then settings."""
+    """Makes training documents. Constructors get ``tokenizer`` and ``train`` (the training text), then settings.
+
+    A task with text of its own may have a class method ``own_text(settings)``: what a tokenizer learns from beside the
+    training text, a list of strings. The words of a task that a text hardly has are so whole tokens.
+    """
 
     def document(self, rng: np.random.Generator, passage: np.ndarray, segment_len: int, *settings: Any) -> Planted:
         """A training document.

@@ -131,12 +131,13 @@ def _draw(axes: Axes, panel: Sequence[Line]) -> None:
                 fontweight="bold" if y in line.best else "normal",
             )  # fmt: skip
     axes.set_title(panel[0].experiment)
-    if panel[0].percent:
+    if all(line.rate for line in panel):
         axes.set_xlim(-0.1, 1.1)
         axes.set_xticks([0, 0.25, 0.5, 0.75, 1])
-        axes.xaxis.set_major_formatter(PercentFormatter(xmax=1, symbol=" %"))
     else:
         axes.margins(x=0.15)
+    if panel[0].percent:
+        axes.xaxis.set_major_formatter(PercentFormatter(xmax=1, symbol=" %"))
     below = axes.transAxes + ScaledTranslation(0, -0.35, axes.figure.dpi_scale_trans)  # inches
     axes.legend(
         loc="upper left", bbox_to_anchor=(0, 0), bbox_transform=below, borderaxespad=0, borderpad=0, fontsize=9,

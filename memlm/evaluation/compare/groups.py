@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 
 from memlm.config import ConfigError
 from memlm.evaluation.compare.differences import Group, brief, differences_of, measuring_differences, name_of
-from memlm.evaluation.headline import Number, headline, shown
+from memlm.evaluation.headline import Number, headline, over_seeds
 from memlm.evaluation.runs import Run, Trained
-from memlm.statistics import mean_interval, wilson
+from memlm.statistics import interval, wilson
 from memlm.training import amount
 
 
@@ -25,8 +25,8 @@ class Cell(NamedTuple):
     Attributes:
         values: One per seed.
         mean: Their mean.
-        low: Lower end of the 95 % interval: over seeds by Student's t; of a single seed, the one its experiment tells
-            (NaN if none); of a rate that is the same in all seeds, Wilson's for all items.
+        low: Lower end of the 95 % interval: over seeds by Student's t, of a rate within 0 and 1; of a single seed, the
+            one its experiment tells (NaN if none); of a rate that is the same in all seeds, Wilson's for all items.
         high: Upper end.
         n: Items behind the number of each seed, at least; None if that is not told.
     """
@@ -47,9 +47,10 @@ class Line:
         label: What it is called.
         metric: Name of the metric.
         cells: One per group; None where it was not measured.
-        percent: Whether it is a rate.
+        percent: Whether it is shown in percent.
         better: ``higher`` or ``lower``; None if neither is.
         control: Whether it is a control or a baseline.
+        rate: Whether it is a rate, which is in [0, 1].
         best: Groups that are best or not to be told from the best.
     """
 
@@ -60,6 +61,7 @@ class Line:
     percent: bool = False
     better: str | None = None
     control: bool = False
+    rate: bool = False
     best: set[int] = field(default_factory=set)
 
     def text(self, i: int) -> str:
@@ -69,13 +71,7 @@ class Line:
             return "-"
         if not self.experiment:
             return f"{cell.mean:,.0f}"
-        text = shown(cell.mean, self.percent)
-        half = mean_interval(cell.values)[1]
-        if half > 0:
-            text += f" ± {shown(half, self.percent).removesuffix(' %')}"
-        elif not math.isnan(cell.low):
-            ends = (shown(end, self.percent).removesuffix(" %") for end in (cell.low, cell.high))
-            text += f" ({' to '.join(ends)})"
+        text = over_seeds(cell.values, cell.low, cell.high, self.percent)
         return f"{text} *" if i in self.best else text
 
     @property
@@ -167,19 +163,10 @@ def _costs(groups: Sequence[Group]) -> list[Line]:
     lines = []
     for label, name in kinds.items():
         found = [[getattr(run.trained, name) for run in group.runs] for group in groups]
-        cells = [_mean([float(value) for value in values if value is not None]) for values in found]
+        numbers = [[float(value) for value in values if value is not None] for values in found]
+        cells = [Cell(tuple(values), *interval(values), None) if values else None for values in numbers]
         lines.append(Line("", label, name, cells))
     return lines
-
-
-def _mean(values: Sequence[float], low: float = math.nan, high: float = math.nan, n: int | None = None) -> Cell | None:
-    """A cell; the given interval is that of a single value."""
-    if not values:
-        return None
-    mean, half = mean_interval(values)
-    if len(values) > 1:
-        low, high = mean - half, mean + half
-    return Cell(tuple(values), mean, low, high, n)
 
 
 def _headlines(groups: Sequence[Group]) -> list[Line]:
@@ -194,7 +181,7 @@ def _headlines(groups: Sequence[Group]) -> list[Line]:
     for (name, metric, label), parts in sorted(found.items(), key=lambda item: item[0][0]):
         first = next(number for numbers in parts for number in numbers)
         cells = [_over_seeds(numbers) for numbers in parts]
-        lines.append(Line(name, label, metric, cells, first.percent, first.better, first.control))
+        lines.append(Line(name, label, metric, cells, first.percent, first.better, first.control, first.rate))
     return lines
 
 
@@ -203,14 +190,14 @@ def _over_seeds(numbers: Sequence[Number]) -> Cell | None:
     if not numbers:
         return None
     first = numbers[0]
+    values = tuple(number.value for number in numbers)
     counts = [number.n for number in numbers if number.n is not None]
-    cell = _mean([number.value for number in numbers], first.low, first.high, min(counts, default=None))
-    if cell is None or not first.percent or len(numbers) == 1:
-        return cell
-    if cell.low == cell.high and len(counts) == len(numbers):  # no spread says nothing: rather that of all items
+    mean, low, high = interval(values, *((0.0, 1.0) if first.rate else ()))
+    if len(numbers) == 1:
+        low, high = first.low, first.high
+    elif first.rate and low == high and len(counts) == len(numbers):  # no spread says nothing: rather that of all items
         low, high = wilson(sum(number.value * (number.n or 0) for number in numbers), sum(counts))
-        return cell._replace(low=low, high=high)
-    return cell._replace(low=max(cell.low, 0.0), high=min(cell.high, 1.0))  # which Student's t does not know
+    return Cell(values, mean, low, high, min(counts, default=None))
 
 
 def _unlike(groups: Sequence[Group]) -> list[str]:
@@ -256,7 +243,11 @@ def by_value(groups: Sequence[Group], values: Sequence[str]) -> str:
 
 
 def _best(line: Line) -> set[int]:
-    """The best group, and those whose interval overlaps with its own; none if that is all of them."""
+    """The best group, and those that are not told from it; none if that is all of them.
+
+    Intervals that overlap tell nothing apart. Nor does one that is missing where other groups have one: too little was
+    measured for it.
+    """
     cells = {i: cell for i, cell in enumerate(line.cells) if cell is not None}
     if line.control or line.better is None or len(cells) < 2:
         return set()
@@ -264,5 +255,12 @@ def _best(line: Line) -> set[int]:
     best = max(cells.values(), key=lambda cell: sign * cell.mean)
     if not math.isfinite(best.mean):  # such as a half-life beyond what was measured, of which no interval is known
         return set()
-    found = {i for i, c in cells.items() if c.mean == best.mean or (c.low <= best.high and c.high >= best.low)}
+    known = any(not math.isnan(c.low) for c in cells.values())
+    found = {
+        i
+        for i, c in cells.items()
+        if c.mean == best.mean
+        or (c.low <= best.high and c.high >= best.low)
+        or (known and math.isnan(c.low + best.low))
+    }
     return found if len(found) < len(cells) else set()

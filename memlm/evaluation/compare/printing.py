@@ -20,8 +20,9 @@ from memlm.printed import in_csv, in_markdown, printable
 
 _LEGEND = (
     "Mean ± half the 95 % t interval over seeds, which says nothing of the n items behind each.",
-    "In brackets the 95 % interval of a single seed, as its experiment tells it, or of a rate that is equal in all "
-    "seeds, of all items (Wilson). Indented: controls.",
+    "In brackets the ends of that interval where it is cut at 0 or 100 %; the 95 % interval of a single seed, as its "
+    "experiment tells it (none where documents are too few); or of a rate that is equal in all seeds, of all items "
+    "(Wilson). Indented: controls.",
 )
 
 

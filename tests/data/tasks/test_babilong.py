@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from memlm.assemble import build_tokenizer
 from memlm.config import ConfigError
 from memlm.data.haystack import Haystack, sentences
 from memlm.data.tasks.babilong import BabiLong, Sample, is_right, latest, load, parse, spread, told_by_one
@@ -284,3 +285,21 @@ def test_text_alike_has_only_sentences_with_a_word_of_the_stories(text: Text, tm
 def test_an_answer_is_right_if_it_is_the_only_label_named(output: str, right: bool) -> None:
     sample = Sample(("",), "What is north of the kitchen?", "garden", (0,))
     assert is_right(output, sample, PLACES) == right
+
+
+@pytest.mark.parametrize("write", [write_folder, write_table])
+def test_a_tokenizer_learns_from_the_stories_that_are_trained_on(write, tmp_path):
+    settings = {"_target_": "memlm.data.tasks.babilong.BabiLong", "path": str(write(tmp_path)), "task": 1}
+    text = BabiLong.own_text(settings)
+    assert text == [f" John moved to the {place}. Where is John? {place}." for place in PLACES]
+    (tmp_path / "book.txt").write_text(book(300))
+    config = {
+        "data": {
+            "tokenizer": {"kind": "bpe", "vocab_size": 400, "path": None, "n_vocab": None},
+            "corpus": {"_target_": "memlm.data.corpora.files.TextFiles", "path": str(tmp_path / "book.txt")},
+        },
+        "curriculum": {"task": settings},
+        "model": {"_target_": "memlm.models.lmcode.LMCode"},
+        "paths": {"cache_dir": str(tmp_path / "cache")},
+    }
+    assert [len(build_tokenizer(config).encode(f" {place}")) for place in PLACES] == [1, 1, 1]

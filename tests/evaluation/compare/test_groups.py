@@ -39,6 +39,16 @@ def loss(value: float) -> Result:
     return Result("loss", {"nll": value}, (), {"headline": [ENTRY | {"label": "nats", "metric": "nll"}]})
 
 
+def saved(share: float, low: float = math.nan, high: float = math.nan) -> Result:
+    """What `worth` tells: a share that may be below 0, in percent, and a control."""
+    metrics = {"worth/on": share, "low": low, "high": high, "n": 5000, "worth/swapped": -2.0}
+    ends = {"low": "low", "high": "high", "n": "n", "percent": True, "better": "higher", "rate": False}
+    none = {"low": None, "high": None, "n": "n", "percent": True, "better": "higher", "control": True, "rate": False}
+    entries = [ends | {"label": "saved", "metric": "worth/on", "control": False}]
+    entries.append(none | {"label": "by another's", "metric": "worth/swapped"})
+    return Result("worth", metrics, (), {"headline": entries})
+
+
 def run(seed: int = 0, *results: Result, changes: Any = (), **trained: Any) -> Run:
     """A run, with some settings changed."""
     config = copy.deepcopy(CONFIG) | {"seed": seed, "name": f"{seed}", "paths": {"run_dir": f"/runs/{seed}"}}
@@ -126,7 +136,7 @@ def test_mean_and_interval_over_seeds_by_hand() -> None:
     half = 4.303 * 0.2 / math.sqrt(3)  # Student's t of two degrees of freedom, standard deviation 0.2
     assert (cell.values, cell.mean) == ((0.5, 0.7, 0.9), pytest.approx(0.7))
     assert (cell.low, cell.high) == (pytest.approx(0.7 - half), 1.0)  # 1.197 is no rate
-    assert line(found, "memory on").text(0) == f"70.0 % ± {100 * half:.1f}"
+    assert line(found, "memory on").text(0) == f"70.0 % ({100 * (0.7 - half):.1f} to 100.0)"
     plain = line(found, "nats", "loss").cells[0]
     assert plain is not None
     assert plain.high == pytest.approx(0.7 + half)
@@ -160,6 +170,18 @@ def test_what_a_run_costs_and_what_is_missing() -> None:
     assert "50.0 % (40.4 to 59.6) (1 of 2 seeds)" in report(found)
 
 
+def test_a_share_that_is_no_rate_may_be_below_0() -> None:
+    found = compare([run(seed, saved(share)) for seed, share in enumerate((-0.5, -0.4))])
+    cell = line(found, "saved", "worth").cells[0]
+    assert cell is not None
+    half = 12.706 * 0.1 / 2  # two seeds: standard deviation 0.1 / sqrt(2), by sqrt(2)
+    assert (cell.low, cell.high) == (pytest.approx(-0.45 - half), pytest.approx(-0.45 + half))
+    assert line(found, "saved", "worth").text(0) == f"-45.0 % ± {100 * half:.1f}"
+    assert line(found, "by another's", "worth").text(0) == "-200.0 % ± 0.0"  # equal, and no rate of 5,000 items
+    (panel,) = [axes for axes in plot(found).axes if axes.get_title(loc="left") == "worth"]
+    assert panel.get_xlim()[0] < -2.0  # all points are on the axis
+
+
 # ------------------------------------------------------------------------------------------------------------- ranking
 
 
@@ -174,6 +196,13 @@ def test_the_best_is_marked_with_what_is_not_told_from_it() -> None:
     assert "90.0 % (82.6 to 94.5) *" in report(found)
     assert line(compare(groups[:2]), "memory on").best == set()  # not told apart
     assert line(compare(groups[:1]), "memory on").best == set()
+
+
+def test_what_has_no_interval_is_not_told_from_the_best() -> None:
+    groups = [run(0, saved(0.4, 0.3, 0.5)), run(0, saved(0.1, 0.0, 0.2), changes=NONE)]
+    groups.append(run(0, saved(0.2), changes=SMALL))
+    found = line(compare(groups), "saved", "worth")
+    assert [found.text(i) for i in range(3)] == ["40.0 % (30.0 to 50.0) *", "10.0 % (0.0 to 20.0)", "20.0 % *"]
 
 
 @pytest.mark.parametrize(
@@ -226,7 +255,7 @@ def test_rows_and_markdown_hold_every_number() -> None:
     assert kept[0]["mean"] == pytest.approx(0.85)
     text = markdown(found)
     assert "| experiment | number | ltm (2 seeds) | a\\|b (1 seed) |" in text
-    assert "| needle | memory on, n = 100 | 85.0 % ± 63.5 \\* | 10.0 % (5.5 to 17.4) |" in text
+    assert "| needle | memory on, n = 100 | 85.0 % (21.5 to 100.0) \\* | 10.0 % (5.5 to 17.4) |" in text
     assert "- ltm, seed 1, step 500: run1 " in text
 
 
