@@ -61,6 +61,7 @@ def test_every_benchmark_has_settings_and_a_module() -> None:
         "candidates",
         "mixer_peers",
         "nanogpt",
+        "retrieval_keys",
     }
     for name in names:
         config = to_dict(compose([f"benchmark={name}"], "benchmark"))

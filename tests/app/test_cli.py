@@ -481,7 +481,7 @@ def test_script(tree: Path) -> None:
     env = {**os.environ, "PYTHONPATH": root}
     help_ = subprocess.run([sys.executable, script, "--help"], capture_output=True, text=True, env=env, check=True)
     assert "memory: broken, ltm, none, stm" in help_.stdout
-    assert "python train.py -m" in help_.stdout
+    assert "memlm train -m" in help_.stdout
     assert "slow imports: []" in help_.stdout
 
 
