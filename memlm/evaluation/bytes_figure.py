@@ -7,10 +7,12 @@ layers, the convolution included (12 for each channel); those of the record are 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from matplotlib.figure import Figure
+from matplotlib.patheffects import Normal, Stroke
 
 from memlm.analysis.style import SURFACES, Theme
 from memlm.evaluation import themed
@@ -53,16 +55,17 @@ def _drawn(record: Sequence[Mapping[str, Any]], theme: Theme) -> Figure:
     for name, points in PUBLISHED.items():
         axes.plot(*zip(*points, strict=True), color=colors["soft"], linewidth=1, marker="o", markersize=3)
         axes.annotate(
-            name, points[0], (-4, 0), textcoords="offset points", color=colors["soft"], fontsize=8, ha="right"
+            name, points[0], (-4, -11), textcoords="offset points", color=colors["soft"], fontsize=8, ha="right"
         )
     for entry in record:
         rate, low, high = (entry["metrics"][f"{key}/on"] for key in ("accuracy", "low", "high"))
         color = colors["second" if entry["name"].startswith("delta") else "first"]
         bar = [[rate - low], [high - rate]]
         axes.errorbar([entry["state_bytes"]], [rate], yerr=bar, color=color, marker="o", capsize=3, zorder=3)
-        axes.annotate(
-            entry["name"], (entry["state_bytes"], rate), (6, 5), textcoords="offset points", color=color, fontsize=9
-        )
+        told = re.split(r"[,-]", entry["name"])[0]  # the memory: its size is where it stands
+        at = (entry["state_bytes"], rate)
+        above = axes.annotate(told, at, (0, 8), textcoords="offset points", color=color, fontsize=9, ha="center")
+        above.set_path_effects([Stroke(linewidth=3, foreground=colors["paper"]), Normal()])
     axes.set(xscale="log", xlabel="bytes of state of a row", ylabel="answered right", ylim=(0, 1.05), xlim=(2_500, 5e5))
     sizes = [4_000, 8_000, 16_000, 32_000, 64_000, 128_000, 256_000]
     axes.set_xticks(sizes, [f"{size // 1000}k" for size in sizes])
