@@ -74,7 +74,7 @@ def test_a_directory_that_holds_a_run_is_refused_before_text_is_read(
 @pytest.mark.parametrize(
     ("arguments", "code", "told"),
     [
-        (["--help"], 0, "python train.py model=lmcode memory=ltm"),
+        (["--help"], 0, "memlm train model=lmcode memory=ltm"),
         (["training.lr=fast"], 2, "error: training.lr must be"),
     ],
 )
