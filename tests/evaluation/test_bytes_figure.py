@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from memlm.app import results
-from memlm.config import ConfigError
 from memlm.evaluation import bytes_figure
+from tests.evaluation.held_figures import check_holds_figure
 
 FILES = ["docs/figures/mqar_bytes-light.svg", "docs/figures/mqar_bytes-dark.svg"]
 
@@ -32,18 +30,4 @@ def test_an_empty_record_has_no_figure() -> None:
 
 def test_a_check_holds_the_figure_to_the_record(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
-    for folder in ("docs/figures", "results"):
-        Path(folder).mkdir(parents=True)
-    Path("README.md").write_text("# A page\n")
-    record = Path("results/mqar_zoology.json")
-    record.write_text(json.dumps({"entries": RECORD}))
-    results.main([])
-    results.main(["--check"])
-    for file in FILES:
-        before = Path(file).read_bytes()
-        assert TOLD in before.decode()
-        results.main([])
-        assert Path(file).read_bytes() == before, "drawn again it is the same file"
-    record.write_text(json.dumps({"entries": [entry("delta", 8_192, 0.6)]}))
-    with pytest.raises(ConfigError, match=f"^{FILES[0]}, {FILES[1]} does not say"):
-        results.main(["--check"])
+    check_holds_figure("mqar_zoology", FILES, RECORD, TOLD, [entry("delta", 8_192, 0.6)])

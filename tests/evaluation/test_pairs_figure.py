@@ -1,14 +1,12 @@
 """How many pairs each memory holds: rows in order, the mean of seeds, and a figure that a check holds to the record."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from memlm.app import results
-from memlm.config import ConfigError
 from memlm.evaluation import pairs_figure
+from tests.evaluation.held_figures import check_holds_figure
 
 FILES = ["docs/figures/recall_by_memory-light.svg", "docs/figures/recall_by_memory-dark.svg"]
 
@@ -47,18 +45,4 @@ def test_the_best_stands_first_and_of_equal_ones_the_smaller() -> None:
 
 def test_a_check_holds_the_figure_to_the_record(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
-    for folder in ("docs/figures", "results"):
-        Path(folder).mkdir(parents=True)
-    Path("README.md").write_text("# A page\n")
-    record = Path("results/recall_by_memory.json")
-    record.write_text(json.dumps({"entries": RECORD}))
-    results.main([])
-    results.main(["--check"])
-    for file in FILES:
-        before = Path(file).read_bytes()
-        assert TOLD in before.decode()
-        results.main([])
-        assert Path(file).read_bytes() == before, "drawn again it is the same file"
-    record.write_text(json.dumps({"entries": RECORD[1:]}))
-    with pytest.raises(ConfigError, match=f"^{FILES[0]}, {FILES[1]} does not say"):
-        results.main(["--check"])
+    check_holds_figure("recall_by_memory", FILES, RECORD, TOLD, RECORD[1:])
