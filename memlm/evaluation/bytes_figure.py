@@ -64,8 +64,8 @@ def _drawn(record: Sequence[Mapping[str, Any]], theme: Theme) -> Figure:
         axes.errorbar([entry["state_bytes"]], [rate], yerr=bar, color=color, marker="o", capsize=3, zorder=3)
         memory = re.split(r"[,-]", entry["name"])[0]  # its size is where it stands
         at = (entry["state_bytes"], rate)
-        above = axes.annotate(memory, at, (0, 8), textcoords="offset points", color=color, fontsize=9, ha="center")
-        above.set_path_effects([Stroke(linewidth=3, foreground=colors["paper"]), Normal()])
+        label = axes.annotate(memory, at, (-6, 4), textcoords="offset points", color=color, fontsize=9, ha="right")
+        label.set_path_effects([Stroke(linewidth=3, foreground=colors["paper"]), Normal()])
     axes.set(xscale="log", xlabel="bytes of state of a row", ylabel="answered right", ylim=(0, 1.05), xlim=(2_500, 5e5))
     sizes = [4_000, 8_000, 16_000, 32_000, 64_000, 128_000, 256_000]
     axes.set_xticks(sizes, [f"{size // 1000}k" for size in sizes])
