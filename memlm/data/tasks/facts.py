@@ -55,6 +55,7 @@ class Facts:
         hard: float = 0.0,
         kinds: Mapping[str, float] | None = None,
         paraphrase: float = 0.0,
+        strangers: float = 0.0,
     ) -> Planted:
         """A document with facts and questions.
 
@@ -66,10 +67,14 @@ class Facts:
             hard: Share of documents whose names are drawn from few words, so that they look alike.
             kinds: By kind of facts (see `KINDS`), the share of documents that have them; None for ``random`` alone.
             paraphrase: Share of facts that are asked for in other words than they were told in, where the kind has any.
+            strangers: Share of questions about names that nobody was told of. Their answers are as good as any, so
+                who gives them what was told of another pays for it.
 
         Raises:
-            ConfigError: If one of the kinds does not exist, or their shares are none.
+            ConfigError: If a kind does not exist, the shares of kinds are none, or ``strangers`` is no share below 1.
         """
+        if not 0 <= strangers < 1:
+            raise ConfigError(f"strangers must be a share of the questions, at least 0 and below 1, got {strangers}")
         alike = bool(rng.random() < hard)
         maker: Maker = self.maker
         if kinds is not None:
@@ -79,7 +84,7 @@ class Facts:
             if not share.sum() > 0 or (share < 0).any():
                 raise ConfigError(f"kinds must have shares that are not negative, and one above 0; got {dict(kinds)}")
             maker = self.maker_of(list(kinds)[int(rng.choice(len(share), p=share / share.sum()))])
-        return plant(rng, maker, passage, segment_len, items, alike, paraphrase=paraphrase)
+        return plant(rng, maker, passage, segment_len, items, alike, paraphrase=paraphrase, strangers=strangers)
 
 
 def plant(
@@ -91,6 +96,7 @@ def plant(
     hard: bool,
     new_context: float = 0.5,
     paraphrase: float = 0.0,
+    strangers: float = 0.0,
 ) -> Planted:
     """Mix facts and questions into a passage.
 
@@ -106,18 +112,26 @@ def plant(
         hard: Whether names look alike.
         new_context: Share of segments that begin a new context.
         paraphrase: Share of facts that are asked for with the cue of one of their paraphrases, if they have any.
+        strangers: Share of questions about names that nobody was told of.
     """
     n_segment = (len(passage) - 1) // segment_len
     breaks = contexts(rng, n_segment, new_context)
-    facts = maker.draw(rng, max(int(np.ceil(n_segment * items)), 1), "train", n_word=8 if hard else None)
-    return mix(rng, _Once(rng, facts, paraphrase), passage, segment_len, items, breaks)
+    n_fact = max(int(np.ceil(n_segment * items)), 1)
+    facts = maker.draw(rng, n_fact + int(np.ceil(n_fact * strangers)), "train", n_word=8 if hard else None)
+    told = {fact.name for fact in facts[:n_fact]}
+    others = [fact for fact in facts[n_fact:] if fact.name not in told]
+    teller = _Once(rng, facts[:n_fact], paraphrase, others, strangers)
+    return mix(rng, teller, passage, segment_len, items, breaks)
 
 
 class _Once(Teller):
-    """Tells each fact once; see `memlm.data.tasks.base.Teller`."""
+    """Tells each fact once, and asks a stranger at most once; see `memlm.data.tasks.base.Teller`."""
 
-    def __init__(self, rng: np.random.Generator, facts: list[Fact], paraphrase: float) -> None:
+    def __init__(
+        self, rng: np.random.Generator, facts: list[Fact], paraphrase: float, strangers: list[Fact], share: float
+    ) -> None:
         self.rng, self.facts, self.paraphrase = rng, facts, paraphrase
+        self.strangers, self.share = strangers, share
         self.item_len = round(sum(len(fact.tokens) for fact in facts) / len(facts))
         self._told: list[tuple[int, Fact]] = []  # the segment where each ended, and how it is asked for
 
@@ -127,11 +141,21 @@ class _Once(Teller):
 
     def tell(self, statement: Fact, segment: int) -> None:
         """Remember where the fact ended, and decide how it is asked for from now on."""
-        paraphrases = statement.paraphrases
-        if self.paraphrase and paraphrases and self.rng.random() < self.paraphrase:
-            statement = statement.asked(paraphrases[int(self.rng.integers(len(paraphrases)))])
-        self._told.append((segment, statement))
+        self._told.append((segment, self._question(statement)))
 
     def questions(self, segment: int) -> list[Fact]:
-        """Facts told before the segment."""
-        return [fact for told, fact in self._told if told < segment]
+        """Facts told before the segment, or in their stead one about a stranger."""
+        told = [fact for told, fact in self._told if told < segment]
+        if told and self.strangers and self.rng.random() < self.share:
+            return [self._question(self.strangers[0])]
+        return told
+
+    def asked(self, question: Fact) -> None:
+        """Whoever was asked about is a stranger no more: the question came with an answer."""
+        self.strangers = [fact for fact in self.strangers if fact.name != question.name]
+
+    def _question(self, fact: Fact) -> Fact:
+        """The fact as it is asked for."""
+        if self.paraphrase and fact.paraphrases and self.rng.random() < self.paraphrase:
+            return fact.asked(fact.paraphrases[int(self.rng.integers(len(fact.paraphrases)))])
+        return fact

@@ -162,6 +162,18 @@ def test_few_words_give_subjects_with_several_facts(bpe):
     assert len(names) < 100 == len({fact.cue for fact in facts} | {fact.sentence for fact in facts}) // 2
 
 
+def asked_in(planted):
+    """Questions of a document with their answers: cue and answer are cut where the answer begins."""
+    ends = np.flatnonzero(np.diff([*planted.answer.astype(int), 0]) == -1) + 1
+    starts = np.flatnonzero(np.diff([0, *planted.answer.astype(int)]) == 1)
+    return list(zip((starts + 1).tolist(), (ends + 1).tolist(), strict=True))  # targets lie one token on
+
+
+def occurs(part, text):
+    """Places where ``part`` begins in ``text``."""
+    return [i for i in range(len(text) - len(part) + 1) if text[i : i + len(part)] == part]
+
+
 def test_questions_of_a_document_are_paraphrases_that_training_may_ask(bpe):
     _, train, facts = bpe
     maker = facts.maker_of("natural")
@@ -178,9 +190,7 @@ def test_questions_of_a_document_are_paraphrases_that_training_may_ask(bpe):
         breaks[0] = False
         told = maker.draw(rng, 24, "train", n_word=8 if hard else None)
         assert planted.breaks.tolist() == breaks.tolist()
-        ends = np.flatnonzero(np.diff([*planted.answer.astype(int), 0]) == -1) + 1
-        starts = np.flatnonzero(np.diff([0, *planted.answer.astype(int)]) == 1)
-        for start, end in zip(starts + 1, ends + 1, strict=True):  # targets lie one token on
+        for start, end in asked_in(planted):
             answer = tuple(text[start:end])
             asked = [
                 (fact, cue)
@@ -202,6 +212,33 @@ def test_questions_of_a_document_are_paraphrases_that_training_may_ask(bpe):
     plain = facts.document(np.random.default_rng(0), passage, SEGMENT_LEN, 3.0, 0.0, {"natural": 1.0})
     same = plant(np.random.default_rng(0), facts.maker, passage, SEGMENT_LEN, 3.0, False)
     assert len(plain.tokens) == len(same.tokens)
+
+
+@pytest.mark.parametrize("kind", ["random", "natural"])
+def test_a_share_of_the_questions_is_about_strangers_whose_answer_nobody_told(bpe, kind):
+    _, train, facts = bpe
+    passage = np.full(16 * SEGMENT_LEN + 1, train.tokens[0], dtype=np.int64)  # text that tells nothing
+    n_stranger = n_asked = 0
+    for seed in range(30):
+        planted = facts.document(
+            np.random.default_rng(seed), passage, SEGMENT_LEN, 3.0, 0.5, {kind: 1.0}, strangers=0.25
+        )
+        text = planted.tokens.tolist()
+        for start, end in asked_in(planted):
+            whole = text[start - 2 : end]  # the last words of the cue, and the answer
+            first = occurs(whole, text)[0] + 2
+            n_asked += 1
+            n_stranger += first == start
+            if first < start:  # it was told, and not only asked before: the first time is no question
+                assert not planted.answer[first - 1]
+    assert n_asked > 300
+    assert 0.15 < n_stranger / n_asked < 0.3
+
+
+def test_strangers_are_a_share(bpe):
+    _, train, facts = bpe
+    with pytest.raises(ConfigError, match="strangers must be a share"):
+        facts.document(np.random.default_rng(0), train.tokens[: SEGMENT_LEN + 1], SEGMENT_LEN, strangers=1.0)
 
 
 def test_kinds_share_the_documents(bpe):
