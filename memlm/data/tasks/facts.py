@@ -67,8 +67,8 @@ class Facts:
             hard: Share of documents whose names are drawn from few words, so that they look alike.
             kinds: By kind of facts (see `KINDS`), the share of documents that have them; None for ``random`` alone.
             paraphrase: Share of facts that are asked for in other words than they were told in, where the kind has any.
-            strangers: Share of questions about names that nobody was told of. Their answers are as good as any, so
-                who gives them what was told of another pays for it.
+            strangers: Share of questions that ask the same as could be asked of a fact, but of a name that nobody was
+                told of. Their answers are as good as any, so who gives what was told of another pays for it.
 
         Raises:
             ConfigError: If a kind does not exist, the shares of kinds are none, or ``strangers`` is no share below 1.
@@ -116,11 +116,8 @@ def plant(
     """
     n_segment = (len(passage) - 1) // segment_len
     breaks = contexts(rng, n_segment, new_context)
-    n_fact = max(int(np.ceil(n_segment * items)), 1)
-    facts = maker.draw(rng, n_fact + int(np.ceil(n_fact * strangers)), "train", n_word=8 if hard else None)
-    told = {fact.name for fact in facts[:n_fact]}
-    others = [fact for fact in facts[n_fact:] if fact.name not in told]
-    teller = _Once(rng, facts[:n_fact], paraphrase, others, strangers)
+    facts = maker.draw(rng, max(int(np.ceil(n_segment * items)), 1), "train", n_word=8 if hard else None)
+    teller = _Once(rng, maker, facts, paraphrase, strangers)
     return mix(rng, teller, passage, segment_len, items, breaks)
 
 
@@ -128,10 +125,11 @@ class _Once(Teller):
     """Tells each fact once, and asks a stranger at most once; see `memlm.data.tasks.base.Teller`."""
 
     def __init__(
-        self, rng: np.random.Generator, facts: list[Fact], paraphrase: float, strangers: list[Fact], share: float
+        self, rng: np.random.Generator, maker: Maker, facts: list[Fact], paraphrase: float, strangers: float
     ) -> None:
-        self.rng, self.facts, self.paraphrase = rng, facts, paraphrase
-        self.strangers, self.share = strangers, share
+        self.rng, self.maker, self.facts = rng, maker, facts
+        self.paraphrase, self.strangers = paraphrase, strangers
+        self._taken = {fact.name for fact in facts}
         self.item_len = round(sum(len(fact.tokens) for fact in facts) / len(facts))
         self._told: list[tuple[int, Fact]] = []  # the segment where each ended, and how it is asked for
 
@@ -146,13 +144,14 @@ class _Once(Teller):
     def questions(self, segment: int) -> list[Fact]:
         """Facts told before the segment, or in their stead one about a stranger."""
         told = [fact for told, fact in self._told if told < segment]
-        if told and self.strangers and self.rng.random() < self.share:
-            return [self._question(self.strangers[0])]
+        if told and self.strangers and self.rng.random() < self.strangers:
+            known = told[int(self.rng.integers(len(told)))]
+            return [self._question(self.maker.of_another(self.rng, known, "train", self._taken, new_value=True))]
         return told
 
     def asked(self, question: Fact) -> None:
         """Whoever was asked about is a stranger no more: the question came with an answer."""
-        self.strangers = [fact for fact in self.strangers if fact.name != question.name]
+        self._taken.add(question.name)
 
     def _question(self, fact: Fact) -> Fact:
         """The fact as it is asked for."""

@@ -88,6 +88,16 @@ class Maker(Protocol):
     def draw(self, rng: np.random.Generator, n: int, split: Split, n_word: int | None = None) -> list[Fact]:
         """``n`` different facts; see `FactMaker.draw`."""
 
+    def of_another(
+        self,
+        rng: np.random.Generator,
+        fact: Fact,
+        split: Split,
+        taken: Collection[tuple[str, ...]],
+        new_value: bool = False,
+    ) -> Fact:
+        """The same said of another name; see `FactMaker.of_another`."""
+
 
 class FactMaker:
     """Draws facts that fit a tokenizer and occur nowhere in the training text.
@@ -144,6 +154,28 @@ class FactMaker:
             value, value_tokens = self._combine(rng, np.arange(len(self.words)), 3, split)
             facts.setdefault(name, Fact(name, value, name_tokens, self._is + value_tokens))
         return list(facts.values())
+
+    def of_another(
+        self,
+        rng: np.random.Generator,
+        fact: Fact,
+        split: Split,
+        taken: Collection[tuple[str, ...]],
+        new_value: bool = False,
+    ) -> Fact:
+        """The same said of another name.
+
+        Args:
+            rng: Source of randomness.
+            fact: What is said.
+            split: Which names and values may be used.
+            taken: Names that it must not have.
+            new_value: Whether it has another value, too.
+        """
+        while True:
+            (other,) = self.draw(rng, 1, split)
+            if other.name not in taken and other.name != fact.name:
+                return other if new_value else other._replace(value=fact.value, answer=fact.answer)
 
     def _pool(self, rng: np.random.Generator, n: int, split: Split, n_word: int | None) -> np.ndarray:
         """Indices of the words that ``n`` names are made of."""
@@ -272,15 +304,25 @@ class SentenceMaker(FactMaker):
         return Fact(name, value, cue, answer, sentence, tuple(paraphrases), sentences.relation.name, told)
 
     def of_another(
-        self, rng: np.random.Generator, fact: Fact, split: Split, taken: Collection[tuple[str, ...]]
+        self,
+        rng: np.random.Generator,
+        fact: Fact,
+        split: Split,
+        taken: Collection[tuple[str, ...]],
+        new_value: bool = False,
     ) -> Fact:
-        """The same said of another subject, none of those ``taken``; who goes by the relation alone confuses them."""
+        """The same said of another subject; who goes by the relation alone confuses them.
+
+        See `FactMaker.of_another`.
+        """
         (sentences,) = (found for found in self._sentences if found.relation.name == fact.relation)
         name, name_tokens = fact.name, fact.cue
         while name in taken or name == fact.name:
             name, name_tokens = self._name(rng, None, sentences.relation.subject, split)
-        value_tokens = fact.answer[: len(fact.answer) - len(sentences.end)]
-        return self._fact(sentences, fact.phrasing, name, name_tokens, fact.value, value_tokens, split)
+        value, value_tokens = fact.value, fact.answer[: len(fact.answer) - len(sentences.end)]
+        while new_value and value == fact.value:
+            value, value_tokens = self._name(rng, None, sentences.relation.value, split)
+        return self._fact(sentences, fact.phrasing, name, name_tokens, value, value_tokens, split)
 
     def _name(
         self, rng: np.random.Generator, pool: np.ndarray | None, form: Form, split: Split

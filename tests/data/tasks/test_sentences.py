@@ -235,6 +235,25 @@ def test_a_share_of_the_questions_is_about_strangers_whose_answer_nobody_told(bp
     assert 0.15 < n_stranger / n_asked < 0.3
 
 
+def test_strangers_are_asked_what_could_be_asked_of_a_fact(bpe):
+    _, train, facts = bpe
+    sentences = facts.maker_of("natural")._sentences
+    ends = [list(after) for one in sentences for _, after in one.phrasings.values()]
+    passage = np.full(16 * SEGMENT_LEN + 1, train.tokens[0], dtype=np.int64)
+    n_stranger = 0
+    for seed in range(10):
+        rng = np.random.default_rng(seed)
+        planted = facts.document(rng, passage, SEGMENT_LEN, 1.0, 0.0, {"natural": 1.0}, strangers=0.5)
+        text = planted.tokens.tolist()
+        for start, end in asked_in(planted):
+            if occurs(text[start - 2 : end], text)[0] + 2 == start:  # nobody told it
+                n_stranger += 1
+                after = max((end for end in ends if text[start - len(end) : start] == end), key=len)
+                told = [place + len(after) for place in occurs(after, text[: start - 1])]
+                assert any(not planted.answer[place - 1] for place in told)  # and not only asked, of another stranger
+    assert n_stranger > 20
+
+
 def test_strangers_are_a_share(bpe):
     _, train, facts = bpe
     with pytest.raises(ConfigError, match="strangers must be a share"):
