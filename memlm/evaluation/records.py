@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -244,20 +245,31 @@ def _headlines(record: Sequence[Entry]) -> list[list[str]]:
     ]  # fmt: skip
     if any(number.cell for numbers in parts for number in numbers):
         return _cells(record, parts)
-    labels = list(dict.fromkeys(number.label for numbers in parts for number in numbers))
+    named = [_named(numbers) for numbers in parts]
+    labels = list(dict.fromkeys(label for numbers in named for label in numbers))
     lines = [["run", "seed", *labels, "state of a row, bytes", "CPU seconds", *_COSTS]]
     lines.append(["---"] * len(lines[0]))
-    for entry, numbers in zip(record, parts, strict=True):
-        by_label = {number.label: _cell(number) for number in numbers}
+    for entry, numbers in zip(record, named, strict=True):
         cpu = entry.get("cpu_seconds")
         lines.append(
             [
                 *(f"`{entry['name']}`", str(entry["seed"])),
-                *(by_label.get(label, "-") for label in labels),
+                *(_cell(numbers[label]) if label in numbers else "-" for label in labels),
                 *(f"{entry['state_bytes']:,}", "-" if cpu is None else f"{cpu:,.0f}", *_costs(entry)),
             ]
         )
     return lines
+
+
+def _named(numbers: Sequence[Number]) -> dict[str, Number]:
+    """Numbers by their labels; a control that stands behind several main numbers is named with the one before it."""
+    times = Counter(number.label for number in numbers)
+    found: dict[str, Number] = {}
+    main = ""
+    for number in numbers:
+        main = main if number.control else number.label.removesuffix(", memory on")
+        found[f"{main}: {number.label}" if number.control and times[number.label] > 1 else number.label] = number
+    return found
 
 
 def _cells(record: Sequence[Entry], parts: Sequence[Sequence[Number]]) -> list[list[str]]:

@@ -144,6 +144,23 @@ def test_any_experiment_is_shown_by_its_headline_and_controls(found: list[Any], 
     assert second.startswith("| `none-512` | 3 | 0.0 %")
 
 
+def test_controls_of_several_main_numbers_each_keep_a_column(found: list[Any], tmp_path: Path) -> None:
+    told = loss(0.4)
+    number, control = told.metadata["headline"]
+    more = [number | {"label": "saved on names", "metric": "named"}, control | {"metric": "other_named"}]
+    told.metadata["headline"] += more
+    found.append(
+        run(tmp_path, "ltm", 3, Result("worth", told.metrics | {"named": 0.8, "other_named": 0.02}, (), told.metadata))
+    )
+    path = page("worth")
+    results.main(["worth", "anywhere", "--commit", "abc"])
+    head, _, line = rows(path)
+    assert head.startswith(
+        "| run | seed | saved | saved: by another's | saved on names | saved on names: by another's | state"
+    )
+    assert line.startswith("| `ltm` | 3 | 40.0 % (30.0 to inf) | 1.0 % | 80.0 % (30.0 to inf) | 2.0 % | 1,234 |")
+
+
 def test_an_evaluation_of_changed_memories_says_what_was_changed_and_how(found: list[Any], tmp_path: Path) -> None:
     change = "- checkpoint=/a/place\n- 'change={ltm.n_slot: 60}'\n- worth.files=['/my/a.txt',b/c.txt]\n"
     commands = {"trained": "- recipe=worth\n", "asked": change}
