@@ -115,10 +115,13 @@ def record(case: str, name: str, settings: dict[str, Any], model_class: type[Seg
 
 
 def surroundings() -> dict[str, str]:
-    """What the bits depend on."""
+    """What the bits depend on; the libraries of linear algebra choose by the maker of the processor, too."""
+    cores = Path("/proc/cpuinfo")
+    makers = [line for line in cores.read_text().splitlines() if line.startswith("vendor_id")] if cores.exists() else []
     return {
         "torch": torch.__version__.partition("+")[0],
         "cpu": torch.backends.cpu.get_cpu_capability(),
+        "maker": makers[0].partition(":")[2].strip() if makers else platform.processor(),
         "machine": platform.machine(),
         "threads": str(torch.get_num_threads()),
     }

@@ -105,13 +105,15 @@ def test_a_sharded_bank_is_that_of_one_process(n_rank: int, settings: dict[str, 
         return found
 
     parts = in_processes(n_rank, tmp_path / "p", job)
+    # A number on the edge between two of 16 bits may be held as either.
+    near = {"rtol": 1e-2, "atol": 2e-4} if "bank_dtype" in settings else {"rtol": 1e-3, "atol": 1e-5}
     for name in ("hidden", "weights", "slots"):
         for i, expected in enumerate(whole[name]):
             torch.testing.assert_close(torch.cat([part[name][i] for part in parts]), expected, rtol=1e-4, atol=1e-5)
     for name, grad in whole["grads"].items():
         assert grad.abs().max() > 0, name
         for part in parts:
-            torch.testing.assert_close(part["grads"][name], grad, rtol=1e-3, atol=1e-5, msg=name)
+            torch.testing.assert_close(part["grads"][name], grad, **near, msg=name)
     for layer, bank in enumerate(whole["bank"]):
         assert bank["n_record"].item() >= 2 * B  # of six slots each: more than the bank holds
         for name, expected in bank.items():
