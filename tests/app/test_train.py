@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import resource
 import signal
 import subprocess
 import sys
@@ -56,11 +55,6 @@ def finish(process: subprocess.Popen[str], code: int = 0) -> tuple[str, str]:
     return out, err
 
 
-def cpu_seconds() -> float:
-    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return usage.ru_utime + usage.ru_stime
-
-
 def test_a_directory_that_holds_a_run_is_refused_before_text_is_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -72,16 +66,21 @@ def test_a_directory_that_holds_a_run_is_refused_before_text_is_read(
 
 
 @pytest.mark.parametrize(
-    ("arguments", "code", "told"),
+    ("arguments", "code", "told", "unused"),
     [
-        (["--help"], 0, "memlm train model=lmcode memory=ltm"),
-        (["training.lr=fast"], 2, "error: training.lr must be"),
+        (["--help"], 0, "memlm train model=lmcode memory=ltm", {"torch", "lightning", "wandb", "datasets"}),
+        (["training.lr=fast"], 2, "error: training.lr must be", {"lightning", "wandb", "datasets"}),
     ],
 )
-def test_help_and_mistakes_answer_at_once(arguments: list[str], code: int, told: str, tmp_path: Path) -> None:
-    before = cpu_seconds()
+def test_help_and_mistakes_answer_before_what_they_do_not_need_is_imported(
+    arguments: list[str], code: int, told: str, unused: set[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPROFILEIMPORTTIME", "1")
     out, err = finish(start(*arguments, cwd=tmp_path), code)
-    assert cpu_seconds() - before < 5
+    imports = re.findall(r"^import time:.*\| +(\S+)\n", err, re.M)
+    assert "memlm" in imports
+    assert not unused & set(imports)
+    err = re.sub(r"^import time:.*\n", "", err, flags=re.M)
     assert told in out + err
     assert "Traceback" not in err
     assert code == 0 or err.count("\n") == 1

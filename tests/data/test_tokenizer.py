@@ -4,7 +4,6 @@ import random
 import re
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -418,11 +417,12 @@ def test_tokenizer_files_that_panic_or_need_gigabytes_are_refused(change):
     assert "\n" not in str(error.value)
 
 
-def test_a_word_of_a_million_letters_is_trained_on_in_seconds():
+def test_a_word_of_a_million_letters_is_trained_on_in_short_pieces():
     genome = "".join(random.Random(0).choices("ACGT", k=1_000_000))
-    begin = time.process_time()
+    pieces = list(tokenizer_module._training_pieces([genome]))
+    assert max(map(len, pieces)) <= 1_000  # the time that a word takes grows with the square of its length
+    assert "".join(pieces) == genome
     tokenizer = train_tokenizer("bpe", [genome], 270)
-    assert time.process_time() - begin < 30  # by the square of its length it takes hours
     assert tokenizer.decode(tokenizer.encode(genome[:50_000])) == genome[:50_000]
     assert tokenizer.vocab_size == 270
 

@@ -20,7 +20,7 @@ def records(run: Path) -> list[Any]:
 
 
 def parse(run: Path) -> Iterator[Any]:
-    """The records of a file: a header of 7 bytes, then blocks of 32 KiB with parts of records."""
+    """The records of a file up to one that is not whole yet: a header of 7 bytes, then blocks of 32 KiB with parts."""
     from wandb.proto.wandb_internal_pb2 import Record
 
     (file,) = run.glob("wandb/offline-run-*/*.wandb")
@@ -31,6 +31,8 @@ def parse(run: Path) -> Iterator[Any]:
             place += left
             continue
         _, length, kind = struct.unpack("<IHB", data[place : place + 7])
+        if place + 7 + length > len(data):
+            return
         parts += data[place + 7 : place + 7 + length]
         place += 7 + length
         if kind in (1, 4):  # whole, or the last part
