@@ -34,6 +34,7 @@ class Batch(NamedTuple):
         fresh: Whether every row begins a new document.
         ends: Whether every row's document ends with this window, so that no state need be carried on.
         step: Number of the batch.
+        told: Targets that are worth to be remembered, (B, N), bool; None if no task says so.
     """
 
     ids: Tensor
@@ -46,6 +47,7 @@ class Batch(NamedTuple):
     fresh: bool
     ends: bool
     step: int
+    told: Tensor | None = None
 
 
 class TextStream:
@@ -147,7 +149,7 @@ class TrainingBatches(Dataset[Batch]):
         assert self.task is not None
         n_token = phase.n_segment * self.segment_len
         document, window = divmod(within, phase.n_window)
-        tokens, targets, answers, breaks, weights = [], [], [], [], []
+        tokens, targets, answers, breaks, weights, told = [], [], [], [], [], []
         for row in rows:
             rng = np.random.default_rng([self.seed, index, row, document])
             length = phase.n_window * n_token + 1
@@ -160,6 +162,8 @@ class TrainingBatches(Dataset[Batch]):
             breaks.append(planted.breaks[window * phase.n_segment : (window + 1) * phase.n_segment])
             weight = np.ones(length - 1) if planted.weight is None else planted.weight
             weights.append(weight[cells].astype(np.float32))
+            if planted.told is not None:
+                told.append(planted.told[cells])
         return Batch(
             ids=torch.from_numpy(np.stack(tokens)),
             targets=torch.from_numpy(np.stack(targets)),
@@ -171,6 +175,7 @@ class TrainingBatches(Dataset[Batch]):
             fresh=window == 0,
             ends=window == phase.n_window - 1,
             step=step,
+            told=torch.from_numpy(np.stack(told)) if told else None,
         )
 
 

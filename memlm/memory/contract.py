@@ -187,6 +187,9 @@ class Segment(NamedTuple):
             too (``torch.inference_mode(False)``), but not by the head. None unless the memory needs it.
         owned: Whether the state that comes with it is given away, so that a write may change it in place instead of
             copying what it does not change. Only without gradients.
+        told: Cells whose successor is worth to be remembered, (B, C + N), as a task of training says; not known of the
+            ``C`` before the window. For losses alone: nothing that is read or written may depend on it. None if nobody
+            says.
     """
 
     ids: Tensor
@@ -204,6 +207,7 @@ class Segment(NamedTuple):
     tail: Tensor | None = None
     nll: Callable[[Tensor], Tensor] | None = None
     owned: bool = False
+    told: Tensor | None = None
 
     @property
     def complete(self) -> Tensor:
@@ -259,6 +263,7 @@ class Segment(NamedTuple):
             valid=cut(self.valid),
             flags=self.flags.of(s, s + 1),
             surprise=cut(self.surprise),
+            told=cut(self.told),
             output=cut(self.output),
             heads=None if self.heads is None else Heads(*(part[:, :, cells] for part in self.heads)),
         )

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from memlm.config import ConfigError
 from memlm.memory import ltm_join, ltm_read, ltm_window, ltm_write
 from memlm.memory.bank import Scope
 from memlm.memory.contract import Mixer, Needs, Read, Scanned, Segment, Trace
@@ -107,6 +108,11 @@ class LongTermMemory(RecordKeeper, SharedBank):
     Attributes:
         distractors: While training, a row also reads what the other rows' segments of the window write: slots that can
             never help, so that look-alike keys are told apart. For curricula; off unless they set it.
+        gate_supervision: Weight in the loss of the cross-entropy between the write gate and what the task says is worth
+            to be remembered (the strong supervision of Memory Networks, 1410.3916). What is read teaches the gate to
+            rank only slots that are read together; this teaches it to rank what was told above all text, so that it
+            stays when a bank has overflowed a thousand times. It learns the forms in which the task tells. For
+            curricula; 0 unless they set it.
 
     Raises:
         ValueError: If a setting cannot work; the message names it.
@@ -115,6 +121,7 @@ class LongTermMemory(RecordKeeper, SharedBank):
     sized = ("n_slot",)
     temperature_scale: Tensor
     distractors: bool = False
+    gate_supervision: float = 0.0
 
     def __init__(
         self,
@@ -301,8 +308,20 @@ class LongTermMemory(RecordKeeper, SharedBank):
         return ltm_window.scan(self, x, window, state, mixer, read, keep_state)
 
     def losses(self, trace: Trace, nll: Tensor) -> dict[str, Tensor]:
-        """The price of writing: ``gate_penalty`` times the mean write gate."""
-        return {"gate_penalty": self.gate_penalty * trace["write_gate"]} if "write_gate" in trace else {}
+        """The price of writing, ``gate_penalty`` times the mean write gate, and what `gate_supervision` asks for.
+
+        Raises:
+            ConfigError: If there is to be supervision, but nothing says what is worth to be remembered.
+        """
+        losses = {"gate_penalty": self.gate_penalty * trace["write_gate"]} if "write_gate" in trace else {}
+        if self.gate_supervision:
+            if "gate_error" not in trace:
+                raise ConfigError(
+                    "gate_supervision needs a task that says what is worth to be remembered, as facts do: leave it out "
+                    "of the memory settings of phases without one"
+                )
+            losses["gate_supervision"] = self.gate_supervision * trace["gate_error"]
+        return losses
 
     # --- what it holds -------------------------------------------------------------------------------------------
 

@@ -88,7 +88,8 @@ def candidates(memory: LongTermMemory, segment: Segment) -> tuple[Candidates, Tr
     hidden, valid = segment.hidden.float(), segment.valid
     with torch.autocast(hidden.device.type, enabled=False):
         normed, embedding = memory.norm(hidden), memory.embedding_norm(segment.embeddings.float())  # (B, C + N, D)
-        log_gate = F.logsigmoid(gate_logit(memory, normed, embedding))  # (B, C + N)
+        logit = gate_logit(memory, normed, embedding)
+        log_gate = F.logsigmoid(logit)  # (B, C + N)
 
     window_len = n_token + segment.lookback
 
@@ -141,7 +142,22 @@ def candidates(memory: LongTermMemory, segment: Segment) -> tuple[Candidates, Tr
     weight = final.float()
     gate = windows(log_gate).exp() * weight
     mean_gate = (gate.sum(dim=(0, 2)) / weight.sum(dim=(0, 2)).clamp(min=1)).mean()  # over segments
-    return found, {"write_gate": mean_gate}
+    trace = {"write_gate": mean_gate}
+    if segment.told is not None:
+        cells = slice(segment.lookback, None)
+        trace["gate_error"] = gate_error(
+            windows(logit)[..., cells], windows(segment.told)[..., cells], here[..., cells]
+        )
+    return found, trace
+
+
+def gate_error(logit: Tensor, told: Tensor, here: Tensor) -> Tensor:
+    """Mean cross-entropy, in nats, of the write gates (B, S, T) and what was worth to be remembered, (B, S, T).
+
+    Only cells ``here`` (B, S, T) count: those whose successor is known.
+    """
+    error = F.binary_cross_entropy_with_logits(logit, told.float(), reduction="none")
+    return (error * here).sum() / here.sum().clamp(min=1)
 
 
 def rounded(part: Tensor, dtype: torch.dtype) -> Tensor:

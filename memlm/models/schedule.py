@@ -58,6 +58,7 @@ class How(NamedTuple):
         storing: Whether only the memories after it are needed: all that follows the last write is left out.
         closing: Whether there is no new token: the open segment is closed, for the cells behind it.
         owned: Whether the state is given away: see `Segment.owned`.
+        told: Cells whose successor is worth to be remembered, (B, S * T).
     """
 
     read: bool
@@ -67,6 +68,7 @@ class How(NamedTuple):
     storing: bool = False
     closing: bool = False
     owned: bool = False
+    told: Tensor | None = None
 
 
 def writes_within(module: Memory) -> bool:
@@ -87,7 +89,8 @@ def run(model: Stack, grid: Grid, state: ModelState, how: How) -> Ran:
     for begin in range(0, n_segment, step):
         end = min(begin + step, n_segment)
         keep_state = how.keep_state or end < n_segment
-        window = at_once(model, grid.of(begin, end), state, how._replace(keep_state=keep_state))
+        told = None if how.told is None else how.told[:, begin * grid.segment_len : end * grid.segment_len]
+        window = at_once(model, grid.of(begin, end), state, how._replace(keep_state=keep_state, told=told))
         ended = [n < begin for n in grid.n_complete]  # rows whose last token was in an earlier window
         if any(ended):
             local = where_rows(torch.tensor(ended), state.local, window.state.local)
@@ -359,6 +362,8 @@ class _Pass:
         segment = segment_of(
             self.model, module, self.local, self.grid, self.ids, self.embeddings, hidden, output, layer, tail, signals
         )._replace(owned=self.owned)
+        if self.how.told is not None:
+            segment = segment._replace(told=F.pad(self.how.told, (segment.lookback, 0)))
         if not module.needs.nll:
             return segment
         return segment._replace(nll=nll_after(self.model, self.ids[:, self.lookback :], self.grid.valid[:, 0]))

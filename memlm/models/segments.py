@@ -220,6 +220,7 @@ class SegmentModel(Stack):
         signals: dict[str, Tensor] | None = None,
         mask: Tensor | None = None,
         breaks: Tensor | None = None,
+        told: Tensor | None = None,
         logits: bool = True,
         keep_state: bool = True,
         donate: bool = False,
@@ -237,6 +238,8 @@ class SegmentModel(Stack):
             mask: Tokens that are no padding, (B, L); None if all are.
             breaks: Segments that begin a new context within their document, as `new_context` does between calls,
                 (B, S); only where ``reset`` may be given by segment.
+            told: Tokens whose successor is worth to be remembered, (B, L), for the losses of memories that learn to
+                tell; only where ``reset`` may be given by segment.
             logits: Whether to apply the language-model head.
             keep_state: Whether the text goes on after this call; if not, no state is worked out (``out.state`` is
                 None).
@@ -252,7 +255,7 @@ class SegmentModel(Stack):
         """
         ids = arguments.token_ids(ids, self.n_vocab)
         n_row = ids.shape[0]
-        for name, flags in (("mask", mask), ("reset", reset), ("breaks", breaks)):
+        for name, flags in (("mask", mask), ("reset", reset), ("breaks", breaks), ("told", told)):
             arguments.flags(name, flags)
         arguments.signals(self, signals or {}, n_row)
         owned = _owned(donate or state is None)
@@ -261,6 +264,8 @@ class SegmentModel(Stack):
             raise ConfigError(f"breaks must be ({n_row}, segments), got {tuple(breaks.shape)}")
         if mask is not None and mask.shape != ids.shape:
             raise ConfigError(f"mask must have the shape of ids {tuple(ids.shape)}, got {tuple(mask.shape)}")
+        if told is not None and told.shape != ids.shape:
+            raise ConfigError(f"told must have the shape of ids {tuple(ids.shape)}, got {tuple(told.shape)}")
         together = any(getattr(modules[0], "over_ranks", False) for modules in self.memory.values())
         if together and reset is None and breaks is None:  # other processes may have some, and all have to write
             reset = torch.zeros(n_row, -(-ids.shape[1] // self.segment_len), dtype=torch.bool, device=ids.device)
@@ -285,7 +290,10 @@ class SegmentModel(Stack):
                 "new_context(state) first, which keeps the memories"
             )
         grid = lay_out(ids, state.local, self.segment_len, rows, reset, mask, breaks)
-        how = schedule.How(read, write and (together or any(grid.n_complete)), signals, keep_state, owned=owned)
+        if told is not None and grid.cell is not None:
+            raise ConfigError("told needs rows with no open segment, and whole segments")
+        writes = write and (together or any(grid.n_complete))
+        how = schedule.How(read, writes, signals, keep_state, owned=owned, told=told)
         x, state, reads, trace = schedule.run(self, grid, state, how)
         if keep_state and not donate:
             state = state._replace(memory=shared(state.memory, before.memory))

@@ -54,6 +54,7 @@ class Objective:
             reset=batch.reset,
             mask=batch.mask,
             breaks=batch.breaks,
+            told=batch.told,
             logits=False,
             keep_state=keep_state,
         )

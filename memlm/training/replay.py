@@ -33,6 +33,7 @@ class Window(NamedTuple):
     reset: Tensor  # (S,)
     breaks: Tensor  # (S,)
     mask: Tensor
+    told: Tensor
 
 
 class Read(NamedTuple):
@@ -152,6 +153,7 @@ class Replay:
             fresh=True,
             ends=True,
             step=batch.step,
+            told=rows.told if bool(rows.told.any()) else None,
         )
         return drawn, places
 
@@ -315,6 +317,7 @@ def _rows(batch: Batch, n_segment: int) -> list[Window]:
     parts = [batch.ids, batch.targets, batch.weight, batch.answer]
     parts += [none if flag is None else flag for flag in (batch.reset, batch.breaks)]
     parts.append(torch.ones(n_row, n_token, dtype=torch.bool) if batch.mask is None else batch.mask)
+    parts.append(torch.zeros(n_row, n_token, dtype=torch.bool) if batch.told is None else batch.told)
     parts = [part.detach().cpu() for part in parts]
     return [Window(*(part[row].clone() for part in parts)) for row in range(n_row)]
 

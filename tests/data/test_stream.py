@@ -83,9 +83,15 @@ def test_batches_depend_on_seed_step_and_row_alone(words, phase):
 
 
 def test_a_document_goes_on_over_windows(words):
-    _tokenizer, corpus, task = words
+    tokenizer, corpus, task = words
     curriculum = Curriculum([{"steps": 9, "n_row": 2, "n_segment": 2, "task": {"items": 2}, "n_window": 3}], TASK)
     data = TrainingBatches(corpus, 32, 0, curriculum, task, 9, seed=0)
+    for i in range(9):  # what is worth to be remembered stands behind a name, in whichever window that is
+        batch = data[i]
+        told, rest = (tokenizer.decode(batch.targets[part].tolist()).split() for part in (batch.told, ~batch.told))
+        assert told.count("is") > 1
+        assert len(told) >= 4 * (told.count("is") - 1)
+        assert "is" not in rest
     assert [data[i].fresh for i in range(6)] == [True, False, False] * 2
     assert [data[i].ends for i in range(6)] == [False, False, True] * 2
     for i in (0, 1, 3, 4):
@@ -107,6 +113,9 @@ def test_every_question_was_told_in_an_earlier_segment_and_its_answer_is_right(w
             assert (told + 5) // 32 < (begin - 2) // 32
             assert tokenizer.decode(question).split()[2] == "is"
             n_question += 1
+        statements = [i for i in range(2, len(text) - 3) if tokenizer.decode(text[i : i + 1]).strip() == "is"]
+        values = {t for i in statements for t in range(i - 1, i + 3)}  # targets: "is" and three words
+        assert set(np.flatnonzero(planted.told)) == values
         for s in np.flatnonzero(planted.breaks):  # a new context begins with a question, if there is something to ask
             asked = [b - 2 for b in begins if s * 32 <= b - 2 <= s * 32 + 3]
             assert asked or not any(b < s * 32 for b in begins)

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from memlm.memory import ltm_write
+from memlm.config import ConfigError
+from memlm.memory import ltm_window, ltm_write
 from memlm.memory.contract import Flags, Segment
 from memlm.memory.ltm import LongTermMemory, LongTermState
 from memlm.memory.state import map_tensors, n_byte, named_tensors, tensors
@@ -847,6 +848,52 @@ def test_the_price_of_writing() -> None:
     losses = memory.losses({"write_gate": torch.tensor(0.25)}, torch.tensor(3.0))
     assert {name: float(loss) for name, loss in losses.items()} == {"gate_penalty": 0.125}
     assert memory.losses({}, torch.tensor(3.0)) == {}
+
+
+def test_supervision_asks_the_gate_for_what_was_told() -> None:
+    """Of cells whose successor is known; of those before the window nobody says."""
+    memory = ByHand(D)
+    gates = [-3.0, -0.1, -0.2, -2.0, -9.0, -4.0, -0.5, -6.0]
+    segment = segment_of(memory, [gates], before=[[-0.01] * 6], continues=True, position=T, valid=[7])
+    told = [False, True, True, False, False, True, True, True]  # the seventh is the last token
+    told_here = segment._replace(told=torch.tensor([[False] * 6 + told]))
+    state, trace = memory.write(told_here, memory.init_state(1))
+    right = [gate if known else math.log(1 - math.exp(gate)) for gate, known in zip(gates[:6], told[:6], strict=True)]
+    assert trace["gate_error"].item() == pytest.approx(-sum(right) / 6, rel=1e-4)
+    unsaid, plain = memory.write(segment, memory.init_state(1))
+    assert set(trace) - set(plain) == {"gate_error"}
+    assert all(torch.equal(a, b) for a, b in zip(tensors(state), tensors(unsaid), strict=True))
+
+    memory.gate_supervision = 2.0
+    losses = memory.losses(trace, torch.tensor(3.0))
+    torch.testing.assert_close(losses["gate_supervision"], 2 * trace["gate_error"])
+    with pytest.raises(ConfigError, match="gate_supervision needs a task that says what is worth"):
+        memory.losses(plain, torch.tensor(3.0))
+
+
+@pytest.mark.parametrize("by_segment", [False, True])
+def test_what_was_told_is_asked_of_the_gates_of_its_own_segments(by_segment: bool, monkeypatch: Any) -> None:
+    """Windows are worked out at once or segment by segment; what is told goes to the right cells, and into losses."""
+    if by_segment:
+        monkeypatch.setattr(ltm_window, "fits", lambda *_: False)
+    torch.manual_seed(0)
+    model = model_of(span=2)
+    n = model.segment_len
+    ids, told = torch.randint(20, (2, 3 * n)), torch.rand(2, 3 * n) < 0.3
+    wide: list[Tensor] = []
+    monkeypatch.setattr(ltm_write, "gate_logit", lambda *given: wide.append(GATE_LOGIT(*given)) or wide[-1])
+    out = model(ids, told=told)
+    memory = model.memory["ltm"][0]
+    logits = torch.cat([part[:, memory.needs.lookback :] for part in wide], dim=1).view(2, 3, n)[..., :-1]
+    nats = F.binary_cross_entropy_with_logits(logits, told.view(2, 3, n)[..., :-1].float())
+    torch.testing.assert_close(out.trace["ltm"]["gate_error"], nats)
+    torch.testing.assert_close(model(ids).hidden, out.hidden)
+    with pytest.raises(ConfigError, match=r"told must have the shape of ids"):
+        model(ids, told=told[:, 1:])
+    with pytest.raises(ConfigError, match="told needs rows with no open segment, and whole segments"):
+        model(ids[:, 1:], told=told[:, 1:])
+    with pytest.raises(ConfigError, match="told must be bool"):
+        model(ids, told=told.long())
 
 
 def test_flops_count_the_search() -> None:

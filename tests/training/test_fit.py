@@ -162,6 +162,18 @@ def test_two_processes_are_one_run(tmp_path: Path) -> None:
     assert curve(forgot) != pytest.approx(expected, abs=2e-3)  # the bound is tight enough to tell
 
 
+def test_the_gate_learns_what_the_task_says_is_worth_to_be_remembered(tmp_path: Path) -> None:
+    """Of a phase of facts; a phase of plain text, where nobody says so, is refused."""
+    asked = {"memory": {"ltm.gate_supervision": 30.0}}
+    errors = []
+    for name, more in (("without", {}), ("with", asked)):
+        rows = fit(config(tmp_path, name, "trainer.max_steps=40", phases=[FACTS | more]))[2]
+        errors.append(sum(list(curve(rows, "memory/ltm/gate_error").values())[-10:]) / 10)
+    assert errors[1] < 0.8 * errors[0], errors
+    with pytest.raises(ConfigError, match="gate_supervision needs a task that says what is worth"):
+        fit(config(tmp_path, "b", "trainer.max_steps=2", phases=[PLAIN | asked]))
+
+
 def by_origin(bank: Any) -> list[torch.Tensor]:
     """What a bank holds in the order of where it came from: slots worth nearly the same may change places."""
     order = (bank.bank.record[0] * 10**6 + bank.bank.position[0]).argsort()

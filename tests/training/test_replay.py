@@ -116,6 +116,22 @@ def test_as_many_rows_as_the_ratio_says_and_as_long_as_the_batch() -> None:
     assert sum(sizes) / 300 == pytest.approx(0.6, abs=0.12)
 
 
+def test_what_is_worth_to_be_remembered_is_said_again() -> None:
+    replay = Replay(ratio=1.0)
+    told = torch.tensor([[False, True, False, True], [True, False, False, False]])
+    batch = batch_of([1, 2], told=told)
+    replay.offer(batch, torch.zeros(2), n_segment=1)
+    drawn, _ = replay.draw(batch)  # type: ignore[misc]
+    assert drawn.told is not None
+    assert {int(ids[0]): said.tolist() for ids, said in zip(drawn.ids, drawn.told, strict=True)} == {
+        1: told[0].tolist(),
+        2: told[1].tolist(),
+    }
+    plain = Replay(ratio=1.0)
+    plain.offer(batch_of([1, 2]), torch.zeros(2), n_segment=1)
+    assert plain.draw(batch_of([1, 2]))[0].told is None  # type: ignore[index]
+
+
 def test_later_windows_of_a_document_are_not_kept() -> None:
     replay = Replay()
     breaks = torch.tensor([[True, False]])

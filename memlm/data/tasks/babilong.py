@@ -304,13 +304,16 @@ class BabiLong:
         book = self._alike if alike and rng.random() < alike else self._text
         haystack = Haystack(book.tokens, [int(rng.integers(2**31))], book.starts)
         told = spread(rng, words.facts, haystack, begin)
+        is_told = np.zeros(n_token + 1, dtype=bool)
+        for item in told:
+            is_told[item.place : item.end] = True
         tokens, is_answer = self._questions(rng, words, segment_len, every)
         told.append(Told(begin, begin - words.n_fact, np.array(tokens)))
         answer = np.zeros(n_token + 1, dtype=bool)
         answer[begin : begin + len(tokens)] = is_answer
         breaks = np.arange(n_token // segment_len) == n_token // segment_len - 1
         weight = None if text else answer[1:].astype(np.float32)
-        return Planted(weave(haystack, told, 0, n_token + 1), answer[1:], breaks, weight)
+        return Planted(weave(haystack, told, 0, n_token + 1), answer[1:], breaks, weight, told=is_told[1:])
 
     def _questions(
         self, rng: np.random.Generator, words: Words, n_most: int, every: bool

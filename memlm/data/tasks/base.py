@@ -25,6 +25,8 @@ class Planted(NamedTuple):
         breaks: Segments that begin a new context, (N / segment_len,), bool.
         weight: Weight of each target in the loss, (N,); None for 1 everywhere.
         targets: What is to be predicted at each token, (N,); None for the token after it.
+        told: Targets that are worth to be remembered, (N,), bool, as answers are where they are told. None if the task
+            does not say.
     """
 
     tokens: np.ndarray
@@ -32,6 +34,7 @@ class Planted(NamedTuple):
     breaks: np.ndarray
     weight: np.ndarray | None = None
     targets: np.ndarray | None = None
+    told: np.ndarray | None = None
 
 
 @runtime_checkable
@@ -127,7 +130,8 @@ def mix(
         raise ConfigError(f"items per segment must be above 0, got {items}; a phase without them has task: null")
     n_token = len(passage)
     gap = max(segment_len / items - teller.item_len, 0.0)
-    tokens, answer = np.empty(n_token, dtype=np.int64), np.zeros(n_token, dtype=bool)
+    tokens = np.empty(n_token, dtype=np.int64)
+    answer, told = np.zeros(n_token, dtype=bool), np.zeros(n_token, dtype=bool)
     place = taken = 0
     for end in [*(np.flatnonzero(breaks) * segment_len).tolist(), n_token]:  # one context after the other
         first = place > 0
@@ -144,10 +148,11 @@ def mix(
             place, taken, first = place + space, taken + space, False
             if item is not None and fits:
                 tokens[place : place + n_item] = item.tokens
+                told[place + len(item.cue) : place + n_item] = True
                 if ask:
                     answer[place + len(item.cue) : place + n_item] = True
                     teller.asked(item)
                 else:
                     teller.tell(item, (place + n_item - 1) // segment_len)
                 place += n_item
-    return Planted(tokens, answer[1:], breaks)
+    return Planted(tokens, answer[1:], breaks, told=told[1:])

@@ -167,6 +167,10 @@ def test_all_that_single_facts_tell_may_be_asked(text: Text, tmp_path: Path) -> 
         made = task.document(np.random.default_rng(seed), np.zeros(8 * SEGMENT_LEN + 1), SEGMENT_LEN, every=True)
         words = text.tokenizer.decode(made.tokens[: 7 * SEGMENT_LEN])
         now = dict(re.findall(r"(\w+) moved to the (\w+)\.", words))  # the last of each person
+        first = bool(re.match(r"\s*\w+ moved to the ", words))  # then its first token is no target
+        story = text.tokenizer.decode(made.tokens[np.append(first, made.told)])
+        assert re.findall(r"(\w+) moved to the (\w+)\.", story) == re.findall(r"(\w+) moved to the (\w+)\.", words)
+        assert re.sub(r"\w+ moved to the \w+\.", "", story).strip() == ""
         asked = text.tokenizer.decode(made.tokens[7 * SEGMENT_LEN : -1])
         found = re.findall(r"Where is (\w+)\? (\w+)\.", asked)
         assert dict(found) == now
