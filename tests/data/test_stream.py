@@ -138,6 +138,19 @@ def test_names_and_values_of_evaluation_never_occur_in_training(words):
     assert len(names) == 100
 
 
+def test_the_same_or_something_else_is_said_of_another_name(words):
+    tokenizer, _, task = words
+    rng = np.random.default_rng(0)
+    fact, *rest = task.maker.draw(rng, 5, "train")
+    taken = {known.name for known in rest}
+    for new_value in (False, True):
+        others = [task.maker.of_another(rng, fact, "train", taken, new_value) for _ in range(30)]
+        assert not {fact.name, *taken} & {other.name for other in others}
+        assert {other.value == fact.value for other in others} == {not new_value}
+        for other in others:
+            assert tokenizer.decode(list(other.tokens)).split() == [*other.name, "is", *other.value]
+
+
 def test_neighbours_before_a_comma_are_neighbours():
     rng = np.random.default_rng(0)
     names = WORDS[:70]
