@@ -88,8 +88,9 @@ def candidates(memory: LongTermMemory, segment: Segment) -> tuple[Candidates, Tr
     hidden, valid = segment.hidden.float(), segment.valid
     with torch.autocast(hidden.device.type, enabled=False):
         normed, embedding = memory.norm(hidden), memory.embedding_norm(segment.embeddings.float())  # (B, C + N, D)
-        logit = gate_logit(memory, normed, embedding)
-        log_gate = F.logsigmoid(logit)  # (B, C + N)
+        log_gate = F.logsigmoid(gate_logit(memory, normed, embedding))  # (B, C + N)
+        # What was told teaches the gate alone: taught too, the layers below read other phrasings worse.
+        apart = None if segment.told is None else gate_logit(memory, normed.detach(), embedding.detach())
 
     window_len = n_token + segment.lookback
 
@@ -143,10 +144,10 @@ def candidates(memory: LongTermMemory, segment: Segment) -> tuple[Candidates, Tr
     gate = windows(log_gate).exp() * weight
     mean_gate = (gate.sum(dim=(0, 2)) / weight.sum(dim=(0, 2)).clamp(min=1)).mean()  # over segments
     trace = {"write_gate": mean_gate}
-    if segment.told is not None:
+    if apart is not None and segment.told is not None:
         cells = slice(segment.lookback, None)
         trace["gate_error"] = gate_error(
-            windows(logit)[..., cells], windows(segment.told)[..., cells], here[..., cells]
+            windows(apart)[..., cells], windows(segment.told)[..., cells], here[..., cells]
         )
     return found, trace
 

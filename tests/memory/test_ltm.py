@@ -884,9 +884,13 @@ def test_what_was_told_is_asked_of_the_gates_of_its_own_segments(by_segment: boo
     monkeypatch.setattr(ltm_write, "gate_logit", lambda *given: wide.append(GATE_LOGIT(*given)) or wide[-1])
     out = model(ids, told=told)
     memory = model.memory["ltm"][0]
-    logits = torch.cat([part[:, memory.needs.lookback :] for part in wide], dim=1).view(2, 3, n)[..., :-1]
+    each = wide[::2]  # then once more, for the gate alone
+    logits = torch.cat([part[:, memory.needs.lookback :] for part in each], dim=1).view(2, 3, n)[..., :-1]
     nats = F.binary_cross_entropy_with_logits(logits, told.view(2, 3, n)[..., :-1].float())
     torch.testing.assert_close(out.trace["ltm"]["gate_error"], nats)
+    out.trace["ltm"]["gate_error"].backward()
+    learns = {name for name, part in model.named_parameters() if part.grad is not None and part.grad.any()}
+    assert learns == {name for name, _ in model.named_parameters() if ".write_gate." in name} != set()
     torch.testing.assert_close(model(ids).hidden, out.hidden)
     with pytest.raises(ConfigError, match=r"told must have the shape of ids"):
         model(ids, told=told[:, 1:])
