@@ -265,7 +265,7 @@ def _check_replay(content: Mapping[str, Any], n_vocab: int, config: Mapping[str,
     parts = content["replay"]
     if not isinstance(parts, list) or not parts:
         raise _Unfit("replay is not a list of buffers")
-    types = [torch.int64, torch.int64, torch.float32, *[torch.bool] * 4]
+    types = [torch.int64, torch.int64, torch.float32, *[torch.bool] * 5]
     for i, part in enumerate(parts):
         where = f"replay[{i}]"
         if not isinstance(part, dict):
