@@ -265,7 +265,7 @@ def _check_replay(content: Mapping[str, Any], n_vocab: int, config: Mapping[str,
     parts = content["replay"]
     if not isinstance(parts, list) or not parts:
         raise _Unfit("replay is not a list of buffers")
-    types = [torch.int64, torch.int64, torch.float32, *[torch.bool] * 5]
+    types = {"ids": torch.int64, "targets": torch.int64, "weight": torch.float32}  # all else is marks
     for i, part in enumerate(parts):
         where = f"replay[{i}]"
         if not isinstance(part, dict):
@@ -285,7 +285,8 @@ def _check_replay(content: Mapping[str, Any], n_vocab: int, config: Mapping[str,
             _check_names(name, window, dict.fromkeys(Window._fields))
             n_token = window["ids"].numel()  # N
             n_segment = n_token // config["model"]["segment_len"]
-            for field, dtype in zip(Window._fields, types, strict=True):
+            for field in Window._fields:
+                dtype = types.get(field, torch.bool)
                 shape = (n_segment if field in ("reset", "breaks") else n_token,)
                 _check_tensor(f"{name}.{field}", window[field], torch.empty(shape, dtype=dtype, device="meta"))
             for field in ("ids", "targets"):
